@@ -1,0 +1,420 @@
+"""The diffusion process: noising q, the learned way back p, losses, bits per dim, and sampling by DDPM and DDIM.
+
+Papers: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), IDDPM (Nichol & Dhariwal 2021), ADM (Dhariwal & Nichol 2021).
+
+Notation: t counts from 0 (hardly any noise) to T-1; alpha_bar_t = prod (1 - beta_s) over s ≤ t; x_start is data, x_t is
+√alpha_bar_t·x_start + √(1 - alpha_bar_t)·eps. Shapes: x (N, C, ...) of any number of axes, t (N,), int64. The network is
+called as model(x_t, steps, **model_kwargs); with a learned variance it returns 2C channels, prediction and fraction.
+"""
+from collections import namedtuple
+import enum
+import math
+
+import numpy as np
+import torch
+
+from .likelihood import discretized_gaussian_log_likelihood, normal_kl
+from .schedules import betas_for_alpha_bar, get_named_beta_schedule
+
+__all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar", "get_named_beta_schedule"]
+
+
+class ModelMeanType(enum.Enum):
+    """What the network predicts."""
+
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance of a step back comes from: a bound of it, or the network's choice between the bounds."""
+
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """MSE: squared error, plus the bound `vb` where the variance is learned. KL: the variational bound alone.
+
+    RESCALED_MSE multiplies `vb` by num_timesteps/1000, RESCALED_KL the bound by num_timesteps.
+    """
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()
+
+
+SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "alphas_cumprod_next", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)  # fmt: skip
+Coefficients = namedtuple("Coefficients", (*SCHEDULE, "log_betas", "fixed_variance", "fixed_log_variance"))
+
+WITHOUT_FLOAT64 = {"mps"}  # device types
+
+
+def mean_flat(x):
+    """The mean over all axes but the first, (N,)."""
+    return x.flatten(1).mean(dim=1)
+
+
+class GaussianDiffusion:
+    """The process over a given sequence of betas. Its schedule arrays (T,) are float64 NumPy attributes.
+
+    Raises ValueError for betas outside (0, 1] and for types that are not of the enumerations above.
+    """
+
+    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type):
+        for value, kind in ((model_mean_type, ModelMeanType), (model_var_type, ModelVarType), (loss_type, LossType)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{value!r} is no {kind.__name__}; choose one of {', '.join(k.name for k in kind)}")
+        self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
+        betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(f"betas must be a non-empty sequence of numbers above 0 and at most 1; got {betas}")
+        self.num_timesteps = len(betas)
+        self._set_schedule(betas)
+        self._tables = {}  # device → every coefficient at every step, (T, K)
+
+    def _set_schedule(self, betas):
+        """Everything that depends on the betas alone, float64, as attributes named as in SCHEDULE."""
+        self.betas = betas
+        abar = self.alphas_cumprod = np.cumprod(1 - betas)
+        before = self.alphas_cumprod_prev = np.concatenate([[1.0], abar[:-1]])
+        self.alphas_cumprod_next = np.concatenate([abar[1:], [0.0]])
+
+        self.sqrt_alphas_cumprod = np.sqrt(abar)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - abar)
+        with np.errstate(divide="ignore"):  # a last beta of 1 leaves no signal, and -inf and inf are its true values
+            self.log_one_minus_alphas_cumprod = np.log(1 - abar)
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / abar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / abar - 1)
+
+        # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. Its variance at t = 0 is 0: the log takes the next one instead, or
+        # beta where there is no next.
+        self.posterior_variance = betas * (1 - before) / (1 - abar)
+        second = self.posterior_variance[1:2] if len(betas) > 1 else betas
+        self.posterior_log_variance_clipped = np.log(np.concatenate([second, self.posterior_variance[1:]]))
+        self.posterior_mean_coef1 = betas * np.sqrt(before) / (1 - abar)
+        self.posterior_mean_coef2 = (1 - before) * np.sqrt(1 - betas) / (1 - abar)
+
+        fixed_variance = np.concatenate([second, betas[1:]])
+        fixed_log_variance = np.log(fixed_variance)
+        if self.model_var_type is ModelVarType.FIXED_SMALL:
+            fixed_variance, fixed_log_variance = self.posterior_variance, self.posterior_log_variance_clipped
+        columns = [*(getattr(self, name) for name in SCHEDULE), np.log(betas), fixed_variance, fixed_log_variance]
+        self._table = np.stack(columns, axis=1)  # (T, K)
+
+    def _at(self, t, x):
+        """The coefficients at steps t (N,), each (N, 1, ..., 1) beside x and in its dtype, at least float32.
+
+        The table goes to x's device once; a step then indexes it once.
+        """
+        if x.device not in self._tables:
+            dtype = torch.float32 if x.device.type in WITHOUT_FLOAT64 else torch.float64
+            self._tables[x.device] = torch.tensor(self._table, dtype=dtype, device=x.device)
+        rows = self._tables[x.device].index_select(0, t).to(torch.promote_types(x.dtype, torch.float32))  # (N, K)
+        return Coefficients(*rows.view(*rows.shape, *[1] * (x.dim() - 1)).unbind(1))
+
+    def _model_steps(self, t):
+        """The step numbers (N,) that the network and cond_fn see."""
+        return t
+
+    # ---- q: adding noise, and its posterior ----
+
+    def q_mean_variance(self, x_start, t):
+        """Mean, variance and log variance of q(x_t | x_start), each in x_start's shape (DDPM eq. 4)."""
+        c = self._at(t, x_start)
+        spread = (1 - c.alphas_cumprod).expand_as(x_start), c.log_one_minus_alphas_cumprod.expand_as(x_start)
+        return c.sqrt_alphas_cumprod * x_start, *spread
+
+    def q_sample(self, x_start, t, noise=None):
+        """x_t for x_start noised to step t, with standard normal noise (drawn if None), in x_start's shape (DDPM eq. 4)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return _noised(self._at(t, x_start), x_start, noise)
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_start), in x_t's shape (DDPM eq. 6 and 7)."""
+        c = self._at(t, x_t)
+        spread = c.posterior_variance.expand_as(x_t), c.posterior_log_variance_clipped.expand_as(x_t)
+        return _posterior_mean(c, x_start, x_t), *spread
+
+    # ---- p: the way back that the network defines ----
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """What the network makes of p(x_{t-1} | x_t): a dict of mean, variance, log_variance, pred_xstart, in x's shape.
+
+        denoised_fn, if given, acts on pred_xstart; clip_denoised then clamps it to [-1, 1].
+        Raises ValueError if the network's output does not have x's channels (twice those with a learned variance).
+        """
+        output = self._call(model, x, t, model_kwargs)
+        return self._p_mean_variance(self._at(t, x), output, x, clip_denoised, denoised_fn)
+
+    def _call(self, model, x, t, model_kwargs):
+        """The network's output at steps t, in x's dtype."""
+        output = model(x, self._model_steps(t), **(model_kwargs or {}))
+        learned = self.model_var_type is ModelVarType.LEARNED_RANGE
+        want = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
+        if output.shape != want:
+            raise ValueError(
+                f"the network returned {tuple(output.shape)}, the process needs {want}: "
+                "its learn_sigma must be the one given to create_diffusion"
+            )
+        return output.to(x.dtype)
+
+    def _p_mean_variance(self, c, output, x, clip_denoised, denoised_fn=None):
+        """p_mean_variance from coefficients c and the network's output."""
+        if self.model_var_type is ModelVarType.LEARNED_RANGE:
+            output, v = output.chunk(2, dim=1)
+            fraction = (v + 1) / 2  # IDDPM eq. 15
+            log_variance = fraction * c.log_betas + (1 - fraction) * c.posterior_log_variance_clipped
+            variance = log_variance.exp()
+        else:
+            variance, log_variance = c.fixed_variance.expand_as(x), c.fixed_log_variance.expand_as(x)
+
+        x_start = output if self.model_mean_type is ModelMeanType.START_X else _x_start_from_eps(c, x, output)
+        if denoised_fn is not None:
+            x_start = denoised_fn(x_start)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        mean = _posterior_mean(c, x_start, x)
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x_start}
+
+    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """The mean moved by variance × gradient of log p(y | x_t), in x's shape (ADM algorithm 1).
+
+        cond_fn(x, steps, **model_kwargs) returns that gradient; it sees the step numbers that the network sees.
+        """
+        gradient = cond_fn(x, self._model_steps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient
+
+    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """p_mean_var with mean and pred_xstart after the gradient moved the predicted noise (ADM algorithm 2)."""
+        c = self._at(t, x)
+        gradient = cond_fn(x, self._model_steps(t), **(model_kwargs or {}))
+        eps = _eps_from_x_start(c, x, p_mean_var["pred_xstart"]) - (1 - c.alphas_cumprod).sqrt() * gradient
+        x_start = _x_start_from_eps(c, x, eps)
+        return {**p_mean_var, "pred_xstart": x_start, "mean": _posterior_mean(c, x_start, x)}
+
+    # ---- one step back, or forth ----
+
+    def p_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, *,
+        noise_fn=torch.randn_like,
+    ):  # fmt: skip
+        """One ancestral step: a dict of sample, drawn from p(x_{t-1} | x_t), and pred_xstart, in x's shape (DDPM alg. 2).
+
+        noise_fn(x) gives the step's noise; it is called once, also at t = 0 where no noise is added.
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = noise_fn(x)
+        mean = out["mean"] if cond_fn is None else self.condition_mean(cond_fn, out, x, t, model_kwargs)
+        std = torch.exp(out["log_variance"] / 2) * _not_last(t, x)
+        return {"sample": mean + std * noise, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0, *,
+        noise_fn=torch.randn_like,
+    ):  # fmt: skip
+        """One DDIM step: a dict of sample and pred_xstart, in x's shape (DDIM eq. 12 and 16).
+
+        eta = 0 is deterministic, eta = 1 has DDPM's posterior variance. noise_fn as in p_sample.
+        """
+        c = self._at(t, x)
+        out = self._p_mean_variance(c, self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
+        abar, before, x_start = c.alphas_cumprod, c.alphas_cumprod_prev, out["pred_xstart"]
+        eps = _eps_from_x_start(c, x, x_start)
+        noise = noise_fn(x)
+        sigma = eta * torch.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
+        mean = before.sqrt() * x_start + torch.sqrt(1 - before - sigma**2) * eps
+        return {"sample": mean + _not_last(t, x) * sigma * noise, "pred_xstart": x_start}
+
+    def ddim_reverse_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
+    ):
+        """One DDIM step towards noise: a dict of sample (x_{t+1}) and pred_xstart, in x's shape.
+
+        Raises ValueError unless eta is 0: only the deterministic path can be walked backwards.
+        """
+        if eta != 0:
+            raise ValueError(f"eta is {eta}; the way back to noise exists for the deterministic path only, pass eta=0")
+        c = self._at(t, x)
+        out = self._p_mean_variance(c, self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
+        eps, after = _eps_from_x_start(c, x, out["pred_xstart"]), c.alphas_cumprod_next
+        return {"sample": after.sqrt() * out["pred_xstart"] + (1 - after).sqrt() * eps, "pred_xstart": out["pred_xstart"]}
+
+    # ---- whole trajectories ----
+
+    def p_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, *, noise_fn=torch.randn_like,
+    ):  # fmt: skip
+        """Samples of the given shape by ancestral sampling over all steps; arguments as for the progressive loop."""
+        return _last(self.p_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn=noise_fn
+        ))["sample"]  # fmt: skip
+
+    def p_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, *, noise_fn=torch.randn_like,
+    ):  # fmt: skip
+        """Yields p_sample's dict after each step, T-1 first.
+
+        noise is x_T; if None, noise_fn is called for it, on `device` (by default that of the network's parameters).
+        progress=True shows a bar.
+        """
+        options = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
+        yield from self._loop(self.p_sample, model, shape, noise, device, progress, noise_fn, options)
+
+    def ddim_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
+    ):  # fmt: skip
+        """Samples of the given shape by DDIM over all steps; arguments as for p_sample_loop_progressive, eta as in ddim_sample."""
+        return _last(self.ddim_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta,
+            noise_fn=noise_fn,
+        ))["sample"]  # fmt: skip
+
+    def ddim_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
+    ):  # fmt: skip
+        """Yields ddim_sample's dict after each step, T-1 first; arguments as for p_sample_loop_progressive."""
+        options = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
+        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, noise_fn, {**options, "eta": eta})
+
+    def _loop(self, step, model, shape, noise, device, progress, noise_fn, options):
+        """The one sampling loop: `step` from T-1 down to 0."""
+        device = _choose_device(device, noise, model)
+        x = noise_fn(torch.empty(*shape, device=device)) if noise is None else noise.to(device)
+        for i in self._steps_down(progress):
+            with torch.no_grad():
+                t = torch.full((shape[0],), i, device=device)
+                out = step(model, x, t, noise_fn=noise_fn, **options)
+            yield out
+            x = out["sample"]
+
+    def _steps_down(self, progress=False):
+        steps = range(self.num_timesteps - 1, -1, -1)
+        if progress:
+            from tqdm.auto import tqdm
+
+            steps = tqdm(steps)
+        return steps
+
+    # ---- losses and likelihood ----
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """The losses of a batch at steps t, a dict of tensors (N,): loss, and for the MSE types mse.
+
+        With a learned variance the MSE types add vb, the bound in bits per dim, whose gradient reaches the variance
+        alone (IDDPM section 3.1); the KL types return loss only. noise, drawn if None, is the noise in x_t.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        c = self._at(t, x_start)
+        x_t = _noised(c, x_start, noise)
+        output = self._call(model, x_t, t, model_kwargs)
+
+        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
+            bound = self._bound(c, output, x_start, x_t, t, clip_denoised=False)["output"]
+            return {"loss": bound * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else bound}
+        if self.loss_type not in (LossType.MSE, LossType.RESCALED_MSE):
+            raise NotImplementedError(self.loss_type)
+
+        losses, prediction = {}, output
+        if self.model_var_type is ModelVarType.LEARNED_RANGE:
+            prediction, v = output.chunk(2, dim=1)
+            only_variance = torch.cat([prediction.detach(), v], dim=1)  # (N, 2C, ...)
+            losses["vb"] = self._bound(c, only_variance, x_start, x_t, t, clip_denoised=False)["output"]
+            if self.loss_type is LossType.RESCALED_MSE:
+                losses["vb"] = losses["vb"] * (self.num_timesteps / 1000)
+        target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
+        losses["mse"] = mean_flat((target - prediction) ** 2)
+        losses["loss"] = losses["mse"] + losses["vb"] if "vb" in losses else losses["mse"]
+        return losses
+
+    def _bound(self, c, output, x_start, x_t, t, clip_denoised):
+        """One term of the variational bound in bits per dim: a dict of output (N,) and pred_xstart (DDPM eq. 5).
+
+        KL between the true posterior and p; at t = 0 the negative log-likelihood of the grey levels in x_start.
+        """
+        p = self._p_mean_variance(c, output, x_t, clip_denoised)
+        true_mean = _posterior_mean(c, x_start, x_t)
+        kl = normal_kl(true_mean, c.posterior_log_variance_clipped, p["mean"], p["log_variance"])
+        log_likelihood = discretized_gaussian_log_likelihood(
+            x_start, means=p["mean"], log_scales=p["log_variance"] / 2
+        )
+        nats = torch.where(t == 0, -mean_flat(log_likelihood), mean_flat(kl))
+        return {"output": nats / math.log(2), "pred_xstart": p["pred_xstart"]}
+
+    @torch.no_grad()
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, *, noise_fn=torch.randn_like):
+        """The variational bound on -log2 p(x_start) per dimension, term by term: a dict of tensors.
+
+        total_bpd (N,); prior_bpd (N,), KL(q(x_T | x_start) ‖ N(0, 1)); and for each step, T-1 in column 0: vb (N, T),
+        xstart_mse (N, T) of pred_xstart, mse (N, T) of the noise that pred_xstart implies.
+        """
+        terms = {"vb": [], "xstart_mse": [], "mse": []}
+        for i in self._steps_down():
+            t = torch.full((len(x_start),), i, device=x_start.device)
+            c, noise = self._at(t, x_start), noise_fn(x_start)
+            x_t = _noised(c, x_start, noise)
+            bound = self._bound(c, self._call(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
+            eps = _eps_from_x_start(c, x_t, bound["pred_xstart"])
+            terms["vb"].append(bound["output"])
+            terms["xstart_mse"].append(mean_flat((bound["pred_xstart"] - x_start) ** 2))
+            terms["mse"].append(mean_flat((eps - noise) ** 2))
+        terms = {name: torch.stack(values, dim=1) for name, values in terms.items()}  # (N, T)
+
+        last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, last)
+        prior = mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
+        return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior, **terms}
+
+
+def _noised(c, x_start, noise):
+    return c.sqrt_alphas_cumprod * x_start + c.sqrt_one_minus_alphas_cumprod * noise
+
+
+def _posterior_mean(c, x_start, x_t):
+    return c.posterior_mean_coef1 * x_start + c.posterior_mean_coef2 * x_t
+
+
+def _x_start_from_eps(c, x_t, eps):
+    return c.sqrt_recip_alphas_cumprod * x_t - c.sqrt_recipm1_alphas_cumprod * eps
+
+
+def _eps_from_x_start(c, x_t, x_start):
+    return (c.sqrt_recip_alphas_cumprod * x_t - x_start) / c.sqrt_recipm1_alphas_cumprod
+
+
+def _not_last(t, x):
+    """1 where a step adds noise, 0 at t = 0; (N, 1, ..., 1)."""
+    return (t != 0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def _choose_device(device, noise, model):
+    """The device asked for, else that of the noise, else that of the network's parameters."""
+    if device is not None:
+        return torch.device(device)
+    if noise is not None:
+        return noise.device
+    network = getattr(model, "__self__", model)  # a bound method such as model.forward_with_cfg
+    if isinstance(network, torch.nn.Module):
+        return next(network.parameters()).device
+    raise ValueError("where to sample is not known: pass device=, or noise=, or a network with parameters as the model")
+
+
+def _last(dicts):
+    for last in dicts:
+        pass
+    return last

@@ -1,0 +1,34 @@
+"""Noise schedules: a name and a number of steps → the betas, float64."""
+import math
+
+import numpy as np
+
+
+def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+    """The betas of a named schedule, a float64 array (num_diffusion_timesteps,).
+
+    "linear": from 1e-4 to 0.02 over 1,000 steps (Ho et al. 2020, section 4); for another number of steps both ends are
+    scaled by 1000/steps, which keeps the amount of noise at the end about the same.
+    "squaredcos_cap_v2": the cosine schedule (Nichol & Dhariwal 2021, eq. 17).
+
+    Raises ValueError for another name, and for so few steps that a linear beta would pass 1.
+    """
+    if num_diffusion_timesteps < 1:
+        raise ValueError(f"the number of diffusion steps is {num_diffusion_timesteps}; it must be at least 1")
+    if schedule_name == "linear":
+        stretch = 1000 / num_diffusion_timesteps
+        if 0.02 * stretch > 1:
+            raise ValueError(f"a linear schedule of {num_diffusion_timesteps} steps ends above beta = 1; take at least 20 steps")
+        return np.linspace(1e-4 * stretch, 0.02 * stretch, num_diffusion_timesteps, dtype=np.float64)
+    if schedule_name == "squaredcos_cap_v2":
+        return betas_for_alpha_bar(num_diffusion_timesteps, lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2)
+    raise ValueError(f"unknown noise schedule {schedule_name!r}; known are 'linear' and 'squaredcos_cap_v2'")
+
+
+def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+    """The betas (num_diffusion_timesteps,) whose products of 1 - beta follow alpha_bar, a function on [0, 1].
+
+    No beta exceeds max_beta, which keeps the end of the schedule from becoming singular.
+    """
+    levels = np.array([alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)])
+    return np.minimum(1 - levels[1:] / levels[:-1], max_beta)

@@ -1,0 +1,78 @@
+"""Which steps to train on: drawn uniformly, or more often where the loss is large (Nichol & Dhariwal 2021, section 3.3).
+
+Steps are drawn from torch's generator (or the one passed in), so torch.manual_seed decides them.
+"""
+import torch
+import torch.distributed as dist
+
+
+def create_named_schedule_sampler(name, diffusion):
+    """The step sampler called `name` ("uniform" or "loss-second-moment") for a diffusion. Raises ValueError for others."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown step sampler {name!r}; known are {', '.join(map(repr, SAMPLERS))}")
+    return SAMPLERS[name](diffusion)
+
+
+class UniformSampler:
+    """Every step is equally likely and weighs 1."""
+
+    def __init__(self, diffusion):
+        self.num_timesteps = diffusion.num_timesteps
+
+    def weights(self):
+        """The relative frequency of each step, float64 (num_timesteps,), not normalised."""
+        return torch.ones(self.num_timesteps, dtype=torch.float64)
+
+    def sample(self, batch_size, device, generator=None):
+        """(steps, weights), both (batch_size,) on the device: int64, and the float32 that keeps a mean loss unbiased.
+
+        A generator, if given, is one of the CPU.
+        """
+        p = self.weights()
+        p = p / p.sum()
+        steps = torch.multinomial(p, batch_size, replacement=True, generator=generator)
+        weights = 1 / (self.num_timesteps * p[steps])
+        return steps.to(device), weights.float().to(device)
+
+
+class LossSecondMomentResampler(UniformSampler):
+    """Steps drawn in proportion to √E[loss²] over each step's last losses, mixed with uniform_prob of uniform draws.
+
+    Uniform until every step has history_per_term losses. Training calls update_with_local_losses after each batch.
+    """
+
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+        super().__init__(diffusion)
+        self.history_per_term, self.uniform_prob = history_per_term, uniform_prob
+        self.losses = torch.zeros(self.num_timesteps, history_per_term, dtype=torch.float64)
+        self.counts = torch.zeros(self.num_timesteps, dtype=torch.int64)  # losses seen at each step
+
+    def weights(self):
+        """The relative frequency of each step, float64 (num_timesteps,), not normalised."""
+        if (self.counts < self.history_per_term).any():
+            return super().weights()
+        p = self.losses.square().mean(dim=1).sqrt()
+        uniform = torch.full_like(p, 1 / self.num_timesteps)
+        p = p / p.sum() if p.sum() > 0 else uniform
+        return (1 - self.uniform_prob) * p + self.uniform_prob * uniform
+
+    def update_with_local_losses(self, local_ts, local_losses):
+        """Record this process's losses (N,) at steps local_ts (N,), and every other process's: all end up the same.
+
+        With torch.distributed running, every process must call it; their batches may differ in size.
+        """
+        ts, losses = local_ts.tolist(), local_losses.tolist()
+        if dist.is_available() and dist.is_initialized():
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (ts, losses))
+            ts, losses = (sum(part, []) for part in zip(*gathered))
+        self.update_with_all_losses(ts, losses)
+
+    def update_with_all_losses(self, ts, losses):
+        """Record losses at steps ts, two sequences of equal length; the oldest loss of a step makes room."""
+        for t, loss in zip(ts, losses, strict=True):
+            self.losses[t, self.counts[t] % self.history_per_term] = float(loss)
+            self.counts[t] += 1
+
+
+SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -1,0 +1,286 @@
+"""The diffusion transformer (DiT) of Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
+
+The whole network in reading order: modulation, embedders, block, final layer, DiT, position table, sizes.
+
+Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, T = (H/P)·(W/P) tokens, D width.
+"""
+from functools import partial
+import math
+
+import numpy as np
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.layers.attention import Attention
+from torch import nn
+
+
+def modulate(x, shift, scale):
+    """x (N, T, D) scaled by 1 + scale and moved by shift, both (N, D) and the same for every token."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """A step number, whole or fractional, as a vector: sines and cosines of it (in float32), then a two-layer MLP."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """t (N,) → (N, dim) float32: the cosines of t·max_period^(-i/half), i < half = dim // 2, then the sines.
+
+        An odd dim gets a last column of zeros.
+        """
+        half = dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = torch.outer(t.float(), torch.exp(steps * -math.log(max_period) / half))  # (N, half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 2·half)
+        return nn.functional.pad(waves, (0, dim % 2))  # (N, dim)
+
+    def forward(self, t):
+        """t (N,) → (N, D)."""
+        waves = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A class label as a vector, with label dropout for classifier-free guidance (Ho & Salimans 2022).
+
+    `null_label` is the index that stands for "no class": the table's last row. It is None without dropout, when the
+    table has no such row.
+    """
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.null_label = num_classes if dropout_prob > 0 else None
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def token_drop(self, labels, force_drop_ids=None):
+        """Labels (N,), the null label in place of those drawn, or of those whose entry in force_drop_ids (N,) is 1.
+
+        Raises ValueError if the model was built without dropout and so has no null label.
+        """
+        if self.null_label is None:
+            raise ValueError("no label can be dropped: the model was built with class_dropout_prob=0; build it with more")
+        if force_drop_ids is None:
+            drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+        else:
+            drop = force_drop_ids == 1
+        return torch.where(drop, self.null_label, labels)
+
+    def forward(self, labels, train, force_drop_ids=None):
+        """labels (N,) → (N, D); labels are dropped at random if train, and as force_drop_ids says wherever it is given."""
+        if force_drop_ids is not None or (train and self.null_label is not None):
+            labels = self.token_drop(labels, force_drop_ids)
+        return self.embedding_table(labels)
+
+
+def plain_layer_norm(hidden_size):
+    """LayerNorm without weights of its own: adaLN supplies them."""
+    return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero: c gives shift, scale and gate for the attention and for the MLP.
+
+    The regression starts at zero, so every gate starts closed and the block starts as the identity (paper, section 3.2).
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = plain_layer_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = plain_layer_norm(hidden_size)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
+        return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+
+
+class FinalLayer(nn.Module):
+    """The last adaLN (shift and scale, no gate) and the linear map from a token to the pixels of its patch."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = plain_layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and condition c (N, D) → patches (N, T, P·P·C_out)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Predicts the noise in a noisy latent and, with learn_sigma, how to set the variance of the step back.
+
+    num_classes=0 makes an unconditional network, called with y=None. `config` holds the arguments, so that
+    DiT(**model.config) is the same network; `null_label` is the label of "no class", None where there is none.
+
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True,
+    ):  # fmt: skip
+        super().__init__()
+        self.config = dict(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
+            num_heads=num_heads, mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )  # fmt: skip
+        check_sizes(**self.config)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        num_tokens = (input_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @property
+    def null_label(self):
+        """The label that means "no class", or None if the network has none."""
+        return self.y_embedder.null_label if self.y_embedder else None
+
+    def initialize_weights(self):
+        """Fill every parameter as the paper does (section 3.2); afterwards each block is the identity, the output 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch_to_token = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch_to_token.weight.flatten(1))  # as the Linear (D, C·P·P) that it amounts to
+        nn.init.zeros_(patch_to_token.bias)
+
+        small_normal = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        if self.y_embedder:
+            small_normal.append(self.y_embedder.embedding_table)
+        for module in small_normal:
+            nn.init.normal_(module.weight, std=0.02)
+
+        for module in [self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))]:
+            nn.init.zeros_(module.weight)
+
+        table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.input_size // self.patch_size)
+        with torch.no_grad():
+            self.pos_embed.copy_(torch.from_numpy(table))
+
+    def unpatchify(self, x):
+        """Patches (N, T, P·P·C_out) → (N, C_out, H, W); tokens run row by row, channels are innermost."""
+        n, p, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
+        x = x.reshape(n, side, side, p, p, self.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
+        return x.reshape(n, self.out_channels, side * p, side * p)  # (N, C_out, H, W)
+
+    def embed_condition(self, t, y, force_drop_ids=None):
+        """The condition c (N, D) of steps t and labels y. Raises ValueError if y is missing, or given to no use."""
+        if (y is None) != (self.y_embedder is None):
+            raise ValueError(
+                f"the network has num_classes={self.num_classes} but y is {'missing' if y is None else 'given'}; "
+                f"pass y={'None' if y is not None else 'labels of shape (N,)'}"
+            )
+        c = self.t_embedder(t)
+        return c if y is None else c + self.y_embedder(y, self.training, force_drop_ids)
+
+    def forward(self, x, t, y=None, force_drop_ids=None):
+        """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,) → (N, C_out, H, W).
+
+        The output is the predicted noise and, with learn_sigma, C more channels: the fraction v in [-1, 1] (not
+        enforced) between the two bounds of the log variance. force_drop_ids (N,): labels whose entry is 1 are dropped.
+        """
+        side = self.input_size
+        if x.shape[1:] != (self.in_channels, side, side):
+            raise ValueError(f"x has shape {tuple(x.shape)}, the network takes (N, {self.in_channels}, {side}, {side})")
+        c = self.embed_condition(t, y, force_drop_ids)  # (N, D)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
+        """The output (2N, C_out, H, W) with the noise guided: null + cfg_scale·(cond - null) (Ho & Salimans 2022, eq. 6).
+
+        The batch is doubled: labels y (2N,) hold N labels and then N null labels; both halves are evaluated on the
+        first half of x (2N, C, H, W) and t (2N,). The first cfg_channels channels of the noise are guided, at most
+        in_channels; "all" stands for in_channels. They come back equal in both halves; every other channel stays the
+        half's own. Three is what the released samples were made with.
+
+        Raises ValueError if the network has no null label or the batch is odd.
+        """
+        if self.null_label is None:
+            raise ValueError("guidance needs a null label, which a network with class_dropout_prob=0 or num_classes=0 lacks")
+        if len(x) % 2:
+            raise ValueError(f"guidance takes a doubled batch, an even number of samples; got {len(x)}")
+        guided = self.in_channels if cfg_channels == "all" else min(cfg_channels, self.in_channels)
+        half = len(x) // 2
+        out = self(torch.cat([x[:half], x[:half]]), t, y)
+        cond, null = out[:, :guided].chunk(2)  # (N, guided, H, W) each
+        noise = null + cfg_scale * (cond - null)
+        return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
+
+
+def check_sizes(input_size, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, **_):
+    """Raise ValueError for arguments of DiT that do not fit together."""
+    if patch_size < 1 or input_size < 1 or input_size % patch_size:
+        raise ValueError(f"input_size {input_size} is not a positive multiple of patch_size {patch_size}; choose one that is")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
+    if not 0 <= class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob is {class_dropout_prob}; it is a probability, 0 to 1")
+    if num_classes < 0:
+        raise ValueError(f"num_classes is {num_classes}; give the number of classes, or 0 for none")
+
+
+def get_2d_sincos_pos_embed(embed_dim, grid_size):
+    """The frozen position table, a float64 array (grid_size², embed_dim), tokens row by row.
+
+    The first half of the columns encodes the token's column in the grid, the second half its row; each half holds sines
+    and then cosines at frequencies 10000^(-i/(embed_dim/4)) (Vaswani et al. 2017, section 3.5, once per axis).
+    Raises ValueError unless embed_dim is a multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim is {embed_dim}; a sine and a cosine for each of two axes need a multiple of 4")
+    quarter = embed_dim // 4
+    frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
+    angles = np.outer(np.arange(grid_size), frequencies)  # (side, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
+    by_column, by_row = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)  # (T, D/2) each
+    return np.concatenate([by_column, by_row], axis=1)  # (T, D)
+
+
+# Ti is ours, for CPUs and lessons; the others are the paper's Table 1.
+SIZES = {
+    "Ti": dict(depth=6, hidden_size=128, num_heads=4),
+    "S": dict(depth=12, hidden_size=384, num_heads=6),
+    "B": dict(depth=12, hidden_size=768, num_heads=12),
+    "L": dict(depth=24, hidden_size=1024, num_heads=16),
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+}
+PATCH_SIZES = {"Ti": (1, 2, 4, 8), "S": (2, 4, 8), "B": (2, 4, 8), "L": (2, 4, 8), "XL": (2, 4, 8)}
+
+# "DiT-XL/2" → a factory that takes DiT's other arguments as keywords.
+DiT_models = {
+    f"DiT-{size}/{patch}": partial(DiT, patch_size=patch, **SIZES[size]) for size in SIZES for patch in PATCH_SIZES[size]
+}
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{patch}"] for patch in PATCH_SIZES["XL"])
+DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{patch}"] for patch in PATCH_SIZES["L"])
+DiT_B_2, DiT_B_4, DiT_B_8 = (DiT_models[f"DiT-B/{patch}"] for patch in PATCH_SIZES["B"])
+DiT_S_2, DiT_S_4, DiT_S_8 = (DiT_models[f"DiT-S/{patch}"] for patch in PATCH_SIZES["S"])
+DiT_Ti_1, DiT_Ti_2, DiT_Ti_4, DiT_Ti_8 = (DiT_models[f"DiT-Ti/{patch}"] for patch in PATCH_SIZES["Ti"])
