@@ -1,0 +1,52 @@
+"""What several test files share: random weights, a small network, and a stand-in for one with a closed form."""
+from pathlib import Path
+import sys
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import DiT  # noqa: E402
+
+SMALL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=10)
+
+
+def generator(seed=0):
+    """A generator of the CPU with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    """Standard normal numbers that depend on the shape and seed alone."""
+    return torch.randn(shape, generator=generator(seed), dtype=dtype)
+
+
+def fill_randomly(model, seed=0, std=0.05):
+    """The model with N(0, std²) in every parameter but the frozen table: a fresh DiT returns 0 whatever it is given."""
+    source = generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * std)
+    return model
+
+
+def small_dit(seed=0, **changes):
+    """A small DiT of random weights in float64, evaluation mode; `changes` replace arguments of SMALL."""
+    return fill_randomly(DiT(**{**SMALL, **changes}), seed).double().eval()
+
+
+def smooth_eps(x, t, **_):
+    """A stand-in for a network that predicts the noise, smooth in x and in the original step number.
+
+    Close to exact for standard normal data under the linear schedule, so that trajectories stay of order 1.
+    """
+    t = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    share_of_noise = torch.sqrt(-torch.expm1(-1e-5 * t**2))
+    return share_of_noise * x + 0.4 * (1 - share_of_noise) * torch.sin(2 * x + 0.01 * t)
+
+
+def smooth_eps_and_v(x, t, **_):
+    """smooth_eps, and a variance fraction in (-1, 1)."""
+    return torch.cat([smooth_eps(x, t), torch.tanh(0.7 * x - 0.1)], dim=1)
