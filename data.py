@@ -1,0 +1,152 @@
+"""A folder of images → batches: listing, centre crop, flips, and which image is seen at which step.
+
+What a batch holds is a function of the seed and the step alone: neither the number of processes nor of workers matters.
+Batches are uint8 (n, 3, S, S), n the share of one process of the global batch.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+
+class Listing(NamedTuple):
+    """Image files with their class indices; `classes` are the names in index order, None without classes."""
+
+    paths: list
+    labels: list
+    classes: list
+
+
+def list_images(root, num_classes):
+    """The Listing of a folder with one folder per class; with num_classes 0, of all images below it, whatever the folder.
+
+    Raises ValueError if the folder is missing, holds no images or an empty class, or has more classes than num_classes.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"--data-path {root} is not a folder; give one that holds one folder of images per class")
+    if num_classes == 0:
+        paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not paths:
+            raise ValueError(f"--data-path {root} holds no images ({', '.join(IMG_EXTENSIONS)})")
+        return Listing(paths, [0] * len(paths), None)
+    try:
+        folder = ImageFolder(root)
+    except FileNotFoundError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--data-path {root}: {reason} One folder of images per class is wanted, or --num-classes 0") from error
+    if len(folder.classes) > num_classes:
+        raise ValueError(
+            f"--data-path {root} has {len(folder.classes)} class folders, --num-classes is {num_classes}: there is no room "
+            f"for {', '.join(folder.classes[num_classes:][:5])}; pass --num-classes {len(folder.classes)}"
+        )
+    paths, labels = zip(*folder.samples)
+    return Listing(list(paths), list(labels), folder.classes)
+
+
+def center_crop_arr(pil_image, image_size):
+    """The central square of a PIL image as a PIL image of image_size × image_size, resized as ADM does it.
+
+    The image is halved with a box filter while its short side is at least twice the target, then scaled bicubically.
+    """
+    while min(pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize([side // 2 for side in pil_image.size], Image.Resampling.BOX)
+    scale = image_size / min(pil_image.size)
+    pil_image = pil_image.resize([round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - image_size) // 2 for side in pil_image.size)
+    return pil_image.crop((left, top, left + image_size, top + image_size))
+
+
+class BadImage(NamedTuple):
+    """A file that could not be read, and why."""
+
+    path: str
+    reason: str
+
+
+class ImageDataset(Dataset):
+    """Images of a Listing by (index, flip), as (uint8 (3, S, S), label, bad images met).
+
+    An unreadable file is reported rather than raised: with skip_bad the next readable image stands in for it, else the
+    image is None.
+    """
+
+    def __init__(self, listing, image_size, skip_bad=False):
+        self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad
+
+    def __len__(self):
+        return len(self.listing.paths)
+
+    def __getitem__(self, key):
+        index, flip = key
+        bad = []
+        for i in range(len(self)):
+            at = (index + i) % len(self)
+            try:
+                return self._read(self.listing.paths[at], flip), self.listing.labels[at], bad
+            except Exception as error:  # Pillow's decoders raise many kinds for broken files
+                bad.append(BadImage(self.listing.paths[at], str(error) or type(error).__name__))
+            if not self.skip_bad:
+                break
+        return None, 0, bad
+
+    def _read(self, path, flip):
+        with Image.open(path) as image:
+            pixels = np.array(center_crop_arr(image.convert("RGB"), self.image_size))  # (S, S, 3)
+        pixels = pixels[:, ::-1] if flip else pixels
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
+
+
+def collate(items):
+    """(images uint8 (n, 3, S, S), labels (n,), bad images met); images is None where one had no readable stand-in."""
+    images, labels, bad = zip(*items)
+    images = None if any(image is None for image in images) else torch.stack(images)
+    return images, torch.tensor(labels), [one for several in bad for one in several]
+
+
+class StepBatches(Sampler):
+    """For each step from `start` to `stop` - 1, the (index, flip) pairs of one process's share of the global batch.
+
+    Each epoch is a permutation drawn from (seed, epoch), cut into whole batches; flips are drawn from (seed, step).
+    Raises ValueError if there are fewer images than one batch takes.
+    """
+
+    def __init__(self, num_images, global_batch_size, seed, start, stop, rank=0, world_size=1, flip=True):
+        self.num_images, self.batch, self.seed = num_images, global_batch_size, seed
+        self.steps_per_epoch = steps_per_epoch(num_images, global_batch_size)
+        self.start, self.stop, self.flip = start, stop, flip
+        share = global_batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+
+    def __len__(self):
+        return max(0, self.stop - self.start)
+
+    def __iter__(self):
+        order, ordered_epoch = None, None
+        for step in range(self.start, self.stop):
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if epoch != ordered_epoch:
+                order, ordered_epoch = np.random.default_rng([self.seed, 0, epoch]).permutation(self.num_images), epoch
+            indices = order[i * self.batch : (i + 1) * self.batch]
+            flips = self.flip & (np.random.default_rng([self.seed, 1, step]).random(self.batch) < 0.5)
+            yield list(zip(indices[self.share].tolist(), flips[self.share].tolist()))
+
+
+def steps_per_epoch(num_images, global_batch_size):
+    """Whole batches in one pass over the images. Raises ValueError if there is none."""
+    if num_images < global_batch_size:
+        raise ValueError(f"{num_images} images do not fill one batch of {global_batch_size}; lower --global-batch-size")
+    return num_images // global_batch_size
+
+
+def make_loader(dataset, batches, num_workers, pin_memory=False):
+    """A DataLoader over a StepBatches sampler; yields what `collate` returns."""
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
+        generator=torch.Generator(),  # which it draws its workers' seeds from: not torch's own, and nothing uses them
+    )  # fmt: skip

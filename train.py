@@ -1,0 +1,297 @@
+"""Train a DiT on a folder of images.
+
+    python train.py --data-path imagenet/train                               # one process, CPU or GPU
+    torchrun --nproc_per_node=8 train.py --data-path imagenet/train          # eight; the global batch stays 256
+    python train.py --data-path digits --num-classes 10 --model DiT-Ti/2 --image-size 32 --vae digits-vae --no-flip
+
+Each run gets a folder results/NNN-MODEL with log.txt and checkpoints/SSSSSSS.pt. The same seed gives the same run on
+any number of processes and workers, up to float rounding.
+"""
+import argparse
+from pathlib import Path
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from checkpoints import check_fits, checkpoint_path, list_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from data import ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
+from diffusion import create_diffusion
+from models import DiT_models
+from training import METRICS, draw, new_state, requires_grad, train_step, update_ema
+from vae import from_uint8, latent_shape, load_vae
+
+__all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]  # the first and the last two for those who import them
+
+# Arguments that decide what a run learns; --resume auto takes up a run whose own are equal.
+DECIDING = (
+    "data_path", "model", "image_size", "num_classes", "global_batch_size", "global_seed", "vae", "lr", "ema_decay",
+    "mixed_precision", "flip", "skip_bad_images",
+)  # fmt: skip
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-path", required=True, help="folder with one folder of images per class")
+    data.add_argument("--image-size", type=int, default=256, help="pixels along each side after the centre crop (default: %(default)s)")
+    data.add_argument("--num-classes", type=int, default=1000, help="0: no classes, all images below --data-path (default: %(default)s)")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)")
+    data.add_argument("--skip-bad-images", action="store_true", help="put the next image in place of an unreadable one and list it, instead of stopping")
+    data.add_argument("--num-workers", type=int, default=4, help="loader processes per training process (default: %(default)s)")
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="MODEL", help=f"one of {', '.join(DiT_models)} (default: %(default)s)")
+    network.add_argument("--vae", default="ema", help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=int, default=1400, help="passes over the data (default: %(default)s)")
+    recipe.add_argument("--max-steps", type=int, help="stop after this many steps, if that comes before --epochs")
+    recipe.add_argument("--global-batch-size", type=int, default=256, help="samples per step over all processes (default: %(default)s)")
+    recipe.add_argument("--lr", type=float, default=1e-4, help="AdamW's constant learning rate (default: %(default)s)")
+    recipe.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights' moving average (default: %(default)s)")
+    recipe.add_argument("--global-seed", type=int, default=0, help="decides every random number of the run (default: %(default)s)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--results-dir", default="results", help="where run folders are made (default: %(default)s)")
+    run.add_argument("--resume", metavar="{auto,PATH}", help="auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder")
+    run.add_argument("--log-every", type=int, default=100, help="steps between log lines (default: %(default)s)")
+    run.add_argument("--ckpt-every", type=int, default=50000, help="steps between checkpoints; the last step always is one (default: %(default)s)")
+    run.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="bf16: autocast, with float32 weights and losses (default: %(default)s)")
+    run.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
+    return parser
+
+
+def check_arguments(args):
+    """Raise ValueError for numbers out of range and sizes that do not fit, before anything is loaded."""
+    for name in ("image_size", "epochs", "max_steps", "global_batch_size", "log_every", "ckpt_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for name in ("num_classes", "num_workers", "global_seed"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
+    if not args.lr > 0:
+        raise ValueError(f"--lr is {args.lr}; it must be above 0")
+    if not 0 <= args.ema_decay < 1:
+        raise ValueError(f"--ema-decay is {args.ema_decay}; it must be at least 0 and below 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; leave the flag out or pass --device cpu")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch sees no Apple GPU here; leave the flag out or pass --device cpu")
+    patch_size = DiT_models[args.model].keywords["patch_size"]
+    latent_shape(args.vae).side(args.image_size, patch_size)
+
+
+def once(accelerator, function, *args):
+    """What function(*args) returns in the main process, in every process; its ValueError is raised in every process."""
+    result = [None]
+    if accelerator.is_main_process:
+        try:
+            result = [function(*args)]
+        except ValueError as error:
+            result = [error]
+    result = broadcast_object_list(result)[0]
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_arguments(args)
+        accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+        if args.global_batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"--global-batch-size {args.global_batch_size} cannot be shared equally by {accelerator.num_processes} "
+                "processes; use a multiple"
+            )
+        listing = once(accelerator, list_images, args.data_path, args.num_classes)
+        last_step = args.epochs * steps_per_epoch(len(listing.paths), args.global_batch_size)
+        last_step = min(last_step, args.max_steps or last_step)
+        space = load_vae_in_turn(accelerator, args.vae)
+        state = build_state(args, space, accelerator)
+        source = once(accelerator, find_checkpoint, args)
+        if source.checkpoint:
+            take_up(state, source.checkpoint)
+        folder = Path(once(accelerator, open_run_folder, args, source))
+    except ValueError as error:
+        parser.error(str(error))
+    log = RunLog(folder, accelerator.is_main_process, state.step, last_step)
+    log(f"{source.why}; folder {folder}")
+    log(f"arguments: {vars(args)}")
+    described = f"{sum(p.numel() for p in state.network.parameters()):,} parameters, {len(listing.paths):,} images"
+    log(f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, steps {state.step} to {last_step}")
+    train(args, accelerator, state, space, listing, last_step, folder, log)
+    log("done")
+    log.close()
+    accelerator.end_training()
+
+
+def load_vae_in_turn(accelerator, name):
+    """The VAE on this process's device; one process of each machine fetches it if that is needed."""
+    with accelerator.local_main_process_first():
+        return load_vae(name, accelerator.device)
+
+
+def build_state(args, space, accelerator):
+    """A TrainState at step 0, the same in every process."""
+    torch.manual_seed(args.global_seed)
+    patch_size = DiT_models[args.model].keywords["patch_size"]
+    side = space.shape.side(args.image_size, patch_size)
+    network = DiT_models[args.model](input_size=side, in_channels=space.shape.channels, num_classes=args.num_classes)
+    return new_state(network.to(accelerator.device), accelerator.prepare_model, args.lr)
+
+
+class Source(NamedTuple):
+    """Where a run starts: the checkpoint to take up and the run folder to go on in, None for new ones, and why."""
+
+    why: str
+    checkpoint: Path | None = None
+    folder: Path | None = None
+
+
+def find_checkpoint(args):
+    """The Source that --resume asks for. Raises ValueError if a path is given that leads to no checkpoint."""
+    if args.resume is None:
+        return Source("a new run")
+    if args.resume == "auto":
+        return newest_equal_run(args)
+    path = Path(args.resume)
+    checkpoint = newest_checkpoint(path) if path.is_dir() else path
+    if not checkpoint.is_file():
+        raise ValueError(f"--resume {path}: there is no such checkpoint; give a .pt file, a run folder, or auto")
+    folder = checkpoint.parent.parent
+    if list_checkpoints(folder)[-1:] == [checkpoint]:
+        return Source(f"going on from {checkpoint}", checkpoint, folder)
+    return Source(f"a new run from {checkpoint}, which is not the newest of a run folder", checkpoint)
+
+
+def newest_equal_run(args):
+    """The newest run in --results-dir with equal deciding arguments and a checkpoint, else a new run."""
+    runs = sorted(run_folders(args.results_dir).items(), reverse=True)
+    for _, folder in runs:
+        if not list_checkpoints(folder):
+            continue
+        checkpoint = newest_checkpoint(folder)
+        theirs = read_checkpoint(checkpoint).get("args", {})
+        if all(theirs.get(name) == getattr(args, name) for name in DECIDING):
+            return Source(f"going on from {checkpoint}", checkpoint, folder)
+    return Source(f"a new run: none of {len(runs)} in {args.results_dir} has equal arguments and a checkpoint")
+
+
+def take_up(state, checkpoint):
+    """Load a training checkpoint into the state. Raises ValueError if it is none, or of another network."""
+    contents = read_checkpoint(checkpoint)
+    lacking = [key for key in ("model", "ema", "opt", "step") if key not in contents]
+    if lacking:
+        raise ValueError(f"--resume {checkpoint}: it has no {', '.join(lacking)}, which resuming takes; train.py writes all four")
+    check_fits(state.network, contents["model"], checkpoint)
+    state.load_checkpoint(contents)
+
+
+def run_folders(results_dir):
+    """Number → run folder, for the folders in results_dir that are named as runs are."""
+    folders = (p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal())
+    return {int(p.name.split("-")[0]): p for p in folders}
+
+
+def open_run_folder(args, source):
+    """The run's folder with its checkpoints folder: that of the run that goes on, else a new one, numbered from 000."""
+    if source.folder:
+        return source.folder
+    number = max(run_folders(args.results_dir), default=-1) + 1
+    folder = Path(args.results_dir) / f"{number:03d}-{args.model.replace('/', '-')}"
+    try:
+        (folder / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the run folder {folder} ({error}); choose another --results-dir") from error
+    return folder
+
+
+class RunLog:
+    """Lines for log.txt and the console, and a progress bar where the console is a terminal. Main process only."""
+
+    def __init__(self, folder, is_main, step, last_step):
+        self.file = open(folder / "log.txt", "a", buffering=1) if is_main else None
+        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if is_main else True)
+
+    def __call__(self, line):
+        if self.file:
+            stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
+            self.file.write(stamped + "\n")
+            self.bar.write(stamped, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def train(args, accelerator, state, space, listing, last_step, folder, log):
+    """The loop, from state.step to last_step: steps, log lines, checkpoints."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    diffusion = create_diffusion(timestep_respacing="")
+    latent = (space.shape.channels, state.network.input_size, state.network.input_size)
+    dropout = state.network.config["class_dropout_prob"]
+    batches = StepBatches(
+        len(listing.paths), args.global_batch_size, args.global_seed, state.step, last_step, rank, world, args.flip
+    )
+    dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
+    skipped, window, started = Skipped(log), [], time.monotonic()
+    for images, labels, bad in make_loader(dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
+        if bad and not args.skip_bad_images:
+            sys.exit(f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
+        skipped.here.update(bad)
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        draws = draw(
+            args.global_seed, state.step, args.global_batch_size, latent, dropout, diffusion.num_timesteps, device, rank, world
+        )
+        latents = space.encode(from_uint8(images), draws.vae_noise)  # (n, C, h, w)
+        window.append(train_step(state, diffusion, latents, labels, draws, args.ema_decay))
+        log.bar.update()
+        if state.step % args.log_every == 0 or state.step == last_step:
+            log(describe(window, accelerator, state.step, last_step, args.global_batch_size, time.monotonic() - started))
+            if args.skip_bad_images:
+                skipped.report()
+            window, started = [], time.monotonic()
+        if state.step % args.ckpt_every == 0 or state.step == last_step:
+            save(args, accelerator, state, listing.classes, folder, log)
+
+
+def describe(window, accelerator, step, last_step, batch_size, seconds):
+    """A log line: the METRICS averaged over the steps of the window and over all processes, and images per second."""
+    means = accelerator.reduce(torch.stack(window).mean(dim=0), reduction="mean").tolist()  # the window's only read
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in zip(METRICS, means))
+    return f"step {step:07d} of {last_step}: {metrics}, {len(window) * batch_size / seconds:.1f} images/s"
+
+
+class Skipped:
+    """The unreadable images that were skipped: those met `here`, by this process, and those reported so far, by any."""
+
+    def __init__(self, log):
+        self.here, self.reported, self.log = set(), set(), log
+
+    def report(self):
+        """Log those that are new since the last report, counted, from all processes, each of which calls this."""
+        for path, reason in sorted(set(gather_object(list(self.here))) - self.reported):
+            self.reported.add((path, reason))
+            self.log(f"skipped unreadable image {path} ({reason}), {len(self.reported)} so far")
+        self.here.clear()
+
+
+def save(args, accelerator, state, classes, folder, log):
+    """Write the checkpoint of the current step, in the main process, while the others wait."""
+    if accelerator.is_main_process:
+        path = checkpoint_path(folder, state.step)
+        save_checkpoint(path, state.to_checkpoint(vars(args), classes))
+        log(f"saved {path}")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

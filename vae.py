@@ -1,0 +1,150 @@
+"""Pixels ↔ latents: the autoencoder that a DiT works behind, and everything that is known about it.
+
+Scale factor, downsampling ratio and channels are read from the autoencoder's own configuration; nothing else in the
+project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents (N, C, H/ratio, W/ratio).
+"""
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+
+
+class LatentShape(NamedTuple):
+    """What a network must know of a latent space: its channels, and the pixels per latent along each side."""
+
+    channels: int
+    ratio: int
+
+    def side(self, image_size, patch_size=1):
+        """The side of the latents of image_size pixels. Raises ValueError if patches do not fill them exactly."""
+        unit = self.ratio * patch_size
+        if image_size < 1 or image_size % unit:
+            below = image_size // unit * unit
+            near = f"{below} or {below + unit}" if below > 0 else unit
+            raise ValueError(
+                f"image size {image_size} is not a multiple of {unit} "
+                f"(the VAE's {self.ratio} pixels per latent x patch size {patch_size}); use {near}"
+            )
+        return image_size // self.ratio
+
+
+PIXELS = LatentShape(channels=3, ratio=1)  # diffusion in pixel space: no autoencoder
+
+# The two fine-tuned autoencoders of Stable Diffusion. Their shape stands here as well as in their configuration so that
+# a wrong image size is found before they are downloaded.
+HUB_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+HUB_SHAPE = LatentShape(channels=4, ratio=8)
+
+PIXELS_AT_ONCE = 8 * 256 * 256  # what one call of the autoencoder sees: 8 images of 256 px, 2 of 512 px
+
+
+def latent_shape(name):
+    """The LatentShape of a VAE, its weights not loaded: "ema", "mse", "none" (pixels), a local folder, or a hub id.
+
+    Raises ValueError if there is no such VAE.
+    """
+    if name == "none":
+        return PIXELS
+    if name in HUB_VAES:
+        return HUB_SHAPE
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote")
+    try:
+        config = AutoencoderKL.load_config(name)
+        return _shape_of(config)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(_cannot_load(name, error)) from error
+
+
+def load_vae(name, device="cpu"):
+    """The VAE called `name` on the device: a PixelSpace for "none", else a LatentSpace. Names as in latent_shape.
+
+    Raises ValueError, with the reason, if it cannot be loaded or its weights are not complete.
+    """
+    if name == "none":
+        return PixelSpace()
+    latent_shape(name)
+    try:
+        autoencoder, info = AutoencoderKL.from_pretrained(
+            HUB_VAES.get(name, name), torch_dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # diffusers, huggingface_hub and safetensors each raise their own kinds
+        raise ValueError(_cannot_load(name, error)) from error
+    if info["missing_keys"]:
+        raise ValueError(f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as {sorted(info['missing_keys'])[0]}")
+    return LatentSpace(autoencoder.to(device).eval().requires_grad_(False))
+
+
+def _cannot_load(name, error):
+    reason = str(error).strip().split("\n")[0]
+    return (
+        f"cannot load VAE {name!r} ({reason}); give ema or mse (fetched from the Hugging Face hub on first use), a hub id, "
+        "a local folder with config.json and weights, or none for pixels"
+    )
+
+
+def _shape_of(config):
+    return LatentShape(config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
+
+
+class LatentSpace:
+    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent - shift)·scale."""
+
+    def __init__(self, autoencoder):
+        config = autoencoder.config
+        self.autoencoder = autoencoder
+        self.shape = _shape_of(config)
+        self.scale, self.shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+        self.clip_denoised = False
+
+    @torch.no_grad()
+    def moments(self, images):
+        """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled, both (N, C, h, w)."""
+        posteriors = [self.autoencoder.encode(part).latent_dist for part in images.split(_chunk(images, 1))]
+        return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+    def draw(self, mean, std, noise):
+        """A latent (N, C, h, w) from the posterior with these moments, scaled as the network sees it."""
+        return (mean + std * noise - self.shift) * self.scale
+
+    def encode(self, images, noise):
+        """Images (N, 3, H, W) in [-1, 1] and standard normal noise (N, C, h, w) → scaled latents (N, C, h, w)."""
+        return self.draw(*self.moments(images), noise)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1], a fixed number of pixels at a time."""
+        latents = latents / self.scale + self.shift
+        return torch.cat([self.autoencoder.decode(part).sample for part in latents.split(_chunk(latents, self.shape.ratio))])
+
+
+class PixelSpace:
+    """The same interface for diffusion on pixels: images are their own latents."""
+
+    shape = PIXELS
+    clip_denoised = True
+
+    def encode(self, images, noise):
+        """The images themselves; there is no posterior to draw from."""
+        return images
+
+    def decode(self, latents):
+        """The latents themselves."""
+        return latents
+
+
+def _chunk(x, ratio):
+    """How many of x (N, C, h, w), each standing for h·ratio × w·ratio pixels, are handled at once."""
+    return max(1, PIXELS_AT_ONCE // (x.shape[-1] * x.shape[-2] * ratio**2))
+
+
+def from_uint8(images):
+    """Grey levels uint8 (N, 3, H, W) → float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Images (N, 3, H, W) in about [-1, 1] → grey levels uint8 (N, H, W, 3), on the same device."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
