@@ -1,0 +1,155 @@
+"""Fetch the released DiT-XL/2 checkpoints.
+
+    python download.py                         # both
+    python download.py DiT-XL-2-256x256.pt     # one
+
+A download that breaks off is taken up where it stopped. A file gets its name only when its length is the one announced
+and every part of it passes the archive's own CRC-32; before, it is called NAME.partial.
+"""
+import argparse
+import fcntl
+import http.client
+from pathlib import Path
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+
+from tqdm.auto import tqdm
+
+from checkpoints import load_weights
+
+RELEASED = {  # file → the --model and --image-size it is for
+    "DiT-XL-2-256x256.pt": ("DiT-XL/2", 256),
+    "DiT-XL-2-512x512.pt": ("DiT-XL/2", 512),
+}
+pretrained_models = set(RELEASED)
+BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models"
+FOLDER = "pretrained_models"
+TRIES = 5  # in a row without a single new byte
+PATIENCE = 30  # seconds that a silent server is waited for
+BLOCK = 1 << 20
+
+
+def find_model(model_name):
+    """The state dict (EMA where there is one) of a released checkpoint, fetched if need be, or of a local file.
+
+    Raises ValueError if it cannot be had, or is no checkpoint.
+    """
+    return load_weights(download_model(model_name) if model_name in pretrained_models else model_name).tensors
+
+
+def released_name(model, image_size, num_classes):
+    """The released file for these flags. Raises ValueError if none was released."""
+    for name, entry in RELEASED.items():
+        if entry == (model, image_size) and num_classes == 1000:
+            return name
+    known = " and ".join(f"{model} at {size}" for model, size in RELEASED.values())
+    raise ValueError(
+        f"no weights were released for {model} at {image_size} pixels with {num_classes} classes (only for {known}, 1000 "
+        "classes); pass --ckpt"
+    )
+
+
+def download_model(model_name, folder=FOLDER, base_url=BASE_URL):
+    """The path of a released checkpoint in the folder, fetched if it is not there yet.
+
+    Any number of processes may ask at once: one fetches, the others wait for it.
+    Raises ValueError for a name that was not released and for a download that does not come to its end.
+    """
+    if model_name not in pretrained_models:
+        raise ValueError(f"unknown released model {model_name!r}; there are {', '.join(sorted(pretrained_models))}")
+    path = Path(folder) / model_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{model_name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            fetch(f"{base_url}/{model_name}", path)
+    return path
+
+
+def fetch(url, path):
+    """Download url to path by way of path.partial, going on after interruptions. Raises ValueError if that fails."""
+    partial = path.with_name(path.name + ".partial")
+    failures, size = 0, None
+    while size is None or partial.stat().st_size < size:
+        before = partial.stat().st_size if partial.exists() else 0
+        try:
+            size = _receive(url, partial, before)
+            reason = "the connection closed early"
+        except (urllib.error.HTTPError, ValueError) as error:
+            raise ValueError(f"cannot download {url} ({error})") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+        grew = partial.exists() and partial.stat().st_size > before
+        failures = 0 if grew else failures + 1
+        if failures == TRIES:
+            raise ValueError(
+                f"cannot download {url} ({reason}, {TRIES} times in a row); what has come is kept, try again later, or "
+                f"fetch it by other means to {path}"
+            )
+        if not grew:
+            time.sleep(0.2 * failures)
+    _check(partial, size, url)
+    partial.replace(path)
+
+
+def _receive(url, partial, have):
+    """Append to `partial`, which holds `have` bytes, what the server sends; the length of the whole file."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        partial.unlink()  # longer than the file, or as long: begin again
+        return _receive(url, partial, 0)
+    with response:
+        if response.status != 206:
+            have = 0  # the server sends the file from its start
+        length = response.headers["Content-Length"]
+        if length is None:
+            raise ValueError("the server does not say how long the file is")
+        size = have + int(length)
+        with open(partial, "r+b" if have else "wb") as file, tqdm(
+            total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None
+        ) as bar:
+            file.seek(have)
+            while block := response.read(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+    return size
+
+
+def _check(partial, size, url):
+    """Raise ValueError, and remove the file, unless it has the announced size and every CRC-32 in it is right."""
+    got, bad = partial.stat().st_size, "the archive's directory"
+    if got == size and zipfile.is_zipfile(partial):
+        with zipfile.ZipFile(partial) as archive:
+            bad = archive.testzip()
+    if bad is not None:
+        partial.unlink()
+        raise ValueError(f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(RELEASED)}, or DiT-XL/2 for both (the default)")
+    parser.add_argument("--folder", default=FOLDER, help="where to put them (default: %(default)s)")
+    args = parser.parse_args(argv)
+    wanted = []
+    for model in args.models or RELEASED:
+        names = [name for name, (of, _) in RELEASED.items() if model in (name, of)]
+        if not names:
+            parser.error(f"nothing was released as {model!r}; there are {', '.join(RELEASED)}")
+        wanted += names
+    for name in dict.fromkeys(wanted):
+        try:
+            print(download_model(name, args.folder))
+        except (ValueError, OSError) as error:
+            sys.exit(f"download.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

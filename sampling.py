@@ -1,0 +1,236 @@
+"""Labels → images: the loaded network and VAE, guidance, the choice of sampler, and each image's own randomness.
+
+Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
+"""
+from argparse import ArgumentTypeError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoints import Weights, check_fits, load_weights
+from diffusion import create_diffusion
+from diffusion.gaussian_diffusion import GaussianDiffusion
+from download import download_model, released_name
+from models import DiT, DiT_models
+from vae import latent_shape, load_vae, to_uint8
+
+TRAINED_STEPS = 1000
+MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # what the flags say unless told otherwise
+LOOPS = {"ddpm": GaussianDiffusion.p_sample_loop, "ddim": GaussianDiffusion.ddim_sample_loop}
+
+
+def add_sampling_flags(parser, vae, cfg_scale):
+    """Add the flags that decide what is sampled from which network; vae and cfg_scale are their defaults."""
+    network = parser.add_argument_group("network")
+    network.add_argument("--ckpt", help=f"checkpoint or run folder (default: the released {MODEL}, fetched on first use)")
+    network.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of the checkpoint's weights (default: %(default)s)")
+    network.add_argument("--vae", default=vae, help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)")
+    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    bare = parser.add_argument_group("network, for checkpoints that do not say")
+    bare.add_argument("--model", choices=DiT_models, default=MODEL, metavar="MODEL", help=f"one of {', '.join(DiT_models)} (default: %(default)s)")
+    bare.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="in pixels (default: %(default)s)")
+    bare.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="0 for a network without classes (default: %(default)s)")
+    process = parser.add_argument_group("process")
+    process.add_argument("--num-sampling-steps", type=int, default=250, help=f"1 to {TRAINED_STEPS} (default: %(default)s)")
+    process.add_argument("--sampler", choices=LOOPS, default="ddpm", help="ddpm: ancestral sampling; ddim (default: %(default)s)")
+    process.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)")
+    process.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance; 1 is none (default: %(default)s)")
+    process.add_argument("--cfg-channels", type=_channels, default=3, help="latent channels to guide, or all (default: %(default)s)")
+
+
+def _channels(text):
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise ArgumentTypeError(f"{text!r} is neither a number of channels, 1 or more, nor all")
+    return text if text == "all" else int(text)
+
+
+def check_sampling_flags(args):
+    """Raise ValueError for flags that make no sense whatever the checkpoint."""
+    if not 1 <= args.num_sampling_steps <= TRAINED_STEPS:
+        raise ValueError(f"--num-sampling-steps is {args.num_sampling_steps}; it must be from 1 to {TRAINED_STEPS}")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta is {args.eta}; it must be from 0 to 1")
+    if args.eta and args.sampler != "ddim":
+        raise ValueError(f"--eta {args.eta} is for --sampler ddim; {args.sampler} has its own noise")
+    if not np.isfinite(args.cfg_scale):
+        raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
+    if args.image_size < 1 or args.num_classes < 0:
+        raise ValueError(f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least")
+
+
+def choose_device(name):
+    """The torch device called `name`; the GPU, if there is one, for None. Raises ValueError if there is no such device."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave the flag out or pass cpu") from None
+
+
+@dataclass
+class Sampler:
+    """A network and a VAE on one device, and how to sample from them. `classes` are the class names, None if unknown."""
+
+    network: DiT
+    space: object
+    classes: list | None
+    num_sampling_steps: int = 250
+    sampler: str = "ddpm"
+    eta: float = 0.0
+    cfg_scale: float = 1.0
+    cfg_channels: int | str = 3
+
+    def __post_init__(self):
+        self.diffusion = create_diffusion(str(self.num_sampling_steps))
+        side = self.network.input_size
+        self.latent = (self.network.in_channels, side, side)
+        if self.cfg_scale != 1 and self.network.null_label is None:
+            raise ValueError(f"--cfg-scale {self.cfg_scale}: the network has no null class to guide against; pass --cfg-scale 1")
+        if self.cfg_channels != "all" and self.cfg_channels > max(3, self.network.in_channels):
+            raise ValueError(f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all")
+
+    def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+        """Latents (N, C, h, w) for labels (N,) from noise x_T; noise_fn draws for the doubled batch where there is guidance."""
+        n, conditions = len(noise), {}
+        model, x = self.network, noise
+        if self.network.num_classes:
+            conditions["y"] = labels
+        if self.cfg_scale != 1:
+            null = torch.full_like(labels, self.network.null_label)
+            conditions = dict(y=torch.cat([labels, null]), cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels)  # (2N,)
+            model, x = self.network.forward_with_cfg, torch.cat([noise, noise])  # (2N, C, h, w)
+        extra = {"eta": self.eta} if self.sampler == "ddim" else {}
+        out = LOOPS[self.sampler](
+            self.diffusion, model, x.shape, x, clip_denoised=self.space.clip_denoised, model_kwargs=conditions,
+            progress=progress, noise_fn=noise_fn, **extra,
+        )  # fmt: skip
+        return out[:n]
+
+    def images(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+        """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`."""
+        return to_uint8(self.space.decode(self.latents(labels, noise, noise_fn, progress)))
+
+
+def load_sampler(args, device):
+    """The Sampler that the flags ask for. Everything that can be wrong is found before the VAE's weights are loaded.
+
+    Raises ValueError for a checkpoint, VAE and flags that do not fit together.
+    """
+    shape = latent_shape(args.vae)
+    if args.ckpt is None:
+        name = released_name(args.model, args.image_size, args.num_classes)
+        shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
+        weights = load_weights(download_model(name))
+        weights = weights._replace(classes=weights.classes or imagenet_names())
+    else:
+        weights = load_weights(args.ckpt, args.weights)
+    network = build_network(args, weights, shape).to(device)
+    options = {key: getattr(args, key) for key in ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels")}
+    sampler = Sampler(network, None, weights.classes, **options)
+    sampler.space = load_vae(args.vae, device)
+    return sampler
+
+
+def build_network(args, weights: Weights, shape):
+    """The network with these weights, in float32 and for evaluation, from its own configuration or else from the flags.
+
+    Raises ValueError if a flag contradicts the configuration, or the weights or the VAE do not fit.
+    """
+    origin = args.ckpt or "the released checkpoint"
+    with torch.device("meta"):
+        if weights.config is None:
+            side = shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
+            network = DiT_models[args.model](input_size=side, in_channels=shape.channels, num_classes=args.num_classes)
+        else:
+            network = _from_config(weights.config, origin)
+            _check_flags(args, network, shape, origin)
+    check_fits(network, weights.tensors, origin)
+    network.load_state_dict(weights.tensors, assign=True)
+    return network.float().eval().requires_grad_(False)
+
+
+def _from_config(config, origin):
+    try:
+        return DiT(**config)
+    except TypeError as error:
+        raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
+
+
+def _check_flags(args, network, shape, origin):
+    """Raise ValueError if the VAE, or a flag that is not at its default, contradicts the network."""
+    if shape.channels != network.in_channels:
+        raise ValueError(
+            f"--vae {args.vae} has {shape.channels} channels, the network of {origin} takes {network.in_channels}; "
+            "pass the VAE that it was trained with"
+        )
+    sizes = DiT_models[args.model].keywords
+    same_model = all(network.config[key] == value for key, value in sizes.items())
+    found = {
+        "--model": (args.model, args.model if same_model else "another size", MODEL),
+        "--image-size": (args.image_size, network.input_size * shape.ratio, IMAGE_SIZE),
+        "--num-classes": (args.num_classes, network.num_classes, NUM_CLASSES),
+    }
+    for flag, (given, own, default) in found.items():
+        if given not in (own, default):
+            raise ValueError(f"{flag} is {given}, but {origin} is of {own}; leave the flag out, the checkpoint says it itself")
+
+
+def imagenet_names():
+    """The names of the 1,000 ImageNet classes in index order, as torchvision has them."""
+    from torchvision.models import ResNet18_Weights
+
+    return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+
+
+class ImageNoise:
+    """Normal noise in which image i of the run depends on (seed, i) alone: a noise_fn for the steps and loops.
+
+    Called with x (N, ...), or with a doubled batch (2N, ...), it returns the next draws of the N images, twice if doubled.
+    """
+
+    def __init__(self, seed, indices, device):
+        # Neighbouring words, not hashes: two images of a run cannot share one, and CPU generators use 32 bits of it.
+        base = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+        self.generators = [torch.Generator(device).manual_seed((base + i) % 2**64) for i in indices]
+
+    def __call__(self, x):
+        n = len(self.generators)
+        if len(x) not in (n, 2 * n):
+            raise ValueError(f"noise for {n} images was asked for a batch of {len(x)}; it must be as many, or twice")
+        drawn = torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in self.generators])
+        return drawn if len(x) == n else torch.cat([drawn, drawn])
+
+
+def random_labels(seed, indices, num_classes):
+    """A uniformly drawn label for each image index, int64 (N,), that depends on (seed, index) alone."""
+    return torch.tensor([np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64)
+
+
+def check_writable(path):
+    """Raise ValueError unless a file can be written at path."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    probe = path.parent / f".{path.name}.probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable") from None
+
+
+@contextmanager
+def tf32(enabled):
+    """Within it, float32 matrix products and convolutions on NVIDIA GPUs use TF32 or not; afterwards as before."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

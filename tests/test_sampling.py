@@ -1,0 +1,385 @@
+"""sampling.py, sample.py and sample_ddp.py: what is drawn from what, the picture, the files, and what users get wrong."""
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from diffusers import AutoencoderKL
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from checkpoints import Weights, save_checkpoint, save_weights
+from conftest import ROOT, fill_randomly
+from diffusion import create_diffusion
+from models import DiT, DiT_models
+import sample
+import sample_ddp
+from sampling import ImageNoise, Sampler, build_network, check_writable, choose_device, random_labels, tf32
+from vae import PixelSpace, load_vae, to_uint8
+
+CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+NAMES = [f"digit {i}" for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A folder with an autoencoder of ratio 2 and random weights."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[4, 8],
+        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=8,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A checkpoint with configuration and class names, of random weights."""
+    path = tmp_path_factory.mktemp("ckpt") / "dit.safetensors"
+    save_weights(path, Weights(fill_randomly(DiT(**CONFIG)).state_dict(), CONFIG, NAMES))
+    return str(path)
+
+
+def write_bare(path, wrap=lambda state: state, **changes):
+    """A file with the state dict of a DiT-Ti/4 for 8-pixel images behind a VAE of ratio 2 alone."""
+    network = fill_randomly(DiT_models["DiT-Ti/4"](**{"input_size": 4, "num_classes": 10, **changes}))
+    save_checkpoint(path, wrap(network.state_dict()))
+    return network
+
+
+def sampled(tmp_path, *flags):
+    """sample.main with these flags; the picture as an array."""
+    output = tmp_path / "out.png"
+    sample.main(["--output", str(output), "--num-sampling-steps", "3", "--device", "cpu", *flags])
+    return np.asarray(Image.open(output))
+
+
+def test_flags_found_in_the_wild_keep_their_defaults():
+    args = vars(sample.build_parser().parse_args([]))
+    wild = dict(
+        model="DiT-XL/2", vae="mse", image_size=256, num_classes=1000, cfg_scale=4.0, num_sampling_steps=250, seed=0, ckpt=None
+    )
+    ours = dict(class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3)
+    assert args == wild | ours
+    args = vars(sample_ddp.build_parser().parse_args([]))
+    wild = dict(
+        model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50000, image_size=256,
+        num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True, ckpt=None,
+    )  # fmt: skip
+    ours = dict(sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3)
+    assert args == wild | ours
+    assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt):
+    """Seed, then x_T, then one draw of the doubled batch per step: what other implementations do."""
+    got = sampled(tmp_path, "--ckpt", ckpt, "--vae", vae, "--class-labels", "3", "digit 1", "--seed", "5")
+    network = fill_randomly(DiT(**CONFIG)).eval()
+    torch.manual_seed(5)
+    z = torch.randn(2, 4, 4, 4)
+    z, y = torch.cat([z, z]), torch.tensor([3, 1, 10, 10])
+    with torch.no_grad():
+        for t in (999, 500, 0):
+            process = create_diffusion("3")
+            step = {999: 2, 500: 1, 0: 0}[t]
+            assert process.timestep_map[step] == t
+            z = process.p_sample(
+                network.forward_with_cfg, z, torch.full((4,), step), clip_denoised=False, model_kwargs=dict(y=y, cfg_scale=4.0)
+            )["sample"]
+    tiles = to_uint8(load_vae(vae).decode(z[:2])).numpy()
+    factor = sample.LEAST_TILE // 8
+    for i, tile in enumerate(tiles):
+        left = sample.MARGIN + i * (96 + sample.MARGIN)
+        assert np.array_equal(got[sample.MARGIN : sample.MARGIN + 96, left : left + 96], tile.repeat(factor, 0).repeat(factor, 1))
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_sampler_calls_the_process_as_asked(sampler, eta, scale):
+    network, noise, labels = fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval(), torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
+    ours = Sampler(network, PixelSpace(), None, 4, sampler, eta, scale, "all")
+    torch.manual_seed(1)
+    got = ours.latents(labels, noise)
+    torch.manual_seed(1)
+    process = create_diffusion("4")
+    loop, extra = (process.p_sample_loop, {}) if sampler == "ddpm" else (process.ddim_sample_loop, {"eta": eta})
+    if scale == 1:
+        want = loop(network, noise.shape, noise, clip_denoised=True, model_kwargs=dict(y=labels), **extra)
+    else:
+        y = torch.cat([labels, torch.tensor([10, 10])])
+        kwargs = dict(y=y, cfg_scale=scale, cfg_channels=3)
+        want = loop(network.forward_with_cfg, (4, 3, 4, 4), torch.cat([noise, noise]), clip_denoised=True, model_kwargs=kwargs, **extra)[:2]
+    assert torch.equal(got, want) and got.abs().max() <= 1.0
+
+
+def test_no_guidance_means_no_doubled_batch():
+    sizes = []
+    network = fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval()
+    network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    for scale in (1.0, 2.0):
+        Sampler(network, PixelSpace(), None, 2, cfg_scale=scale).images(torch.tensor([0, 1, 2]), torch.randn(3, 3, 4, 4))
+    assert sizes == [3, 3, 6, 6]
+
+
+def test_guided_channels_matter(tmp_path, vae, ckpt):
+    pictures = [sampled(tmp_path, "--ckpt", ckpt, "--vae", vae, "--cfg-channels", n) for n in ("3", "all", "4")]
+    assert not np.array_equal(pictures[0], pictures[1]) and np.array_equal(pictures[1], pictures[2])
+
+
+def test_grid_has_four_to_a_row_and_a_caption_under_each():
+    images = np.zeros((6, 128, 128, 3), np.uint8)
+    plain, labelled = sample.picture(images, [""] * 6), sample.picture(images, ["a tench or two, quite a long name indeed"] * 6)
+    assert plain.size == (4 * 132 + 4, 2 * 132 + 4)
+    assert labelled.size == (4 * 132 + 4, 2 * (132 + sample.FONT_SIZE + sample.MARGIN) + 4)
+    strip = np.asarray(labelled)[4 + 128 : 4 + 128 + sample.FONT_SIZE, :132]
+    assert (strip < 100).any()
+    between = np.asarray(labelled)[4 + 128 :, 132:136]  # the margin between columns stays clear of long names
+    assert (between[: sample.FONT_SIZE] == 255).all()
+
+
+def test_default_labels_and_names():
+    assert sample.parse_labels(None, 1000, None) == sample.IMAGENET_LABELS
+    assert sample.parse_labels(None, 10, NAMES) == list(range(8))
+    assert sample.parse_labels(None, 3, None) == [0, 1, 2]
+    assert sample.parse_labels(["digit 7", "0"], 10, NAMES) == [7, 0]
+    assert sample.captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and sample.captions([7], 10, None) == ["7"]
+
+
+def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):
+    network = write_bare(tmp_path / "a.pt")
+    write_bare(tmp_path / "b.pt", wrap=lambda state: {"model": {}, "ema": {f"module.{k}": v for k, v in state.items()}})
+    flags = ["--vae", vae, "--model", "DiT-Ti/4", "--image-size", "8", "--num-classes", "10"]
+    a, b = (sampled(tmp_path, "--ckpt", str(tmp_path / name), *flags) for name in ("a.pt", "b.pt"))
+    assert np.array_equal(a, b)
+    args = sample.build_parser().parse_args(flags)
+    built = build_network(args, Weights(network.state_dict(), None, None), load_vae(vae).shape)
+    assert all(torch.equal(x, y) for x, y in zip(built.state_dict().values(), network.state_dict().values(), strict=True))
+    assert not built.training and not any(p.requires_grad for p in built.parameters())
+
+
+def test_half_precision_weights_are_sampled_in_float32(tmp_path, vae):
+    write_bare(tmp_path / "half.pt", wrap=lambda state: {k: v.half() for k, v in state.items()})
+    flags = ["--vae", vae, "--model", "DiT-Ti/4", "--image-size", "8", "--num-classes", "10"]
+    assert sampled(tmp_path, "--ckpt", str(tmp_path / "half.pt"), *flags).any()
+
+
+def test_raw_weights_differ_from_ema(tmp_path, vae):
+    states = [fill_randomly(DiT(**CONFIG), seed).state_dict() for seed in (0, 1)]
+    save_checkpoint(tmp_path / "c.pt", {"model": states[0], "ema": states[1], "config": CONFIG, "classes": None})
+    pictures = [sampled(tmp_path, "--ckpt", str(tmp_path / "c.pt"), "--vae", vae, "--weights", w) for w in ("raw", "ema")]
+    assert not np.array_equal(*pictures)
+
+
+def test_network_without_classes(tmp_path, vae):
+    config = {**CONFIG, "num_classes": 0}
+    save_weights(tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
+    flags = ["--ckpt", str(tmp_path / "u.safetensors"), "--vae", vae, "--cfg-scale", "1"]
+    assert sampled(tmp_path, *flags).shape[:2] == (204, 404)
+    sample_ddp.main([*flags, "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path / "s")])
+    assert len(list((tmp_path / "s").glob("*/*.png"))) == 2
+
+
+BAD = [
+    (["--model", "DiT-XXL/2"], "invalid choice: 'DiT-XXL/2'"),
+    (["--num-sampling-steps", "0"], "--num-sampling-steps is 0; it must be from 1 to 1000"),
+    (["--num-sampling-steps", "1001"], "--num-sampling-steps is 1001"),
+    (["--eta", "0.5"], "--eta 0.5 is for --sampler ddim"),
+    (["--sampler", "ddim", "--eta", "2"], "--eta is 2.0"),
+    (["--cfg-scale", "nan"], "--cfg-scale is nan"),
+    (["--cfg-channels", "0"], "neither a number of channels, 1 or more, nor all"),
+    (["--cfg-channels", "9"], "--cfg-channels 9: the latents have 4"),
+    (["--class-labels", "10"], "--class-labels 10: give a number from 0 to 9 or one of the names digit 0"),
+    (["--class-labels", "-1"], "--class-labels -1: give a number from 0 to 9"),
+    (["--class-labels", "dog"], "--class-labels dog: give a number from 0 to 9"),
+    (["--output", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
+    (["--output", "/proc/a.png"], "cannot write /proc/a.png"),
+    (["--output", "tests"], "tests is a folder"),
+    (["--output", "/tmp/picture.xyz"], ".xyz is not an image format"),
+    (["--vae", "none"], "--vae none has 3 channels, the network of"),
+    (["--ckpt", "missing.pt"], "there is no checkpoint missing.pt"),
+    (["--device", "warp"], "--device warp cannot be used"),
+    (["--image-size", "64"], "--image-size is 64, but"),
+    (["--num-classes", "7"], "--num-classes is 7, but"),
+    (["--model", "DiT-B/4"], "--model is DiT-B/4, but"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_a_mistake_gets_one_message_before_sampling(tmp_path, capsys, monkeypatch, vae, ckpt, flags, message):
+    monkeypatch.setattr(Sampler, "images", lambda *_: pytest.fail("sampling began"))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", ckpt, "--vae", vae, "--device", "cpu", "--output", str(tmp_path / "o.png"), *flags])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_bare_state_dict_of_another_configuration(tmp_path, capsys, vae):
+    write_bare(tmp_path / "a.pt")
+    flags = ["--ckpt", str(tmp_path / "a.pt"), "--vae", vae, "--image-size", "8", "--output", str(tmp_path / "o.png")]
+    for more, message in [
+        (["--model", "DiT-Ti/4"], "y_embedder.embedding_table.weight is (11, 128), wanted (1001, 128)"),
+        (["--model", "DiT-S/4", "--num-classes", "10"], "and"),
+        (["--model", "DiT-Ti/8", "--num-classes", "10"], "image size 8 is not a multiple of 16"),
+    ]:
+        with pytest.raises(SystemExit):
+            sample.main([*flags, *more])
+        error = capsys.readouterr().err
+        assert message in error and ("of another configuration" in error or "not a multiple" in error)
+
+
+def test_guidance_needs_a_null_class(tmp_path, capsys, vae):
+    config = {**CONFIG, "class_dropout_prob": 0.0}
+    save_weights(tmp_path / "n.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
+    with pytest.raises(SystemExit):
+        sampled(tmp_path, "--ckpt", str(tmp_path / "n.safetensors"), "--vae", vae)
+    assert "the network has no null class to guide against; pass --cfg-scale 1" in capsys.readouterr().err
+    assert sampled(tmp_path, "--ckpt", str(tmp_path / "n.safetensors"), "--vae", vae, "--cfg-scale", "1").any()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "no weights were released for DiT-S/2"), (["--image-size", "128"], "no weights were released"),
+    (["--num-classes", "10", "--model", "DiT-XL/2"], "no weights were released"),
+])  # fmt: skip
+def test_without_checkpoint_only_released_models_can_be_sampled(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        sample.main(["--model", "DiT-S/2", "--output", str(tmp_path / "o.png"), *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_sample_as_a_command(tmp_path, vae, ckpt):
+    (tmp_path / "a.png").write_bytes(b"a picture of before")
+    command = [sys.executable, "sample.py", "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "2", "--output", str(tmp_path / "a.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 images of 8x8 pixels" in done.stdout and Image.open(tmp_path / "a.png").size == (404, 2 * 116 + 4)
+
+
+# ---- image noise, labels, settings ----
+
+
+def test_noise_of_an_image_depends_on_seed_and_index_alone():
+    whole, part = ImageNoise(3, range(6), "cpu"), ImageNoise(3, [4, 2], "cpu")
+    x = torch.empty(6, 2, 3, 3)
+    first, second = whole(x), whole(x)
+    assert torch.equal(part(x[:2]), first[[4, 2]]) and torch.equal(part(x[:2]), second[[4, 2]])
+    assert len({tuple(row.flatten().tolist()) for row in torch.cat([first, second, ImageNoise(4, range(6), "cpu")(x)])}) == 18
+    assert abs(ImageNoise(0, range(4000), "cpu")(torch.empty(4000, 4)).std() - 1) < 0.02
+
+
+def test_noise_for_a_doubled_batch_is_the_same_twice_and_leaves_torch_alone():
+    state = torch.get_rng_state()
+    noise = ImageNoise(0, range(3), "cpu")(torch.empty(6, 5))
+    assert torch.equal(noise[:3], noise[3:]) and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="batch of 4"):
+        ImageNoise(0, range(3), "cpu")(torch.empty(4, 5))
+
+
+def test_labels_of_images_depend_on_seed_and_index_alone():
+    labels = random_labels(1, range(2000), 10)
+    assert torch.equal(random_labels(1, [7, 1500], 10), labels[[7, 1500]]) and not torch.equal(random_labels(2, range(2000), 10), labels)
+    assert torch.bincount(labels, minlength=10).min() > 150
+
+
+def test_tf32_is_put_back():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with pytest.raises(KeyError), tf32(True):
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+        raise KeyError
+    with tf32(False):
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_checks_leave_no_trace(tmp_path):
+    check_writable(tmp_path / "new.png")
+    assert not list(tmp_path.iterdir()) and choose_device("cpu").type == "cpu"
+
+
+# ---- sample_ddp.py ----
+
+
+def many(ckpt, vae, folder, *flags):
+    """sample_ddp.main with 7 images; the folder of PNGs and the array in the .npz."""
+    sample_ddp.main([
+        "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3", "--per-proc-batch-size", "2",
+        "--device", "cpu", "--sample-dir", str(folder), *flags,
+    ])  # fmt: skip
+    (npz,) = Path(folder).glob("*.npz")
+    return npz.with_suffix("") if npz.with_suffix("").is_dir() else Path(str(npz)[:-4]), np.load(npz)["arr_0"]
+
+
+def test_files_are_whole_and_named_as_evaluations_expect(tmp_path, vae, ckpt):
+    folder, array = many(ckpt, vae, tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == [*(f"{i:06d}.png" for i in range(7)), "manifest.json"]
+    assert array.shape == (7, 8, 8, 3) and array.dtype == np.uint8
+    for i in range(7):
+        assert np.array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), array[i])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["num_sampling_steps"] == 3 and manifest["network"]["hidden_size"] == 16 and len(manifest["checkpoint_sha256"]) == 64
+
+
+def test_batch_size_moves_no_pixel_by_more_than_a_grey_level(tmp_path, vae, ckpt):
+    arrays = [many(ckpt, vae, tmp_path / n, "--per-proc-batch-size", n)[1].astype(int) for n in ("2", "3", "7")]
+    assert max(abs(arrays[0] - other).max() for other in arrays[1:]) <= 1
+
+
+def test_images_are_those_of_their_label_and_noise(tmp_path, vae, ckpt):
+    _, array = many(ckpt, vae, tmp_path, "--cfg-scale", "1")
+    noise_fn = ImageNoise(0, [5], "cpu")
+    x, labels = noise_fn(torch.empty(1, 4, 4, 4)), random_labels(0, [5], 10)
+    network = fill_randomly(DiT(**CONFIG)).eval()
+    x = create_diffusion("3").p_sample_loop(
+        network, x.shape, x, clip_denoised=False, model_kwargs=dict(y=labels), noise_fn=noise_fn
+    )
+    assert abs(to_uint8(load_vae(vae).decode(x))[0].numpy().astype(int) - array[5]).max() <= 1
+
+
+def test_restart_makes_only_what_is_missing(tmp_path, vae, ckpt, monkeypatch):
+    folder, array = many(ckpt, vae, tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    (folder / "000003.png").rename(folder / ".000003.png.9-9.partial")
+    (tmp_path / f"{folder.name}.npz").unlink()
+    batches, images = [], Sampler.images
+    monkeypatch.setattr(Sampler, "images", lambda self, labels, *rest: batches.append(len(labels)) or images(self, labels, *rest))
+    again = many(ckpt, vae, tmp_path)[1]
+    assert batches == [2] and np.array_equal(again, array)
+    assert all(before[p.name] == p.stat().st_mtime_ns for p in folder.glob("*.png") if p.name != "000003.png")
+
+
+def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
+    for flags in (["--cfg-scale", "2"], ["--global-seed", "1"], ["--sampler", "ddim"], ["--num-fid-samples", "3"], ["--cfg-channels", "all"]):
+        many_flags = ["--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path)]
+        sample_ddp.main([*many_flags, *flags])
+    assert len(list(tmp_path.glob("*.npz"))) == 5
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt):
+    flags = [
+        "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3", "--per-proc-batch-size", "2",
+        "--device", "cpu",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, "sample_ddp.py", *flags, "--sample-dir", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in launchers]
+    assert len(files[0]) == 9
+    assert [p.relative_to(tmp_path / "one") for p in files[0]] == [p.relative_to(tmp_path / "two") for p in files[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--num-fid-samples", "0"], "--num-fid-samples is 0"), (["--per-proc-batch-size", "0"], "--per-proc-batch-size is 0"),
+    (["--global-seed", "-1"], "--global-seed is -1"), (["--sample-dir", "/proc/samples"], "cannot write to /proc/samples"),
+])  # fmt: skip
+def test_mistakes_of_sample_ddp(tmp_path, capsys, vae, ckpt, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        many(ckpt, vae, tmp_path, *flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
