@@ -5,7 +5,7 @@ DIGITS = demo/digits
 VAE = examples/digits/vae
 DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-steps 50 --cfg-scale 1.5
 
-.PHONY: demo test
+.PHONY: demo test test-long
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,3 +24,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# What takes longer: the demo itself, its time and the digits that it learns to draw.
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m long

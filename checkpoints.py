@@ -5,6 +5,7 @@ Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args,
 .safetensors file with `config` and `classes` as JSON in its metadata. Nothing is ever unpickled beyond tensors, plain
 containers and the argparse.Namespace that older training scripts stored.
 """
+
 import argparse
 import json
 import os
@@ -18,7 +19,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # left in names by DistributedDataParallel and torch.compile
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod)\."
+)  # left in names by DistributedDataParallel and torch.compile
 
 
 class Weights(NamedTuple):
@@ -72,7 +75,9 @@ def read_checkpoint(path):
             ) from None
         raise ValueError(_broken(path)) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{_broken(path)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+        raise ValueError(
+            f"{_broken(path)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dict")
     return contents
@@ -91,7 +96,9 @@ def _read_safetensors(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, *(json.loads(metadata.get(key, "null")) for key in ("config", "classes"))
     except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is cut short or not a safetensors file ({error}); download or copy it again") from None
+        raise ValueError(
+            f"{path} is cut short or not a safetensors file ({error}); download or copy it again"
+        ) from None
 
 
 def clean_names(tensors):
@@ -105,7 +112,9 @@ def check_fits(network, tensors, origin):
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     differences = [f"{name} is missing" for name in want if name not in got]
     differences += [f"{name} is not in the network" for name in got if name not in want]
-    differences += [f"{name} is {got[name]}, wanted {want[name]}" for name in want if name in got and got[name] != want[name]]
+    differences += [
+        f"{name} is {got[name]}, wanted {want[name]}" for name in want if name in got and got[name] != want[name]
+    ]
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise ValueError(

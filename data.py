@@ -3,6 +3,7 @@
 What a batch holds is a function of the seed and the step alone: neither the number of processes nor of workers matters.
 Batches are uint8 (n, 3, S, S), n the share of one process of the global batch.
 """
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ def list_images(root, num_classes):
         folder = ImageFolder(root)
     except FileNotFoundError as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"--data-path {root}: {reason} One folder of images per class is wanted, or --num-classes 0") from error
+        raise ValueError(
+            f"--data-path {root}: {reason} One folder of images per class is wanted, or --num-classes 0"
+        ) from error
     if len(folder.classes) > num_classes:
         raise ValueError(
             f"--data-path {root} has {len(folder.classes)} class folders, --num-classes is {num_classes}: there is no room "

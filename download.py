@@ -6,6 +6,7 @@
 A download that breaks off is taken up where it stopped. A file gets its name only when its length is the one announced
 and every part of it passes the archive's own CRC-32; before, it is called NAME.partial.
 """
+
 import argparse
 import fcntl
 import http.client
@@ -112,9 +113,10 @@ def _receive(url, partial, have):
         if length is None:
             raise ValueError("the server does not say how long the file is")
         size = have + int(length)
-        with open(partial, "r+b" if have else "wb") as file, tqdm(
-            total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None
-        ) as bar:
+        with (
+            open(partial, "r+b" if have else "wb") as file,
+            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None) as bar,
+        ):
             file.seek(have)
             while block := response.read(BLOCK):
                 file.write(block)
@@ -133,10 +135,16 @@ def _check(partial, size, url):
         raise ValueError(f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again")
 
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(RELEASED)}, or DiT-XL/2 for both (the default)")
+    released = ", ".join(RELEASED)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{released}, or DiT-XL/2 for both (the default)")
     parser.add_argument("--folder", default=FOLDER, help="where to put them (default: %(default)s)")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     wanted = []
     for model in args.models or RELEASED:

@@ -4,6 +4,7 @@ The whole network in reading order: modulation, embedders, block, final layer, D
 
 Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, T = (H/P)·(W/P) tokens, D width.
 """
+
 from functools import partial
 import math
 
@@ -66,7 +67,9 @@ class LabelEmbedder(nn.Module):
         Raises ValueError if the model was built without dropout and so has no null label.
         """
         if self.null_label is None:
-            raise ValueError("no label can be dropped: the model was built with class_dropout_prob=0; build it with more")
+            raise ValueError(
+                "no label can be dropped: the model was built with class_dropout_prob=0; build it with more"
+            )
         if force_drop_ids is None:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
         else:
@@ -217,17 +220,21 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
         """The output (2N, C_out, H, W) with the noise guided: null + cfg_scale·(cond - null) (Ho & Salimans 2022, eq. 6).
 
-        The batch is doubled: labels y (2N,) hold N labels and then N null labels; both halves are evaluated on the
-        first half of x (2N, C, H, W) and t (2N,). The first cfg_channels channels of the noise are guided, at most
-        in_channels; "all" stands for in_channels. They come back equal in both halves; every other channel stays the
+        The batch is doubled: labels y (2N,) hold N labels and then N null labels, steps t (2N,) the same N twice; both
+        halves are evaluated on the first half of x (2N, C, H, W). The first cfg_channels channels of the noise are
+        guided, at most in_channels; "all" stands for in_channels. They come back equal in both halves; every other channel stays the
         half's own. Three is what the released samples were made with.
 
-        Raises ValueError if the network has no null label or the batch is odd.
+        Raises ValueError if the network has no null label, the batch is odd, or cfg_channels is something else.
         """
         if self.null_label is None:
-            raise ValueError("guidance needs a null label, which a network with class_dropout_prob=0 or num_classes=0 lacks")
+            raise ValueError(
+                "guidance needs a null label, which a network with class_dropout_prob=0 or num_classes=0 lacks"
+            )
         if len(x) % 2:
             raise ValueError(f"guidance takes a doubled batch, an even number of samples; got {len(x)}")
+        if cfg_channels != "all" and not (isinstance(cfg_channels, int) and cfg_channels > 0):
+            raise ValueError(f"cfg_channels is {cfg_channels!r}; give a number of channels, 1 or more, or 'all'")
         guided = self.in_channels if cfg_channels == "all" else min(cfg_channels, self.in_channels)
         half = len(x) // 2
         out = self(torch.cat([x[:half], x[:half]]), t, y)
@@ -236,10 +243,18 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
 
 
-def check_sizes(input_size, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, **_):
+def check_sizes(class_dropout_prob, num_classes, mlp_ratio, learn_sigma, **sizes):
     """Raise ValueError for arguments of DiT that do not fit together."""
-    if patch_size < 1 or input_size < 1 or input_size % patch_size:
-        raise ValueError(f"input_size {input_size} is not a positive multiple of patch_size {patch_size}; choose one that is")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    input_size, patch_size, hidden_size, num_heads = (
+        sizes[key] for key in ("input_size", "patch_size", "hidden_size", "num_heads")
+    )
+    if input_size % patch_size:
+        raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}; choose one that is")
+    if mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio is {mlp_ratio}; it must be above 0")
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
     if not 0 <= class_dropout_prob <= 1:
@@ -277,7 +292,9 @@ PATCH_SIZES = {"Ti": (1, 2, 4, 8), "S": (2, 4, 8), "B": (2, 4, 8), "L": (2, 4, 8
 
 # "DiT-XL/2" → a factory that takes DiT's other arguments as keywords.
 DiT_models = {
-    f"DiT-{size}/{patch}": partial(DiT, patch_size=patch, **SIZES[size]) for size in SIZES for patch in PATCH_SIZES[size]
+    f"DiT-{size}/{patch}": partial(DiT, patch_size=patch, **SIZES[size])
+    for size in SIZES
+    for patch in PATCH_SIZES[size]
 }
 DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{patch}"] for patch in PATCH_SIZES["XL"])
 DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{patch}"] for patch in PATCH_SIZES["L"])

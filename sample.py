@@ -7,6 +7,7 @@
 
 A checkpoint of this project says itself how its network is built; for others --model, --image-size and --num-classes do.
 """
+
 import argparse
 
 import numpy as np
@@ -24,9 +25,16 @@ MARGIN, FONT_SIZE = 4, 12
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     picture = parser.add_argument_group("picture")
-    picture.add_argument("--class-labels", nargs="+", metavar="LABEL", help="numbers, or names if the checkpoint knows them (default: eight classes)")
+    picture.add_argument(
+        "--class-labels",
+        nargs="+",
+        metavar="LABEL",
+        help="numbers, or names if the checkpoint knows them (default: eight classes)",
+    )
     picture.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    picture.add_argument("--output", default="sample.png", help="file to write, replaced if it exists (default: %(default)s)")
+    picture.add_argument(
+        "--output", default="sample.png", help="file to write, replaced if it exists (default: %(default)s)"
+    )
     add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
     return parser
 
@@ -71,7 +79,9 @@ def parse_labels(given, num_classes, classes):
     for text in given:
         label = int(text) if text.lstrip("-").isdecimal() else names.get(text)
         if label is None or not 0 <= label < num_classes:
-            known = f" or one of the names {', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}" if names else ""
+            known = (
+                f" or one of the names {', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}" if names else ""
+            )
             raise ValueError(f"--class-labels {text}: give a number from 0 to {num_classes - 1}{known}")
         labels.append(label)
     return labels

@@ -7,6 +7,7 @@ Image i, its label included, depends on --global-seed and i alone, however the w
 SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W, 3)), where NAME tells the options and
 ends in a hash of all that decides the content; NAME/manifest.json lists it. The same command goes on where it stopped.
 """
+
 import argparse
 from functools import partial
 import hashlib
@@ -38,10 +39,17 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run = parser.add_argument_group("run")
     run.add_argument("--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)")
-    run.add_argument("--per-proc-batch-size", type=int, default=32, help="images at a time in each process (default: %(default)s)")
+    run.add_argument(
+        "--per-proc-batch-size", type=int, default=32, help="images at a time in each process (default: %(default)s)"
+    )
     run.add_argument("--sample-dir", default="samples", help="where folder and .npz go (default: %(default)s)")
     run.add_argument("--global-seed", type=int, default=0, help="(default: %(default)s)")
-    run.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)")
+    run.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)",
+    )
     add_sampling_flags(parser, vae="ema", cfg_scale=1.5)
     return parser
 
@@ -152,9 +160,14 @@ def pack(folder, count):
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
 
     def write(file):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
-            zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True  # without a time: equal images make equal files
-        ) as array:
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(
+                zipfile.ZipInfo("arr_0.npy"),
+                "w",
+                force_zip64=True,  # without a time: equal images make equal files
+            ) as array,
+        ):
             np.lib.format.write_array_header_1_0(array, header)
             for i in range(count):
                 array.write(np.asarray(Image.open(image_path(folder, i)).convert("RGB")).tobytes())

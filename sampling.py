@@ -2,6 +2,7 @@
 
 Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
+
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,20 +26,47 @@ LOOPS = {"ddpm": GaussianDiffusion.p_sample_loop, "ddim": GaussianDiffusion.ddim
 def add_sampling_flags(parser, vae, cfg_scale):
     """Add the flags that decide what is sampled from which network; vae and cfg_scale are their defaults."""
     network = parser.add_argument_group("network")
-    network.add_argument("--ckpt", help=f"checkpoint or run folder (default: the released {MODEL}, fetched on first use)")
-    network.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of the checkpoint's weights (default: %(default)s)")
-    network.add_argument("--vae", default=vae, help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)")
+    network.add_argument(
+        "--ckpt", help=f"checkpoint or run folder (default: the released {MODEL}, fetched on first use)"
+    )
+    network.add_argument(
+        "--weights",
+        choices=["ema", "raw"],
+        default="ema",
+        help="which of the checkpoint's weights (default: %(default)s)",
+    )
+    network.add_argument(
+        "--vae", default=vae, help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
+    )
     network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     bare = parser.add_argument_group("network, for checkpoints that do not say")
-    bare.add_argument("--model", choices=DiT_models, default=MODEL, metavar="MODEL", help=f"one of {', '.join(DiT_models)} (default: %(default)s)")
+    bare.add_argument(
+        "--model",
+        choices=DiT_models,
+        default=MODEL,
+        metavar="MODEL",
+        help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
+    )
     bare.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="in pixels (default: %(default)s)")
-    bare.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="0 for a network without classes (default: %(default)s)")
+    bare.add_argument(
+        "--num-classes", type=int, default=NUM_CLASSES, help="0 for a network without classes (default: %(default)s)"
+    )
     process = parser.add_argument_group("process")
-    process.add_argument("--num-sampling-steps", type=int, default=250, help=f"1 to {TRAINED_STEPS} (default: %(default)s)")
-    process.add_argument("--sampler", choices=LOOPS, default="ddpm", help="ddpm: ancestral sampling; ddim (default: %(default)s)")
-    process.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)")
-    process.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance; 1 is none (default: %(default)s)")
-    process.add_argument("--cfg-channels", type=_channels, default=3, help="latent channels to guide, or all (default: %(default)s)")
+    process.add_argument(
+        "--num-sampling-steps", type=int, default=250, help=f"1 to {TRAINED_STEPS} (default: %(default)s)"
+    )
+    process.add_argument(
+        "--sampler", choices=LOOPS, default="ddpm", help="ddpm: ancestral sampling; ddim (default: %(default)s)"
+    )
+    process.add_argument(
+        "--eta", type=float, default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)"
+    )
+    process.add_argument(
+        "--cfg-scale", type=float, default=cfg_scale, help="guidance; 1 is none (default: %(default)s)"
+    )
+    process.add_argument(
+        "--cfg-channels", type=_channels, default=3, help="latent channels to guide, or all (default: %(default)s)"
+    )
 
 
 def _channels(text):
@@ -58,7 +86,9 @@ def check_sampling_flags(args):
     if not np.isfinite(args.cfg_scale):
         raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
     if args.image_size < 1 or args.num_classes < 0:
-        raise ValueError(f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least")
+        raise ValueError(
+            f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least"
+        )
 
 
 def choose_device(name):
@@ -68,7 +98,9 @@ def choose_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave the flag out or pass cpu") from None
+        raise ValueError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave the flag out or pass cpu"
+        ) from None
 
 
 @dataclass
@@ -89,19 +121,25 @@ class Sampler:
         side = self.network.input_size
         self.latent = (self.network.in_channels, side, side)
         if self.cfg_scale != 1 and self.network.null_label is None:
-            raise ValueError(f"--cfg-scale {self.cfg_scale}: the network has no null class to guide against; pass --cfg-scale 1")
+            raise ValueError(
+                f"--cfg-scale {self.cfg_scale}: the network has no null class to guide against; pass --cfg-scale 1"
+            )
         if self.cfg_channels != "all" and self.cfg_channels > max(3, self.network.in_channels):
-            raise ValueError(f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all")
+            raise ValueError(
+                f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all"
+            )
 
     def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
-        """Latents (N, C, h, w) for labels (N,) from noise x_T; noise_fn draws for the doubled batch where there is guidance."""
+        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch."""
         n, conditions = len(noise), {}
         model, x = self.network, noise
         if self.network.num_classes:
             conditions["y"] = labels
         if self.cfg_scale != 1:
             null = torch.full_like(labels, self.network.null_label)
-            conditions = dict(y=torch.cat([labels, null]), cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels)  # (2N,)
+            conditions = dict(
+                y=torch.cat([labels, null]), cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels
+            )  # (2N,)
             model, x = self.network.forward_with_cfg, torch.cat([noise, noise])  # (2N, C, h, w)
         extra = {"eta": self.eta} if self.sampler == "ddim" else {}
         out = LOOPS[self.sampler](
@@ -176,7 +214,9 @@ def _check_flags(args, network, shape, origin):
     }
     for flag, (given, own, default) in found.items():
         if given not in (own, default):
-            raise ValueError(f"{flag} is {given}, but {origin} is of {own}; leave the flag out, the checkpoint says it itself")
+            raise ValueError(
+                f"{flag} is {given}, but {origin} is of {own}; leave the flag out, the checkpoint says it itself"
+            )
 
 
 def imagenet_names():
@@ -189,7 +229,7 @@ def imagenet_names():
 class ImageNoise:
     """Normal noise in which image i of the run depends on (seed, i) alone: a noise_fn for the steps and loops.
 
-    Called with x (N, ...), or with a doubled batch (2N, ...), it returns the next draws of the N images, twice if doubled.
+    Called with x (N, ...), or with a doubled batch (2N, ...), it returns the N images' next draws, twice if doubled.
     """
 
     def __init__(self, seed, indices, device):
@@ -201,7 +241,9 @@ class ImageNoise:
         n = len(self.generators)
         if len(x) not in (n, 2 * n):
             raise ValueError(f"noise for {n} images was asked for a batch of {len(x)}; it must be as many, or twice")
-        drawn = torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in self.generators])
+        drawn = torch.stack(
+            [torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in self.generators]
+        )
         return drawn if len(x) == n else torch.cat([drawn, drawn])
 
 
@@ -220,7 +262,9 @@ def check_writable(path):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable") from None
+        raise ValueError(
+            f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable"
+        ) from None
 
 
 @contextmanager

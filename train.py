@@ -7,6 +7,7 @@
 Each run gets a folder results/NNN-MODEL with log.txt and checkpoints/SSSSSSS.pt. The same seed gives the same run on
 any number of processes and workers, up to float rounding.
 """
+
 import argparse
 from pathlib import Path
 import sys
@@ -18,14 +19,26 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from checkpoints import check_fits, checkpoint_path, list_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from checkpoints import (
+    check_fits,
+    checkpoint_path,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from data import ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
 from diffusion import create_diffusion
 from models import DiT_models
 from training import METRICS, draw, new_state, requires_grad, train_step, update_ema
 from vae import from_uint8, latent_shape, load_vae
 
-__all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]  # the first and the last two for those who import them
+__all__ = [
+    "center_crop_arr",
+    "main",
+    "requires_grad",
+    "update_ema",
+]  # the first and the last two for those who import them
 
 # Arguments that decide what a run learns; --resume auto takes up a run whose own are equal.
 DECIDING = (
@@ -38,27 +51,73 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", required=True, help="folder with one folder of images per class")
-    data.add_argument("--image-size", type=int, default=256, help="pixels along each side after the centre crop (default: %(default)s)")
-    data.add_argument("--num-classes", type=int, default=1000, help="0: no classes, all images below --data-path (default: %(default)s)")
-    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)")
-    data.add_argument("--skip-bad-images", action="store_true", help="put the next image in place of an unreadable one and list it, instead of stopping")
-    data.add_argument("--num-workers", type=int, default=4, help="loader processes per training process (default: %(default)s)")
+    data.add_argument(
+        "--image-size",
+        type=int,
+        default=256,
+        help="pixels along each side after the centre crop (default: %(default)s)",
+    )
+    data.add_argument(
+        "--num-classes",
+        type=int,
+        default=1000,
+        help="0: no classes, all images below --data-path (default: %(default)s)",
+    )
+    data.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)"
+    )
+    data.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="put the next image in place of an unreadable one and list it, instead of stopping",
+    )
+    data.add_argument(
+        "--num-workers", type=int, default=4, help="loader processes per training process (default: %(default)s)"
+    )
     network = parser.add_argument_group("network")
-    network.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="MODEL", help=f"one of {', '.join(DiT_models)} (default: %(default)s)")
-    network.add_argument("--vae", default="ema", help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)")
+    network.add_argument(
+        "--model",
+        choices=DiT_models,
+        default="DiT-XL/2",
+        metavar="MODEL",
+        help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
+    )
+    network.add_argument(
+        "--vae", default="ema", help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
+    )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, default=1400, help="passes over the data (default: %(default)s)")
     recipe.add_argument("--max-steps", type=int, help="stop after this many steps, if that comes before --epochs")
-    recipe.add_argument("--global-batch-size", type=int, default=256, help="samples per step over all processes (default: %(default)s)")
+    recipe.add_argument(
+        "--global-batch-size", type=int, default=256, help="samples per step over all processes (default: %(default)s)"
+    )
     recipe.add_argument("--lr", type=float, default=1e-4, help="AdamW's constant learning rate (default: %(default)s)")
-    recipe.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights' moving average (default: %(default)s)")
-    recipe.add_argument("--global-seed", type=int, default=0, help="decides every random number of the run (default: %(default)s)")
+    recipe.add_argument(
+        "--ema-decay", type=float, default=0.9999, help="of the weights' moving average (default: %(default)s)"
+    )
+    recipe.add_argument(
+        "--global-seed", type=int, default=0, help="decides every random number of the run (default: %(default)s)"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--results-dir", default="results", help="where run folders are made (default: %(default)s)")
-    run.add_argument("--resume", metavar="{auto,PATH}", help="auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder")
+    run.add_argument(
+        "--resume",
+        metavar="{auto,PATH}",
+        help="auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder",
+    )
     run.add_argument("--log-every", type=int, default=100, help="steps between log lines (default: %(default)s)")
-    run.add_argument("--ckpt-every", type=int, default=50000, help="steps between checkpoints; the last step always is one (default: %(default)s)")
-    run.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="bf16: autocast, with float32 weights and losses (default: %(default)s)")
+    run.add_argument(
+        "--ckpt-every",
+        type=int,
+        default=50000,
+        help="steps between checkpoints; the last step always is one (default: %(default)s)",
+    )
+    run.add_argument(
+        "--mixed-precision",
+        choices=["no", "bf16"],
+        default="no",
+        help="bf16: autocast, with float32 weights and losses (default: %(default)s)",
+    )
     run.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
     return parser
 
@@ -124,7 +183,10 @@ def main(argv=None):
     log(f"{source.why}; folder {folder}")
     log(f"arguments: {vars(args)}")
     described = f"{sum(p.numel() for p in state.network.parameters()):,} parameters, {len(listing.paths):,} images"
-    log(f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, steps {state.step} to {last_step}")
+    log(
+        f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"steps {state.step} to {last_step}"
+    )
     train(args, accelerator, state, space, listing, last_step, folder, log)
     log("done")
     log.close()
@@ -188,7 +250,9 @@ def take_up(state, checkpoint):
     contents = read_checkpoint(checkpoint)
     lacking = [key for key in ("model", "ema", "opt", "step") if key not in contents]
     if lacking:
-        raise ValueError(f"--resume {checkpoint}: it has no {', '.join(lacking)}, which resuming takes; train.py writes all four")
+        raise ValueError(
+            f"--resume {checkpoint}: it has no {', '.join(lacking)}, which resuming takes; train.py writes all four"
+        )
     check_fits(state.network, contents["model"], checkpoint)
     state.load_checkpoint(contents)
 
@@ -245,17 +309,29 @@ def train(args, accelerator, state, space, listing, last_step, folder, log):
     skipped, window, started = Skipped(log), [], time.monotonic()
     for images, labels, bad in make_loader(dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
         if bad and not args.skip_bad_images:
-            sys.exit(f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
+            sys.exit(
+                f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images"
+            )
         skipped.here.update(bad)
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
         draws = draw(
-            args.global_seed, state.step, args.global_batch_size, latent, dropout, diffusion.num_timesteps, device, rank, world
+            args.global_seed,
+            state.step,
+            args.global_batch_size,
+            latent,
+            dropout,
+            diffusion.num_timesteps,
+            device,
+            rank,
+            world,
         )
         latents = space.encode(from_uint8(images), draws.vae_noise)  # (n, C, h, w)
         window.append(train_step(state, diffusion, latents, labels, draws, args.ema_decay))
         log.bar.update()
         if state.step % args.log_every == 0 or state.step == last_step:
-            log(describe(window, accelerator, state.step, last_step, args.global_batch_size, time.monotonic() - started))
+            log(
+                describe(window, accelerator, state.step, last_step, args.global_batch_size, time.monotonic() - started)
+            )
             if args.skip_bad_images:
                 skipped.report()
             window, started = [], time.monotonic()

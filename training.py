@@ -3,6 +3,7 @@
 Every random number of a step is drawn for the whole global batch from a generator seeded with (seed, step); each process
 takes its share. So a step's randomness depends on neither the number of processes nor on how the run got there.
 """
+
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple

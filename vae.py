@@ -3,6 +3,7 @@
 Scale factor, downsampling ratio and channels are read from the autoencoder's own configuration; nothing else in the
 project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents (N, C, H/ratio, W/ratio).
 """
+
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,9 @@ def latent_shape(name):
     if name in HUB_VAES:
         return HUB_SHAPE
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote")
+        raise ValueError(
+            f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote"
+        )
     try:
         config = AutoencoderKL.load_config(name)
         return _shape_of(config)
@@ -73,7 +76,9 @@ def load_vae(name, device="cpu"):
     except Exception as error:  # diffusers, huggingface_hub and safetensors each raise their own kinds
         raise ValueError(_cannot_load(name, error)) from error
     if info["missing_keys"]:
-        raise ValueError(f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as {sorted(info['missing_keys'])[0]}")
+        raise ValueError(
+            f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as {sorted(info['missing_keys'])[0]}"
+        )
     return LatentSpace(autoencoder.to(device).eval().requires_grad_(False))
 
 
@@ -92,12 +97,13 @@ def _shape_of(config):
 class LatentSpace:
     """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent - shift)·scale."""
 
+    clip_denoised = False  # latents have no range to clip predictions to
+
     def __init__(self, autoencoder):
         config = autoencoder.config
         self.autoencoder = autoencoder
         self.shape = _shape_of(config)
         self.scale, self.shift = config["scaling_factor"], config.get("shift_factor") or 0.0
-        self.clip_denoised = False
 
     @torch.no_grad()
     def moments(self, images):
@@ -117,14 +123,16 @@ class LatentSpace:
     def decode(self, latents):
         """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1], a fixed number of pixels at a time."""
         latents = latents / self.scale + self.shift
-        return torch.cat([self.autoencoder.decode(part).sample for part in latents.split(_chunk(latents, self.shape.ratio))])
+        return torch.cat(
+            [self.autoencoder.decode(part).sample for part in latents.split(_chunk(latents, self.shape.ratio))]
+        )
 
 
 class PixelSpace:
     """The same interface for diffusion on pixels: images are their own latents."""
 
     shape = PIXELS
-    clip_denoised = True
+    clip_denoised = True  # pixels lie in [-1, 1]
 
     def encode(self, images, noise):
         """The images themselves; there is no posterior to draw from."""

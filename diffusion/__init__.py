@@ -1,4 +1,5 @@
 """Gaussian diffusion: `create_diffusion` makes the process that DiT is trained and sampled with."""
+
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import get_named_beta_schedule
@@ -21,7 +22,9 @@ def create_diffusion(
     if learn_sigma and sigma_small:
         raise ValueError("sigma_small chooses a fixed variance; it needs learn_sigma=False")
     if rescale_learned_sigmas and (use_kl or not learn_sigma):
-        raise ValueError("rescale_learned_sigmas scales the bound beside the MSE; it needs learn_sigma=True and use_kl=False")
+        raise ValueError(
+            "rescale_learned_sigmas scales the bound beside the MSE; it needs learn_sigma=True and use_kl=False"
+        )
     if learn_sigma:
         variance = ModelVarType.LEARNED_RANGE
     else:

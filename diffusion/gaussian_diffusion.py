@@ -6,6 +6,7 @@ Notation: t counts from 0 (hardly any noise) to T-1; alpha_bar_t = prod (1 - bet
 √alpha_bar_t·x_start + √(1 - alpha_bar_t)·eps. Shapes: x (N, C, ...) of any number of axes, t (N,), int64. The network is
 called as model(x_t, steps, **model_kwargs); with a learned variance it returns 2C channels, prediction and fraction.
 """
+
 from collections import namedtuple
 import enum
 import math
@@ -16,7 +17,14 @@ import torch
 from .likelihood import discretized_gaussian_log_likelihood, normal_kl
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
 
-__all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar", "get_named_beta_schedule"]
+__all__ = [
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "betas_for_alpha_bar",
+    "get_named_beta_schedule",
+]
 
 
 class ModelMeanType(enum.Enum):
@@ -65,7 +73,7 @@ def mean_flat(x):
 class GaussianDiffusion:
     """The process over a given sequence of betas. Its schedule arrays (T,) are float64 NumPy attributes.
 
-    Raises ValueError for betas outside (0, 1] and for types that are not of the enumerations above.
+    Raises ValueError for betas outside (0, 1) and for types that are not of the enumerations above.
     """
 
     def __init__(self, *, betas, model_mean_type, model_var_type, loss_type):
@@ -74,8 +82,8 @@ class GaussianDiffusion:
                 raise ValueError(f"{value!r} is no {kind.__name__}; choose one of {', '.join(k.name for k in kind)}")
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be a non-empty sequence of numbers above 0 and at most 1; got {betas}")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be a non-empty sequence of numbers above 0 and below 1; got {betas}")
         self.num_timesteps = len(betas)
         self._set_schedule(betas)
         self._tables = {}  # device → every coefficient at every step, (T, K)
@@ -89,10 +97,9 @@ class GaussianDiffusion:
 
         self.sqrt_alphas_cumprod = np.sqrt(abar)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - abar)
-        with np.errstate(divide="ignore"):  # a last beta of 1 leaves no signal, and -inf and inf are its true values
-            self.log_one_minus_alphas_cumprod = np.log(1 - abar)
-            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / abar)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / abar - 1)
+        self.log_one_minus_alphas_cumprod = np.log(1 - abar)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / abar)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / abar - 1)
 
         # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. Its variance at t = 0 is 0: the log takes the next one instead, or
         # beta where there is no next.
@@ -129,7 +136,8 @@ class GaussianDiffusion:
     def q_mean_variance(self, x_start, t):
         """Mean, variance and log variance of q(x_t | x_start), each in x_start's shape (DDPM eq. 4)."""
         c = self._at(t, x_start)
-        spread = (1 - c.alphas_cumprod).expand_as(x_start), c.log_one_minus_alphas_cumprod.expand_as(x_start)
+        variance = c.sqrt_one_minus_alphas_cumprod**2  # 1 - alpha_bar would lose digits at small t
+        spread = variance.expand_as(x_start), c.log_one_minus_alphas_cumprod.expand_as(x_start)
         return c.sqrt_alphas_cumprod * x_start, *spread
 
     def q_sample(self, x_start, t, noise=None):
@@ -196,7 +204,7 @@ class GaussianDiffusion:
         """p_mean_var with mean and pred_xstart after the gradient moved the predicted noise (ADM algorithm 2)."""
         c = self._at(t, x)
         gradient = cond_fn(x, self._model_steps(t), **(model_kwargs or {}))
-        eps = _eps_from_x_start(c, x, p_mean_var["pred_xstart"]) - (1 - c.alphas_cumprod).sqrt() * gradient
+        eps = _eps_from_x_start(c, x, p_mean_var["pred_xstart"]) - c.sqrt_one_minus_alphas_cumprod * gradient
         x_start = _x_start_from_eps(c, x, eps)
         return {**p_mean_var, "pred_xstart": x_start, "mean": _posterior_mean(c, x_start, x)}
 
@@ -228,10 +236,10 @@ class GaussianDiffusion:
         out = self._p_mean_variance(c, self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
-        abar, before, x_start = c.alphas_cumprod, c.alphas_cumprod_prev, out["pred_xstart"]
+        before, x_start = c.alphas_cumprod_prev, out["pred_xstart"]
         eps = _eps_from_x_start(c, x, x_start)
         noise = noise_fn(x)
-        sigma = eta * torch.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
+        sigma = eta * c.posterior_variance.sqrt()  # eq. 16, whose product is the posterior variance
         mean = before.sqrt() * x_start + torch.sqrt(1 - before - sigma**2) * eps
         return {"sample": mean + _not_last(t, x) * sigma * noise, "pred_xstart": x_start}
 
@@ -249,7 +257,10 @@ class GaussianDiffusion:
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
         eps, after = _eps_from_x_start(c, x, out["pred_xstart"]), c.alphas_cumprod_next
-        return {"sample": after.sqrt() * out["pred_xstart"] + (1 - after).sqrt() * eps, "pred_xstart": out["pred_xstart"]}
+        return {
+            "sample": after.sqrt() * out["pred_xstart"] + (1 - after).sqrt() * eps,
+            "pred_xstart": out["pred_xstart"],
+        }
 
     # ---- whole trajectories ----
 
@@ -257,7 +268,7 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, *, noise_fn=torch.randn_like,
     ):  # fmt: skip
-        """Samples of the given shape by ancestral sampling over all steps; arguments as for the progressive loop."""
+        """Samples of the given shape by ancestral sampling over all steps; arguments as for p_sample_loop_progressive."""
         return _last(self.p_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn=noise_fn
         ))["sample"]  # fmt: skip
@@ -278,7 +289,7 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
     ):  # fmt: skip
-        """Samples of the given shape by DDIM over all steps; arguments as for p_sample_loop_progressive, eta as in ddim_sample."""
+        """Samples of the given shape by DDIM over all steps; arguments as for ddim_sample_loop_progressive."""
         return _last(self.ddim_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta,
             noise_fn=noise_fn,
@@ -288,9 +299,11 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
     ):  # fmt: skip
-        """Yields ddim_sample's dict after each step, T-1 first; arguments as for p_sample_loop_progressive."""
+        """Yields ddim_sample's dict after each step, T-1 first; arguments as for p_sample_loop_progressive, eta as in ddim_sample."""
         options = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
-        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, noise_fn, {**options, "eta": eta})
+        yield from self._loop(
+            self.ddim_sample, model, shape, noise, device, progress, noise_fn, {**options, "eta": eta}
+        )
 
     def _loop(self, step, model, shape, noise, device, progress, noise_fn, options):
         """The one sampling loop: `step` from T-1 down to 0."""
@@ -350,9 +363,7 @@ class GaussianDiffusion:
         p = self._p_mean_variance(c, output, x_t, clip_denoised)
         true_mean = _posterior_mean(c, x_start, x_t)
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, p["mean"], p["log_variance"])
-        log_likelihood = discretized_gaussian_log_likelihood(
-            x_start, means=p["mean"], log_scales=p["log_variance"] / 2
-        )
+        log_likelihood = discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=p["log_variance"] / 2)
         nats = torch.where(t == 0, -mean_flat(log_likelihood), mean_flat(kl))
         return {"output": nats / math.log(2), "pred_xstart": p["pred_xstart"]}
 
@@ -409,8 +420,8 @@ def _choose_device(device, noise, model):
     if noise is not None:
         return noise.device
     network = getattr(model, "__self__", model)  # a bound method such as model.forward_with_cfg
-    if isinstance(network, torch.nn.Module):
-        return next(network.parameters()).device
+    for parameter in network.parameters() if isinstance(network, torch.nn.Module) else ():
+        return parameter.device
     raise ValueError("where to sample is not known: pass device=, or noise=, or a network with parameters as the model")
 
 

@@ -1,4 +1,5 @@
 """Gaussian algebra for the variational bound, elementwise and in nats (Ho et al. 2020, sections 2 and 3.3)."""
+
 import math
 
 import torch

@@ -1,4 +1,7 @@
 """Sampling in fewer steps than the network was trained on (IDDPM section 4)."""
+
+import operator
+
 import numpy as np
 import torch
 
@@ -37,9 +40,14 @@ def _parse_counts(section_counts):
     try:
         if isinstance(section_counts, str):
             return [int(part) for part in section_counts.split(",")]
-        return [int(section_counts)] if np.ndim(section_counts) == 0 else [int(part) for part in section_counts]
+        counts = [operator.index(part) for part in np.atleast_1d(np.asarray(section_counts))]
+        if counts:
+            return counts
+        raise ValueError("no sections")
     except (TypeError, ValueError):
-        raise ValueError(f"respacing {section_counts!r} is not understood; give '250', '10,15,20' or 'ddim50'") from None
+        raise ValueError(
+            f"respacing {section_counts!r} is not understood; give '250', '10,15,20' or 'ddim50'"
+        ) from None
 
 
 def _spread(size, count):
@@ -64,7 +72,9 @@ def _even_stride(num_timesteps, text):
     wanted = int(digits)
     if wanted not in by_count:
         nearest = min(by_count, key=lambda count: abs(count - wanted))
-        raise ValueError(f"no whole-number stride keeps {wanted} of {num_timesteps} steps; the nearest is 'ddim{nearest}'")
+        raise ValueError(
+            f"no whole-number stride keeps {wanted} of {num_timesteps} steps; the nearest is 'ddim{nearest}'"
+        )
     return set(range(0, num_timesteps, by_count[wanted]))
 
 

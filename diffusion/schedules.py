@@ -1,4 +1,5 @@
 """Noise schedules: a name and a number of steps → the betas, float64."""
+
 import math
 
 import numpy as np
@@ -11,14 +12,16 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     scaled by 1000/steps, which keeps the amount of noise at the end about the same.
     "squaredcos_cap_v2": the cosine schedule (Nichol & Dhariwal 2021, eq. 17).
 
-    Raises ValueError for another name, and for so few steps that a linear beta would pass 1.
+    Raises ValueError for another name, and for so few steps that a linear beta would reach 1.
     """
     if num_diffusion_timesteps < 1:
         raise ValueError(f"the number of diffusion steps is {num_diffusion_timesteps}; it must be at least 1")
     if schedule_name == "linear":
         stretch = 1000 / num_diffusion_timesteps
-        if 0.02 * stretch > 1:
-            raise ValueError(f"a linear schedule of {num_diffusion_timesteps} steps ends above beta = 1; take at least 20 steps")
+        if 0.02 * stretch >= 1:
+            raise ValueError(
+                f"a linear schedule of {num_diffusion_timesteps} steps would reach beta = 1; take 21 or more"
+            )
         return np.linspace(1e-4 * stretch, 0.02 * stretch, num_diffusion_timesteps, dtype=np.float64)
     if schedule_name == "squaredcos_cap_v2":
         return betas_for_alpha_bar(num_diffusion_timesteps, lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2)

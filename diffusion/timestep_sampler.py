@@ -2,6 +2,9 @@
 
 Steps are drawn from torch's generator (or the one passed in), so torch.manual_seed decides them.
 """
+
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -69,10 +72,14 @@ class LossSecondMomentResampler(UniformSampler):
         self.update_with_all_losses(ts, losses)
 
     def update_with_all_losses(self, ts, losses):
-        """Record losses at steps ts, two sequences of equal length; the oldest loss of a step makes room."""
+        """Record losses at steps ts, two sequences of equal length; the oldest loss of a step makes room.
+
+        A loss that is not finite is left out: it would decide all draws until it is forgotten.
+        """
         for t, loss in zip(ts, losses, strict=True):
-            self.losses[t, self.counts[t] % self.history_per_term] = float(loss)
-            self.counts[t] += 1
+            if math.isfinite(loss):
+                self.losses[t, self.counts[t] % self.history_per_term] = float(loss)
+                self.counts[t] += 1
 
 
 SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -1,4 +1,5 @@
 """sampling.py, sample.py and sample_ddp.py: what is drawn from what, the picture, the files, and what users get wrong."""
+
 import json
 import os
 from pathlib import Path
@@ -61,9 +62,18 @@ def sampled(tmp_path, *flags):
 def test_flags_found_in_the_wild_keep_their_defaults():
     args = vars(sample.build_parser().parse_args([]))
     wild = dict(
-        model="DiT-XL/2", vae="mse", image_size=256, num_classes=1000, cfg_scale=4.0, num_sampling_steps=250, seed=0, ckpt=None
+        model="DiT-XL/2",
+        vae="mse",
+        image_size=256,
+        num_classes=1000,
+        cfg_scale=4.0,
+        num_sampling_steps=250,
+        seed=0,
+        ckpt=None,
     )
-    ours = dict(class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3)
+    ours = dict(
+        class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3
+    )
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
     wild = dict(
@@ -88,19 +98,29 @@ def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt)
             step = {999: 2, 500: 1, 0: 0}[t]
             assert process.timestep_map[step] == t
             z = process.p_sample(
-                network.forward_with_cfg, z, torch.full((4,), step), clip_denoised=False, model_kwargs=dict(y=y, cfg_scale=4.0)
+                network.forward_with_cfg,
+                z,
+                torch.full((4,), step),
+                clip_denoised=False,
+                model_kwargs=dict(y=y, cfg_scale=4.0),
             )["sample"]
     tiles = to_uint8(load_vae(vae).decode(z[:2])).numpy()
     factor = sample.LEAST_TILE // 8
     for i, tile in enumerate(tiles):
         left = sample.MARGIN + i * (96 + sample.MARGIN)
-        assert np.array_equal(got[sample.MARGIN : sample.MARGIN + 96, left : left + 96], tile.repeat(factor, 0).repeat(factor, 1))
+        assert np.array_equal(
+            got[sample.MARGIN : sample.MARGIN + 96, left : left + 96], tile.repeat(factor, 0).repeat(factor, 1)
+        )
 
 
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_sampler_calls_the_process_as_asked(sampler, eta, scale):
-    network, noise, labels = fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval(), torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
+    network, noise, labels = (
+        fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval(),
+        torch.randn(2, 3, 4, 4),
+        torch.tensor([1, 2]),
+    )
     ours = Sampler(network, PixelSpace(), None, 4, sampler, eta, scale, "all")
     torch.manual_seed(1)
     got = ours.latents(labels, noise)
@@ -112,7 +132,14 @@ def test_sampler_calls_the_process_as_asked(sampler, eta, scale):
     else:
         y = torch.cat([labels, torch.tensor([10, 10])])
         kwargs = dict(y=y, cfg_scale=scale, cfg_channels=3)
-        want = loop(network.forward_with_cfg, (4, 3, 4, 4), torch.cat([noise, noise]), clip_denoised=True, model_kwargs=kwargs, **extra)[:2]
+        want = loop(
+            network.forward_with_cfg,
+            (4, 3, 4, 4),
+            torch.cat([noise, noise]),
+            clip_denoised=True,
+            model_kwargs=kwargs,
+            **extra,
+        )[:2]
     assert torch.equal(got, want) and got.abs().max() <= 1.0
 
 
@@ -121,7 +148,9 @@ def test_no_guidance_means_no_doubled_batch():
     network = fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval()
     network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     for scale in (1.0, 2.0):
-        Sampler(network, PixelSpace(), None, 2, cfg_scale=scale).images(torch.tensor([0, 1, 2]), torch.randn(3, 3, 4, 4))
+        Sampler(network, PixelSpace(), None, 2, cfg_scale=scale).images(
+            torch.tensor([0, 1, 2]), torch.randn(3, 3, 4, 4)
+        )
     assert sizes == [3, 3, 6, 6]
 
 
@@ -132,7 +161,10 @@ def test_guided_channels_matter(tmp_path, vae, ckpt):
 
 def test_grid_has_four_to_a_row_and_a_caption_under_each():
     images = np.zeros((6, 128, 128, 3), np.uint8)
-    plain, labelled = sample.picture(images, [""] * 6), sample.picture(images, ["a tench or two, quite a long name indeed"] * 6)
+    plain, labelled = (
+        sample.picture(images, [""] * 6),
+        sample.picture(images, ["a tench or two, quite a long name indeed"] * 6),
+    )
     assert plain.size == (4 * 132 + 4, 2 * 132 + 4)
     assert labelled.size == (4 * 132 + 4, 2 * (132 + sample.FONT_SIZE + sample.MARGIN) + 4)
     strip = np.asarray(labelled)[4 + 128 : 4 + 128 + sample.FONT_SIZE, :132]
@@ -157,7 +189,9 @@ def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):
     assert np.array_equal(a, b)
     args = sample.build_parser().parse_args(flags)
     built = build_network(args, Weights(network.state_dict(), None, None), load_vae(vae).shape)
-    assert all(torch.equal(x, y) for x, y in zip(built.state_dict().values(), network.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(built.state_dict().values(), network.state_dict().values(), strict=True)
+    )
     assert not built.training and not any(p.requires_grad for p in built.parameters())
 
 
@@ -170,7 +204,9 @@ def test_half_precision_weights_are_sampled_in_float32(tmp_path, vae):
 def test_raw_weights_differ_from_ema(tmp_path, vae):
     states = [fill_randomly(DiT(**CONFIG), seed).state_dict() for seed in (0, 1)]
     save_checkpoint(tmp_path / "c.pt", {"model": states[0], "ema": states[1], "config": CONFIG, "classes": None})
-    pictures = [sampled(tmp_path, "--ckpt", str(tmp_path / "c.pt"), "--vae", vae, "--weights", w) for w in ("raw", "ema")]
+    pictures = [
+        sampled(tmp_path, "--ckpt", str(tmp_path / "c.pt"), "--vae", vae, "--weights", w) for w in ("raw", "ema")
+    ]
     assert not np.array_equal(*pictures)
 
 
@@ -179,7 +215,9 @@ def test_network_without_classes(tmp_path, vae):
     save_weights(tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
     flags = ["--ckpt", str(tmp_path / "u.safetensors"), "--vae", vae, "--cfg-scale", "1"]
     assert sampled(tmp_path, *flags).shape[:2] == (204, 404)
-    sample_ddp.main([*flags, "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path / "s")])
+    sample_ddp.main(
+        [*flags, "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path / "s")]
+    )
     assert len(list((tmp_path / "s").glob("*/*.png"))) == 2
 
 
@@ -253,7 +291,18 @@ def test_without_checkpoint_only_released_models_can_be_sampled(tmp_path, capsys
 
 def test_sample_as_a_command(tmp_path, vae, ckpt):
     (tmp_path / "a.png").write_bytes(b"a picture of before")
-    command = [sys.executable, "sample.py", "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "2", "--output", str(tmp_path / "a.png")]
+    command = [
+        sys.executable,
+        "sample.py",
+        "--ckpt",
+        ckpt,
+        "--vae",
+        vae,
+        "--num-sampling-steps",
+        "2",
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8 images of 8x8 pixels" in done.stdout and Image.open(tmp_path / "a.png").size == (404, 2 * 116 + 4)
@@ -267,7 +316,10 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone():
     x = torch.empty(6, 2, 3, 3)
     first, second = whole(x), whole(x)
     assert torch.equal(part(x[:2]), first[[4, 2]]) and torch.equal(part(x[:2]), second[[4, 2]])
-    assert len({tuple(row.flatten().tolist()) for row in torch.cat([first, second, ImageNoise(4, range(6), "cpu")(x)])}) == 18
+    assert (
+        len({tuple(row.flatten().tolist()) for row in torch.cat([first, second, ImageNoise(4, range(6), "cpu")(x)])})
+        == 18
+    )
     assert abs(ImageNoise(0, range(4000), "cpu")(torch.empty(4000, 4)).std() - 1) < 0.02
 
 
@@ -281,7 +333,9 @@ def test_noise_for_a_doubled_batch_is_the_same_twice_and_leaves_torch_alone():
 
 def test_labels_of_images_depend_on_seed_and_index_alone():
     labels = random_labels(1, range(2000), 10)
-    assert torch.equal(random_labels(1, [7, 1500], 10), labels[[7, 1500]]) and not torch.equal(random_labels(2, range(2000), 10), labels)
+    assert torch.equal(random_labels(1, [7, 1500], 10), labels[[7, 1500]]) and not torch.equal(
+        random_labels(2, range(2000), 10), labels
+    )
     assert torch.bincount(labels, minlength=10).min() > 150
 
 
@@ -320,7 +374,11 @@ def test_files_are_whole_and_named_as_evaluations_expect(tmp_path, vae, ckpt):
     for i in range(7):
         assert np.array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), array[i])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["num_sampling_steps"] == 3 and manifest["network"]["hidden_size"] == 16 and len(manifest["checkpoint_sha256"]) == 64
+    assert (
+        manifest["num_sampling_steps"] == 3
+        and manifest["network"]["hidden_size"] == 16
+        and len(manifest["checkpoint_sha256"]) == 64
+    )
 
 
 def test_batch_size_moves_no_pixel_by_more_than_a_grey_level(tmp_path, vae, ckpt):
@@ -345,15 +403,34 @@ def test_restart_makes_only_what_is_missing(tmp_path, vae, ckpt, monkeypatch):
     (folder / "000003.png").rename(folder / ".000003.png.9-9.partial")
     (tmp_path / f"{folder.name}.npz").unlink()
     batches, images = [], Sampler.images
-    monkeypatch.setattr(Sampler, "images", lambda self, labels, *rest: batches.append(len(labels)) or images(self, labels, *rest))
+    monkeypatch.setattr(
+        Sampler, "images", lambda self, labels, *rest: batches.append(len(labels)) or images(self, labels, *rest)
+    )
     again = many(ckpt, vae, tmp_path)[1]
     assert batches == [2] and np.array_equal(again, array)
     assert all(before[p.name] == p.stat().st_mtime_ns for p in folder.glob("*.png") if p.name != "000003.png")
 
 
 def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
-    for flags in (["--cfg-scale", "2"], ["--global-seed", "1"], ["--sampler", "ddim"], ["--num-fid-samples", "3"], ["--cfg-channels", "all"]):
-        many_flags = ["--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path)]
+    for flags in (
+        ["--cfg-scale", "2"],
+        ["--global-seed", "1"],
+        ["--sampler", "ddim"],
+        ["--num-fid-samples", "3"],
+        ["--cfg-channels", "all"],
+    ):
+        many_flags = [
+            "--ckpt",
+            ckpt,
+            "--vae",
+            vae,
+            "--num-fid-samples",
+            "2",
+            "--num-sampling-steps",
+            "2",
+            "--sample-dir",
+            str(tmp_path),
+        ]
         sample_ddp.main([*many_flags, *flags])
     assert len(list(tmp_path.glob("*.npz"))) == 5
 

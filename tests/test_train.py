@@ -1,4 +1,5 @@
 """train.py and training.py: the recipe's formulas, runs on one and two processes, resuming, and what users get wrong."""
+
 import os
 from pathlib import Path
 import subprocess
@@ -86,7 +87,9 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
 
 def test_loss_falls(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "60", "--log-every", "20", "--lr", "2e-3")
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if " loss " in line]
+    losses = [
+        float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if " loss " in line
+    ]
     assert len(losses) == 3 and losses[-1] < 0.9 * losses[0]
 
 
@@ -242,7 +245,9 @@ def test_batch_that_processes_cannot_share(images, tmp_path):
 
 
 def pixel_state(lr=1e-2):
-    network = fill_randomly(DiT(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4))
+    network = fill_randomly(
+        DiT(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
+    )
     return new_state(network, lambda module: module, lr)
 
 

@@ -1,0 +1,102 @@
+"""The committed digits weights, judged against real digits, and the example's own arithmetic."""
+
+import json
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from conftest import ROOT
+
+EXAMPLE = ROOT / "examples" / "digits"
+sys.path.insert(0, str(EXAMPLE))
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
+
+import judge  # noqa: E402
+import make_dataset  # noqa: E402
+import sample  # noqa: E402
+from sampling import load_sampler  # noqa: E402
+from vae import from_uint8, load_vae, to_uint8  # noqa: E402
+
+# The README's settings.
+SETTINGS = ["--vae", str(EXAMPLE / "vae"), "--num-sampling-steps", "50", "--cfg-scale", "1.5", "--device", "cpu"]
+
+
+def judged(ckpt, count):
+    args = sample.build_parser().parse_args(["--ckpt", str(ckpt), *SETTINGS])
+    sampler = load_sampler(args, torch.device("cpu"))
+    return judge.judge(*judge.sample_digits(sampler, count, seed=0, device=torch.device("cpu")))
+
+
+def test_committed_weights_draw_the_digits_asked_for_varied_and_new():
+    found = judged(EXAMPLE / "dit.safetensors", 1000)
+    print(json.dumps(found, indent=1))
+    assert found["accuracy of the classifier on held-out digits"] >= 0.98
+    assert found["agreement with the asked-for class"] >= 0.99
+    assert found["within-class variance"] >= 0.6 * found["within-class variance of real digits"]
+    assert found["precision"] >= found["precision of as many real training digits"] / 2
+    assert found["recall"] >= found["recall of as many real training digits"] / 2
+    assert found["share nearer than 2.0 to a training digit"] < 0.01
+
+
+def test_split_is_stratified_disjoint_and_always_the_same():
+    train, train_labels, heldout, heldout_labels = make_dataset.load_split()
+    assert len(train) == 1437 and len(heldout) == 360
+    assert np.abs(np.bincount(heldout_labels) / 360 - np.bincount(train_labels) / 1437).max() < 0.003
+    assert not {d.tobytes() for d in train} & {d.tobytes() for d in heldout}
+    assert np.array_equal(heldout_labels[:8], make_dataset.load_split()[3][:8])
+    assert heldout[:3].sum(axis=(1, 2)).tolist() == [278, 312, 334]
+
+
+def test_enlarged_digits_reduce_to_themselves():
+    digits = make_dataset.load_split()[0][:50]
+    images = np.repeat(make_dataset.enlarge(digits)[..., None], 3, axis=-1)
+    assert images.shape == (50, 32, 32, 3) and images.dtype == np.uint8
+    error = make_dataset.reduce(images) - digits
+    assert np.abs(error).mean() < 0.15 and np.abs(error).max() < 2
+
+
+def test_dataset_folder_is_written_once(tmp_path, capsys):
+    make_dataset.main(["--output", str(tmp_path)])
+    files = sorted(tmp_path.glob("*/*/*.png"))
+    assert len(files) == 1797 and {p.parent.name for p in files} == {str(i) for i in range(10)}
+    Image.new("RGB", (32, 32)).save(files[0])
+    kept = files[0].read_bytes()
+    make_dataset.main(["--output", str(tmp_path)])
+    assert files[0].read_bytes() == kept and "1437 digits" in capsys.readouterr().out
+
+
+def test_committed_autoencoder_gives_heldout_digits_back():
+    digits = make_dataset.load_split()[2]
+    images = np.repeat(make_dataset.enlarge(digits)[:, None], 3, axis=1)
+    vae = load_vae(str(EXAMPLE / "vae"))
+    mean, std = vae.moments(from_uint8(torch.from_numpy(images)))
+    latents = vae.draw(mean, std, torch.zeros_like(mean))
+    assert 0.8 < latents.std() < 1.2
+    error = make_dataset.reduce(to_uint8(vae.decode(latents)).numpy()) - digits
+    assert np.sqrt((error**2).mean()) < 1.0 < np.sqrt(((digits - digits.mean(axis=0)) ** 2).mean()) / 3
+
+
+def test_judge_tells_copies_noise_and_sameness():
+    train, labels, _, _ = make_dataset.load_split()
+    copies = judge.judge(train[:300], labels[:300])
+    assert (
+        copies["share nearer than 2.0 to a training digit"] == 1 and copies["agreement with the asked-for class"] > 0.99
+    )
+    means = np.stack([train[labels == c].mean(axis=0) for c in labels[:300]])
+    same = judge.judge(means, labels[:300])
+    assert same["agreement with the asked-for class"] > 0.9 and same["within-class variance"] < 1e-6
+    assert same["recall"] < 0.1
+    noise = judge.judge(np.random.default_rng(0).uniform(0, 16, (300, 8, 8)), labels[:300])
+    assert noise["precision"] == 0 and noise["agreement with the asked-for class"] < 0.3
+
+
+def test_example_weights_are_small_and_say_what_they_are():
+    weights = [EXAMPLE / "dit.safetensors", *(EXAMPLE / "vae").iterdir()]
+    assert sum(p.stat().st_size for p in weights) < 16e6
+    header = (EXAMPLE / "dit.safetensors").read_bytes()
+    metadata = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
+    assert json.loads(metadata["config"])["num_classes"] == 10
+    assert json.loads(metadata["classes"]) == [str(i) for i in range(10)]

@@ -1,0 +1,71 @@
+"""What the README tells users to type exists, and its two opening commands do what it says."""
+
+import re
+import shlex
+import subprocess
+import time
+
+from PIL import Image
+import pytest
+import torch
+
+from conftest import ROOT
+import download
+import sample
+import sample_ddp
+from test_digits import judged
+import train
+
+DOORS = {"train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download}
+PAGES = [ROOT / "README.md", *ROOT.glob("examples/*/README.md")]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+
+
+def commands():
+    """Every call of a door in the pages and in the doors' own docstrings, as (door, arguments)."""
+    for line in (TEXT + "".join(module.__doc__ for module in DOORS.values())).replace("\\\n", " ").splitlines():
+        words = shlex.split(line.split("#")[0]) if re.match(r"\s*(python|torchrun) ", line) else []
+        for i, word in enumerate(words):
+            if word in DOORS:
+                yield pytest.param(DOORS[word], words[i + 1 :], id=" ".join(words[i:]))
+
+
+@pytest.mark.parametrize("door, arguments", list(commands()))
+def test_flags_of_documented_commands_exist(door, arguments):
+    door.build_parser().parse_args(arguments)
+
+
+def test_python_in_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    with torch.device("meta"):
+        exec(code, names)
+    assert names["network"].null_label == 1000 and names["diffusion"].num_timesteps == 250
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    targets = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if not link.startswith("http")]
+    assert targets and all((page.parent / target).exists() for target in targets)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([\w./-]+)", TEXT)) <= targets and {"demo", "test", "test-long"} <= targets
+
+
+@pytest.mark.long
+def test_demo_draws_digits_within_six_minutes():
+    """`make demo`, its two pictures, and 500 digits from what it trained."""
+    begun = time.monotonic()
+    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert seconds < 360
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if " loss " in line]
+    assert losses[-1] < 0.7 * losses[0]
+    for name in ("digits.png", "two-minutes.png"):
+        assert Image.open(ROOT / "demo" / name).size == (4 * 100 + 4, 3 * 116 + 4)
+    found = judged(sorted((ROOT / "demo" / "results").iterdir())[-1], 500)
+    print(f"make demo took {seconds:.0f} s; {found}")
+    assert found["agreement with the asked-for class"] >= 0.9
