@@ -13,7 +13,6 @@ from pathlib import Path
 import pickle
 import re
 from typing import NamedTuple
-import zipfile
 
 import safetensors
 import safetensors.torch
@@ -50,12 +49,16 @@ def load_weights(path, which="ema"):
     if not any(isinstance(tensors, dict) for tensors in sets.values()):
         sets = {"ema": contents}
     tensors = sets.get(which)
-    if not isinstance(tensors, dict) or not tensors or not all(torch.is_tensor(value) for value in tensors.values()):
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in tensors.items())
+    ):
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {', '.join(map(str, list(contents)[:6]))}; "
             "a state dict is wanted, or a dict with ema or model"
         )
-    return Weights(clean_names(tensors), config, classes)
+    return Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes)
 
 
 def read_checkpoint(path):
@@ -74,18 +77,17 @@ def read_checkpoint(path):
                 "do not trust this file, or save it again as a state dict"
             ) from None
         raise ValueError(_broken(path)) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{_broken(path)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
+    except Exception:  # a broken file makes torch.load raise many kinds, some of which advise to load it unsafely
+        raise ValueError(_broken(path)) from None
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dict")
     return contents
 
 
 def _broken(path):
-    what = "is damaged" if zipfile.is_zipfile(path) else "is cut short or not a checkpoint"
-    return f"{path} {what}; download or copy it again"
+    return f"{path} is cut short, damaged or no checkpoint; download or copy it again"
 
 
 def _read_safetensors(path):
@@ -94,11 +96,14 @@ def _read_safetensors(path):
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors, *(json.loads(metadata.get(key, "null")) for key in ("config", "classes"))
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is cut short or not a safetensors file ({error}); download or copy it again"
         ) from None
+    try:
+        return tensors, *(json.loads(metadata.get(key, "null")) for key in ("config", "classes"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
 
 
 def clean_names(tensors):

@@ -4,6 +4,7 @@ What a batch holds is a function of the seed and the step alone: neither the num
 Batches are uint8 (n, 3, S, S), n the share of one process of the global batch.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ def list_images(root, num_classes):
     if not root.is_dir():
         raise ValueError(f"--data-path {root} is not a folder; give one that holds one folder of images per class")
     if num_classes == 0:
-        paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        walked = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+        paths = sorted(path for path in walked if path.lower().endswith(IMG_EXTENSIONS))
         if not paths:
             raise ValueError(f"--data-path {root} holds no images ({', '.join(IMG_EXTENSIONS)})")
         return Listing(paths, [0] * len(paths), None)
@@ -63,6 +65,15 @@ def center_crop_arr(pil_image, image_size):
     pil_image = pil_image.resize([round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC)
     left, top = ((side - image_size) // 2 for side in pil_image.size)
     return pil_image.crop((left, top, left + image_size, top + image_size))
+
+
+def to_rgb(image):
+    """A PIL image of any kind as RGB with 8 bits a channel. Raises ValueError for kinds without a known range."""
+    if image.mode.startswith("I;16"):  # which convert would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no range that is known; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 class BadImage(NamedTuple):
@@ -100,7 +111,7 @@ class ImageDataset(Dataset):
 
     def _read(self, path, flip):
         with Image.open(path) as image:
-            pixels = np.array(center_crop_arr(image.convert("RGB"), self.image_size))  # (S, S, 3)
+            pixels = np.array(center_crop_arr(to_rgb(image), self.image_size))  # (S, S, 3)
         pixels = pixels[:, ::-1] if flip else pixels
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
 

@@ -62,10 +62,12 @@ def download_model(model_name, folder=FOLDER, base_url=BASE_URL):
     if model_name not in pretrained_models:
         raise ValueError(f"unknown released model {model_name!r}; there are {', '.join(sorted(pretrained_models))}")
     path = Path(folder) / model_name
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{model_name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
+        if not path.exists():  # another process may have fetched it meanwhile
             fetch(f"{base_url}/{model_name}", path)
     return path
 
@@ -73,27 +75,30 @@ def download_model(model_name, folder=FOLDER, base_url=BASE_URL):
 def fetch(url, path):
     """Download url to path by way of path.partial, going on after interruptions. Raises ValueError if that fails."""
     partial = path.with_name(path.name + ".partial")
-    failures, size = 0, None
-    while size is None or partial.stat().st_size < size:
-        before = partial.stat().st_size if partial.exists() else 0
+    failures, size, most = 0, None, _length(partial)
+    while size is None or _length(partial) < size:
+        reason = "the connection closed early"
         try:
-            size = _receive(url, partial, before)
-            reason = "the connection closed early"
+            size = _receive(url, partial, _length(partial))
         except (urllib.error.HTTPError, ValueError) as error:
             raise ValueError(f"cannot download {url} ({error})") from error
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-        grew = partial.exists() and partial.stat().st_size > before
-        failures = 0 if grew else failures + 1
+        failures = 0 if _length(partial) > most else failures + 1
+        most = max(most, _length(partial))
         if failures == TRIES:
             raise ValueError(
                 f"cannot download {url} ({reason}, {TRIES} times in a row); what has come is kept, try again later, or "
                 f"fetch it by other means to {path}"
             )
-        if not grew:
+        if failures:
             time.sleep(0.2 * failures)
     _check(partial, size, url)
     partial.replace(path)
+
+
+def _length(file):
+    return file.stat().st_size if file.exists() else 0
 
 
 def _receive(url, partial, have):
@@ -102,35 +107,44 @@ def _receive(url, partial, have):
     try:
         response = urllib.request.urlopen(request, timeout=PATIENCE)
     except urllib.error.HTTPError as error:
-        if error.code != 416:
+        if error.code != 416 or not have:
             raise
-        partial.unlink()  # longer than the file, or as long: begin again
+        if _total(error.headers) == have:
+            return have  # it had all come
+        partial.unlink()  # it is longer than the file: begin again
         return _receive(url, partial, 0)
     with response:
         if response.status != 206:
             have = 0  # the server sends the file from its start
-        length = response.headers["Content-Length"]
-        if length is None:
+        size = _total(response.headers) if have else int(response.headers["Content-Length"] or 0)
+        if not size:
             raise ValueError("the server does not say how long the file is")
-        size = have + int(length)
         with (
             open(partial, "r+b" if have else "wb") as file,
             tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None) as bar,
         ):
             file.seek(have)
-            while block := response.read(BLOCK):
+            while block := response.read1(BLOCK):
                 file.write(block)
                 bar.update(len(block))
     return size
 
 
+def _total(headers):
+    """The N of "Content-Range: bytes …/N", or None."""
+    total = (headers["Content-Range"] or "").rpartition("/")[2]
+    return int(total) if total.isdecimal() else None
+
+
 def _check(partial, size, url):
     """Raise ValueError, and remove the file, unless it has the announced size and every CRC-32 in it is right."""
-    got, bad = partial.stat().st_size, "the archive's directory"
-    if got == size and zipfile.is_zipfile(partial):
+    try:
         with zipfile.ZipFile(partial) as archive:
             bad = archive.testzip()
-    if bad is not None:
+    except Exception as error:  # zipfile answers to damage with many kinds
+        bad = f"the archive's directory; {type(error).__name__}"
+    got = _length(partial)
+    if bad is not None or got != size:
         partial.unlink()
         raise ValueError(f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again")
 

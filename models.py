@@ -222,8 +222,8 @@ class DiT(nn.Module):
 
         The batch is doubled: labels y (2N,) hold N labels and then N null labels, steps t (2N,) the same N twice; both
         halves are evaluated on the first half of x (2N, C, H, W). The first cfg_channels channels of the noise are
-        guided, at most in_channels; "all" stands for in_channels. They come back equal in both halves; every other channel stays the
-        half's own. Three is what the released samples were made with.
+        guided, at most in_channels; "all" stands for in_channels. They come back equal in both halves; every other
+        channel stays the half's own. Three is what the released samples were made with.
 
         Raises ValueError if the network has no null label, the batch is odd, or cfg_channels is something else.
         """

@@ -57,7 +57,7 @@ def latent_shape(name):
     try:
         config = AutoencoderKL.load_config(name)
         return _shape_of(config)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(_cannot_load(name, error)) from error
 
 
@@ -91,6 +91,9 @@ def _cannot_load(name, error):
 
 
 def _shape_of(config):
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
+        raise KeyError(f"an AutoencoderKL with one scale factor for all channels is wanted, this is another {kind}")
     return LatentShape(config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
 
 

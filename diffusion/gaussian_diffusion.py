@@ -299,7 +299,10 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
     ):  # fmt: skip
-        """Yields ddim_sample's dict after each step, T-1 first; arguments as for p_sample_loop_progressive, eta as in ddim_sample."""
+        """Yields ddim_sample's dict after each step, T-1 first.
+
+        Arguments as for p_sample_loop_progressive; eta as in ddim_sample.
+        """
         options = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
         yield from self._loop(
             self.ddim_sample, model, shape, noise, device, progress, noise_fn, {**options, "eta": eta}

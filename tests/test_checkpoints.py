@@ -232,7 +232,7 @@ def test_file_cut_short(tmp_path, kind, every):
     assert list(said) == list(lengths)  # none was taken for whole
     assert {text for text in said.values() if not text.startswith(f"{path} ")} == set()
     if kind == "zip":
-        assert all("cut short or not a checkpoint; download or copy it again" in text for text in said.values())
+        assert all("cut short, damaged or no checkpoint; download or copy it again" in text for text in said.values())
 
 
 def test_safetensors_cut_short(tmp_path):
@@ -252,7 +252,7 @@ def test_file_of_something_else(tmp_path):
     said = refusals(path, texts)
     assert len(said) == 256
     assert {text for text in said.values() if not text.startswith(f"{path} ")} == set()
-    assert said[ord("T")].startswith(f"{path} is cut short or not a checkpoint")
+    assert said[ord("T")].startswith(f"{path} is cut short, damaged or no checkpoint")
 
 
 def test_altered_directory_of_the_archive(tmp_path):

@@ -328,7 +328,7 @@ def outcome(url, path):
     except ValueError as error:
         if "arrived damaged" in str(error):
             return "left lying" if list(path.parent.glob(f"{path.name}*")) else "removed"
-        return "unreadable" if "is damaged; download or copy it again" in str(error) else str(error)
+        return "unreadable" if "is cut short, damaged or no checkpoint; download or copy it again" in str(error) else str(error)
     except Exception as error:
         return repr(error)
 
