@@ -33,12 +33,8 @@ from models import DiT_models
 from training import METRICS, draw, new_state, requires_grad, train_step, update_ema
 from vae import from_uint8, latent_shape, load_vae
 
-__all__ = [
-    "center_crop_arr",
-    "main",
-    "requires_grad",
-    "update_ema",
-]  # the first and the last two for those who import them
+# main, and what others import from here
+__all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
 
 # Arguments that decide what a run learns; --resume auto takes up a run whose own are equal.
 DECIDING = (
@@ -49,77 +45,48 @@ DECIDING = (
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-path", required=True, help="folder with one folder of images per class")
-    data.add_argument(
-        "--image-size",
-        type=int,
-        default=256,
-        help="pixels along each side after the centre crop (default: %(default)s)",
-    )
-    data.add_argument(
-        "--num-classes",
-        type=int,
-        default=1000,
-        help="0: no classes, all images below --data-path (default: %(default)s)",
-    )
-    data.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)"
-    )
-    data.add_argument(
-        "--skip-bad-images",
-        action="store_true",
-        help="put the next image in place of an unreadable one and list it, instead of stopping",
-    )
-    data.add_argument(
-        "--num-workers", type=int, default=4, help="loader processes per training process (default: %(default)s)"
-    )
-    network = parser.add_argument_group("network")
-    network.add_argument(
-        "--model",
-        choices=DiT_models,
-        default="DiT-XL/2",
-        metavar="MODEL",
-        help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
-    )
-    network.add_argument(
+    add_learning_flags(parser)
+    add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def add_learning_flags(parser):
+    """The flags that decide what is learnt."""
+    data = parser.add_argument_group("data").add_argument
+    data("--data-path", required=True, help="folder with one folder of images per class")
+    data("--image-size", type=int, default=256, help="pixels along each side, after the crop (default: %(default)s)")
+    data("--num-classes", type=int, default=1000, help="0: none, all images below --data-path (default: %(default)s)")
+    data("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)")
+    skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
+    data("--skip-bad-images", action="store_true", help=skipping)
+    network = parser.add_argument_group("network").add_argument
+    names = ", ".join(DiT_models)
+    network("--model", choices=DiT_models, default="DiT-XL/2", metavar="MODEL", help=f"{names} (default: %(default)s)")
+    network(
         "--vae", default="ema", help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
     )
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=int, default=1400, help="passes over the data (default: %(default)s)")
-    recipe.add_argument("--max-steps", type=int, help="stop after this many steps, if that comes before --epochs")
-    recipe.add_argument(
-        "--global-batch-size", type=int, default=256, help="samples per step over all processes (default: %(default)s)"
-    )
-    recipe.add_argument("--lr", type=float, default=1e-4, help="AdamW's constant learning rate (default: %(default)s)")
-    recipe.add_argument(
-        "--ema-decay", type=float, default=0.9999, help="of the weights' moving average (default: %(default)s)"
-    )
-    recipe.add_argument(
-        "--global-seed", type=int, default=0, help="decides every random number of the run (default: %(default)s)"
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--results-dir", default="results", help="where run folders are made (default: %(default)s)")
-    run.add_argument(
-        "--resume",
-        metavar="{auto,PATH}",
-        help="auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder",
-    )
-    run.add_argument("--log-every", type=int, default=100, help="steps between log lines (default: %(default)s)")
-    run.add_argument(
-        "--ckpt-every",
-        type=int,
-        default=50000,
-        help="steps between checkpoints; the last step always is one (default: %(default)s)",
-    )
-    run.add_argument(
-        "--mixed-precision",
-        choices=["no", "bf16"],
-        default="no",
-        help="bf16: autocast, with float32 weights and losses (default: %(default)s)",
-    )
-    run.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
-    return parser
+    recipe = parser.add_argument_group("recipe").add_argument
+    recipe("--epochs", type=int, default=1400, help="passes over the data (default: %(default)s)")
+    recipe("--max-steps", type=int, help="stop after this many steps, if that comes before --epochs")
+    recipe("--global-batch-size", type=int, default=256, help="samples per step, all processes (default: %(default)s)")
+    recipe("--lr", type=float, default=1e-4, help="AdamW's constant learning rate (default: %(default)s)")
+    recipe("--ema-decay", type=float, default=0.9999, help="of the weights' moving average (default: %(default)s)")
+    recipe("--global-seed", type=int, default=0, help="decides every random number (default: %(default)s)")
+    bf16 = "bf16: autocast, with float32 weights and losses (default: %(default)s)"
+    recipe("--mixed-precision", choices=["no", "bf16"], default="no", help=bf16)
+
+
+def add_run_flags(group):
+    """The flags that decide how and where it is done."""
+    add = group.add_argument
+    add("--results-dir", default="results", help="where run folders are made (default: %(default)s)")
+    resuming = "auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder"
+    add("--resume", metavar="{auto,PATH}", help=resuming)
+    add("--log-every", type=int, default=100, help="steps between log lines (default: %(default)s)")
+    saving = "steps between checkpoints; the last step always is one (default: %(default)s)"
+    add("--ckpt-every", type=int, default=50000, help=saving)
+    add("--num-workers", type=int, default=4, help="loader processes per training process (default: %(default)s)")
+    add("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
 
 
 def check_arguments(args):

@@ -667,7 +667,7 @@ def test_a_network_with_the_wrong_channels_is_refused(learn_sigma, network):
     (dict(sigma_small=True), "sigma_small"), (dict(rescale_learned_sigmas=True, use_kl=True), "rescale_learned_sigmas"),
     (dict(rescale_learned_sigmas=True, learn_sigma=False), "rescale_learned_sigmas"),
     (dict(noise_schedule="cosine"), "cosine"), (dict(timestep_respacing="none"), "none"),
-    (dict(diffusion_steps=19), "at least 20"), (dict(diffusion_steps=0), "0"),
+    (dict(diffusion_steps=20), "take 21 or more"), (dict(diffusion_steps=0), "0"),
     (dict(diffusion_steps=0, noise_schedule="squaredcos_cap_v2"), "0"),
 ])  # fmt: skip
 def test_options_that_contradict_one_another_are_refused(options, message):
@@ -822,3 +822,21 @@ def test_the_counter_sees_copies():
         torch.tensor([1.0, 2.0], device="cuda")
         torch.from_numpy(np.ones(3)).to("cuda")
     assert sum("cpu" in devices for _, devices in log.ran) >= 2
+
+
+def test_a_network_without_parameters_does_not_tell_the_device():
+    class Bare(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.cat([x, x], dim=1)
+
+    with pytest.raises(ValueError, match="pass device="):
+        create_diffusion("5").p_sample_loop(Bare(), (2, 4, 8, 8))
+    assert create_diffusion("5").p_sample_loop(Bare(), (2, 4, 8, 8), device="cpu").shape == (2, 4, 8, 8)
+
+
+def test_variances_keep_their_digits_in_float32():
+    d, t = create_diffusion(""), steps(0, 1, 2)
+    x = randn(3, 4, 8, 8, dtype=torch.float32)
+    _, variance, _ = d.q_mean_variance(x, t)
+    exact = torch.from_numpy(1 - d.alphas_cumprod[:3])
+    torch.testing.assert_close(variance[:, 0, 0, 0].double(), exact, rtol=1e-6, atol=0)

@@ -444,3 +444,16 @@ def test_the_seed_decides_the_weights():
         return torch.cat([p.flatten() for p in DiT(**SMALL).parameters()])
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("channels", [0, -1, None, 2.5, "three"])
+def test_guided_channels_are_a_number_or_all(channels):
+    with pytest.raises(ValueError, match="cfg_channels is .*give a number of channels"):
+        small_dit().forward_with_cfg(randn(2, 4, 8, 8), torch.tensor([5, 5]), torch.tensor([1, 10]), 2.0, cfg_channels=channels)
+
+
+@pytest.mark.parametrize("name", ["input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"])
+@pytest.mark.parametrize("size", [0, -4])
+def test_sizes_are_positive(name, size):
+    with pytest.raises(ValueError, match=f"{name} is {size}; it must be at least 1"):
+        DiT(**{**SMALL, name: size})

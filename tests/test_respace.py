@@ -135,3 +135,9 @@ def test_steps_may_come_in_any_order_and_the_network_sees_them():
 def test_steps_the_original_lacks_are_refused(wrong):
     with pytest.raises(ValueError, match="0 to 9"):
         SpacedDiffusion(use_timesteps=wrong, betas=np.linspace(0.01, 0.2, 10), **KINDS)
+
+
+@pytest.mark.parametrize("wrong", [[], 2.7, [10.5], float("inf"), [[2]]], ids=repr)
+def test_fractions_and_nothing_are_no_counts(wrong):
+    with pytest.raises(ValueError, match="is not understood; give '250'"):
+        space_timesteps(1000, wrong)

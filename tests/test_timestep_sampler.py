@@ -150,3 +150,12 @@ def test_all_processes_end_with_the_same_history(tmp_path):
     assert alone.counts.tolist() == [3, 2, 2, 4]
     for key, expected in (("losses", alone.losses), ("counts", alone.counts), ("weights", alone.weights())):
         assert torch.equal(first[key], second[key]) and torch.equal(first[key], expected)
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_is_left_out(loss):
+    sampler = LossSecondMomentResampler(create_diffusion("5"), history_per_term=2)
+    sampler.update_with_all_losses(list(range(5)) * 2, [1.0, 1.0, 1.0, 1.0, 4.0] * 2)
+    before = sampler.weights()
+    sampler.update_with_all_losses([2, 3], [loss, loss])
+    assert torch.equal(sampler.weights(), before) and before[4] > 3.9 * before[0]
