@@ -154,6 +154,8 @@ def main(argv=None):
         f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"steps {state.step} to {last_step}"
     )
+    if state.step >= last_step:
+        log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
     train(args, accelerator, state, space, listing, last_step, folder, log)
     log("done")
     log.close()

@@ -438,6 +438,13 @@ def test_compiles_as_one_graph():
         assert forward(x, t, y).isfinite().all()  # with label dropout
 
 
+@pytest.mark.long
+def test_compiles_with_the_default_backend():
+    model, (x, t, y) = small_dit(), inputs(n=2)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, t, y), model(x, t, y), rtol=0, atol=1e-10)
+
+
 def test_the_seed_decides_the_weights():
     def weights(seed):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from accelerate.state import AcceleratorState
+import huggingface_hub
 import numpy as np
 from PIL import Image
 import pytest
@@ -139,6 +140,14 @@ def test_resumed_run_ends_as_one_that_was_not_interrupted(images, tmp_path, resu
         assert same(theirs, ours)
 
 
+def test_a_finished_run_says_so(images, tmp_path, capsys):
+    run(images, tmp_path, "--max-steps", "2")
+    checkpoint = list_checkpoints(tmp_path / "000-DiT-Ti-8")[-1].stat()
+    run(images, tmp_path, "--max-steps", "2", "--resume", "auto")
+    assert "at its last step already; raise --epochs or --max-steps" in capsys.readouterr().out
+    assert list_checkpoints(tmp_path / "000-DiT-Ti-8")[-1].stat() == checkpoint
+
+
 def test_resume_auto_starts_anew_beside_a_run_with_other_arguments(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "2")
     assert run(images, tmp_path, "--max-steps", "2", "--resume", "auto", "--global-seed", "5")["step"] == 2
@@ -218,7 +227,7 @@ BAD = [
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_a_mistake_gets_one_message_and_leaves_nothing(images, tmp_path, capsys, monkeypatch, flags, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     results = tmp_path / "results"
     with pytest.raises(SystemExit) as stopped:
         run(images, results, *flags)
