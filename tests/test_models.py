@@ -442,7 +442,9 @@ def test_compiles_as_one_graph():
 def test_compiles_with_the_default_backend():
     model, (x, t, y) = small_dit(), inputs(n=2)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, t, y), model(x, t, y), rtol=0, atol=1e-10)
+        compiled = torch.compile(model, fullgraph=True)
+        # The waves of the timestep are float32 in a float64 network too, and the compiler rounds them its own way.
+        torch.testing.assert_close(compiled(x, t, y), model(x, t, y), rtol=0, atol=1e-6)
 
 
 def test_the_seed_decides_the_weights():
