@@ -56,7 +56,7 @@ def load_weights(path, which="ema"):
     ):
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {', '.join(map(str, list(contents)[:6]))}; "
-            "a state dict is wanted, or a dict with ema or model"
+            "a state dict is wanted, or a dict with ema or with model (--weights raw)"
         )
     return Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes)
 

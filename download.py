@@ -64,8 +64,12 @@ def download_model(model_name, folder=FOLDER, base_url=BASE_URL):
     path = Path(folder) / model_name
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{model_name}.lock"), "w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f".{model_name}.lock"), "w")
+    except OSError as error:
+        raise ValueError(f"cannot keep {path} ({error.strerror}); run from a folder that is writable") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():  # another process may have fetched it meanwhile
             fetch(f"{base_url}/{model_name}", path)

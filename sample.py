@@ -9,6 +9,7 @@ A checkpoint of this project says itself how its network is built; for others --
 """
 
 import argparse
+from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,13 +24,15 @@ MARGIN, FONT_SIZE = 4, 12
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     picture = parser.add_argument_group("picture")
     picture.add_argument(
         "--class-labels",
         nargs="+",
         metavar="LABEL",
-        help="numbers, or names if the checkpoint knows them (default: eight classes)",
+        help="numbers, else names if the checkpoint knows them (default: eight classes)",
     )
     picture.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     picture.add_argument(
@@ -59,7 +62,9 @@ def check_output(path):
     """Raise ValueError unless a picture can be written at path, in the format that its ending names."""
     check_writable(path)
     ending = "." + path.rsplit(".", 1)[-1].lower() if "." in path else ""
-    if Image.registered_extensions().get(ending) not in Image.SAVE:
+    try:
+        Image.new("RGB", (1, 1)).save(BytesIO(), format=Image.registered_extensions()[ending])
+    except (KeyError, OSError):
         raise ValueError(f"--output {path}: {ending or 'no ending'} is not an image format; use .png")
 
 
@@ -77,8 +82,11 @@ def parse_labels(given, num_classes, classes):
     names = {name: i for i, name in enumerate(classes or [])}
     labels = []
     for text in given:
-        label = int(text) if text.lstrip("-").isdecimal() else names.get(text)
-        if label is None or not 0 <= label < num_classes:
+        number = int(text) if text.isdecimal() else -1
+        label = (
+            number if 0 <= number < num_classes else names.get(text)
+        )  # a number wins over a name that looks like one
+        if label is None:
             known = (
                 f" or one of the names {', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}" if names else ""
             )
@@ -116,6 +124,7 @@ def picture(images, texts):
         canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
         while font.getlength(text) > width and len(text) > 1:
             text = text[:-2] + "…"
+        text = " ".join(text.split())
         pen.text((left + width / 2, top + height + 1), text, fill="black", font=font, anchor="mt")
     return canvas
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+import sys
 import time
 import zipfile
 
@@ -29,14 +30,26 @@ from sampling import (
 )  # fmt: skip
 
 # Flags that change no image, or only its rounding, or that the checkpoint answers for.
-INCIDENTAL = ("device", "sample_dir", "per_proc_batch_size", "tf32", "ckpt", "model", "image_size", "num_classes")
+INCIDENTAL = (
+    "device",
+    "sample_dir",
+    "per_proc_batch_size",
+    "tf32",
+    "ckpt",
+    "model",
+    "image_size",
+    "num_classes",
+    "said",
+)
 POLL_SECONDS = 1
 # torchrun tells each process its place. They share work by it and speak through files only, so none can time out.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)")
     run.add_argument(
@@ -62,8 +75,6 @@ def main(argv=None):
         for name in ("num_fid_samples", "per_proc_batch_size"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        if args.global_seed < 0:
-            raise ValueError(f"--global-seed is {args.global_seed}; it must be at least 0")
         device = process_device(args.device)
         sampler = load_sampler(args, device)
         folder = open_folder(args, sampler.network)
@@ -88,7 +99,11 @@ def open_folder(args, network):
     """The folder for these options, with its manifest; the same in every process. Raises ValueError if it cannot be made."""
     checkpoint = find_checkpoint(args)
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
-    decides |= {"network": network.config, "checkpoint_sha256": file_hash(checkpoint)}
+    decides |= {
+        "network": network.config,
+        "checkpoint_sha256": file_hash(checkpoint),
+        "vae_sha256": vae_hashes(args.vae),
+    }
     text = json.dumps(decides, indent=1)
     steps = f"{args.num_sampling_steps}-{args.sampler}"
     name = f"{checkpoint.stem}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
@@ -99,6 +114,11 @@ def open_folder(args, network):
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --sample-dir") from None
     return folder
+
+
+def vae_hashes(name):
+    """File name → hash for the VAE in a local folder; nothing for others, whose names say what they are."""
+    return {path.name: file_hash(path) for path in sorted(Path(name).glob("*")) if path.is_file()}
 
 
 def find_checkpoint(args):
@@ -120,9 +140,12 @@ def image_path(folder, i):
 def write_whole(path, write):
     """Call write(file) and give the file its name when it is complete; processes do not disturb each other."""
     temporary = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.partial")
-    with open(temporary, "wb") as file:
-        write(file)
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sample_share(args, sampler, folder, device):
@@ -147,7 +170,8 @@ def sample_share(args, sampler, folder, device):
 
 def wait_for_all(folder, count):
     """Return when every image is there."""
-    while sum(name.endswith(".png") and not name.startswith(".") for name in os.listdir(folder)) < count:
+    wanted = {image_path(folder, i).name for i in range(count)}
+    while not wanted <= set(os.listdir(folder)):
         time.sleep(POLL_SECONDS)
 
 
@@ -170,7 +194,11 @@ def pack(folder, count):
         ):
             np.lib.format.write_array_header_1_0(array, header)
             for i in range(count):
-                array.write(np.asarray(Image.open(image_path(folder, i)).convert("RGB")).tobytes())
+                try:
+                    array.write(np.asarray(Image.open(image_path(folder, i)).convert("RGB")).tobytes())
+                except OSError:
+                    damaged = f"{image_path(folder, i)} cannot be read; remove it and run the same command again"
+                    sys.exit(f"sample_ddp.py: error: {damaged}")
 
     write_whole(target, write)
 

@@ -3,7 +3,7 @@
 Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
 
-from argparse import ArgumentTypeError
+from argparse import Action, ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +42,21 @@ def add_sampling_flags(parser, vae, cfg_scale):
     bare = parser.add_argument_group("network, for checkpoints that do not say")
     bare.add_argument(
         "--model",
+        action=Said,
         choices=DiT_models,
         default=MODEL,
         metavar="MODEL",
         help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
     )
-    bare.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="in pixels (default: %(default)s)")
     bare.add_argument(
-        "--num-classes", type=int, default=NUM_CLASSES, help="0 for a network without classes (default: %(default)s)"
+        "--image-size", action=Said, type=int, default=IMAGE_SIZE, help="in pixels (default: %(default)s)"
+    )
+    bare.add_argument(
+        "--num-classes",
+        action=Said,
+        type=int,
+        default=NUM_CLASSES,
+        help="0 for a network without classes (default: %(default)s)",
     )
     process = parser.add_argument_group("process")
     process.add_argument(
@@ -69,6 +76,14 @@ def add_sampling_flags(parser, vae, cfg_scale):
     )
 
 
+class Said(Action):
+    """Stores a flag's value, and in `said` that it was given: at its default it looks like one that was not."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.said = {*getattr(namespace, "said", ()), self.dest}
+
+
 def _channels(text):
     if text != "all" and not (text.isdecimal() and int(text) > 0):
         raise ArgumentTypeError(f"{text!r} is neither a number of channels, 1 or more, nor all")
@@ -85,6 +100,9 @@ def check_sampling_flags(args):
         raise ValueError(f"--eta {args.eta} is for --sampler ddim; {args.sampler} has its own noise")
     if not np.isfinite(args.cfg_scale):
         raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
+    seed = getattr(args, "seed", 0) or getattr(args, "global_seed", 0)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed is {seed}; it must be at least 0 and below 2**63")
     if args.image_size < 1 or args.num_classes < 0:
         raise ValueError(
             f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least"
@@ -95,6 +113,8 @@ def choose_device(name):
     """The torch device called `name`; the GPU, if there is one, for None. Raises ValueError if there is no such device."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "meta":
+        raise ValueError("--device meta holds no numbers; leave the flag out or pass cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -162,7 +182,7 @@ def load_sampler(args, device):
     if args.ckpt is None:
         name = released_name(args.model, args.image_size, args.num_classes)
         shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-        weights = load_weights(download_model(name))
+        weights = load_weights(download_model(name), args.weights)
         weights = weights._replace(classes=weights.classes or imagenet_names())
     else:
         weights = load_weights(args.ckpt, args.weights)
@@ -199,7 +219,7 @@ def _from_config(config, origin):
 
 
 def _check_flags(args, network, shape, origin):
-    """Raise ValueError if the VAE, or a flag that is not at its default, contradicts the network."""
+    """Raise ValueError if the VAE, or a flag that was given, contradicts the network."""
     if shape.channels != network.in_channels:
         raise ValueError(
             f"--vae {args.vae} has {shape.channels} channels, the network of {origin} takes {network.in_channels}; "
@@ -208,14 +228,15 @@ def _check_flags(args, network, shape, origin):
     sizes = DiT_models[args.model].keywords
     same_model = all(network.config[key] == value for key, value in sizes.items())
     found = {
-        "--model": (args.model, args.model if same_model else "another size", MODEL),
-        "--image-size": (args.image_size, network.input_size * shape.ratio, IMAGE_SIZE),
-        "--num-classes": (args.num_classes, network.num_classes, NUM_CLASSES),
+        "model": args.model if same_model else "another size",
+        "image_size": network.input_size * shape.ratio,
+        "num_classes": network.num_classes,
     }
-    for flag, (given, own, default) in found.items():
-        if given not in (own, default):
+    for name in sorted(getattr(args, "said", ())):
+        if getattr(args, name) != found[name]:
             raise ValueError(
-                f"{flag} is {given}, but {origin} is of {own}; leave the flag out, the checkpoint says it itself"
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, but {origin} is of {found[name]}; leave the flag "
+                "out, the checkpoint says it itself"
             )
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from checkpoints import (
     check_fits,
     checkpoint_path,
+    clean_names,
     list_checkpoints,
     newest_checkpoint,
     read_checkpoint,
@@ -44,7 +45,9 @@ DECIDING = (
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_learning_flags(parser)
     add_run_flags(parser.add_argument_group("run"))
     return parser
@@ -98,8 +101,10 @@ def check_arguments(args):
     for name in ("num_classes", "num_workers", "global_seed"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
-    if not args.lr > 0:
-        raise ValueError(f"--lr is {args.lr}; it must be above 0")
+    if not 0 < args.lr < float("inf"):
+        raise ValueError(f"--lr is {args.lr}; it must be a number above 0")
+    if args.global_seed >= 2**63:
+        raise ValueError(f"--global-seed is {args.global_seed}; it must be below 2**63")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema-decay is {args.ema_decay}; it must be at least 0 and below 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -118,6 +123,8 @@ def once(accelerator, function, *args):
             result = [function(*args)]
         except ValueError as error:
             result = [error]
+        except OSError as error:
+            result = [ValueError(f"{error.filename or ''}: {error.strerror}; check that it exists and is allowed")]
     result = broadcast_object_list(result)[0]
     if isinstance(result, ValueError):
         raise result
@@ -144,19 +151,28 @@ def main(argv=None):
         if source.checkpoint:
             take_up(state, source.checkpoint)
         folder = Path(once(accelerator, open_run_folder, args, source))
-    except ValueError as error:
+        log = RunLog(folder, accelerator.is_main_process, state.step, last_step)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    log = RunLog(folder, accelerator.is_main_process, state.step, last_step)
     log(f"{source.why}; folder {folder}")
     log(f"arguments: {vars(args)}")
-    described = f"{sum(p.numel() for p in state.network.parameters()):,} parameters, {len(listing.paths):,} images"
+    classes = f" in {len(listing.classes)} of {args.num_classes} classes" if args.num_classes else ""
+    described = (
+        f"{sum(p.numel() for p in state.network.parameters()):,} parameters, {len(listing.paths):,} images{classes}"
+    )
     log(
         f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"steps {state.step} to {last_step}"
     )
     if state.step >= last_step:
         log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
-    train(args, accelerator, state, space, listing, last_step, folder, log)
+    try:
+        train(args, accelerator, state, space, listing, last_step, folder, log)
+    except KeyboardInterrupt:
+        log(
+            f"interrupted after step {state.step}; what is saved is in {folder / 'checkpoints'}, go on with --resume auto"
+        )
+        sys.exit(130)
     log("done")
     log.close()
     accelerator.end_training()
@@ -191,69 +207,105 @@ def find_checkpoint(args):
         return Source("a new run")
     if args.resume == "auto":
         return newest_equal_run(args)
-    path = Path(args.resume)
+    path = Path(args.resume).absolute()
     checkpoint = newest_checkpoint(path) if path.is_dir() else path
     if not checkpoint.is_file():
-        raise ValueError(f"--resume {path}: there is no such checkpoint; give a .pt file, a run folder, or auto")
+        raise ValueError(f"--resume {args.resume}: there is no such checkpoint; give a .pt file, a run folder, or auto")
     folder = checkpoint.parent.parent
-    if list_checkpoints(folder)[-1:] == [checkpoint]:
-        return Source(f"going on from {checkpoint}", checkpoint, folder)
-    return Source(f"a new run from {checkpoint}, which is not the newest of a run folder", checkpoint)
+    if list_checkpoints(folder)[-1:] != [checkpoint]:
+        return Source(f"a new run from {checkpoint}, which is not the newest of a run folder", checkpoint)
+    others = different_arguments(args, read_checkpoint(checkpoint))
+    if others:
+        return Source(f"a new run from {checkpoint}, which was made with other {others}", checkpoint)
+    return Source(f"going on from {checkpoint}", checkpoint, folder)
 
 
 def newest_equal_run(args):
-    """The newest run in --results-dir with equal deciding arguments and a checkpoint, else a new run."""
-    runs = sorted(run_folders(args.results_dir).items(), reverse=True)
-    for _, folder in runs:
+    """The newest run in --results-dir with equal deciding arguments and a checkpoint that can be read, else a new run."""
+    seen = []
+    for _, folder in sorted(run_folders(args.results_dir), reverse=True):
         if not list_checkpoints(folder):
+            seen.append(f"{folder.name} has no checkpoint")
             continue
         checkpoint = newest_checkpoint(folder)
-        theirs = read_checkpoint(checkpoint).get("args", {})
-        if all(theirs.get(name) == getattr(args, name) for name in DECIDING):
+        try:
+            others = different_arguments(args, read_checkpoint(checkpoint))
+        except ValueError as error:
+            seen.append(str(error))
+            continue
+        if not others:
             return Source(f"going on from {checkpoint}", checkpoint, folder)
-    return Source(f"a new run: none of {len(runs)} in {args.results_dir} has equal arguments and a checkpoint")
+        seen.append(f"{folder.name} has other {others}")
+    return Source(
+        f"a new run: no run in {args.results_dir} has equal arguments ({'; '.join(seen[:3]) or 'there is none'})"
+    )
+
+
+def different_arguments(args, contents):
+    """The flags among DECIDING, comma-separated, in which a checkpoint's run differs from this one; "" if none does."""
+    theirs = contents.get("args")
+    if not isinstance(theirs, dict):
+        return "arguments, which this train.py did not write"
+
+    def comparable(name, value):
+        is_path = name in ("data_path", "vae") and value is not None and Path(value).is_dir()
+        return str(Path(value).resolve()) if is_path else value
+
+    same = {name: comparable(name, theirs.get(name)) == comparable(name, getattr(args, name)) for name in DECIDING}
+    return ", ".join(f"--{name.replace('_', '-')}" for name in DECIDING if not same[name])
 
 
 def take_up(state, checkpoint):
     """Load a training checkpoint into the state. Raises ValueError if it is none, or of another network."""
     contents = read_checkpoint(checkpoint)
-    lacking = [key for key in ("model", "ema", "opt", "step") if key not in contents]
-    if lacking:
-        raise ValueError(
-            f"--resume {checkpoint}: it has no {', '.join(lacking)}, which resuming takes; train.py writes all four"
-        )
-    check_fits(state.network, contents["model"], checkpoint)
-    state.load_checkpoint(contents)
+    kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
+    lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
+    if lacking or contents["step"] < 0:
+        raise ValueError(f"--resume {checkpoint}: its {', '.join(lacking) or 'step'} is no checkpoint's of train.py")
+    for part in ("model", "ema"):
+        contents[part] = clean_names(contents[part])
+        check_fits(state.network, contents[part], checkpoint)
+    try:
+        state.load_checkpoint(contents)
+    except ValueError as error:
+        raise ValueError(f"--resume {checkpoint}: {error}") from None
 
 
 def run_folders(results_dir):
-    """Number → run folder, for the folders in results_dir that are named as runs are."""
-    folders = (p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal())
-    return {int(p.name.split("-")[0]): p for p in folders}
+    """(number, folder) for each folder in results_dir that is named as runs are."""
+    folders = [p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal()]
+    return [(int(p.name.split("-")[0]), p) for p in folders]
 
 
 def open_run_folder(args, source):
     """The run's folder with its checkpoints folder: that of the run that goes on, else a new one, numbered from 000."""
     if source.folder:
         return source.folder
-    number = max(run_folders(args.results_dir), default=-1) + 1
-    folder = Path(args.results_dir) / f"{number:03d}-{args.model.replace('/', '-')}"
-    try:
-        (folder / "checkpoints").mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the run folder {folder} ({error}); choose another --results-dir") from error
-    return folder
+    number = max((number for number, _ in run_folders(args.results_dir)), default=-1) + 1
+    while True:
+        folder = Path(args.results_dir) / f"{number:03d}-{args.model.replace('/', '-')}"
+        try:
+            folder.mkdir(parents=True)
+            (folder / "checkpoints").mkdir()
+            return folder
+        except FileExistsError:  # another run that starts just now has taken it
+            number += 1
+        except OSError as error:
+            raise ValueError(
+                f"cannot make the run folder {folder} ({error.strerror}); choose another --results-dir"
+            ) from None
 
 
 class RunLog:
     """Lines for log.txt and the console, and a progress bar where the console is a terminal. Main process only."""
 
     def __init__(self, folder, is_main, step, last_step):
-        self.file = open(folder / "log.txt", "a", buffering=1) if is_main else None
+        self.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8") if is_main else None
         self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if is_main else True)
 
     def __call__(self, line):
         if self.file:
+            line = line.encode(errors="backslashreplace").decode()  # names of files may be no valid text
             stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
             self.file.write(stamped + "\n")
             self.bar.write(stamped, file=sys.stdout)
@@ -277,7 +329,7 @@ def train(args, accelerator, state, space, listing, last_step, folder, log):
     dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
     skipped, window, started = Skipped(log), [], time.monotonic()
     for images, labels, bad in make_loader(dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
-        if bad and not args.skip_bad_images:
+        if images is None or (bad and not args.skip_bad_images):
             sys.exit(
                 f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images"
             )

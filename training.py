@@ -36,10 +36,19 @@ class TrainState:
         }  # fmt: skip
 
     def load_checkpoint(self, contents):
-        """Take up network, moving average, optimizer and step from such a dict."""
+        """Take up network, moving average, optimizer and step from such a dict; the learning rate stays as it is.
+
+        Raises ValueError if the optimizer's part is not of this network.
+        """
+        rates = [group["lr"] for group in self.opt.param_groups]
         self.network.load_state_dict(contents["model"])
         self.ema.load_state_dict(contents["ema"])
-        self.opt.load_state_dict(contents["opt"])
+        try:
+            self.opt.load_state_dict(contents["opt"])
+        except KeyError as error:
+            raise ValueError(f"the optimizer's state lacks {error}") from None
+        for group, rate in zip(self.opt.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.step = contents["step"]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -178,6 +179,7 @@ def test_default_labels_and_names():
     assert sample.parse_labels(None, 10, NAMES) == list(range(8))
     assert sample.parse_labels(None, 3, None) == [0, 1, 2]
     assert sample.parse_labels(["digit 7", "0"], 10, NAMES) == [7, 0]
+    assert sample.parse_labels(["1", "10"], 3, ["1", "10", "2"]) == [1, 1]  # an index first, then a name
     assert sample.captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and sample.captions([7], 10, None) == ["7"]
 
 
@@ -243,6 +245,12 @@ BAD = [
     (["--image-size", "64"], "--image-size is 64, but"),
     (["--num-classes", "7"], "--num-classes is 7, but"),
     (["--model", "DiT-B/4"], "--model is DiT-B/4, but"),
+    (["--image-size", "256"], "--image-size is 256, but"),
+    (["--num-classes", "1000"], "--num-classes is 1000, but"),
+    (["--seed", "99999999999999999999"], "the seed is 99999999999999999999; it must be"),
+    (["--seed", "-1"], "the seed is -1"),
+    (["--device", "meta"], "--device meta holds no numbers"),
+    (["--output", "/tmp/picture.xbm"], ".xbm is not an image format"),
 ]
 
 
@@ -411,6 +419,34 @@ def test_restart_makes_only_what_is_missing(tmp_path, vae, ckpt, monkeypatch):
     assert all(before[p.name] == p.stat().st_mtime_ns for p in folder.glob("*.png") if p.name != "000003.png")
 
 
+def test_foreign_and_damaged_files_in_the_folder(tmp_path, vae, ckpt):
+    folder, array = many(ckpt, vae, tmp_path)
+    npz = tmp_path / f"{folder.name}.npz"
+    npz.unlink()
+    (folder / "grid.png").write_bytes(b"a picture of somebody")
+    victim = folder / "000002.png"
+    victim.write_bytes(victim.read_bytes()[:40])
+    with pytest.raises(SystemExit, match="000002.png cannot be read; remove it and run the same command again"):
+        many(ckpt, vae, tmp_path)
+    assert not list(tmp_path.glob("*npz*")) and not list(tmp_path.glob(".*npz*"))
+    victim.unlink()
+    assert np.array_equal(many(ckpt, vae, tmp_path)[1], array) and (folder / "grid.png").exists()
+
+
+def test_another_autoencoder_in_the_same_place_gets_another_folder(tmp_path, vae, ckpt):
+    copied = tmp_path / "vae"
+    shutil.copytree(vae, copied)
+    many(ckpt, str(copied), tmp_path / "samples")
+    autoencoder = AutoencoderKL.from_pretrained(copied)
+    autoencoder.post_quant_conv.weight.data.mul_(2)
+    autoencoder.save_pretrained(copied)
+    sample_ddp.main([
+        "--ckpt", ckpt, "--vae", str(copied), "--num-fid-samples", "7", "--num-sampling-steps", "3", "--device", "cpu",
+        "--per-proc-batch-size", "2", "--sample-dir", str(tmp_path / "samples"),
+    ])  # fmt: skip
+    assert len(list((tmp_path / "samples").glob("*.npz"))) == 2
+
+
 def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
     for flags in (
         ["--cfg-scale", "2"],
@@ -454,7 +490,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt):
 
 @pytest.mark.parametrize("flags, message", [
     (["--num-fid-samples", "0"], "--num-fid-samples is 0"), (["--per-proc-batch-size", "0"], "--per-proc-batch-size is 0"),
-    (["--global-seed", "-1"], "--global-seed is -1"), (["--sample-dir", "/proc/samples"], "cannot write to /proc/samples"),
+    (["--global-seed", "-1"], "the seed is -1"), (["--sample-dir", "/proc/samples"], "cannot write to /proc/samples"),
 ])  # fmt: skip
 def test_mistakes_of_sample_ddp(tmp_path, capsys, vae, ckpt, flags, message):
     with pytest.raises(SystemExit) as stopped:

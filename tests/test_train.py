@@ -1,5 +1,6 @@
 """train.py and training.py: the recipe's formulas, runs on one and two processes, resuming, and what users get wrong."""
 
+import argparse
 import os
 from pathlib import Path
 import subprocess
@@ -152,7 +153,67 @@ def test_resume_auto_starts_anew_beside_a_run_with_other_arguments(images, tmp_p
     run(images, tmp_path, "--max-steps", "2")
     assert run(images, tmp_path, "--max-steps", "2", "--resume", "auto", "--global-seed", "5")["step"] == 2
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["000-DiT-Ti-8", "001-DiT-Ti-8"]
-    assert "a new run: none of 1" in capsys.readouterr().out
+    assert "000-DiT-Ti-8 has other --global-seed" in capsys.readouterr().out
+
+
+def test_resuming_with_other_arguments_leaves_the_first_run_alone(images, tmp_path, capsys):
+    run(images, tmp_path, "--max-steps", "2")
+    contents = run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", str(tmp_path / "000-DiT-Ti-8"))
+    assert contents["step"] == 3 and contents["opt"]["param_groups"][0]["lr"] == 3e-4
+    assert [p.name for p in list_checkpoints(tmp_path / "000-DiT-Ti-8")] == ["0000002.pt"]
+    assert "which was made with other --lr" in capsys.readouterr().out
+
+
+def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(images, tmp_path, monkeypatch, capsys):
+    run(images, tmp_path, "--max-steps", "2")
+    (tmp_path / "000-backup").mkdir()
+    foreign = tmp_path / "001-DiT-XL-2" / "checkpoints" / "0000100.pt"
+    foreign.parent.mkdir(parents=True)
+    torch.save({"model": {}, "ema": {}, "opt": {}, "args": argparse.Namespace(lr=1)}, foreign)
+    damaged = tmp_path / "002-DiT-XL-2" / "checkpoints" / "0000100.pt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(foreign.read_bytes()[:300])
+    monkeypatch.chdir(images.parent)
+    train.main(["--data-path", images.name, "--results-dir", str(tmp_path), *QUICK, "--max-steps", "3", "--resume", "auto"])
+    assert "going on from" in capsys.readouterr().out
+    assert len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 2
+
+
+def test_a_number_that_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_folders", lambda results_dir: [])
+    args = argparse.Namespace(results_dir=str(tmp_path), model="DiT-S/2")
+    folders = [train.open_run_folder(args, train.Source("a new run")).name for _ in range(3)]
+    assert folders == ["000-DiT-S-2", "001-DiT-S-2", "002-DiT-S-2"]
+
+
+@pytest.mark.parametrize("part, value", [
+    ("opt", {}), ("opt", None), ("step", "x"), ("step", -3), ("ema", {}), ("model", None), ("step", torch.tensor(2)),
+])  # fmt: skip
+def test_a_checkpoint_with_a_wrong_part_is_refused(images, tmp_path, capsys, part, value):
+    contents = run(images, tmp_path / "good", "--max-steps", "1")
+    torch.save({**contents, part: value}, tmp_path / "wrong.pt")
+    with pytest.raises(SystemExit):
+        run(images, tmp_path / "new", "--max-steps", "2", "--resume", str(tmp_path / "wrong.pt"))
+    assert "wrong.pt" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_interrupted_from_the_keyboard(images, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, "--max-steps", "2")
+    assert stopped.value.code == 130 and "interrupted after step 0" in capsys.readouterr().out
+
+
+def test_no_readable_image_at_all(images, tmp_path):
+    for path in images.glob("*/*.png"):
+        target = tmp_path / "all" / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="cannot read"):
+        run(tmp_path / "all", tmp_path / "results", "--epochs", "1", "--skip-bad-images")
 
 
 def test_resuming_an_older_checkpoint_overwrites_none(images, tmp_path):
