@@ -8,14 +8,18 @@ from PIL import Image
 import pytest
 import torch
 
-from conftest import ROOT
+from checkpoints import load_weights, save_checkpoint
+from conftest import ROOT, fill_randomly
+from models import DiT
 
 EXAMPLE = ROOT / "examples" / "digits"
 sys.path.insert(0, str(EXAMPLE))
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
 
+import export  # noqa: E402
 import judge  # noqa: E402
 import make_dataset  # noqa: E402
+import train_vae  # noqa: E402
 import sample  # noqa: E402
 from sampling import load_sampler  # noqa: E402
 from vae import from_uint8, load_vae, to_uint8  # noqa: E402
@@ -100,3 +104,41 @@ def test_example_weights_are_small_and_say_what_they_are():
     metadata = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
     assert json.loads(metadata["config"])["num_classes"] == 10
     assert json.loads(metadata["classes"]) == [str(i) for i in range(10)]
+
+
+def test_autoencoder_script_trains_saves_and_overwrites_nothing(tmp_path, capsys):
+    for i, image in enumerate(make_dataset.enlarge(make_dataset.load_split()[0][:8])):
+        (tmp_path / "some").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "some" / f"{i}.png")
+    flags = [
+        "--data-path",
+        str(tmp_path / "some"),
+        "--output",
+        str(tmp_path / "vae"),
+        "--batch-size",
+        "4",
+        "--steps",
+        "3",
+    ]
+    train_vae.main(flags)
+    assert load_vae(str(tmp_path / "vae")).shape == (4, 8) and "step 3: squared error" in capsys.readouterr().out
+    for wrong, message in (
+        (flags, "exists already"),
+        ([*flags[:3], str(tmp_path / "new"), "--data-path", "no"], "no is not"),
+    ):
+        with pytest.raises(SystemExit):
+            train_vae.main(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_exported_checkpoint_is_the_ema_with_its_configuration(tmp_path, capsys):
+    config = dict(input_size=4, patch_size=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+    states = [fill_randomly(DiT(**config), seed).state_dict() for seed in (0, 1)]
+    save_checkpoint(tmp_path / "a.pt", {"model": states[0], "ema": states[1], "config": config, "classes": ["x"] * 10})
+    export.main([str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors")])
+    weights = load_weights(tmp_path / "a.safetensors")
+    assert weights.config == config and weights.classes == ["x"] * 10
+    assert all(torch.equal(weights.tensors[name], states[1][name]) for name in states[1])
+    for wrong in (["a.pt", "a.safetensors"], ["missing.pt", "b.safetensors"]):
+        with pytest.raises(SystemExit):
+            export.main([str(tmp_path / name) for name in wrong])

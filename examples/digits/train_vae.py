@@ -57,7 +57,12 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
 
-    images = load_images(args.data_path)
+    if Path(args.output).exists():
+        parser.error(f"--output {args.output} exists already; give the name of a folder to make")
+    try:
+        images = load_images(args.data_path)
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL(**ARCHITECTURE)
     opt = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, weight_decay=0.01)
