@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/python examples/digits/make_dataset.py --output $(DIGITS)
 	$(BIN)/python train.py --data-path $(DIGITS)/train --results-dir demo/results --vae $(VAE) \
 	  --model DiT-Ti/1 --image-size 32 --num-classes 10 --no-flip --global-batch-size 64 \
-	  --max-steps 1000 --lr 2e-3 --ema-decay 0.99 --num-workers 1
+	  --max-steps 1300 --lr 2e-3 --ema-decay 0.99 --num-workers 1
 	$(BIN)/python sample.py --ckpt $$(ls -d demo/results/* | tail -1) $(DEMO_FLAGS) --output demo/two-minutes.png
 
 test: .venv/installed
