@@ -91,7 +91,7 @@ def plain_layer_norm(hidden_size):
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero: c gives shift, scale and gate for the attention and for the MLP.
 
-    The regression starts at zero, so every gate starts closed and the block starts as the identity (paper, section 3.2).
+    DiT.initialize_weights zeroes the Linear in adaLN_modulation: gates start at 0, the block as the identity (section 3.2).
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
@@ -125,7 +125,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts the noise in a noisy latent and, with learn_sigma, how to set the variance of the step back.
+    """Predicts the noise in a noisy latent and, with learn_sigma, the variance of the reverse step p(x_{t-1} | x_t).
 
     num_classes=0 makes an unconditional network, called with y=None. `config` holds the arguments, so that
     DiT(**model.config) is the same network; `null_label` is the label of "no class", None where there is none.
@@ -193,7 +193,7 @@ class DiT(nn.Module):
         return x.reshape(n, self.out_channels, side * p, side * p)  # (N, C_out, H, W)
 
     def embed_condition(self, t, y, force_drop_ids=None):
-        """The condition c (N, D) of steps t and labels y. Raises ValueError if y is missing, or given to no use."""
+        """The condition c (N, D) of steps t and labels y. Raises ValueError if y is missing, or given to a network without classes."""
         if (y is None) != (self.y_embedder is None):
             raise ValueError(
                 f"the network has num_classes={self.num_classes} but y is {'missing' if y is None else 'given'}; "

@@ -2,7 +2,7 @@
 
     python train.py --data-path imagenet/train                               # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py --data-path imagenet/train          # eight; the global batch stays 256
-    python train.py --data-path digits --num-classes 10 --model DiT-Ti/2 --image-size 32 --vae digits-vae --no-flip
+    python train.py --data-path digits/train --num-classes 10 --model DiT-Ti/1 --image-size 32 --vae examples/digits/vae --no-flip
 
 Each run gets a folder results/NNN-MODEL with log.txt and checkpoints/SSSSSSS.pt. The same seed gives the same run on
 any number of processes and workers, up to float rounding.
@@ -164,6 +164,8 @@ def main(argv=None):
         f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"steps {state.step} to {last_step}"
     )
+    if len(listing.classes or ()) < args.num_classes:
+        log("note: there are fewer class folders than --num-classes; labels without a folder stay untrained")
     if state.step >= last_step:
         log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
     try:

@@ -35,7 +35,11 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """Where the variance of a step back comes from: a bound of it, or the network's choice between the bounds."""
+    """The variance of a reverse step.
+
+    FIXED_SMALL: the posterior variance. FIXED_LARGE: beta, at t = 0 the posterior variance of t = 1. LEARNED_RANGE: the
+    network's choice between the logs of posterior variance and beta.
+    """
 
     FIXED_SMALL = enum.auto()
     FIXED_LARGE = enum.auto()
@@ -104,12 +108,12 @@ class GaussianDiffusion:
         # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. Its variance at t = 0 is 0: the log takes the next one instead, or
         # beta where there is no next.
         self.posterior_variance = betas * (1 - before) / (1 - abar)
-        second = self.posterior_variance[1:2] if len(betas) > 1 else betas
-        self.posterior_log_variance_clipped = np.log(np.concatenate([second, self.posterior_variance[1:]]))
+        at_one = self.posterior_variance[1:2] if len(betas) > 1 else betas
+        self.posterior_log_variance_clipped = np.log(np.concatenate([at_one, self.posterior_variance[1:]]))
         self.posterior_mean_coef1 = betas * np.sqrt(before) / (1 - abar)
         self.posterior_mean_coef2 = (1 - before) * np.sqrt(1 - betas) / (1 - abar)
 
-        fixed_variance = np.concatenate([second, betas[1:]])
+        fixed_variance = np.concatenate([at_one, betas[1:]])
         fixed_log_variance = np.log(fixed_variance)
         if self.model_var_type is ModelVarType.FIXED_SMALL:
             fixed_variance, fixed_log_variance = self.posterior_variance, self.posterior_log_variance_clipped
@@ -221,7 +225,7 @@ class GaussianDiffusion:
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = noise_fn(x)
         mean = out["mean"] if cond_fn is None else self.condition_mean(cond_fn, out, x, t, model_kwargs)
-        std = torch.exp(out["log_variance"] / 2) * _not_last(t, x)
+        std = torch.exp(out["log_variance"] / 2) * _adds_noise(t, x)
         return {"sample": mean + std * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
@@ -241,7 +245,7 @@ class GaussianDiffusion:
         noise = noise_fn(x)
         sigma = eta * c.posterior_variance.sqrt()  # eq. 16, whose product is the posterior variance
         mean = before.sqrt() * x_start + torch.sqrt(1 - before - sigma**2) * eps
-        return {"sample": mean + _not_last(t, x) * sigma * noise, "pred_xstart": x_start}
+        return {"sample": mean + _adds_noise(t, x) * sigma * noise, "pred_xstart": x_start}
 
     def ddim_reverse_sample(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
@@ -341,7 +345,7 @@ class GaussianDiffusion:
         output = self._call(model, x_t, t, model_kwargs)
 
         if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
-            bound = self._bound(c, output, x_start, x_t, t, clip_denoised=False)["output"]
+            bound = self._bound(c, output, x_start, x_t, t, clip_denoised=False)["bits"]
             return {"loss": bound * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else bound}
         if self.loss_type not in (LossType.MSE, LossType.RESCALED_MSE):
             raise NotImplementedError(self.loss_type)
@@ -350,7 +354,7 @@ class GaussianDiffusion:
         if self.model_var_type is ModelVarType.LEARNED_RANGE:
             prediction, v = output.chunk(2, dim=1)
             only_variance = torch.cat([prediction.detach(), v], dim=1)  # (N, 2C, ...)
-            losses["vb"] = self._bound(c, only_variance, x_start, x_t, t, clip_denoised=False)["output"]
+            losses["vb"] = self._bound(c, only_variance, x_start, x_t, t, clip_denoised=False)["bits"]
             if self.loss_type is LossType.RESCALED_MSE:
                 losses["vb"] = losses["vb"] * (self.num_timesteps / 1000)
         target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
@@ -359,7 +363,7 @@ class GaussianDiffusion:
         return losses
 
     def _bound(self, c, output, x_start, x_t, t, clip_denoised):
-        """One term of the variational bound in bits per dim: a dict of output (N,) and pred_xstart (DDPM eq. 5).
+        """One term of the variational bound in bits per dim: a dict of bits (N,) and pred_xstart (DDPM eq. 5).
 
         KL between the true posterior and p; at t = 0 the negative log-likelihood of the grey levels in x_start.
         """
@@ -368,7 +372,7 @@ class GaussianDiffusion:
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, p["mean"], p["log_variance"])
         log_likelihood = discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=p["log_variance"] / 2)
         nats = torch.where(t == 0, -mean_flat(log_likelihood), mean_flat(kl))
-        return {"output": nats / math.log(2), "pred_xstart": p["pred_xstart"]}
+        return {"bits": nats / math.log(2), "pred_xstart": p["pred_xstart"]}
 
     @torch.no_grad()
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, *, noise_fn=torch.randn_like):
@@ -384,7 +388,7 @@ class GaussianDiffusion:
             x_t = _noised(c, x_start, noise)
             bound = self._bound(c, self._call(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
             eps = _eps_from_x_start(c, x_t, bound["pred_xstart"])
-            terms["vb"].append(bound["output"])
+            terms["vb"].append(bound["bits"])
             terms["xstart_mse"].append(mean_flat((bound["pred_xstart"] - x_start) ** 2))
             terms["mse"].append(mean_flat((eps - noise) ** 2))
         terms = {name: torch.stack(values, dim=1) for name, values in terms.items()}  # (N, T)
@@ -411,7 +415,7 @@ def _eps_from_x_start(c, x_t, x_start):
     return (c.sqrt_recip_alphas_cumprod * x_t - x_start) / c.sqrt_recipm1_alphas_cumprod
 
 
-def _not_last(t, x):
+def _adds_noise(t, x):
     """1 where a step adds noise, 0 at t = 0; (N, 1, ..., 1)."""
     return (t != 0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 

@@ -1,6 +1,6 @@
 """Write the EMA weights of a training checkpoint as a .safetensors file, configuration and class names in its metadata.
 
-python examples/digits/export.py results/000-DiT-Ti-2 dit.safetensors
+python examples/digits/export.py results/000-DiT-Ti-1 dit.safetensors
 """
 
 import argparse

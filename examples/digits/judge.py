@@ -1,6 +1,7 @@
 """Judge digits sampled from a checkpoint against the real ones.
 
-    python examples/digits/judge.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae
+    python examples/digits/judge.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
+      --num-sampling-steps 50 --cfg-scale 1.5
 
 Everything is measured on digits of 8×8 pixels, 0 to 16, as scikit-learn has them: how often a classifier trained on real
 digits sees the class that was asked for; how much the digits of a class vary; k = 3 precision and recall against the
