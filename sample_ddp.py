@@ -23,8 +23,6 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from checkpoints import newest_checkpoint
-from download import download_model, released_name
 from sampling import (
     ImageNoise, add_sampling_flags, check_sampling_flags, choose_device, load_sampler, random_labels, tf32,
 )  # fmt: skip
@@ -77,7 +75,7 @@ def main(argv=None):
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         device = process_device(args.device)
         sampler = load_sampler(args, device)
-        folder = open_folder(args, sampler.network)
+        folder = open_folder(args, sampler)
     except ValueError as error:
         parser.error(str(error))
     with tf32(args.tf32):
@@ -95,18 +93,19 @@ def process_device(name):
     return choose_device(name)
 
 
-def open_folder(args, network):
+def open_folder(args, sampler):
     """The folder for these options, with its manifest; the same in every process. Raises ValueError if it cannot be made."""
-    checkpoint = find_checkpoint(args)
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
     decides |= {
-        "network": network.config,
-        "checkpoint_sha256": file_hash(checkpoint),
+        "network": sampler.network.config,
+        "checkpoint_sha256": file_hash(sampler.checkpoint),
         "vae_sha256": vae_hashes(args.vae),
     }
     text = json.dumps(decides, indent=1)
     steps = f"{args.num_sampling_steps}-{args.sampler}"
-    name = f"{checkpoint.stem}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
+    name = (
+        f"{sampler.checkpoint.stem}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
+    )
     folder = Path(args.sample_dir) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,13 +118,6 @@ def open_folder(args, network):
 def vae_hashes(name):
     """File name → hash for the VAE in a local folder; nothing for others, whose names say what they are."""
     return {path.name: file_hash(path) for path in sorted(Path(name).glob("*")) if path.is_file()}
-
-
-def find_checkpoint(args):
-    """The checkpoint file that load_sampler has loaded."""
-    if args.ckpt is None:
-        return download_model(released_name(args.model, args.image_size, args.num_classes))
-    return newest_checkpoint(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt)
 
 
 def file_hash(path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import Weights, check_fits, load_weights
+from checkpoints import Weights, check_fits, load_weights, newest_checkpoint
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from download import download_model, released_name
@@ -125,7 +125,10 @@ def choose_device(name):
 
 @dataclass
 class Sampler:
-    """A network and a VAE on one device, and how to sample from them. `classes` are the class names, None if unknown."""
+    """A network and a VAE on one device, and how to sample from them.
+
+    `classes` are the class names, None if unknown; `checkpoint` is the file that the network came from, if any.
+    """
 
     network: DiT
     space: object
@@ -135,6 +138,7 @@ class Sampler:
     eta: float = 0.0
     cfg_scale: float = 1.0
     cfg_channels: int | str = 3
+    checkpoint: Path | None = None
 
     def __post_init__(self):
         self.diffusion = create_diffusion(str(self.num_sampling_steps))
@@ -182,13 +186,15 @@ def load_sampler(args, device):
     if args.ckpt is None:
         name = released_name(args.model, args.image_size, args.num_classes)
         shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-        weights = load_weights(download_model(name), args.weights)
-        weights = weights._replace(classes=weights.classes or imagenet_names())
+        checkpoint = download_model(name)
     else:
-        weights = load_weights(args.ckpt, args.weights)
+        checkpoint = newest_checkpoint(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt)
+    weights = load_weights(checkpoint, args.weights)
+    if args.ckpt is None:
+        weights = weights._replace(classes=weights.classes or imagenet_names())
     network = build_network(args, weights, shape).to(device)
     options = {key: getattr(args, key) for key in ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels")}
-    sampler = Sampler(network, None, weights.classes, **options)
+    sampler = Sampler(network, None, weights.classes, checkpoint=checkpoint, **options)
     sampler.space = load_vae(args.vae, device)
     return sampler
 

@@ -1,5 +1,6 @@
 """sampling.py, sample.py and sample_ddp.py: what is drawn from what, the picture, the files, and what users get wrong."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import Weights, save_checkpoint, save_weights
+from checkpoints import Weights, checkpoint_path, save_checkpoint, save_weights
 from conftest import ROOT, fill_randomly
 from diffusion import create_diffusion
 from models import DiT, DiT_models
@@ -431,6 +432,23 @@ def test_foreign_and_damaged_files_in_the_folder(tmp_path, vae, ckpt):
     assert not list(tmp_path.glob("*npz*")) and not list(tmp_path.glob(".*npz*"))
     victim.unlink()
     assert np.array_equal(many(ckpt, vae, tmp_path)[1], array) and (folder / "grid.png").exists()
+
+
+def test_manifest_is_of_the_checkpoint_that_was_loaded(tmp_path, vae, monkeypatch):
+    """A run folder may get a newer checkpoint while its newest is being loaded."""
+    def save_step(step):
+        state = fill_randomly(DiT(**CONFIG), seed=step).state_dict()
+        path = checkpoint_path(tmp_path / "000-run", step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, {"model": state, "ema": state, "config": CONFIG, "classes": None})
+        return path
+
+    first, load = save_step(1), sample_ddp.load_sampler
+    monkeypatch.setattr(sample_ddp, "load_sampler", lambda *args: (load(*args), save_step(2))[0])
+    folder, _ = many(str(tmp_path / "000-run"), vae, tmp_path / "samples")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["checkpoint_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert folder.name.startswith("0000001-")
 
 
 def test_another_autoencoder_in_the_same_place_gets_another_folder(tmp_path, vae, ckpt):
