@@ -1,7 +1,8 @@
 """Checkpoint files: reading any that a DiT may come in, and writing our own so that a half-written one never counts.
 
 Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args, step, config (DiT's arguments), classes
-(names in index order, or None) and rng. Also read: such a dict with model and ema alone, a bare state dict, and a
+(names in index order, or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
+several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a bare state dict, and a
 .safetensors file with `config` and `classes` as JSON in its metadata. Nothing is ever unpickled beyond tensors, plain
 containers and the argparse.Namespace that older training scripts stored.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 import pickle
 import re
 from typing import NamedTuple
+import zipfile
 
 import safetensors
 import safetensors.torch
@@ -32,7 +34,7 @@ class Weights(NamedTuple):
 
 
 def load_weights(path, which="ema"):
-    """The Weights in a checkpoint file, or in the newest checkpoint of a run folder; `which` is "ema" or "raw".
+    """The Weights in a checkpoint file, or in the newest checkpoint of a run folder; `which` is as in weights_choice.
 
     A file with a single set of weights is taken as the EMA, which is what is published.
     Raises ValueError if the file is missing, broken, unsafe or no checkpoint, or has no such weights.
@@ -45,9 +47,7 @@ def load_weights(path, which="ema"):
     else:
         contents = read_checkpoint(path)
         config, classes = contents.get("config"), contents.get("classes")
-    sets = {"ema": contents.get("ema"), "raw": contents.get("model")}
-    if not any(isinstance(tensors, dict) for tensors in sets.values()):
-        sets = {"ema": contents}
+    sets = _weight_sets(contents)
     tensors = sets.get(which)
     if (
         not isinstance(tensors, dict)
@@ -57,18 +57,46 @@ def load_weights(path, which="ema"):
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {', '.join(map(str, list(contents)[:6]))}; "
             "a state dict is wanted, or a dict with ema or with model (--weights raw)"
+            + (f"; --weights can be {', '.join(sets)}" if "ema@" in "".join(sets) else "")
         )
     return Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes)
 
 
-def read_checkpoint(path):
-    """The dict in a file that torch.save wrote, tensors on the CPU.
+def _weight_sets(contents):
+    """The sets of weights in a file's contents, under the names of weights_choice."""
+    if not any(isinstance(contents.get(key), dict) for key in ("ema", "model")):
+        return {"ema": contents}
+    sets = {"ema": contents.get("ema"), "raw": contents.get("model")}
+    sets |= {f"ema@{decay}": tensors for decay, tensors in averages(contents).items()}
+    return {name: tensors for name, tensors in sets.items() if tensors is not None}
+
+
+def averages(contents):
+    """{decay: state dict} of every moving average in a training checkpoint, the main one first."""
+    args = contents.get("args")
+    decays = args.get("ema_decay") if isinstance(args, dict) else None
+    first = {decays[0]: contents.get("ema")} if isinstance(decays, list) and decays else {}
+    return first | (contents.get("emas") or {})
+
+
+def weights_choice(text):
+    """What --weights may name: "ema", "raw", or "ema@DECAY" for one of several averages. Raises ValueError for others."""
+    if text in ("ema", "raw"):
+        return text
+    kind, _, decay = text.partition("@")
+    if kind != "ema" or not decay.replace(".", "", 1).isdecimal():
+        raise ValueError(f"{text!r} is none of ema, raw and ema@DECAY, such as ema@0.9999")
+    return f"ema@{float(decay)}"
+
+
+def read_checkpoint(path, mmap=False):
+    """The dict in a file that torch.save wrote, tensors on the CPU; with mmap they are read when they are used.
 
     Raises ValueError if the file is cut short or no such file, holds something else, or wants to run code.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -84,6 +112,23 @@ def read_checkpoint(path):
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dict")
     return contents
+
+
+def check_whole(path):
+    """Raise ValueError unless every part of a checkpoint file has the checksum that it was written with.
+
+    torch.load does not look at them: it takes a file in which a bit has changed.
+    """
+    try:
+        with open(path, "rb") as file:
+            try:
+                damaged = zipfile.ZipFile(file).testzip()
+            except Exception as error:  # a changed header makes zipfile raise many kinds
+                damaged = error
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged ({damaged})")
 
 
 def _broken(path):
@@ -128,28 +173,109 @@ def check_fits(network, tensors, origin):
         )
 
 
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+
+
+def adapt(weights, network, labels, origin):
+    """The tensors of Weights made to fit a network of another image size or of other classes, to train it further.
+
+    The position table is the network's own, for it is a function of the size. labels: "keep" the label table, for as
+    many classes; "drop" it and keep the network's own, but for the null class; or {index: index in the Weights} of those
+    to take over. Raises ValueError if anything else does not fit.
+    """
+    own = network.state_dict()
+    tensors = weights.tensors | {"pos_embed": own["pos_embed"]}
+    theirs = tensors.pop(LABEL_TABLE, None)
+    if LABEL_TABLE in own:
+        table = own[LABEL_TABLE].clone()
+        if theirs is not None:
+            classes = (weights.config or {}).get("num_classes", len(theirs) - 1)
+            pairs = {i: i for i in range(classes)} if labels == "keep" else {} if labels == "drop" else labels
+            if labels == "keep" and classes != network.num_classes:
+                raise ValueError(
+                    f"{origin} has {classes} classes, the new network {network.num_classes}; pass --init-labels drop, or a "
+                    "file that maps them"
+                )
+            if len(theirs) > classes and network.null_label is not None:
+                pairs = pairs | {network.null_label: classes}
+            table[list(pairs)] = theirs[list(pairs.values())].to(table)
+        tensors[LABEL_TABLE] = table
+    check_fits(network, tensors, origin)
+    return tensors
+
+
+def read_label_map(path, classes, weights):
+    """{index: index in the Weights} from a JSON file {label: label there}, in which labels are numbers or class names.
+
+    Raises ValueError, naming the label, for one that does not exist.
+    """
+    try:
+        pairs = json.loads(Path(path).read_text(encoding="utf-8"))
+        pairs = pairs.items()
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--init-labels {path} is no JSON file of {{label: label there}} ({reason})") from None
+    there = (weights.config or {}).get("num_classes", len(weights.tensors.get(LABEL_TABLE, [])) - 1)
+
+    def index(label, names, count, where):
+        names = {name: i for i, name in enumerate(names or [])}
+        number = int(label) if str(label).isdecimal() else names.get(label, -1)
+        if not 0 <= number < count:
+            raise ValueError(f"--init-labels {path}: {label!r} is no label {where}, which has {count}")
+        return number
+
+    here, count = classes
+    return {
+        index(new, here, count, "of the new network"): index(old, weights.classes, there, "of the checkpoint")
+        for new, old in pairs
+    }
+
+
 def save_checkpoint(path, contents):
-    """Write a dict for torch.save so that `path` either is whole or does not exist, also after a crash."""
-    _write_then_rename(Path(path), lambda temporary: torch.save(contents, temporary))
+    """Write a dict for torch.save so that `path` either is whole or does not exist, also after a crash.
+
+    Raises OSError, with the reason, if it cannot be written.
+    """
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+
+    write_whole(Path(path), write)
 
 
 def save_weights(path, weights):
     """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at all."""
     metadata = {"config": json.dumps(weights.config), "classes": json.dumps(weights.classes)}
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
-    _write_then_rename(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    write_whole(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
-def _write_then_rename(path, write):
-    """Call write(temporary path), bring the file safely to disk, and give it its name."""
+def write_whole(path, write):
+    """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
+
+    Raises OSError if the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    for to_disk, rename in ((temporary, True), (path.parent, False)):
-        handle = os.open(to_disk, os.O_RDONLY)
+    try:
+        write(temporary)
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        _to_disk(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        reason = error
+        while reason and not isinstance(reason, OSError):  # torch.save hides the disk's answer behind its own
+            reason = reason.__context__
+        raise (reason or error) from None
+
+
+def _to_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(handle)
+    finally:
         os.close(handle)
-        if rename:
-            os.replace(temporary, path)
 
 
 def checkpoint_path(run_folder, step):
@@ -169,3 +295,21 @@ def newest_checkpoint(run_folder):
     if not found:
         raise ValueError(f"{run_folder} has no checkpoints/SSSSSSS.pt; give a run folder, or a checkpoint file")
     return found[-1]
+
+
+def newest_whole_checkpoint(run_folder):
+    """(the newest checkpoint of a run folder that is not damaged, else None; what is wrong with each newer one)."""
+    complaints = []
+    for path in reversed(list_checkpoints(run_folder)):
+        try:
+            check_whole(path)
+            return path, complaints
+        except ValueError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def prune_checkpoints(run_folder, keep):
+    """Delete all but the newest `keep` checkpoints of a run folder."""
+    for path in list_checkpoints(run_folder)[:-keep]:
+        path.unlink()

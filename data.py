@@ -1,11 +1,14 @@
-"""A folder of images → batches: listing, centre crop, flips, and which image is seen at which step.
+"""A folder of images, or of cached latents → batches: listing, centre crop, flips, and what is seen at which step.
 
 What a batch holds is a function of the seed and the step alone: neither the number of processes nor of workers matters.
-Batches are uint8 (n, 3, S, S), n the share of one process of the global batch.
+Batches are uint8 (n, 3, S, S), or moments (n, 2, C, h, w) from a cache; n is one process's share of the global batch.
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,11 @@ class Listing(NamedTuple):
     paths: list
     labels: list
     classes: list
+
+    def hash(self, root):
+        """SHA-256, in hexadecimal, of the files' names below root and their labels."""
+        lines = (f"{label} {str(path).removeprefix(str(root))}\n" for path, label in zip(self.paths, self.labels))
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def list_images(root, num_classes):
@@ -92,6 +100,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, listing, image_size, skip_bad=False):
         self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad
+        self.classes = listing.classes
 
     def __len__(self):
         return len(self.listing.paths)
@@ -116,8 +125,42 @@ class ImageDataset(Dataset):
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
 
 
+class CachedLatents(Dataset):
+    """A folder that extract_latents.py wrote, by (index, flip), as (moments (2, C, h, w): mean and std, label, []).
+
+    `manifest` is what it says of itself. Raises ValueError if the folder is incomplete.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        try:
+            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # (N, flips, 2, C, h, w)
+            self.path = self.moments.filename
+            self.labels, self.classes = np.load(folder / "labels.npy").tolist(), self.manifest["classes"]
+        except (OSError, ValueError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"--latents {folder} holds no complete latents ({reason}); run extract_latents.py --output {folder} "
+                "with the same arguments until it says that it is done"
+            ) from None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getstate__(self):  # a worker process maps the file itself rather than being sent what is in it
+        return vars(self) | {"moments": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, moments=np.load(state["path"], mmap_mode="r"))
+
+    def __getitem__(self, key):
+        index, flip = key
+        return torch.from_numpy(np.array(self.moments[index, int(flip)])), self.labels[index], []
+
+
 def collate(items):
-    """(images uint8 (n, 3, S, S), labels (n,), bad images met); images is None where one had no readable stand-in."""
+    """(images or moments (n, ...), labels (n,), bad images met); images is None where one had no readable stand-in."""
     images, labels, bad = zip(*items)
     images = None if any(image is None for image in images) else torch.stack(images)
     return images, torch.tensor(labels), [one for several in bad for one in several]
@@ -134,6 +177,7 @@ class StepBatches(Sampler):
         self.num_images, self.batch, self.seed = num_images, global_batch_size, seed
         self.steps_per_epoch = steps_per_epoch(num_images, global_batch_size)
         self.start, self.stop, self.flip = start, stop, flip
+        self.order = self.ordered_epoch = None  # the permutation of the epoch that was asked for last
         share = global_batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
 
@@ -141,14 +185,17 @@ class StepBatches(Sampler):
         return max(0, self.stop - self.start)
 
     def __iter__(self):
-        order, ordered_epoch = None, None
         for step in range(self.start, self.stop):
-            epoch, i = divmod(step, self.steps_per_epoch)
-            if epoch != ordered_epoch:
-                order, ordered_epoch = np.random.default_rng([self.seed, 0, epoch]).permutation(self.num_images), epoch
-            indices = order[i * self.batch : (i + 1) * self.batch]
             flips = self.flip & (np.random.default_rng([self.seed, 1, step]).random(self.batch) < 0.5)
-            yield list(zip(indices[self.share].tolist(), flips[self.share].tolist()))
+            yield list(zip(self.indices(step)[self.share].tolist(), flips[self.share].tolist()))
+
+    def indices(self, step):
+        """Which images the global batch of a step holds, an int64 array (global_batch_size,)."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.ordered_epoch:
+            self.order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.num_images)
+            self.ordered_epoch = epoch
+        return self.order[i * self.batch : (i + 1) * self.batch]
 
 
 def steps_per_epoch(num_images, global_batch_size):
@@ -158,9 +205,16 @@ def steps_per_epoch(num_images, global_batch_size):
     return num_images // global_batch_size
 
 
+def ignore_signals(_):
+    """Make a loader's worker leave to the training process what a scheduler sends to all processes of a job."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset, batches, num_workers, pin_memory=False):
-    """A DataLoader over a StepBatches sampler; yields what `collate` returns."""
+    """A DataLoader over batches of keys, such as StepBatches; yields what `collate` returns."""
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # which it draws its workers' seeds from: not torch's own, and nothing uses them
     )  # fmt: skip

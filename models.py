@@ -13,6 +13,7 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.layers.attention import Attention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def modulate(x, shift, scale):
@@ -146,6 +147,7 @@ class DiT(nn.Module):
         check_sizes(**self.config)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.grad_checkpointing = False  # set it to compute each block again in the backward pass, which saves memory
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -214,7 +216,10 @@ class DiT(nn.Module):
         c = self.embed_condition(t, y, force_drop_ids)  # (N, D)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
-            x = block(x, c)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+            else:
+                x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 import torch
 
-from sampling import NUM_CLASSES, add_sampling_flags, check_sampling_flags, check_writable, choose_device, load_sampler
+from sampling import (
+    NUM_CLASSES, add_sampling_flags, check_sampling_flags, check_writable, choose_device, load_sampler, tf32,
+)  # fmt: skip
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 PER_ROW = 4
@@ -53,7 +55,8 @@ def main(argv=None):
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     except ValueError as error:
         parser.error(str(error))
-    images = sample(sampler, labels, args.seed, device)
+    with tf32(args.tf32):
+        images = sample(sampler, labels, args.seed, device)
     picture(images, captions(labels, sampler.network.num_classes, sampler.classes)).save(args.output)
     print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
 

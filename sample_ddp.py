@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sampling import (
-    ImageNoise, add_sampling_flags, check_sampling_flags, choose_device, load_sampler, random_labels, tf32,
+    ImageNoise, add_sampling_flags, check_sampling_flags, load_sampler, process_device, random_labels, tf32,
 )  # fmt: skip
 
 # Flags that change no image, or only its rounding, or that the checkpoint answers for.
@@ -55,12 +55,6 @@ def build_parser():
     )
     run.add_argument("--sample-dir", default="samples", help="where folder and .npz go (default: %(default)s)")
     run.add_argument("--global-seed", type=int, default=0, help="(default: %(default)s)")
-    run.add_argument(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)",
-    )
     add_sampling_flags(parser, vae="ema", cfg_scale=1.5)
     return parser
 
@@ -84,13 +78,6 @@ def main(argv=None):
         wait_for_all(folder, args.num_fid_samples)
         pack(folder, args.num_fid_samples)
         print(f"{args.num_fid_samples} images in {folder} and {folder}.npz")
-
-
-def process_device(name):
-    """This process's device: the one asked for, by default the GPU of its rank on this machine. Raises ValueError."""
-    if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return choose_device(name)
 
 
 def open_folder(args, sampler):

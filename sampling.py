@@ -3,15 +3,16 @@
 Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
 
-from argparse import Action, ArgumentTypeError
+from argparse import Action, ArgumentTypeError, BooleanOptionalAction
 from contextlib import contextmanager
 from dataclasses import dataclass
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoints import Weights, check_fits, load_weights, newest_checkpoint
+from checkpoints import Weights, check_fits, load_weights, newest_checkpoint, weights_choice
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from download import download_model, released_name
@@ -19,7 +20,9 @@ from models import DiT, DiT_models
 from vae import latent_shape, load_vae, to_uint8
 
 TRAINED_STEPS = 1000
+PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
 MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # what the flags say unless told otherwise
+PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOOPS = {"ddpm": GaussianDiffusion.p_sample_loop, "ddim": GaussianDiffusion.ddim_sample_loop}
 
 
@@ -31,8 +34,9 @@ def add_sampling_flags(parser, vae, cfg_scale):
     )
     network.add_argument(
         "--weights",
-        choices=["ema", "raw"],
+        type=_weights,
         default="ema",
+        metavar="{ema,raw,ema@DECAY}",
         help="which of the checkpoint's weights (default: %(default)s)",
     )
     network.add_argument(
@@ -58,7 +62,11 @@ def add_sampling_flags(parser, vae, cfg_scale):
         default=NUM_CLASSES,
         help="0 for a network without classes (default: %(default)s)",
     )
-    process = parser.add_argument_group("process")
+    add_process_flags(parser.add_argument_group("process"), cfg_scale)
+
+
+def add_process_flags(process, cfg_scale):
+    """Add those of them that say how it is sampled."""
     process.add_argument(
         "--num-sampling-steps", type=int, default=250, help=f"1 to {TRAINED_STEPS} (default: %(default)s)"
     )
@@ -76,12 +84,33 @@ def add_sampling_flags(parser, vae, cfg_scale):
     )
 
 
+    process.add_argument(
+        "--mixed-precision",
+        choices=PRECISIONS,
+        default="no",
+        help="the network's; the steps and the VAE stay in float32 (default: %(default)s)",
+    )
+    process.add_argument(
+        "--tf32",
+        action=BooleanOptionalAction,
+        default=True,
+        help="TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)",
+    )
+
+
 class Said(Action):
     """Stores a flag's value, and in `said` that it was given: at its default it looks like one that was not."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
         namespace.said = {*getattr(namespace, "said", ()), self.dest}
+
+
+def _weights(text):
+    try:
+        return weights_choice(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def _channels(text):
@@ -107,6 +136,13 @@ def check_sampling_flags(args):
         raise ValueError(
             f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least"
         )
+
+
+def process_device(name):
+    """choose_device for one process of several: by default, and for "cuda", the GPU of its rank on this machine."""
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return choose_device(name)
 
 
 def choose_device(name):
@@ -138,6 +174,7 @@ class Sampler:
     eta: float = 0.0
     cfg_scale: float = 1.0
     cfg_channels: int | str = 3
+    mixed_precision: str = "no"
     checkpoint: Path | None = None
 
     def __post_init__(self):
@@ -165,9 +202,15 @@ class Sampler:
                 y=torch.cat([labels, null]), cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels
             )  # (2N,)
             model, x = self.network.forward_with_cfg, torch.cat([noise, noise])  # (2N, C, h, w)
+        dtype = PRECISIONS[self.mixed_precision]
+
+        def predict(x, t, **conditions):
+            with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+                return model(x, t, **conditions).to(x.dtype)
+
         extra = {"eta": self.eta} if self.sampler == "ddim" else {}
         out = LOOPS[self.sampler](
-            self.diffusion, model, x.shape, x, clip_denoised=self.space.clip_denoised, model_kwargs=conditions,
+            self.diffusion, predict, x.shape, x, clip_denoised=self.space.clip_denoised, model_kwargs=conditions,
             progress=progress, noise_fn=noise_fn, **extra,
         )  # fmt: skip
         return out[:n]
@@ -193,7 +236,8 @@ def load_sampler(args, device):
     if args.ckpt is None:
         weights = weights._replace(classes=weights.classes or imagenet_names())
     network = build_network(args, weights, shape).to(device)
-    options = {key: getattr(args, key) for key in ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels")}
+    names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision")
+    options = {name: getattr(args, name) for name in names}
     sampler = Sampler(network, None, weights.classes, checkpoint=checkpoint, **options)
     sampler.space = load_vae(args.vae, device)
     return sampler
@@ -272,6 +316,16 @@ class ImageNoise:
             [torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in self.generators]
         )
         return drawn if len(x) == n else torch.cat([drawn, drawn])
+
+
+def preview(network, space, seed, device):
+    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same noise for the same seed."""
+    scale = PREVIEW_GUIDANCE if network.null_label is not None else 1.0
+    sampler = Sampler(network, space, None, PREVIEW_STEPS, "ddim", cfg_scale=scale)
+    noise_fn = ImageNoise(seed, range(PREVIEW_IMAGES), device)
+    noise = noise_fn(torch.empty(PREVIEW_IMAGES, *sampler.latent, device=device))
+    labels = torch.arange(PREVIEW_IMAGES, device=device) * network.num_classes // PREVIEW_IMAGES
+    return sampler.images(labels, noise, noise_fn)
 
 
 def random_labels(seed, indices, num_classes):

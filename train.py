@@ -1,118 +1,60 @@
-"""Train a DiT on a folder of images.
+"""Train a DiT on a folder of images, or on latents that extract_latents.py cached.
 
     python train.py --data-path imagenet/train                               # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py --data-path imagenet/train          # eight; the global batch stays 256
+    torchrun --nproc_per_node=8 train.py --latents imagenet-latents --mixed-precision bf16 --compile --resume auto
     python train.py --data-path digits/train --num-classes 10 --model DiT-Ti/1 --image-size 32 --vae examples/digits/vae --no-flip
 
-Each run gets a folder results/NNN-MODEL with log.txt and checkpoints/SSSSSSS.pt. The same seed gives the same run on
-any number of processes and workers, up to float rounding.
+Each run gets a folder results/NNN-MODEL with log.txt, metrics.jsonl and checkpoints/SSSSSSS.pt. The same seed gives the
+same run on any number of processes and workers, up to float rounding; with --resume auto the same command goes on where a
+run stopped, however it stopped. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint first.
 """
 
 import argparse
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+import hashlib
 from pathlib import Path
+import signal
 import sys
 import time
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torchvision.utils import make_grid, save_image
 
 from checkpoints import (
+    adapt,
+    averages,
     check_fits,
     checkpoint_path,
     clean_names,
     list_checkpoints,
-    newest_checkpoint,
+    load_weights,
+    prune_checkpoints,
     read_checkpoint,
+    read_label_map,
     save_checkpoint,
+    write_whole,
 )
-from data import ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
+from data import CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
 from diffusion import create_diffusion
-from models import DiT_models
-from training import METRICS, draw, new_state, requires_grad, train_step, update_ema
-from vae import from_uint8, latent_shape, load_vae
+from models import DiT, DiT_models
+from runs import FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, new_folder
+from sampling import preview, tf32
+from training import (
+    Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema,
+)  # fmt: skip
+from train_flags import build_parser, check_arguments
+from vae import LatentShape, LatentSpace, from_uint8, load_vae
 
 # main, and what others import from here
 __all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
 
-# Arguments that decide what a run learns; --resume auto takes up a run whose own are equal.
-DECIDING = (
-    "data_path", "model", "image_size", "num_classes", "global_batch_size", "global_seed", "vae", "lr", "ema_decay",
-    "mixed_precision", "flip", "skip_bad_images",
-)  # fmt: skip
-
-
-def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_learning_flags(parser)
-    add_run_flags(parser.add_argument_group("run"))
-    return parser
-
-
-def add_learning_flags(parser):
-    """The flags that decide what is learnt."""
-    data = parser.add_argument_group("data").add_argument
-    data("--data-path", required=True, help="folder with one folder of images per class")
-    data("--image-size", type=int, default=256, help="pixels along each side, after the crop (default: %(default)s)")
-    data("--num-classes", type=int, default=1000, help="0: none, all images below --data-path (default: %(default)s)")
-    data("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)")
-    skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
-    data("--skip-bad-images", action="store_true", help=skipping)
-    network = parser.add_argument_group("network").add_argument
-    names = ", ".join(DiT_models)
-    network("--model", choices=DiT_models, default="DiT-XL/2", metavar="MODEL", help=f"{names} (default: %(default)s)")
-    network(
-        "--vae", default="ema", help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
-    )
-    recipe = parser.add_argument_group("recipe").add_argument
-    recipe("--epochs", type=int, default=1400, help="passes over the data (default: %(default)s)")
-    recipe("--max-steps", type=int, help="stop after this many steps, if that comes before --epochs")
-    recipe("--global-batch-size", type=int, default=256, help="samples per step, all processes (default: %(default)s)")
-    recipe("--lr", type=float, default=1e-4, help="AdamW's constant learning rate (default: %(default)s)")
-    recipe("--ema-decay", type=float, default=0.9999, help="of the weights' moving average (default: %(default)s)")
-    recipe("--global-seed", type=int, default=0, help="decides every random number (default: %(default)s)")
-    bf16 = "bf16: autocast, with float32 weights and losses (default: %(default)s)"
-    recipe("--mixed-precision", choices=["no", "bf16"], default="no", help=bf16)
-
-
-def add_run_flags(group):
-    """The flags that decide how and where it is done."""
-    add = group.add_argument
-    add("--results-dir", default="results", help="where run folders are made (default: %(default)s)")
-    resuming = "auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder"
-    add("--resume", metavar="{auto,PATH}", help=resuming)
-    add("--log-every", type=int, default=100, help="steps between log lines (default: %(default)s)")
-    saving = "steps between checkpoints; the last step always is one (default: %(default)s)"
-    add("--ckpt-every", type=int, default=50000, help=saving)
-    add("--num-workers", type=int, default=4, help="loader processes per training process (default: %(default)s)")
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
-
-
-def check_arguments(args):
-    """Raise ValueError for numbers out of range and sizes that do not fit, before anything is loaded."""
-    for name in ("image_size", "epochs", "max_steps", "global_batch_size", "log_every", "ckpt_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("num_classes", "num_workers", "global_seed"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
-    if not 0 < args.lr < float("inf"):
-        raise ValueError(f"--lr is {args.lr}; it must be a number above 0")
-    if args.global_seed >= 2**63:
-        raise ValueError(f"--global-seed is {args.global_seed}; it must be below 2**63")
-    if not 0 <= args.ema_decay < 1:
-        raise ValueError(f"--ema-decay is {args.ema_decay}; it must be at least 0 and below 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; leave the flag out or pass --device cpu")
-    if args.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch sees no Apple GPU here; leave the flag out or pass --device cpu")
-    patch_size = DiT_models[args.model].keywords["patch_size"]
-    latent_shape(args.vae).side(args.image_size, patch_size)
+METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl has more
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # others wait this long while one downloads a VAE or writes a checkpoint
 
 
 def once(accelerator, function, *args):
@@ -131,242 +73,281 @@ def once(accelerator, function, *args):
     return result
 
 
+@dataclass
+class Job:
+    """All that a run works with; the same in every process, but for the log, which only the main one writes.
+
+    `flops` is what training on one image takes.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    state: TrainState
+    space: object
+    dataset: torch.utils.data.Dataset
+    last_step: int
+    start: Start
+    flops: int
+    resumed: dict  # what the checkpoint says of the processes that wrote it; empty for none
+    log: RunLog
+
+
 def main(argv=None):
-    parser = build_parser()
+    parser = build_parser(__doc__)
     args = parser.parse_args(argv)
-    try:
-        check_arguments(args)
-        accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
-        if args.global_batch_size % accelerator.num_processes:
-            raise ValueError(
-                f"--global-batch-size {args.global_batch_size} cannot be shared equally by {accelerator.num_processes} "
-                "processes; use a multiple"
-            )
-        listing = once(accelerator, list_images, args.data_path, args.num_classes)
-        last_step = args.epochs * steps_per_epoch(len(listing.paths), args.global_batch_size)
-        last_step = min(last_step, args.max_steps or last_step)
-        space = load_vae_in_turn(accelerator, args.vae)
-        state = build_state(args, space, accelerator)
-        source = once(accelerator, find_checkpoint, args)
-        if source.checkpoint:
-            take_up(state, source.checkpoint)
-        folder = Path(once(accelerator, open_run_folder, args, source))
-        log = RunLog(folder, accelerator.is_main_process, state.step, last_step)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    log(f"{source.why}; folder {folder}")
-    log(f"arguments: {vars(args)}")
-    classes = f" in {len(listing.classes)} of {args.num_classes} classes" if args.num_classes else ""
-    described = (
-        f"{sum(p.numel() for p in state.network.parameters()):,} parameters, {len(listing.paths):,} images{classes}"
-    )
-    log(
-        f"{args.model}: {described}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"steps {state.step} to {last_step}"
-    )
-    if len(listing.classes or ()) < args.num_classes:
-        log("note: there are fewer class folders than --num-classes; labels without a folder stay untrained")
-    if state.step >= last_step:
-        log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
-    try:
-        train(args, accelerator, state, space, listing, last_step, folder, log)
-    except KeyboardInterrupt:
-        log(
-            f"interrupted after step {state.step}; what is saved is in {folder / 'checkpoints'}, go on with --resume auto"
-        )
-        sys.exit(130)
-    log("done")
-    log.close()
-    accelerator.end_training()
-
-
-def load_vae_in_turn(accelerator, name):
-    """The VAE on this process's device; one process of each machine fetches it if that is needed."""
-    with accelerator.local_main_process_first():
-        return load_vae(name, accelerator.device)
-
-
-def build_state(args, space, accelerator):
-    """A TrainState at step 0, the same in every process."""
-    torch.manual_seed(args.global_seed)
-    patch_size = DiT_models[args.model].keywords["patch_size"]
-    side = space.shape.side(args.image_size, patch_size)
-    network = DiT_models[args.model](input_size=side, in_channels=space.shape.channels, num_classes=args.num_classes)
-    return new_state(network.to(accelerator.device), accelerator.prepare_model, args.lr)
-
-
-class Source(NamedTuple):
-    """Where a run starts: the checkpoint to take up and the run folder to go on in, None for new ones, and why."""
-
-    why: str
-    checkpoint: Path | None = None
-    folder: Path | None = None
-
-
-def find_checkpoint(args):
-    """The Source that --resume asks for. Raises ValueError if a path is given that leads to no checkpoint."""
-    if args.resume is None:
-        return Source("a new run")
-    if args.resume == "auto":
-        return newest_equal_run(args)
-    path = Path(args.resume).absolute()
-    checkpoint = newest_checkpoint(path) if path.is_dir() else path
-    if not checkpoint.is_file():
-        raise ValueError(f"--resume {args.resume}: there is no such checkpoint; give a .pt file, a run folder, or auto")
-    folder = checkpoint.parent.parent
-    if list_checkpoints(folder)[-1:] != [checkpoint]:
-        return Source(f"a new run from {checkpoint}, which is not the newest of a run folder", checkpoint)
-    others = different_arguments(args, read_checkpoint(checkpoint))
-    if others:
-        return Source(f"a new run from {checkpoint}, which was made with other {others}", checkpoint)
-    return Source(f"going on from {checkpoint}", checkpoint, folder)
-
-
-def newest_equal_run(args):
-    """The newest run in --results-dir with equal deciding arguments and a checkpoint that can be read, else a new run."""
-    seen = []
-    for _, folder in sorted(run_folders(args.results_dir), reverse=True):
-        if not list_checkpoints(folder):
-            seen.append(f"{folder.name} has no checkpoint")
-            continue
-        checkpoint = newest_checkpoint(folder)
+    with FolderLock() as lock, tf32(args.tf32):
         try:
-            others = different_arguments(args, read_checkpoint(checkpoint))
-        except ValueError as error:
-            seen.append(str(error))
-            continue
-        if not others:
-            return Source(f"going on from {checkpoint}", checkpoint, folder)
-        seen.append(f"{folder.name} has other {others}")
-    return Source(
-        f"a new run: no run in {args.results_dir} has equal arguments ({'; '.join(seen[:3]) or 'there is none'})"
-    )
+            job = prepare(args, lock)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        introduce(job, lock)
+        try:
+            with StopSignals() as signals:
+                train(job, signals)
+        except KeyboardInterrupt:
+            job.log(f"interrupted after step {job.state.step}, nothing saved; go on from the last checkpoint with --resume auto")
+            sys.exit(128 + signal.SIGINT)
+        finally:
+            job.log.close()
+        job.accelerator.end_training()
+        if signals.received == signal.SIGINT:
+            sys.exit(128 + signal.SIGINT)
 
 
-def different_arguments(args, contents):
-    """The flags among DECIDING, comma-separated, in which a checkpoint's run differs from this one; "" if none does."""
-    theirs = contents.get("args")
-    if not isinstance(theirs, dict):
-        return "arguments, which this train.py did not write"
+def prepare(args, lock):
+    """The Job that the arguments ask for. Raises ValueError for whatever is wrong with them; then nothing was written."""
+    check_arguments(args)
+    accelerator = Accelerator(
+        cpu=args.device == "cpu", log_with=args.log_with, project_dir=args.results_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )  # fmt: skip
+    processes = accelerator.num_processes
+    if args.global_batch_size % (processes * args.grad_accum):
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} cannot be shared equally by {processes} process(es) in "
+            f"{args.grad_accum} part(s) each; use a multiple of {processes * args.grad_accum}"
+        )
+    if args.fsdp and processes == 1:
+        raise ValueError("--fsdp splits a network over processes and there is one; start several with torchrun")
+    dataset, data = load_data(args, accelerator)
+    last_step = args.epochs * steps_per_epoch(len(dataset), args.global_batch_size)
+    last_step = min(last_step, args.max_steps or last_step)
+    space = load_space(args, accelerator, dataset)
+    state = build_state(args, space, accelerator, dataset.classes)
+    start = once(accelerator, find_start, args, data, lock)
+    resumed = take_up(state, start.checkpoint) if start.checkpoint else {}
+    start = start._replace(folder=start.folder or once(accelerator, new_folder, args, data, lock))
+    log = RunLog(start.folder, accelerator.is_main_process, state.step, last_step)
+    if args.log_with:
+        start_tracker(args, accelerator, start, state.step)
+    return Job(args, accelerator, state, space, dataset, last_step, start, training_flops(state.network.config), resumed, log)
 
-    def comparable(name, value):
-        is_path = name in ("data_path", "vae") and value is not None and Path(value).is_dir()
-        return str(Path(value).resolve()) if is_path else value
 
-    same = {name: comparable(name, theirs.get(name)) == comparable(name, getattr(args, name)) for name in DECIDING}
-    return ", ".join(f"--{name.replace('_', '-')}" for name in DECIDING if not same[name])
+def load_data(args, accelerator):
+    """(the data set, a hash of what it holds). Raises ValueError if --data-path or --latents do not fit the arguments."""
+    listing = once(accelerator, list_images, args.data_path, args.num_classes) if args.data_path is not None else None
+    if args.latents is None:
+        return ImageDataset(listing, args.image_size, args.skip_bad_images), listing.hash(args.data_path)
+    cached = CachedLatents(args.latents)
+    wanted = {"image_size": args.image_size, "vae": comparable("vae", args.vae)}
+    found = {"image_size": cached.manifest["image_size"], "vae": comparable("vae", cached.manifest["vae"])}
+    wrong = [f"--{k.replace('_', '-')} is {wanted[k]}, the latents' {found[k]}" for k in wanted if wanted[k] != found[k]]
+    if args.flip and not cached.manifest["flip"]:
+        wrong.append("--flip is on, the latents have no mirrored images (--no-flip)")
+    if len(cached.classes or ()) > args.num_classes > 0:
+        wrong.append(f"--num-classes is {args.num_classes}, the latents have {len(cached.classes)} classes")
+    if listing and listing.hash(args.data_path) != cached.manifest["files_sha256"]:
+        wrong.append(f"--data-path {args.data_path} holds other files than the latents were made from")
+    if wrong:
+        raise ValueError(f"--latents {args.latents} do not fit: {'; '.join(wrong)}")
+    return cached, hashlib.sha256((Path(args.latents) / "manifest.json").read_bytes()).hexdigest()
+
+
+def load_space(args, accelerator, dataset):
+    """Pixels ↔ latents, on this process's device; without the autoencoder where latents are cached and never decoded."""
+    if args.latents is not None and args.sample_every is None:
+        manifest = dataset.manifest
+        return LatentSpace(LatentShape(manifest["channels"], manifest["ratio"]), manifest["scale"], manifest["shift"])
+    with accelerator.local_main_process_first():  # one process of each machine fetches it if that is needed
+        return load_vae(args.vae, accelerator.device)
+
+
+def build_state(args, space, accelerator, classes):
+    """A TrainState at step 0, the same in every process. Raises ValueError if --init-from does not fit."""
+    torch.manual_seed(args.global_seed)
+    side = space.shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
+    network = DiT_models[args.model](input_size=side, in_channels=space.shape.channels, num_classes=args.num_classes)
+    if args.init_from is not None:
+        weights, labels = load_weights(args.init_from), args.init_labels
+        if labels not in ("keep", "drop"):
+            labels = read_label_map(labels, (classes, args.num_classes), weights)
+        network.load_state_dict(adapt(weights, network, labels, f"--init-from {args.init_from}"))
+    network.grad_checkpointing = args.grad_checkpointing
+    recipe = Recipe(
+        args.lr, args.warmup_steps, args.weight_decay, tuple(args.ema_decay), args.grad_clip, args.grad_accum,
+        args.mixed_precision == "bf16",
+    )  # fmt: skip
+    if args.fsdp:
+        shard = partial(shard_network, device_type=accelerator.device.type, processes=accelerator.num_processes)
+        state = new_state(network, recipe, shard=shard)
+    else:
+        state = new_state(network.to(accelerator.device), recipe, wrap=accelerator.prepare_model)
+    if args.compile:
+        for block in state.network.blocks:
+            block.compile()
+    return state
 
 
 def take_up(state, checkpoint):
-    """Load a training checkpoint into the state. Raises ValueError if it is none, or of another network."""
-    contents = read_checkpoint(checkpoint)
+    """Load a training checkpoint into the state; what it says of the processes that wrote it. Raises ValueError if it is none, or of another network."""
+    contents = read_checkpoint(checkpoint, mmap=True)
     kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
     if lacking or contents["step"] < 0:
         raise ValueError(f"--resume {checkpoint}: its {', '.join(lacking) or 'step'} is no checkpoint's of train.py")
+    contents["emas"] = {decay: clean_names(tensors) for decay, tensors in averages(contents).items()}
     for part in ("model", "ema"):
         contents[part] = clean_names(contents[part])
-        check_fits(state.network, contents[part], checkpoint)
+    for tensors in (contents["model"], contents["ema"], *contents["emas"].values()):
+        check_fits(state.network, tensors, checkpoint)
     try:
         state.load_checkpoint(contents)
     except ValueError as error:
         raise ValueError(f"--resume {checkpoint}: {error}") from None
+    return contents["rng"] if isinstance(contents.get("rng"), dict) else {}
 
 
-def run_folders(results_dir):
-    """(number, folder) for each folder in results_dir that is named as runs are."""
-    folders = [p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal()]
-    return [(int(p.name.split("-")[0]), p) for p in folders]
+def start_tracker(args, accelerator, start, step):
+    """Begin or go on with the tracker's own record of the run; what it holds beyond `step` is passed over."""
+    accelerator.project_configuration.logging_dir = str(start.folder)
+    run = {"id": start.folder.name, "name": start.folder.name, "resume": "allow", "dir": str(start.folder)}
+    accelerator.init_trackers(
+        "tensorboard" if args.log_with == "tensorboard" else "dit",
+        config={name: str(value) for name, value in vars(args).items()} if args.log_with == "wandb" else None,
+        init_kwargs={"tensorboard": {"purge_step": step + 1}, "wandb": run},
+    )
 
 
-def open_run_folder(args, source):
-    """The run's folder with its checkpoints folder: that of the run that goes on, else a new one, numbered from 000."""
-    if source.folder:
-        return source.folder
-    number = max((number for number, _ in run_folders(args.results_dir)), default=-1) + 1
-    while True:
-        folder = Path(args.results_dir) / f"{number:03d}-{args.model.replace('/', '-')}"
-        try:
-            folder.mkdir(parents=True)
-            (folder / "checkpoints").mkdir()
-            return folder
-        except FileExistsError:  # another run that starts just now has taken it
-            number += 1
-        except OSError as error:
-            raise ValueError(
-                f"cannot make the run folder {folder} ({error.strerror}); choose another --results-dir"
-            ) from None
+def introduce(job, lock):
+    """Log what is about to be done."""
+    args, state, processes = job.args, job.state, job.accelerator.num_processes
+    job.log(f"{job.start.why}; folder {job.start.folder}")
+    if lock.note:
+        job.log(f"note: {lock.note}")
+    job.log(f"arguments: {vars(args)}")
+    classes = f" in {len(job.dataset.classes or ())} of {args.num_classes} classes" if args.num_classes else ""
+    size = sum(p.numel() for p in state.network.parameters())
+    where = f"{processes} process(es) on {job.accelerator.device.type}"
+    job.log(
+        f"{args.model}: {size:,} parameters, {len(job.dataset):,} images{classes}, {where}, "
+        f"steps {state.step} to {job.last_step}"
+    )
+    if args.num_classes > len(job.dataset.classes or ()):
+        job.log("note: there are fewer class folders than --num-classes; labels without a folder stay untrained")
+    before, device = job.resumed, job.accelerator.device.type
+    if before and (before.get("processes"), before.get("device")) != (processes, device):
+        same = "the same samples and noise per step, but other rounding"
+        job.log(
+            f"note: the checkpoint was written by {before.get('processes')} process(es) on {before.get('device')}; "
+            f"{same if before.get('device') == device else 'the same samples per step, but other noise'}"
+        )
+    if state.step >= job.last_step:
+        job.log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
 
 
-class RunLog:
-    """Lines for log.txt and the console, and a progress bar where the console is a terminal. Main process only."""
-
-    def __init__(self, folder, is_main, step, last_step):
-        self.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8") if is_main else None
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if is_main else True)
-
-    def __call__(self, line):
-        if self.file:
-            line = line.encode(errors="backslashreplace").decode()  # names of files may be no valid text
-            stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
-            self.file.write(stamped + "\n")
-            self.bar.write(stamped, file=sys.stdout)
-            sys.stdout.flush()
-
-    def close(self):
-        self.bar.close()
-        if self.file:
-            self.file.close()
-
-
-def train(args, accelerator, state, space, listing, last_step, folder, log):
-    """The loop, from state.step to last_step: steps, log lines, checkpoints."""
+def train(job, signals):
+    """The loop, from state.step to last_step: steps, log lines, checkpoints, previews."""
+    args, accelerator, state, log = job.args, job.accelerator, job.state, job.log
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     diffusion = create_diffusion(timestep_respacing="")
-    latent = (space.shape.channels, state.network.input_size, state.network.input_size)
-    dropout = state.network.config["class_dropout_prob"]
+    drawn = dict(
+        latent=(job.space.shape.channels, state.network.input_size, state.network.input_size),
+        dropout_prob=state.network.config["class_dropout_prob"], num_timesteps=diffusion.num_timesteps, device=device,
+        rank=rank, world_size=world,
+    )  # fmt: skip
     batches = StepBatches(
-        len(listing.paths), args.global_batch_size, args.global_seed, state.step, last_step, rank, world, args.flip
+        len(job.dataset), args.global_batch_size, args.global_seed, state.step, job.last_step, rank, world, args.flip
     )
-    dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
-    skipped, window, started = Skipped(log), [], time.monotonic()
-    for images, labels, bad in make_loader(dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
-        if images is None or (bad and not args.skip_bad_images):
-            sys.exit(
-                f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images"
-            )
+    skipped, meter, saved = Skipped(log), Meter(), time.monotonic()
+    reduce = partial(accelerator.reduce, reduction="sum")
+    for batch, labels, bad in make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
+        check_readable(batch, bad, args.skip_bad_images)
         skipped.here.update(bad)
-        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        draws = draw(
-            args.global_seed,
-            state.step,
-            args.global_batch_size,
-            latent,
-            dropout,
-            diffusion.num_timesteps,
-            device,
-            rank,
-            world,
-        )
-        latents = space.encode(from_uint8(images), draws.vae_noise)  # (n, C, h, w)
-        window.append(train_step(state, diffusion, latents, labels, draws, args.ema_decay))
+        batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
+        draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
+        latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
+        old = args.ckpt_minutes is not None and time.monotonic() - saved > 60 * args.ckpt_minutes
+        report = train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
+        meter.steps += 1
         log.bar.update()
-        if state.step % args.log_every == 0 or state.step == last_step:
-            log(
-                describe(window, accelerator, state.step, last_step, args.global_batch_size, time.monotonic() - started)
-            )
-            if args.skip_bad_images:
-                skipped.report()
-            window, started = [], time.monotonic()
-        if state.step % args.ckpt_every == 0 or state.step == last_step:
-            save(args, accelerator, state, listing.classes, folder, log)
+        if report["bad"]:
+            guard(job, batches.indices(state.step - 1))
+        last = state.step == job.last_step
+        with meter.paused():
+            if state.step % args.log_every == 0 or last:
+                log_window(job, meter)
+                if args.skip_bad_images:
+                    skipped.report()
+            if report["stop"] or report["save"] or last or state.step % args.ckpt_every == 0:
+                save(job, must=bool(report["stop"]) or last)
+                saved = time.monotonic()
+            if args.sample_every and state.step % args.sample_every == 0:
+                save_preview(job)
+        if report["stop"]:
+            name = signals.received.name if signals.received else "a signal to another process"
+            log(f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there")
+            return
+    log("done")
 
 
-def describe(window, accelerator, step, last_step, batch_size, seconds):
-    """A log line: the METRICS averaged over the steps of the window and over all processes, and images per second."""
-    means = accelerator.reduce(torch.stack(window).mean(dim=0), reduction="mean").tolist()  # the window's only read
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in zip(METRICS, means))
-    return f"step {step:07d} of {last_step}: {metrics}, {len(window) * batch_size / seconds:.1f} images/s"
+def check_readable(batch, bad, skip_bad_images):
+    """Leave the program, naming the file, if an image could not be read and none may stand in for it."""
+    if batch is None or (bad and not skip_bad_images):
+        sys.exit(f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
+
+
+def to_latents(space, batch, noise):
+    """Scaled latents (n, C, h, w), drawn with noise, from images uint8 (n, 3, S, S) or moments (n, 2, C, h, w)."""
+    if batch.dtype == torch.uint8:
+        return space.encode(from_uint8(batch), noise)
+    mean, std = batch.float().unbind(dim=1)
+    return space.draw(mean, std, noise)
+
+
+def guard(job, indices):
+    """Log a step that was skipped, with its samples; leave the program, saving nothing, after --max-bad-steps in a row."""
+    state = job.state
+    job.log(
+        f"step {state.step:07d}: loss or gradient is not finite, step skipped ({state.bad_in_a_row} in a row, "
+        f"{state.bad_steps} in all); samples {indices.tolist()}"
+    )
+    if state.bad_in_a_row >= job.args.max_bad_steps:
+        job.log(
+            f"stopped after {state.bad_in_a_row} such steps in a row, no checkpoint saved: look at these samples, lower "
+            "--lr, or set --grad-clip"
+        )
+        sys.exit(1)
+
+
+def log_window(job, meter):
+    """Write the means over the window since the last log line, and begin a new one."""
+    args, state = job.args, job.state
+    means = state.window.means(args.global_batch_size)
+    row = {"step": state.step, **means, "learning_rate": state.recipe.rate(state.step - 1), "bad_steps": state.bad_steps}
+    images = meter.steps_per_second() * args.global_batch_size
+    rates = {"images_per_second": images, "model_flops_per_second": images * job.flops}
+    job.log.row(row | rates | {"time": time.time()})
+    if job.args.log_with:
+        known = {name: value for name, value in (row | rates).items() if value is not None and name != "step"}
+        job.accelerator.log(known, step=state.step)
+    metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in METRICS)
+    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
+    state.window = Window()
+
+
+def as_text(value):
+    """A number with four digits, or that there is none: every step of the window was skipped."""
+    return "none" if value is None else f"{value:.4f}"
 
 
 class Skipped:
@@ -383,13 +364,48 @@ class Skipped:
         self.here.clear()
 
 
-def save(args, accelerator, state, classes, folder, log):
-    """Write the checkpoint of the current step, in the main process, while the others wait."""
+def save(job, must):
+    """Write the checkpoint of the current step, in the main process, while the others wait.
+
+    Where that fails, leave the program or go on, as --on-save-error says; leave it if the run `must` have this one.
+    """
+    args, accelerator, folder = job.args, job.accelerator, job.start.folder
+    contents, failure = None, None
+    if accelerator.is_main_process or args.fsdp:
+        contents = job.state.to_checkpoint(vars(args), job.dataset.classes, accelerator.num_processes)
     if accelerator.is_main_process:
-        path = checkpoint_path(folder, state.step)
-        save_checkpoint(path, state.to_checkpoint(vars(args), classes))
-        log(f"saved {path}")
-    accelerator.wait_for_everyone()
+        path = checkpoint_path(folder, job.state.step)
+        try:
+            job.log.sync()
+            save_checkpoint(path, contents)
+            job.log(f"saved {path}")
+            if args.keep_last:
+                prune_checkpoints(folder, args.keep_last)
+        except (OSError, RuntimeError) as error:
+            failure = f"{path} was not written ({getattr(error, 'strerror', None) or error}; {disk_space(folder)})"
+    failure = broadcast_object_list([failure])[0]
+    if failure:
+        good = [str(path) for path in list_checkpoints(folder)[-1:]] or ["none"]
+        stopping = must or args.on_save_error == "stop"
+        job.log(f"{failure}; the last good checkpoint is {good[0]}; {'stopping' if stopping else 'going on without'}")
+        if stopping:
+            sys.exit(1)
+
+
+def save_preview(job):
+    """Write previews/SSSSSSS.png from the main average, for noise and labels that are the same each time."""
+    state, network = job.state, job.state.ema
+    if job.args.fsdp:
+        tensors = unsharded(state.ema.state_dict())
+        network = DiT(**state.network.config).to(job.accelerator.device).eval().requires_grad_(False)
+        network.load_state_dict(tensors)
+    if job.accelerator.is_main_process:
+        images = preview(network, job.space, job.args.global_seed, job.accelerator.device).permute(0, 3, 1, 2)
+        path = job.start.folder / "previews" / f"{state.step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid = make_grid(images.cpu().float() / 255, nrow=4)
+        write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
+    job.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -4,62 +4,139 @@ Every random number of a step is drawn for the whole global batch from a generat
 takes its share. So a step's randomness depends on neither the number of processes nor on how the run got there.
 """
 
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-METRICS = ("loss", "mse", "vb", "gradient norm")  # of one step, in the order that train_step returns them
+from models import DiT
+
+QUARTERS = 4  # of the steps t, for which the mean squared error is also told apart
+# What a step reports, summed over samples and processes: requests and troubles, then what is averaged over a log window.
+FLAGS = ("stop", "save", "bad")
+SUMS = (
+    "loss", "mse", "vb",
+    *(f"mse_q{q + 1}" for q in range(QUARTERS)), *(f"samples_q{q + 1}" for q in range(QUARTERS)),
+)  # fmt: skip
+
+
+class Recipe(NamedTuple):
+    """How a network learns: AdamW's arguments, the averages' decays (the first is the main one), limits and precision."""
+
+    lr: float = 1e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    ema_decay: tuple = (0.9999,)
+    grad_clip: float | None = None
+    grad_accum: int = 1
+    bf16: bool = False
+
+    def rate(self, step):
+        """The learning rate of a step, counted from 0: constant after a linear rise over warmup_steps."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+class Window:
+    """Sums over the steps since the last log line, as Python floats; equal in every process."""
+
+    def __init__(self, sums=(0.0,) * (len(SUMS) + 2)):
+        self.sums = list(sums)  # SUMS, then gradient norms, then good steps
+
+    def add(self, report):
+        """Take in the report of a good step."""
+        values = [*(report[name] for name in SUMS), report["gradient_norm"], 1.0]
+        self.sums = [old + new for old, new in zip(self.sums, values, strict=True)]
+
+    def means(self, batch_size):
+        """Name → mean over samples (gradient_norm: over steps); None where there was no sample."""
+        *sums, norms, steps = self.sums
+        totals = dict(zip(SUMS, sums, strict=True)) | {"gradient_norm": norms}
+        counts = {name: steps * batch_size for name in ("loss", "mse", "vb")} | {"gradient_norm": steps}
+        counts |= {f"mse_q{q + 1}": totals[f"samples_q{q + 1}"] for q in range(QUARTERS)}
+        return {name: totals[name] / count if count else None for name, count in counts.items()}
 
 
 @dataclass
 class TrainState:
-    """What a step changes: the network, its moving average, the optimizer, and the number of steps done.
+    """What a step changes: the network, its moving averages, the optimizer, and the number of steps done.
 
-    `model` is the network as it is called in training, wrapped for several processes and mixed precision.
+    `model` is the network as it is called in training, wrapped for several processes. `emas` maps decays to averages.
     """
 
     network: torch.nn.Module
     model: torch.nn.Module
-    ema: torch.nn.Module
+    emas: dict
     opt: torch.optim.Optimizer
+    recipe: Recipe
     step: int = 0
+    bad_steps: int = 0  # skipped because loss or gradient was not finite: in all, and in a row up to now
+    bad_in_a_row: int = 0
+    window: Window = field(default_factory=Window)
 
-    def to_checkpoint(self, args, classes):
-        """The dict that a checkpoint file holds (checkpoints.py says what is in it)."""
-        return {
+    @property
+    def ema(self):
+        """The main moving average, of the first decay."""
+        return self.emas[self.recipe.ema_decay[0]]
+
+    def to_checkpoint(self, args, classes, processes):
+        """The dict that a checkpoint file holds (checkpoints.py says what is in it). Sharded tensors are put together:
+        then every process must call it.
+        """
+        log = {"window": self.window.sums, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
+        rng = {"seed": args["global_seed"], "processes": processes, "device": next(self.network.parameters()).device.type}
+        contents = {
             "model": self.network.state_dict(), "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
-            "args": args, "step": self.step, "config": self.network.config, "classes": classes,
-            "rng": {"seed": args["global_seed"]},
+            "args": args, "step": self.step, "config": self.network.config, "classes": classes, "rng": rng, "log": log,
         }  # fmt: skip
+        if len(self.emas) > 1:
+            contents["emas"] = {decay: ema.state_dict() for decay, ema in list(self.emas.items())[1:]}
+        return unsharded(contents)
 
     def load_checkpoint(self, contents):
-        """Take up network, moving average, optimizer and step from such a dict; the learning rate stays as it is.
+        """Take up network, averages, optimizer, step and log window from such a dict, whose `emas` has every average.
 
-        Raises ValueError if the optimizer's part is not of this network.
+        The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its `ema`. Raises ValueError if the optimizer's part
+        is not of this network.
         """
-        rates = [group["lr"] for group in self.opt.param_groups]
-        self.network.load_state_dict(contents["model"])
-        self.ema.load_state_dict(contents["ema"])
-        try:
-            self.opt.load_state_dict(contents["opt"])
-        except KeyError as error:
-            raise ValueError(f"the optimizer's state lacks {error}") from None
-        for group, rate in zip(self.opt.param_groups, rates, strict=True):
-            group["lr"] = rate
+        load_tensors(self.network, contents["model"])
+        for decay, ema in self.emas.items():
+            load_tensors(ema, contents["emas"].get(decay, contents["ema"]))
+        self._load_optimizer(contents["opt"])
         self.step = contents["step"]
+        log = contents.get("log") or {}
+        self.bad_steps, self.bad_in_a_row = log.get("bad_steps", 0), log.get("bad_in_a_row", 0)
+        self.window = Window(log["window"]) if "window" in log else Window()
+
+    def _load_optimizer(self, saved):
+        """Load AdamW's moments, keeping the recipe's own settings. Raises ValueError if they are of other parameters."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups]
+        parameters = [p for group in self.opt.param_groups for p in group["params"]]
+        try:
+            state = {i: {k: sharded_like(parameters[i], v) for k, v in moments.items()} for i, moments in saved["state"].items()}
+            self.opt.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"the optimizer's state is not of this network ({error!r})") from None
+        for group, own in zip(self.opt.param_groups, settings, strict=True):
+            group.update(own)
 
 
-def new_state(network, wrap, lr):
-    """A TrainState at step 0: AdamW at a constant rate without weight decay, and the average equal to the network.
+def new_state(network, recipe, wrap=lambda network: network, shard=lambda network: network):
+    """A TrainState at step 0, each average equal to the network.
 
-    wrap(network) returns the model to call in training.
+    shard(network) splits a network's tensors over processes, in place; wrap(network) returns the model to call.
     """
-    ema = requires_grad(deepcopy(network).eval(), False)
-    opt = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=lr, weight_decay=0)
-    return TrainState(network, wrap(network.train()), ema, opt)
+    emas = {decay: shard(requires_grad(deepcopy(network).eval(), False)) for decay in recipe.ema_decay}
+    network = shard(network.train())
+    trained = [p for p in network.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return TrainState(network, wrap(network), emas, opt, recipe)
 
 
 class Draws(NamedTuple):
@@ -88,32 +165,75 @@ def draw(seed, step, global_batch_size, latent, dropout_prob, num_timesteps, dev
     return Draws(*(values[rank * share : (rank + 1) * share] for values in (t, drop, vae_noise, noise)))
 
 
-def train_step(state, diffusion, latents, labels, draws, ema_decay):
-    """One step of AdamW on latents (n, C, h, w) and labels (n,), and one of the moving average.
+def train_step(state, diffusion, latents, labels, draws, reduce=lambda values: values, stop=False, save=False):
+    """One step of AdamW on this process's latents (n, C, h, w) and labels (n,), and one of the moving averages.
 
-    Returns this process's METRICS, float32 (4,), on the device. Nothing is read back from it.
+    reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite, every one leaves
+    weights, averages and optimizer as they are. Returns the report, a dict of floats under FLAGS and SUMS, equal in every
+    process, and "gradient_norm": "bad" is above 0 for such a step, "stop" and "save" where any process passed it.
     """
+    share = len(latents)
+    sums = torch.zeros(len(SUMS), device=latents.device)
+    parts = list(zip(*(values.chunk(state.recipe.grad_accum) for values in (latents, labels, draws.t, draws.drop, draws.noise))))
+    for i, part in enumerate(parts):
+        with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
+            sums += backward(state, diffusion, share, *part)
+    parameters = [p for p in state.network.parameters() if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    flags = torch.zeros(len(FLAGS), device=latents.device)
+    if stop:
+        flags[0].fill_(1)
+    if save:
+        flags[1].fill_(1)
+    flags[2] = ~(sums.isfinite().all() & norm.isfinite())
+    values = torch.cat([reduce(torch.cat([flags, sums])), norm[None]]).tolist()  # the step's only read
+    report = dict(zip((*FLAGS, *SUMS, "gradient_norm"), values, strict=True))
+    if not report["bad"]:
+        if state.recipe.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, state.recipe.grad_clip, norm)
+        for group in state.opt.param_groups:
+            group["lr"] = state.recipe.rate(state.step)
+        state.opt.step()
+        for decay, ema in state.emas.items():
+            update_ema(ema, state.network, decay)
+        state.window.add(report)
+    state.opt.zero_grad(set_to_none=True)
+    state.bad_in_a_row = state.bad_in_a_row + 1 if report["bad"] else 0
+    state.bad_steps += bool(report["bad"])
+    state.step += 1
+    return report
+
+
+def backward(state, diffusion, share, latents, labels, t, drop, noise):
+    """Add the gradient of a part of a process's share to the network's; the part's SUMS (len(SUMS),) on the device."""
     condition = {}
     if state.network.num_classes:
         condition["y"] = labels
     if state.network.null_label is not None:
-        condition["force_drop_ids"] = draws.drop
-    losses = diffusion.training_losses(state.model, latents, draws.t, condition, noise=draws.noise)
-    loss, mse, vb = (losses[key].mean() for key in ("loss", "mse", "vb"))
-    loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
-    state.opt.step()
-    state.opt.zero_grad(set_to_none=True)
-    update_ema(state.ema, state.network, ema_decay)
-    state.step += 1
-    return torch.stack([loss.detach(), mse.detach(), vb.detach(), norm])
+        condition["force_drop_ids"] = drop
+
+    def predict(x, t, **condition):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=state.recipe.bf16):
+            return state.model(x, t, **condition).float()
+
+    losses = diffusion.training_losses(predict, latents, t, condition, noise=noise)
+    (losses["loss"].sum() / share).backward()
+    mse = losses["mse"].detach()
+    quarter = torch.nn.functional.one_hot(t * QUARTERS // diffusion.num_timesteps, QUARTERS).to(mse.dtype)  # (n, 4)
+    totals = torch.stack([losses[key].detach().sum() for key in ("loss", "mse", "vb")])
+    return torch.cat([totals, mse @ quarter, quarter.sum(dim=0)])  # (len(SUMS),)
+
+
+def no_reduction(model):
+    """A context in which gradients are not yet shared between processes, where the model can do that."""
+    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
 @torch.no_grad()
 def update_ema(ema_model, model, decay=0.9999):
     """ema = decay·ema + (1 - decay)·model for every trained parameter, in bulk; buffers are copied, frozen tables left."""
     pairs = [(e, p) for e, p in zip(ema_model.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    averages, values = (list(column) for column in zip(*pairs))
+    averages, values = ([own_part(tensor) for tensor in column] for column in zip(*pairs))
     torch._foreach_lerp_(averages, values, 1 - decay)
     for average, value in zip(ema_model.buffers(), model.buffers(), strict=True):
         average.copy_(value)
@@ -122,3 +242,58 @@ def update_ema(ema_model, model, decay=0.9999):
 def requires_grad(model, flag=True):
     """The model, each of its parameters now taking gradients or not."""
     return model.requires_grad_(flag)
+
+
+def training_flops(config):
+    """Floating-point operations (2 per multiply-add) that training on one latent takes: forward, and twice that backward.
+
+    Counted on the network with this configuration; what gradient checkpointing computes again is not in it.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = DiT(**config)
+        labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
+        network(torch.zeros(1, network.in_channels, network.input_size, network.input_size), torch.zeros(1), labels)
+    return 3 * counter.get_total_flops()
+
+
+# ---- networks whose tensors are split over processes (FSDP2) ----
+
+
+def shard_network(network, device_type, processes):
+    """The network, its tensors now split over the processes; each block is put together when it is its turn."""
+    mesh = init_device_mesh(device_type, (processes,))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def whole(tensor):
+    """A tensor put together from all processes, if it is split."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor):
+    """This process's part of a tensor, if it is split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter, tensor):
+    """A whole tensor split as the parameter is, where it has its shape."""
+    if isinstance(parameter, DTensor) and torch.is_tensor(tensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+def unsharded(contents):
+    """A tree of dicts and lists with every split tensor put together, on the CPU."""
+    if isinstance(contents, dict):
+        return {key: unsharded(value) for key, value in contents.items()}
+    if isinstance(contents, list):
+        return [unsharded(value) for value in contents]
+    return contents.full_tensor().cpu() if isinstance(contents, DTensor) else contents
+
+
+def load_tensors(network, tensors):
+    """Load a state dict of whole tensors into a network that may be split."""
+    own = network.state_dict()
+    network.load_state_dict({name: sharded_like(own[name], tensor) for name, tensor in tensors.items()})

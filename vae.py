@@ -79,7 +79,9 @@ def load_vae(name, device="cpu"):
         raise ValueError(
             f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as {sorted(info['missing_keys'])[0]}"
         )
-    return LatentSpace(autoencoder.to(device).eval().requires_grad_(False))
+    config = autoencoder.config
+    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+    return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
 
 
 def _cannot_load(name, error):
@@ -98,15 +100,15 @@ def _shape_of(config):
 
 
 class LatentSpace:
-    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent - shift)·scale."""
+    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent - shift)·scale.
+
+    Without the autoencoder, it still draws from moments that were computed before.
+    """
 
     clip_denoised = False  # latents have no range to clip predictions to
 
-    def __init__(self, autoencoder):
-        config = autoencoder.config
-        self.autoencoder = autoencoder
-        self.shape = _shape_of(config)
-        self.scale, self.shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+    def __init__(self, shape, scale, shift=0.0, autoencoder=None):
+        self.shape, self.scale, self.shift, self.autoencoder = shape, scale, shift, autoencoder
 
     @torch.no_grad()
     def moments(self, images):

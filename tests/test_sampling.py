@@ -74,7 +74,8 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         ckpt=None,
     )
     ours = dict(
-        class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3
+        class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3,
+        mixed_precision="no", tf32=True,
     )
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
@@ -82,7 +83,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50000, image_size=256,
         num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True, ckpt=None,
     )  # fmt: skip
-    ours = dict(sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3)
+    ours = dict(sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no")
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]
 

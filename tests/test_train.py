@@ -17,8 +17,10 @@ from checkpoints import list_checkpoints, newest_checkpoint, read_checkpoint
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
+import runs
 import train
-from training import METRICS, draw, new_state, train_step, update_ema
+import train_flags
+from training import Recipe, draw, new_state, train_step, update_ema
 
 SIZE = 16
 QUICK = [
@@ -57,15 +59,17 @@ def same(a, b):
 
 
 def test_flags_found_in_the_wild_keep_their_defaults():
-    args = vars(train.build_parser().parse_args(["--data-path", "x"]))
+    args = vars(train_flags.build_parser("").parse_args(["--data-path", "x"]))
     wild = dict(
         data_path="x", results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
         global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50000,
     )  # fmt: skip
     assert {name: args[name] for name in wild} == wild
     ours = dict(
-        max_steps=None, lr=1e-4, ema_decay=0.9999, mixed_precision="no", resume=None, device=None, flip=True,
-        skip_bad_images=False,
+        max_steps=None, lr=1e-4, ema_decay=[0.9999], mixed_precision="no", resume=None, device=None, flip=True,
+        skip_bad_images=False, latents=None, init_from=None, init_labels="keep", warmup_steps=0, weight_decay=0.0,
+        grad_clip=None, max_bad_steps=10, grad_accum=1, grad_checkpointing=False, compile=False, tf32=True, fsdp=False,
+        ckpt_minutes=None, keep_last=None, on_save_error="stop", sample_every=None, log_with=None,
     )  # fmt: skip
     assert args == wild | ours
 
@@ -74,7 +78,7 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
     contents = run(images, tmp_path, "--max-steps", "5", "--ckpt-every", "2")
     folder = tmp_path / "000-DiT-Ti-8"
     assert [p.name for p in list_checkpoints(folder)] == ["0000002.pt", "0000004.pt", "0000005.pt"]
-    assert set(contents) == {"model", "ema", "opt", "args", "step", "config", "classes", "rng"}
+    assert set(contents) == {"model", "ema", "opt", "args", "step", "config", "classes", "rng", "log"}
     assert contents["step"] == 5 and contents["classes"] == ["ape", "bee", "cat"] and contents["args"]["lr"] == 1e-2
     network = DiT(**contents["config"])
     network.load_state_dict(contents["model"])
@@ -84,7 +88,7 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
     assert log == capsys.readouterr().out
     lines = [line for line in log.splitlines() if " images/s" in line]
     assert [line.split("] ")[1].split(" of")[0] for line in lines] == ["step 0000002", "step 0000004", "step 0000005"]
-    assert all(name in line for line in lines for name in METRICS)
+    assert all(name.replace("_", " ") in line for line in lines for name in train.METRICS)
 
 
 def test_loss_falls(images, tmp_path, capsys):
@@ -180,9 +184,10 @@ def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(images,
 
 
 def test_a_number_that_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "run_folders", lambda results_dir: [])
+    monkeypatch.setattr(runs, "run_folders", lambda results_dir: [])
     args = argparse.Namespace(results_dir=str(tmp_path), model="DiT-S/2")
-    folders = [train.open_run_folder(args, train.Source("a new run")).name for _ in range(3)]
+    with runs.FolderLock() as lock:
+        folders = [runs.new_folder(args, "", lock).name for _ in range(3)]
     assert folders == ["000-DiT-S-2", "001-DiT-S-2", "002-DiT-S-2"]
 
 
@@ -310,15 +315,15 @@ def test_batch_that_processes_cannot_share(images, tmp_path):
     flags = ["--data-path", str(images), "--results-dir", str(tmp_path / "r"), *QUICK, "--global-batch-size", "5"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "--global-batch-size 5 cannot be shared equally by 2 processes" in done.stderr
+    assert done.returncode != 0 and "--global-batch-size 5 cannot be shared equally by 2 process(es)" in done.stderr
     assert 'train.py", line' not in done.stderr  # torchrun shows a traceback of its own, none of ours
 
 
-def pixel_state(lr=1e-2):
+def pixel_state(**recipe):
     network = fill_randomly(
         DiT(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
     )
-    return new_state(network, lambda module: module, lr)
+    return new_state(network, Recipe(**{"lr": 1e-2, "ema_decay": (0.9,)} | recipe))
 
 
 def test_draws_of_all_processes_are_those_of_one():
@@ -344,15 +349,15 @@ def test_train_step_is_adamw_on_the_mean_loss_with_labels_dropped_as_drawn():
     labels, draws = torch.arange(6) % 4, draw(0, 0, 6, (3, 8, 8), 0.5, 1000, "cpu")
     assert 0 < draws.drop.sum() < 6
     start = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    metrics = train_step(state, create_diffusion(""), x, labels, draws, ema_decay=0.9)
+    report = train_step(state, create_diffusion(""), x, labels, draws)
 
     y = torch.where(draws.drop == 1, 4, labels)
     losses = create_diffusion("").training_losses(reference.eval(), x, draws.t, dict(y=y), noise=draws.noise)
     losses["loss"].mean().backward()
     grads = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads.values()))
-    expected = [losses[k].mean().item() for k in ("loss", "mse", "vb")] + [norm.item()]
-    assert metrics.tolist() == pytest.approx(expected, rel=1e-4)
+    expected = {k: losses[k].sum().item() for k in ("loss", "mse", "vb")} | {"gradient_norm": norm.item()}
+    assert {name: report[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     for name, p in state.network.named_parameters():
         if name == "pos_embed":
             assert torch.equal(p, start[name])

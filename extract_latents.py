@@ -1,0 +1,222 @@
+"""Cache the latents of a folder of images, so that training neither reads images nor runs the VAE.
+
+    python extract_latents.py --data-path imagenet/train --output imagenet-latents
+    torchrun --nproc_per_node=8 extract_latents.py --data-path imagenet/train --output imagenet-latents
+    python extract_latents.py --verify imagenet-latents
+
+What is cached is the mean and standard deviation of the VAE's posterior, of each image and its mirror image: training
+draws afresh from it each time. moments.npy is one array (images, 1 or 2 flips, 2, C, h, w), labels.npy one of (images,);
+manifest.json says what they are, with a checksum per chunk of images, and appears when all is done. The same command goes
+on where it stopped; the result is the same on any number of processes.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+import time
+import zlib
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from checkpoints import write_whole
+from data import ImageDataset, list_images, make_loader
+from sampling import process_device, tf32
+from vae import from_uint8, latent_shape, load_vae
+
+CHUNK = 64  # images that are encoded, written and checksummed together
+POLL_SECONDS = 1
+# torchrun tells each process its place. They share work by it and speak through files only, so none can time out.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    data = parser.add_argument_group("data").add_argument
+    data("--data-path", help="folder with one folder of images per class")
+    data("--output", metavar="DIR", help="folder to write; for train.py --latents")
+    data("--verify", metavar="DIR", help="instead, compare the checksums of such a folder, and report")
+    data("--image-size", type=int, default=256, help="pixels along each side, after the crop (default: %(default)s)")
+    data("--num-classes", type=int, default=1000, help="0: none, all images below --data-path (default: %(default)s)")
+    data("--flip", action=argparse.BooleanOptionalAction, default=True, help="also the mirror images (default: on)")
+    skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
+    data("--skip-bad-images", action="store_true", help=skipping)
+    run = parser.add_argument_group("run").add_argument
+    run("--vae", default="ema", help="ema, mse, a hub id, or a local folder (default: %(default)s)")
+    dtypes = "how they are stored; float16 halves the size and is off by 0.05%% at most (default: %(default)s)"
+    run("--latents-dtype", choices=["float16", "float32"], default="float16", help=dtypes)
+    tf32_help = "TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)"
+    run("--tf32", action=argparse.BooleanOptionalAction, default=True, help=tf32_help)
+    run("--num-workers", type=int, default=4, help="loader processes per process (default: %(default)s)")
+    run("--device", help="such as cpu or cuda:1 (default: the GPU of the process's rank, if there is one)")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.verify is not None:
+            damaged = verify(Path(args.verify))
+            if damaged:
+                parser.exit(1, f"extract_latents.py: error: {'; '.join(damaged)}; remove the folder and make it again\n")
+            return print(f"{args.verify}: every checksum is right")
+        check_arguments(args)
+        device = process_device(args.device)
+        listing = list_images(args.data_path, args.num_classes)
+        space = load_vae(args.vae, device)
+        folder = Path(args.output)
+        plan = describe(args, listing, space)
+        open_folder(folder, plan)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        with tf32(args.tf32):
+            encode_share(args, listing, space, folder, plan, device)
+        if RANK == 0:
+            finish(folder, plan)
+            print(f"{plan['images']} images in {folder}")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"extract_latents.py: error: {error}\n")
+
+
+def check_arguments(args):
+    """Raise ValueError for missing flags and for sizes that do not fit."""
+    for name in ("data_path", "output"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is missing; give --data-path and --output, or --verify")
+    for name in ("num_classes", "num_workers"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
+    if args.vae == "none":
+        raise ValueError("--vae none: pixels have no latents to cache; train on the images themselves")
+    latent_shape(args.vae).side(args.image_size)
+
+
+def describe(args, listing, space):
+    """What decides the content of the cache, as manifest.json and, until it is there, plan.json have it."""
+    side = space.shape.side(args.image_size)
+    return {
+        "images": len(listing.paths), "flip": args.flip, "shape": [2, space.shape.channels, side, side],
+        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae, "channels": space.shape.channels,
+        "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift, "classes": listing.classes,
+        "skip_bad_images": args.skip_bad_images, "files_sha256": listing.hash(args.data_path), "chunk": CHUNK,
+    }  # fmt: skip
+
+
+def open_folder(folder, plan):
+    """Make the folder with its plan and an array to fill, in the first process while the others wait for it.
+
+    Raises ValueError if it holds latents of another plan, or cannot be made.
+    """
+    wanted = json.loads(json.dumps(plan))
+    while not (folder / "plan.json").exists():
+        if RANK:
+            time.sleep(POLL_SECONDS)
+            continue
+        if folder.exists() and any(folder.iterdir()) and not (folder / "chunks").exists():
+            raise ValueError(f"--output {folder} holds something else; give a new folder")
+        try:
+            (folder / "chunks").mkdir(parents=True, exist_ok=True)
+            make_array(folder / "moments.npy", plan)
+            write_whole(folder / "plan.json", lambda temporary: temporary.write_text(json.dumps(plan, indent=1)))
+        except OSError as error:
+            raise ValueError(f"cannot write --output {folder} ({error.strerror}); choose another folder") from None
+    found = json.loads((folder / "plan.json").read_text())
+    others = [name for name in wanted if found.get(name) != wanted[name]]
+    if others:
+        raise ValueError(f"--output {folder} holds latents with other {', '.join(others)}; give a new folder")
+
+
+def make_array(path, plan):
+    """Write an .npy file of the right size, empty as yet; its disk space is taken at once where the system can do that."""
+    shape = (plan["images"], 1 + plan["flip"], *plan["shape"])
+    with open(path, "wb") as file:
+        header = {"descr": np.dtype(plan["dtype"]).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        size = file.tell() + int(np.prod(shape)) * np.dtype(plan["dtype"]).itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+
+
+def chunk_path(folder, number):
+    return folder / "chunks" / f"{number:07d}.json"
+
+
+def encode_share(args, listing, space, folder, plan, device):
+    """Encode and write the chunks that this process is to do and that are not there yet. Raises ValueError, OSError."""
+    count = plan["images"]
+    starts = [s for s in range(0, count, CHUNK)[RANK::WORLD_SIZE] if not chunk_path(folder, s // CHUNK).exists()]
+    keys = [[(i, f) for i in range(s, min(s + CHUNK, count)) for f in range(1 + plan["flip"])] for s in starts]
+    dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
+    loader = make_loader(dataset, keys, args.num_workers, pin_memory=device.type == "cuda")
+    row = int(np.prod(plan["shape"])) * np.dtype(plan["dtype"]).itemsize * (1 + plan["flip"])
+    with open(folder / "moments.npy", "r+b") as file:
+        header = os.fstat(file.fileno()).st_size - count * row
+        for start, (images, labels, bad) in zip(starts, tqdm(loader, unit="chunk", disable=None if RANK == 0 else True)):
+            if images is None or (bad and not args.skip_bad_images):
+                raise ValueError(f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
+            moments = torch.stack(space.moments(from_uint8(images.to(device))), dim=1)  # (n·flips, 2, C, h, w)
+            stored = moments.cpu().numpy().astype(plan["dtype"])
+            if not np.isfinite(stored).all():
+                raise ValueError(f"images {start} and following have latents beyond {plan['dtype']}; pass --latents-dtype float32")
+            content = stored.tobytes()
+            file.seek(header + start * row)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            done = {"crc32": zlib.crc32(content), "labels": labels[:: 1 + plan["flip"]].tolist()}
+            done["bad_images"] = sorted({f"{path} ({reason})" for path, reason in bad})
+            write_whole(chunk_path(folder, start // CHUNK), lambda temporary: temporary.write_text(json.dumps(done)))
+
+
+def finish(folder, plan):
+    """Wait for every chunk, then write labels.npy and, last, manifest.json."""
+    wanted = [chunk_path(folder, number) for number in range(-(-plan["images"] // CHUNK))]
+    while not {path.name for path in wanted} <= set(os.listdir(folder / "chunks")):
+        time.sleep(POLL_SECONDS)
+    if (folder / "manifest.json").exists():
+        return
+    chunks = [json.loads(path.read_text()) for path in wanted]
+    bad = sorted({image for chunk in chunks for image in chunk["bad_images"]})
+    for image in bad:
+        print(f"skipped unreadable image {image}")
+    labels = np.array([label for chunk in chunks for label in chunk["labels"]])
+
+    def write_labels(temporary):
+        with open(temporary, "wb") as file:
+            np.save(file, labels)
+
+    write_whole(folder / "labels.npy", write_labels)
+    manifest = plan | {"bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes())}
+    manifest["crc32"] = [chunk["crc32"] for chunk in chunks]
+    text = json.dumps(manifest, indent=1)
+    write_whole(folder / "manifest.json", lambda temporary: temporary.write_text(text))
+
+
+def verify(folder):
+    """What is wrong with a finished folder, a list of sentences. Raises ValueError if it is not finished."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        moments, labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--verify {folder} holds no finished latents ({reason}); give a folder that --output made") from None
+    wrong = []
+    for number, crc32 in enumerate(tqdm(manifest["crc32"], unit="chunk", disable=None)):
+        first, size = number * manifest["chunk"], manifest["chunk"]
+        if zlib.crc32(moments[first : first + size].tobytes()) != crc32:
+            wrong.append(f"moments.npy is damaged in images {first} to {min(first + size, len(moments)) - 1}")
+    if zlib.crc32(labels.tobytes()) != manifest["labels_crc32"]:
+        wrong.append("labels.npy is damaged")
+    return wrong
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Runs that are killed with SIGKILL and resumed with the same command end bit by bit as one that was left alone.
+
+kill_campaign.py does the killing, and can be run by itself for as many kills as wanted.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from conftest import ROOT
+import kill_campaign
+from kill_campaign import RUN, STEPS, end, fingerprint, launcher, start, step_reached, survive
+
+sys.path.insert(0, str(ROOT / "examples" / "digits"))
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
+
+import make_dataset  # noqa: E402
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def context():
+    return launcher()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    make_dataset.main(["--output", str(folder)])
+    return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def alone(context, data, tmp_path_factory):
+    """The fingerprint of a run on so many processes that nobody disturbed."""
+    found = {}
+
+    def of(processes):
+        if processes not in found:
+            folder = tmp_path_factory.mktemp(f"alone-{processes}")
+            end(start(context, data, folder, processes), 0)
+            found[processes] = fingerprint(folder)
+        return found[processes]
+
+    return of
+
+
+def test_killed_once_from_outside(context, data, alone, tmp_path):
+    step, found = survive(context, data, tmp_path, 1, None, random.Random(time.time_ns()))
+    assert 0 < step < STEPS and found == alone(1)
+
+
+def test_killed_in_the_middle_of_a_checkpoint(context, data, alone, tmp_path):
+    step, found = survive(context, data, tmp_path, 1, {"at": "byte", "save": 2, "share": 0.5}, random)
+    assert step == 14 and found == alone(1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_ten_steps(context, data, alone, tmp_path, processes):
+    source = random.Random(processes)
+    for step in sorted(source.sample(range(1, STEPS - 1), 10)):
+        folder = tmp_path / str(step)
+        started = start(context, data, folder, processes)
+        assert step <= kill_campaign.kill_at(started, folder, step, source.uniform(0, 0.02)) < STEPS
+        end(start(context, data, folder, processes), 0)
+        assert fingerprint(folder) == alone(processes), f"killed after step {step}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("at, share", [("byte", 0.0), ("byte", 0.01), ("byte", 0.99), ("before", 1), ("after", 1)])
+def test_killed_while_a_checkpoint_is_written(context, data, alone, tmp_path, processes, at, share):
+    step, found = survive(context, data, tmp_path, processes, {"at": at, "save": 3, "share": share}, random)
+    assert step == 21 and found == alone(processes)
+
+
+@pytest.mark.long
+def test_killed_again_and_again(context, data, alone, tmp_path):
+    for step in (3, 9, 10, 24):
+        started = start(context, data, tmp_path, 1)
+        kill_campaign.kill_at(started, tmp_path, step, 0)
+        (tmp_path / "progress").unlink()
+    end(start(context, data, tmp_path, 1), 0)
+    assert fingerprint(tmp_path) == alone(1)
+
+
+def torchrun(data, folder, steps=STEPS):
+    """The command under torchrun, in a process group of its own; its output goes to folder/torchrun.txt."""
+    folder.mkdir(exist_ok=True)
+    flags = ["--data-path", str(data), "--results-dir", str(folder / "results"), *RUN, "--max-steps", str(steps)]
+    with open(folder / "torchrun.txt", "a") as output:
+        return subprocess.Popen(
+            [*TORCHRUN, "train.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
+            stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
+def kill_all(processes):
+    """SIGKILL to each of these psutil processes, of which all are alive."""
+    assert all(process.is_running() for process in processes)
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, 20)
+
+
+def with_workers(process):
+    """torchrun, its two workers and their loaders, as psutil processes."""
+    launcher = psutil.Process(process.pid)
+    found = [launcher, *launcher.children(recursive=True)]
+    assert len(found) >= 3
+    return found
+
+
+def wait_for(folder, text, process):
+    """Wait until the launcher's output has the text."""
+    for _ in range(1200):
+        if text in (folder / "torchrun.txt").read_text():
+            return
+        assert process.poll() is None, (folder / "torchrun.txt").read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"no {text!r} in " + (folder / "torchrun.txt").read_text())
+
+
+@pytest.mark.long
+def test_torchrun_killed_with_its_whole_group(data, alone, tmp_path):
+    for text in ("step 0000010", "step 0000025"):
+        process = torchrun(data, tmp_path)
+        wait_for(tmp_path, text, process)
+        kill_all(with_workers(process))
+        process.wait()
+    assert torchrun(data, tmp_path).wait(120) == 0
+    assert fingerprint(tmp_path) == alone(2)
+
+
+@pytest.mark.long
+def test_torchrun_killed_alone_leaves_workers_that_hold_the_folder(data, tmp_path):
+    process = torchrun(data, tmp_path, steps=100_000)
+    wait_for(tmp_path, "saved", process)
+    launcher, *workers = with_workers(process)
+    process.kill()
+    process.wait()
+    assert torchrun(data, tmp_path, steps=100_000).wait(120) != 0
+    text = (tmp_path / "torchrun.txt").read_text()
+    holder = re.search(r"is being written by process (\d+) on (\S+);", text)
+    assert holder and int(holder[1]) in [worker.pid for worker in workers] and holder[2] == os.uname().nodename, text
+    kill_all(workers)
+    later = torchrun(data, tmp_path, steps=100_000)
+    wait_for(tmp_path, "going on from", later)
+    kill_all(with_workers(later))
+    later.wait()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_torchrun_passes_a_schedulers_signal_on(data, alone, tmp_path, name):
+    flags = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=60"]
+    TORCHRUN.extend(flags)
+    try:
+        process = torchrun(data, tmp_path)
+        wait_for(tmp_path, "step 0000010", process)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(120) == 1  # torchrun's own status; the workers end with 0
+        text = (tmp_path / "torchrun.txt").read_text()
+        assert f"stopped by {name} after step" in text and "--resume auto" in text
+        assert torchrun(data, tmp_path).wait(120) == 0
+    finally:
+        del TORCHRUN[-len(flags) :]
+    assert fingerprint(tmp_path) == alone(2)
+
+
+def test_step_reached_before_the_first(tmp_path):
+    assert step_reached(tmp_path) == 0

@@ -1,0 +1,288 @@
+"""extract_latents.py: what it writes, on one and two processes and after kills, and training from it."""
+
+import json
+import os
+from pathlib import Path
+import pickle
+import signal
+import subprocess
+import sys
+
+from diffusers import AutoencoderKL
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, fill_randomly
+from data import CachedLatents, ImageDataset, list_images
+import extract_latents
+from test_runs import without_rates
+from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
+import train
+from train import METRICS
+from vae import from_uint8, load_vae
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A folder with an autoencoder of ratio 2 and random weights."""
+    folder = tmp_path_factory.mktemp("vae")
+    autoencoder = AutoencoderKL(
+        block_out_channels=(4, 8), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        layers_per_block=1, norm_num_groups=2, latent_channels=4, scaling_factor=0.5,
+    )  # fmt: skip
+    fill_randomly(autoencoder, std=0.2).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Five images at a time, so that twelve make three chunks."""
+    monkeypatch.setattr(extract_latents, "CHUNK", 5)
+
+
+def extract(images, output, vae, *flags):  # noqa: F811
+    extract_latents.main(
+        ["--data-path", str(images), "--output", str(output), "--vae", vae, "--image-size", "16", "--num-classes", "3",
+         "--num-workers", "0", "--device", "cpu", *flags]
+    )  # fmt: skip
+    return Path(output)
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_flags_and_their_defaults():
+    assert vars(extract_latents.build_parser().parse_args([])) == dict(
+        data_path=None, output=None, verify=None, image_size=256, num_classes=1000, flip=True, skip_bad_images=False,
+        vae="ema", latents_dtype="float16", tf32=True, num_workers=4, device=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-3)])
+def test_cached_moments_are_the_autoencoders(images, tmp_path, vae, dtype, tolerance):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae, "--latents-dtype", dtype)
+    cached, listing = CachedLatents(folder), list_images(images, 3)
+    dataset, space = ImageDataset(listing, 16), load_vae(vae)
+    assert len(cached) == 12 and cached.classes == ["ape", "bee", "cat"]
+    for index in (0, 4, 5, 11):
+        for flip in (False, True):
+            image, label, _ = dataset[index, flip]
+            mean, std = space.moments(from_uint8(image[None]))
+            moments, its_label, bad = cached[index, flip]
+            torch.testing.assert_close(moments.float(), torch.cat([mean, std]), rtol=tolerance, atol=1e-6)
+            assert moments.dtype == getattr(torch, dtype) and its_label == label and bad == []
+        assert not torch.equal(cached[index, False][0], cached[index, True][0])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {k: manifest[k] for k in ("images", "flip", "scale", "shift", "channels", "ratio", "image_size", "vae")} == dict(
+        images=12, flip=True, scale=0.5, shift=0.0, channels=4, ratio=2, image_size=16, vae=vae
+    )
+    assert len(manifest["crc32"]) == 3 and manifest["files_sha256"] == listing.hash(images)
+
+
+def test_two_processes_write_what_one_does_and_again_changes_nothing(images, tmp_path, vae, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(extract_latents, "CHUNK", 64)
+    alone = contents_of(extract(images, tmp_path / "one", vae))
+    flags = ["--data-path", str(images), "--output", str(tmp_path / "two"), "--vae", vae, "--image-size", "16"]
+    flags += ["--num-classes", "3", "--num-workers", "1", "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*TORCHRUN, "extract_latents.py", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents_of(tmp_path / "two") == alone
+    extract(images, tmp_path / "two", vae)
+    assert contents_of(tmp_path / "two") == alone
+
+
+def test_chunks_are_dealt_to_processes(images, tmp_path, vae, monkeypatch):  # noqa: F811
+    alone = contents_of(extract(images, tmp_path / "one", vae))
+    monkeypatch.setattr(extract_latents, "WORLD_SIZE", 2)
+    monkeypatch.setattr(extract_latents, "finish", lambda *_: None)
+    extract(images, tmp_path / "two", vae)
+    assert [p.name for p in sorted((tmp_path / "two" / "chunks").iterdir())] == ["0000000.json", "0000002.json"]
+    monkeypatch.setattr(extract_latents, "RANK", 1)
+    extract(images, tmp_path / "two", vae)
+    monkeypatch.undo()
+    monkeypatch.setattr(extract_latents, "CHUNK", 5)
+    assert contents_of(extract(images, tmp_path / "two", vae)) == alone
+
+
+@pytest.fixture
+def one_thread():
+    """Sums do not depend on how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_extraction_goes_on_to_the_same_files(images, tmp_path, vae, one_thread):  # noqa: F811
+    alone = contents_of(extract(images, tmp_path / "one", vae))
+    for end in (1, 2):  # dies after the data of a chunk, before it is noted as done
+        child = os.fork()
+        if child == 0:
+            count, write = iter(range(10)), extract_latents.write_whole
+
+            def dying(path, how):
+                if path.parent.name == "chunks" and next(count) == end - 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                write(path, how)
+
+            extract_latents.write_whole = dying
+            extract(images, tmp_path / "parts", vae)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert not (tmp_path / "parts" / "manifest.json").exists()
+    with pytest.raises(ValueError, match="holds no complete latents .*run extract_latents.py --output"):
+        CachedLatents(tmp_path / "parts")
+    assert contents_of(extract(images, tmp_path / "parts", vae)) == alone
+
+
+def test_verify_finds_what_changed(images, tmp_path, vae, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    extract_latents.main(["--verify", str(folder)])
+    assert "every checksum is right" in capsys.readouterr().out
+    for name, at, message in (("moments.npy", -1, "damaged in images 10 to 11"), ("labels.npy", -8, "labels.npy is")):
+        content = bytearray((folder / name).read_bytes())
+        content[at] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(SystemExit) as stopped:
+            extract_latents.main(["--verify", str(folder)])
+        assert stopped.value.code == 1 and message in capsys.readouterr().err
+
+
+# ---- training ----
+
+
+def train_flags(vae, *more):
+    return [*more, "--model", "DiT-Ti/4", "--vae", vae, "--max-steps", "6", "--ckpt-every", "3", "--ema-decay", "0.5"]
+
+
+def test_training_from_latents_is_training_from_images(images, tmp_path, vae):  # noqa: F811
+    exact = extract(images, tmp_path / "exact", vae, "--latents-dtype", "float32")
+    half = extract(images, tmp_path / "half", vae)
+    run(images, tmp_path / "images", *train_flags(vae))
+    for folder, results in ((exact, "a"), (half, "b")):
+        train.main(["--latents", str(folder), "--results-dir", str(tmp_path / results), *QUICK, *train_flags(vae)])
+    found = [without_rates(tmp_path / results / "000-DiT-Ti-4") for results in ("images", "a", "b")]
+    for row, close, near in zip(*found, strict=True):
+        assert {k: close[k] for k in METRICS} == pytest.approx({k: row[k] for k in METRICS}, rel=1e-5)
+        assert {k: near[k] for k in METRICS} == pytest.approx({k: row[k] for k in METRICS}, rel=2e-3)
+    losses = [row["loss"] for row in found[0]]
+    assert len(losses) == 3 and len(set(losses)) == 3
+
+
+def test_each_epoch_draws_afresh(images, tmp_path, vae):  # noqa: F811
+    cached, space = CachedLatents(extract(images, tmp_path / "latents", vae)), load_vae(vae)
+    batch = torch.stack([cached[i, False][0] for i in range(3)])
+    noises = [torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    first, second = (train.to_latents(space, batch, noise) for noise in noises)
+    mean, std = batch.float().unbind(1)
+    torch.testing.assert_close(first, (mean + std * noises[0]) * 0.5)
+    assert (first - second).abs().min() > 0
+
+
+def test_a_run_on_latents_resumes_and_needs_no_autoencoder(images, tmp_path, vae, monkeypatch, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+
+    def forbidden(*_):
+        raise AssertionError("the autoencoder was loaded")
+
+    monkeypatch.setattr(train, "load_vae", forbidden)
+    flags = ["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae)]
+    train.main([*flags, "--max-steps", "3"])
+    train.main([*flags, "--resume", "auto"])
+    assert "going on from" in capsys.readouterr().out and len(list((tmp_path / "r").iterdir())) == 1
+
+
+MISFITS = [
+    (["--image-size", "32"], "--image-size is 32, the latents' 16"),
+    (["--vae", "mse"], "--vae is mse, the latents'"),
+    (["--flip"], "--flip is on, the latents have no mirrored images"),
+    (["--num-classes", "2"], "--num-classes is 2, the latents have 3 classes"),
+    (["--data-path", "{fewer}"], "holds other files than the latents were made from"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISFITS, ids=[flags[0] for flags, _ in MISFITS])
+def test_latents_that_do_not_fit_are_refused(images, tmp_path, vae, capsys, flags, message):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae, "--no-flip")
+    for path in images.glob("*/*[0-8].png"):
+        target = tmp_path / "fewer" / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    flags = [flag.format(fewer=tmp_path / "fewer") for flag in flags]
+    with pytest.raises(SystemExit):
+        train.main(
+            ["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae), "--no-flip", *flags]
+        )
+    assert message in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_images_and_latents_may_be_given_together(images, tmp_path, vae):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    run(images, tmp_path / "r", *train_flags(vae), "--latents", str(folder))
+
+
+# ---- mistakes ----
+
+BAD = [
+    (["--output", ""], "--data-path"),
+    (["--vae", "none"], "pixels have no latents to cache"),
+    (["--image-size", "15"], "image size 15 is not a multiple of 2"),
+    (["--num-classes", "1"], "3 class folders, --num-classes is 1"),
+    (["--num-workers", "-1"], "--num-workers is -1"),
+    (["--output", "/proc/latents"], "cannot write --output /proc/latents"),
+    (["--verify", "nowhere"], "nowhere holds no finished latents"),
+    (["--device", "nonsense"], "--device nonsense cannot be used"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_a_mistake_gets_one_message(images, tmp_path, vae, capsys, flags, message):  # noqa: F811
+    given = ["--data-path", str(images)] if "--data-path" != message else []
+    with pytest.raises(SystemExit) as stopped:
+        extract_latents.main(
+            [*given, "--output", str(tmp_path / "o"), "--vae", vae, "--image-size", "16", "--num-classes", "3", *flags]
+        )
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_latents_of_another_kind_and_foreign_folders_are_left_alone(images, tmp_path, vae, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    before = contents_of(folder)
+    for output, flags, message in (
+        (folder, ["--no-flip"], "holds latents with other flip"),
+        (images, [], "holds something else; give a new folder"),
+    ):
+        with pytest.raises(SystemExit):
+            extract(images, output, vae, *flags)
+        assert message in capsys.readouterr().err
+    assert contents_of(folder) == before
+
+
+def test_unreadable_images(images, tmp_path, vae, capsys):  # noqa: F811
+    for path in images.glob("*/*.png"):
+        target = tmp_path / "broken" / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes() if path.name != "04.png" else b"")
+    with pytest.raises(SystemExit) as stopped:
+        extract(tmp_path / "broken", tmp_path / "o", vae)
+    assert stopped.value.code == 1 and "04.png" in capsys.readouterr().err
+    cached = CachedLatents(extract(tmp_path / "broken", tmp_path / "o2", vae, "--skip-bad-images"))
+    assert "skipped unreadable image" in capsys.readouterr().out
+    (bad,) = cached.manifest["bad_images"]
+    index = list_images(tmp_path / "broken", 3).paths.index(bad.split(" (")[0])
+    assert torch.equal(cached[index, False][0], cached[index + 1, False][0])
+
+
+def test_workers_map_the_file_themselves(images, tmp_path, vae):  # noqa: F811
+    cached = CachedLatents(extract(images, tmp_path / "latents", vae))
+    sent = pickle.dumps(cached)
+    assert len(sent) < 5000 < cached.moments.nbytes
+    assert torch.equal(pickle.loads(sent)[3, True][0], cached[3, True][0])

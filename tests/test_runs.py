@@ -1,0 +1,406 @@
+"""Run folders: who may write, where --resume goes on, damaged checkpoints, a full disk, and what is kept."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import (
+    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints, read_checkpoint,
+    save_checkpoint,
+)  # fmt: skip
+from conftest import ROOT
+import runs
+from runs import FolderLock, Meter, RunLog, StopSignals
+from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
+import train
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from runs import FolderLock
+with FolderLock() as lock:
+    lock.take(Path(sys.argv[2]))
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path/000-DiT-Ti-8."""
+    folder = tmp_path / "000-DiT-Ti-8"
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(ROOT), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"held\n", process.stderr.read()
+    yield process
+    process.kill()
+    process.wait()
+
+
+# ---- the lock ----
+
+
+def test_a_second_writer_is_refused_with_host_and_process(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    with FolderLock() as lock, pytest.raises(ValueError) as refused:
+        lock.take(tmp_path / "000-DiT-Ti-8")
+    assert f"written by process {holder.pid} on {os.uname().nodename};" in str(refused.value)
+
+
+def test_lock_of_a_killed_process_is_free_at_once(holder, tmp_path, monkeypatch):
+    holder.kill()
+    holder.wait()
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    with FolderLock() as lock:
+        lock.take(tmp_path / "000-DiT-Ti-8")
+
+
+def test_a_process_that_is_just_dying_is_waited_for(holder, tmp_path):
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
+    with FolderLock() as lock:
+        lock.take(tmp_path / "000-DiT-Ti-8")
+
+
+def test_forked_children_do_not_hold_the_lock(tmp_path):
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with FolderLock() as lock:
+            lock.take(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        assert "cannot lock (Operation not supported)" in lock.note
+
+
+def test_resuming_a_run_that_goes_on_elsewhere_is_refused(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "2")
+    folder = tmp_path / "000-DiT-Ti-8"
+    before = contents_of(folder)
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    with FolderLock() as lock:
+        lock.take(folder)
+        for resume in ("auto", str(folder), str(checkpoint_path(folder, 2))):
+            with pytest.raises(SystemExit) as stopped:
+                run(images, tmp_path, "--max-steps", "4", "--resume", resume)
+            assert stopped.value.code == 2 and "is being written by process" in capsys.readouterr().err
+    assert contents_of(folder) == before and len(list(tmp_path.iterdir())) == 1
+
+
+def contents_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+# ---- where a run goes on ----
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(images, tmp_path, capsys):  # noqa: F811
+    whole = run(images, tmp_path / "whole", "--max-steps", "4")
+    run(images, tmp_path / "parts", "--max-steps", "4")
+    folder = tmp_path / "parts" / "000-DiT-Ti-8"
+    for path in list_checkpoints(folder):
+        path.unlink()
+    resumed = run(images, tmp_path / "parts", "--max-steps", "4", "--resume", "auto")
+    assert "starting over in" in capsys.readouterr().out and len(list((tmp_path / "parts").iterdir())) == 1
+    assert same(whole["model"], resumed["model"])
+    assert [row["step"] for row in rows(folder)] == [2, 4]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_rates(folder):
+    timed = ("images_per_second", "model_flops_per_second", "time")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows(folder)]
+
+
+def test_resumed_metrics_and_state_are_those_of_one_run(images, tmp_path):  # noqa: F811
+    flags = ["--log-every", "4", "--ckpt-every", "3", "--ema-decay", "0.5", "0.25"]
+    whole = run(images, tmp_path / "whole", "--max-steps", "8", *flags)
+    run(images, tmp_path / "parts", "--max-steps", "8", *flags)
+    folder = tmp_path / "parts" / "000-DiT-Ti-8"
+    for step in (8, 6):  # as if it had been killed after step 7 at the earliest
+        checkpoint_path(folder, step).unlink()
+    resumed = run(images, tmp_path / "parts", "--max-steps", "8", *flags, "--resume", "auto")
+    assert without_rates(folder) == without_rates(tmp_path / "whole" / "000-DiT-Ti-8")
+    assert [row["step"] for row in rows(folder)] == [4, 8]
+    for part in ("model", "ema"):
+        assert same(whole[part], resumed[part])
+    assert list(resumed["emas"]) == [0.25] and same(whole["emas"][0.25], resumed["emas"][0.25])
+    assert whole["log"] == resumed["log"]
+    for theirs, ours in zip(whole["opt"]["state"].values(), resumed["opt"]["state"].values(), strict=True):
+        assert same(theirs, ours)
+
+
+def test_rows_beyond_the_step_and_half_written_ones_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 0.5}\n{"step": 4}\n{"step": 6}\n{"st')
+    runs.cut_rows(path, 4)
+    assert path.read_text() == '{"step": 2, "loss": 0.5}\n{"step": 4}\n'
+    runs.cut_rows(tmp_path / "none.jsonl", 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_other_images_make_another_run(images, tmp_path, capsys):  # noqa: F811
+    for path in images.glob("*/*.png"):
+        target = tmp_path / "images" / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    run(tmp_path / "images", tmp_path / "results", "--max-steps", "2")
+    target.rename(target.with_name("renamed.png"))
+    run(tmp_path / "images", tmp_path / "results", "--max-steps", "4", "--resume", "auto")
+    assert "has other images in --data-path or --latents" in capsys.readouterr().out
+    assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+def test_another_number_of_processes_is_told(images, tmp_path, capsys):  # noqa: F811
+    contents = run(images, tmp_path, "--max-steps", "2")
+    assert contents["rng"] == {"seed": 0, "processes": 1, "device": "cpu"}
+    path = checkpoint_path(tmp_path / "000-DiT-Ti-8", 2)
+    save_checkpoint(path, {**contents, "rng": {"seed": 0, "processes": 2, "device": "cpu"}})
+    run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
+    out = capsys.readouterr().out
+    assert "written by 2 process(es) on cpu; the same samples and noise per step, but other rounding" in out
+
+
+# ---- damaged checkpoints ----
+
+
+def damaged_by(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = b""
+    else:  # a bit in the middle of a tensor
+        content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "empty"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(images, tmp_path, capsys, how):  # noqa: F811
+    flags = ["--max-steps", "6", "--ckpt-every", "2"]
+    whole = run(images, tmp_path / "whole", *flags)
+    run(images, tmp_path / "parts", *flags)
+    folder = tmp_path / "parts" / "000-DiT-Ti-8"
+    newest = checkpoint_path(folder, 6)
+    content = damaged_by(newest, how)
+    if how == "bit":
+        torch.load(newest, weights_only=True)  # takes it without a word
+    resumed = run(images, tmp_path / "parts", *flags, "--resume", "auto")
+    out = capsys.readouterr().out
+    assert f"{newest} is damaged" in out and f"going on from {checkpoint_path(folder, 4)}" in out
+    assert newest.with_name("0000006.pt.damaged").read_bytes() == content
+    assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
+    assert without_rates(folder) == without_rates(tmp_path / "whole" / "000-DiT-Ti-8")
+
+
+@pytest.mark.parametrize("part", [0.2, 0.4, 0.6, 0.8])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, part):
+    path = tmp_path / "checkpoints" / "0000001.pt"
+    path.parent.mkdir()
+    save_checkpoint(path, {"model": {f"layer.{i}": torch.arange(3000.0) for i in range(3)}})
+    check_whole(path)
+    content = bytearray(path.read_bytes())
+    content[int(part * len(content))] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="0000001.pt is damaged"):
+        check_whole(path)
+
+
+def test_a_path_to_a_damaged_checkpoint_is_refused(images, tmp_path, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "4", "--ckpt-every", "2")
+    for step in (2, 4):
+        damaged_by(checkpoint_path(tmp_path / "000-DiT-Ti-8", step), "bit")
+        kept = sorted(tmp_path.rglob("*"))
+        for path in (checkpoint_path(tmp_path / "000-DiT-Ti-8", step), tmp_path / "000-DiT-Ti-8"):
+            if step == 2 and path.is_dir():
+                continue
+            with pytest.raises(SystemExit):
+                run(images, tmp_path, "--max-steps", "6", "--resume", str(path))
+            assert "is damaged" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == kept
+    run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
+    assert "a new run" in (tmp_path / "001-DiT-Ti-8" / "log.txt").read_text()
+
+
+def test_damaged_files_get_names_of_their_own(tmp_path):
+    folder = tmp_path / "000-DiT-Ti-8"
+    for step in (1, 2):
+        checkpoint_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint_path(folder, step), {"a": torch.ones(3)})
+    for content in (b"one", b"two"):
+        checkpoint_path(folder, 2).write_bytes(content)
+        assert newest_whole_checkpoint(folder)[0] == checkpoint_path(folder, 1)
+        (folder / "checkpoints" / ".0000002.pt.partial").touch()
+        assert runs.go_on(folder).checkpoint == checkpoint_path(folder, 1)
+    found = {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir() if path.suffix != ".pt"}
+    assert found == {"0000002.pt.damaged": b"one", "0000002.pt.damaged1": b"two"}
+
+
+# ---- what is saved, and when ----
+
+
+def test_keep_last_deletes_the_older_ones(images, tmp_path):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "7", "--ckpt-every", "2", "--keep-last", "2")
+    assert [p.name for p in list_checkpoints(tmp_path / "000-DiT-Ti-8")] == ["0000006.pt", "0000007.pt"]
+
+
+def test_pruning_spares_other_files(tmp_path):
+    for name in ("0000001.pt", "0000002.pt", "best.pt", "0000001.pt.damaged"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / name).touch()
+    prune_checkpoints(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000001.pt.damaged", "0000002.pt", "best.pt"]
+
+
+def test_checkpoints_by_the_clock(images, tmp_path):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "4", "--ckpt-minutes", "1e-9")
+    assert len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 4
+    run(images, tmp_path, "--max-steps", "4", "--ckpt-minutes", "60")
+    assert len(list_checkpoints(tmp_path / "001-DiT-Ti-8")) == 1
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv[2])
+save = train.save_checkpoint
+def short_of_space(path, contents):
+    if "0000002" not in path.name:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        save(path, contents)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+train.save_checkpoint = short_of_space
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("on_error, reached", [("stop", 4), ("continue", 6)])
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(images, tmp_path, on_error, reached):  # noqa: F811
+    flags = ["--data-path", str(images), "--results-dir", str(tmp_path), *QUICK, "--max-steps", "6", "--ckpt-every", "2"]
+    command = [sys.executable, "-c", FULL, str(ROOT), "100000", *flags, "--keep-last", "1", "--on-save-error", on_error]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    folder = tmp_path / "000-DiT-Ti-8"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["0000002.pt"]
+    check_whole(checkpoint_path(folder, 2))
+    assert "0000004.pt was not written (File too large" in done.stdout
+    assert f"the last good checkpoint is {checkpoint_path(folder, 2)}; " in done.stdout
+    assert rows(folder)[-1]["step"] == reached and "Traceback" not in done.stderr
+
+
+def test_the_disks_reason_is_told(tmp_path, monkeypatch):
+    def save(contents, file):  # as torch.save does it
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "0000001.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_later(images, tmp_path, monkeypatch, capsys, number, code):  # noqa: F811
+    whole = run(images, tmp_path / "whole", "--max-steps", "6")
+    step_of = train.train_step
+
+    def step_with_signal(state, *args, **kwargs):
+        if state.step == 2:
+            os.kill(os.getpid(), number)
+        return step_of(state, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", step_with_signal)
+        if code:
+            with pytest.raises(SystemExit) as stopped:
+                run(images, tmp_path / "parts", "--max-steps", "6")
+            assert stopped.value.code == code
+        else:
+            run(images, tmp_path / "parts", "--max-steps", "6")
+    assert f"stopped by {number.name} after step" in capsys.readouterr().out
+    (stopped_at,) = [int(p.stem) for p in list_checkpoints(tmp_path / "parts" / "000-DiT-Ti-8")]
+    assert 3 <= stopped_at <= 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = run(images, tmp_path / "parts", "--max-steps", "6", "--resume", "auto")
+    assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
+    assert without_rates(tmp_path / "parts" / "000-DiT-Ti-8") == without_rates(tmp_path / "whole" / "000-DiT-Ti-8")
+
+
+def test_a_second_interruption_stops_at_once():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_loader_workers_leave_signals_to_the_training_process(images):  # noqa: F811
+    from data import ImageDataset, list_images, make_loader
+
+    dataset = ImageDataset(list_images(images, 3), 8)
+    loader = iter(make_loader(dataset, [[(i, False)] for i in range(8)], num_workers=1))
+    next(loader)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(loader._workers[0].pid, number)
+    assert len(list(loader)) == 7
+
+
+# ---- clocks and logs ----
+
+
+def test_meter_leaves_pauses_out(monkeypatch):
+    now = iter([0.0, 10.0, 13.0, 15.0, 15.0, 16.0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(now))
+    meter = Meter()
+    meter.steps = 6
+    with meter.paused():  # from 10 to 13
+        pass
+    assert meter.steps_per_second() == 6 / 12  # at 15
+    meter.started = next(now)
+    assert meter.steps_per_second() == 0
+
+
+def test_only_the_main_process_writes(tmp_path, capsys):
+    log = RunLog(tmp_path, is_main=False, step=0, last_step=4)
+    log("nothing")
+    log.row({"step": 1})
+    log.sync()
+    log.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
