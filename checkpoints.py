@@ -188,7 +188,7 @@ def adapt(weights, network, labels, origin):
     theirs = tensors.pop(LABEL_TABLE, None)
     if LABEL_TABLE in own:
         table = own[LABEL_TABLE].clone()
-        if theirs is not None:
+        if theirs is not None and theirs.shape[1:] == table.shape[1:]:
             classes = (weights.config or {}).get("num_classes", len(theirs) - 1)
             pairs = {i: i for i in range(classes)} if labels == "keep" else {} if labels == "drop" else labels
             if labels == "keep" and classes != network.num_classes:
@@ -198,7 +198,8 @@ def adapt(weights, network, labels, origin):
                 )
             if len(theirs) > classes and network.null_label is not None:
                 pairs = pairs | {network.null_label: classes}
-            table[list(pairs)] = theirs[list(pairs.values())].to(table)
+            for index, there in pairs.items():
+                table[index] = theirs[there]
         tensors[LABEL_TABLE] = table
     check_fits(network, tensors, origin)
     return tensors

@@ -24,6 +24,8 @@ import time
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.sides import machine  # noqa: E402
+
 RUN = [
     "--vae", str(ROOT / "examples/digits/vae"), "--model", "DiT-Ti/2", "--image-size", "32", "--num-classes", "10",
     "--no-flip", "--global-batch-size", "16", "--max-steps", "40", "--lr", "2e-3", "--ema-decay", "0.9", "0.5",
@@ -199,6 +201,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.output.exists() or not args.data_path.is_dir():
         parser.error(f"--output {args.output} exists already, or --data-path {args.data_path} does not")
+    print(json.dumps(machine()), flush=True)
     context, source, survived, steps = launcher(), random.Random(args.seed), 0, []
     wanted = {}
     for processes in (1, 2):

@@ -1,0 +1,57 @@
+"""Draw a training run from its metrics.jsonl.
+
+    python examples/plot_run.py results/000-DiT-XL-2 --output run.png        # pip install matplotlib
+
+Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient norm, images per second.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+PANELS = {
+    "loss": ["loss", "mse", "vb"],
+    "mse per quarter of t (1: little noise)": ["mse_q1", "mse_q2", "mse_q3", "mse_q4"],
+    "gradient norm": ["gradient_norm"],
+    "images per second": ["images_per_second"],
+}
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn over one another")
+    parser.add_argument("--output", default="run.png", help="picture to write (default: %(default)s)")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        parser.error("matplotlib is not installed; pip install matplotlib")
+    try:
+        runs = {run.name: read_rows(run) for run in args.runs}
+    except OSError as error:
+        parser.error(f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+        for run, rows in runs.items():
+            for name in names:
+                label = name if len(runs) == 1 else f"{name}, {run}"
+                points = [(row["step"], row[name]) for row in rows if row[name] is not None]
+                axes.plot(*zip(*points), label=label)
+        axes.set(title=title, xlabel="step")
+        axes.legend()
+    figure.savefig(args.output)
+    print(f"wrote {args.output}")
+
+
+def read_rows(run):
+    """The rows of a run's metrics, dicts in the order of their steps."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    main()
