@@ -128,13 +128,14 @@ class ImageDataset(Dataset):
 class CachedLatents(Dataset):
     """A folder that extract_latents.py wrote, by (index, flip), as (moments (2, C, h, w): mean and std, label, []).
 
-    `manifest` is what it says of itself. Raises ValueError if the folder is incomplete.
+    `manifest` is what it says of itself, `hash` a hash of that, checksums included. Raises ValueError if the folder is incomplete.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            text = (folder / "manifest.json").read_bytes()
+            self.manifest, self.hash = json.loads(text), hashlib.sha256(text).hexdigest()
             self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # (N, flips, 2, C, h, w)
             self.path = self.moments.filename
             self.labels, self.classes = np.load(folder / "labels.npy").tolist(), self.manifest["classes"]

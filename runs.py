@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from typing import NamedTuple
+import uuid
 
 from tqdm.auto import tqdm
 
@@ -115,7 +116,7 @@ def new_folder(args, data, lock):
     Raises ValueError if it cannot be made.
     """
     results = Path(args.results_dir)
-    record = json.dumps({"args": vars(args), "data": data}, indent=1)
+    record = json.dumps({"args": vars(args), "data": data, "id": uuid.uuid4().hex[:12]}, indent=1)
     number = max((number for number, _ in run_folders(results)), default=-1) + 1
     try:
         made = results / f".new-run-{socket.gethostname()}-{os.getpid()}"
@@ -136,6 +137,11 @@ def new_folder(args, data, lock):
         ) from None
     lock.take(folder)
     return folder
+
+
+def run_id(folder):
+    """The name that no other run has, for trackers."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))["id"]
 
 
 def run_folders(results_dir):
@@ -230,14 +236,16 @@ class RunLog:
         if self.file:
             line = line.encode(errors="backslashreplace").decode()  # names of files may be no valid text
             stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
-            self.file.write(stamped + "\n")
             self.bar.write(stamped, file=sys.stdout)
             sys.stdout.flush()
+            with self.survived():
+                self.file.write(stamped + "\n")
 
     def row(self, values):
         """Write a dict as a line of metrics.jsonl."""
         if self.metrics:
-            self.metrics.write(json.dumps(values) + "\n")
+            with self.survived():
+                self.metrics.write(json.dumps(values) + "\n")
 
     def sync(self):
         """Bring the rows to disk: a checkpoint stands for all that is before it."""
@@ -248,7 +256,16 @@ class RunLog:
         self.bar.close()
         for file in (self.file, self.metrics):
             if file:
-                file.close()
+                with self.survived():
+                    file.close()
+
+    @contextmanager
+    def survived(self):
+        """Within it, a full disk is told on the console and no more: what was not written stays in the buffer."""
+        try:
+            yield
+        except OSError as error:
+            print(f"the log was not written ({error.strerror})", flush=True)
 
 
 class Meter:

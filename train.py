@@ -14,7 +14,6 @@ import argparse
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-import hashlib
 from pathlib import Path
 import signal
 import sys
@@ -42,10 +41,10 @@ from checkpoints import (
 from data import CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
 from diffusion import create_diffusion
 from models import DiT, DiT_models
-from runs import FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, new_folder
+from runs import FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, new_folder, run_id
 from sampling import preview, tf32
 from training import (
-    Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema,
+    Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema, warm_up,
 )  # fmt: skip
 from train_flags import build_parser, check_arguments
 from vae import LatentShape, LatentSpace, from_uint8, load_vae
@@ -105,7 +104,7 @@ def main(argv=None):
             with StopSignals() as signals:
                 train(job, signals)
         except KeyboardInterrupt:
-            job.log(f"interrupted after step {job.state.step}, nothing saved; go on from the last checkpoint with --resume auto")
+            job.log(f"interrupted after step {job.state.step}, not saved; --resume auto goes on from the last checkpoint")
             sys.exit(128 + signal.SIGINT)
         finally:
             job.log.close()
@@ -118,7 +117,7 @@ def prepare(args, lock):
     """The Job that the arguments ask for. Raises ValueError for whatever is wrong with them; then nothing was written."""
     check_arguments(args)
     accelerator = Accelerator(
-        cpu=args.device == "cpu", log_with=args.log_with, project_dir=args.results_dir,
+        cpu=args.device == "cpu", mixed_precision="no", log_with=args.log_with, project_dir=args.results_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )  # fmt: skip
     processes = accelerator.num_processes
@@ -133,14 +132,15 @@ def prepare(args, lock):
     last_step = args.epochs * steps_per_epoch(len(dataset), args.global_batch_size)
     last_step = min(last_step, args.max_steps or last_step)
     space = load_space(args, accelerator, dataset)
-    state = build_state(args, space, accelerator, dataset.classes)
     start = once(accelerator, find_start, args, data, lock)
+    state = build_state(args, space, accelerator, dataset.classes, fresh=start.checkpoint is None)
     resumed = take_up(state, start.checkpoint) if start.checkpoint else {}
     start = start._replace(folder=start.folder or once(accelerator, new_folder, args, data, lock))
     log = RunLog(start.folder, accelerator.is_main_process, state.step, last_step)
     if args.log_with:
         start_tracker(args, accelerator, start, state.step)
-    return Job(args, accelerator, state, space, dataset, last_step, start, training_flops(state.network.config), resumed, log)
+    flops = training_flops(state.network.config)
+    return Job(args, accelerator, state, space, dataset, last_step, start, flops, resumed, log)
 
 
 def load_data(args, accelerator):
@@ -160,7 +160,7 @@ def load_data(args, accelerator):
         wrong.append(f"--data-path {args.data_path} holds other files than the latents were made from")
     if wrong:
         raise ValueError(f"--latents {args.latents} do not fit: {'; '.join(wrong)}")
-    return cached, hashlib.sha256((Path(args.latents) / "manifest.json").read_bytes()).hexdigest()
+    return cached, cached.hash
 
 
 def load_space(args, accelerator, dataset):
@@ -172,12 +172,15 @@ def load_space(args, accelerator, dataset):
         return load_vae(args.vae, accelerator.device)
 
 
-def build_state(args, space, accelerator, classes):
-    """A TrainState at step 0, the same in every process. Raises ValueError if --init-from does not fit."""
+def build_state(args, space, accelerator, classes, fresh):
+    """A TrainState at step 0, the same in every process; if it is to stay at that (fresh), from --init-from.
+
+    Raises ValueError if sizes, or --init-from, do not fit.
+    """
     torch.manual_seed(args.global_seed)
     side = space.shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
     network = DiT_models[args.model](input_size=side, in_channels=space.shape.channels, num_classes=args.num_classes)
-    if args.init_from is not None:
+    if args.init_from is not None and fresh:
         weights, labels = load_weights(args.init_from), args.init_labels
         if labels not in ("keep", "drop"):
             labels = read_label_map(labels, (classes, args.num_classes), weights)
@@ -199,7 +202,10 @@ def build_state(args, space, accelerator, classes):
 
 
 def take_up(state, checkpoint):
-    """Load a training checkpoint into the state; what it says of the processes that wrote it. Raises ValueError if it is none, or of another network."""
+    """Load a training checkpoint into the state; what it says of the processes that wrote it.
+
+    Raises ValueError if it is no training checkpoint, or of another network.
+    """
     contents = read_checkpoint(checkpoint, mmap=True)
     kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
@@ -220,7 +226,7 @@ def take_up(state, checkpoint):
 def start_tracker(args, accelerator, start, step):
     """Begin or go on with the tracker's own record of the run; what it holds beyond `step` is passed over."""
     accelerator.project_configuration.logging_dir = str(start.folder)
-    run = {"id": start.folder.name, "name": start.folder.name, "resume": "allow", "dir": str(start.folder)}
+    run = {"id": run_id(start.folder), "name": start.folder.name, "resume": "allow", "dir": str(start.folder)}
     accelerator.init_trackers(
         "tensorboard" if args.log_with == "tensorboard" else "dit",
         config={name: str(value) for name, value in vars(args).items()} if args.log_with == "wandb" else None,
@@ -270,6 +276,9 @@ def train(job, signals):
     )
     skipped, meter, saved = Skipped(log), Meter(), time.monotonic()
     reduce = partial(accelerator.reduce, reduction="sum")
+    if world > 1:
+        share = args.global_batch_size // world // args.grad_accum
+        warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
     for batch, labels, bad in make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
         check_readable(batch, bad, args.skip_bad_images)
         skipped.here.update(bad)
@@ -404,7 +413,10 @@ def save_preview(job):
         path = job.start.folder / "previews" / f"{state.step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         grid = make_grid(images.cpu().float() / 255, nrow=4)
-        write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
+        try:
+            write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
+        except OSError as error:
+            job.log(f"{path} was not written ({error.strerror}; {disk_space(path.parent)}); going on without")
     job.accelerator.wait_for_everyone()
 
 

@@ -9,7 +9,7 @@ from models import DiT_models
 from vae import latent_shape
 
 
-def build_parser(description):
+def build_parser(description=None):
     """The parser of train.py's command line."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

@@ -224,6 +224,17 @@ def backward(state, diffusion, share, latents, labels, t, drop, noise):
     return torch.cat([totals, mse @ quarter, quarter.sum(dim=0)])  # (len(SUMS),)
 
 
+def warm_up(state, diffusion, latents):
+    """Run the model forward and back once, on as many latents (n, C, h, w) as a process has, and leave nothing behind.
+
+    DistributedDataParallel sums gradients in the order of its first backward pass, that pass itself in another. After this
+    one all steps sum alike, also the first after a restart.
+    """
+    zeros = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+    backward(state, diffusion, len(latents), latents, zeros, zeros, zeros, latents)
+    state.opt.zero_grad(set_to_none=True)
+
+
 def no_reduction(model):
     """A context in which gradients are not yet shared between processes, where the model can do that."""
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()

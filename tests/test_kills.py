@@ -84,6 +84,13 @@ def test_killed_while_a_checkpoint_is_written(context, data, alone, tmp_path, pr
 
 
 @pytest.mark.long
+def test_killed_on_four_processes(context, data, alone, tmp_path):
+    """More than two, where a sum over processes depends on its order."""
+    step, found = survive(context, data, tmp_path, 4, {"at": "before", "save": 2, "share": 1}, random)
+    assert step == 14 and found == alone(4)
+
+
+@pytest.mark.long
 def test_killed_again_and_again(context, data, alone, tmp_path):
     for step in (3, 9, 10, 24):
         started = start(context, data, tmp_path, 1)

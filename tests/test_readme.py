@@ -8,31 +8,41 @@ import time
 from PIL import Image
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from conftest import ROOT
 import download
+import extract_latents
 import sample
 import sample_ddp
 from test_digits import judged
 import train
 
-DOORS = {"train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download}
-PAGES = [ROOT / "README.md", *ROOT.glob("examples/*/README.md")]
+DOORS = {
+    "train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download,
+    "extract_latents.py": extract_latents,
+}  # fmt: skip
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
 TEXT = "\n".join(page.read_text() for page in PAGES)
+SCRIPTS = (ROOT / "examples" / "train.slurm").read_text()
 
 
 def commands():
-    """Every call of a door in the pages and in the doors' own docstrings, as (door, arguments)."""
-    for line in (TEXT + "".join(module.__doc__ for module in DOORS.values())).replace("\\\n", " ").splitlines():
-        words = shlex.split(line.split("#")[0]) if re.match(r"\s*(python|torchrun) ", line) else []
+    """Every call of a door in pages, scripts and the doors' own docstrings, as (door, its arguments, the launcher's)."""
+    everything = TEXT + SCRIPTS + "".join(module.__doc__ for module in DOORS.values())
+    for line in everything.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.split("#")[0]) if re.match(r"\s*(python|torchrun|srun) ", line) else []
         for i, word in enumerate(words):
             if word in DOORS:
-                yield pytest.param(DOORS[word], words[i + 1 :], id=" ".join(words[i:]))
+                launcher = words[words.index("torchrun") + 1 : i] if "torchrun" in words else []
+                arguments = [word for word in words[i + 1 :] if word != "&"]
+                yield pytest.param(DOORS[word], arguments, launcher, id=" ".join(words[i:]))
 
 
-@pytest.mark.parametrize("door, arguments", list(commands()))
-def test_flags_of_documented_commands_exist(door, arguments):
+@pytest.mark.parametrize("door, arguments, launcher", list(commands()))
+def test_flags_of_documented_commands_exist(door, arguments, launcher):
     door.build_parser().parse_args(arguments)
+    get_args_parser().parse_args([*launcher, "script.py"])
 
 
 def test_python_in_the_readme_runs():

@@ -320,6 +320,28 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(images, tmp_path,
     assert rows(folder)[-1]["step"] == reached and "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log = RunLog(tmp_path, is_main=True, step=0, last_step=2)
+    log("one")
+    log.row({"step": 1})
+    log("two")
+    log.close()
+    out = capsys.readouterr().out
+    assert "] one\n" in out and "] two\n" in out and "the log was not written (No space left on device)" in out
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_preview_that_cannot_be_written_does_not_end_the_run(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "write_whole", full)
+    assert run(images, tmp_path, "--max-steps", "2", "--sample-every", "1")["step"] == 2
+    assert "previews/0000001.png was not written (No space left on device" in capsys.readouterr().out
+
+
 def test_the_disks_reason_is_told(tmp_path, monkeypatch):
     def save(contents, file):  # as torch.save does it
         try:

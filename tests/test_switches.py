@@ -317,6 +317,16 @@ def test_fine_tuning_starts_from_the_average_with_another_size_and_other_classes
     assert "has 3 classes, the new network 5; pass --init-labels drop" in capsys.readouterr().err
 
 
+def test_a_restart_does_not_need_the_weights_that_the_run_began_with(images, tmp_path):  # noqa: F811
+    run(images, tmp_path / "first", "--max-steps", "2")
+    checkpoint = tmp_path / "first" / "000-DiT-Ti-8" / "checkpoints" / "0000002.pt"
+    flags = ["--init-from", str(checkpoint)]
+    run(images, tmp_path / "second", "--max-steps", "2", *flags)
+    checkpoint.unlink()
+    assert run(images, tmp_path / "second", "--max-steps", "3", *flags, "--resume", "auto")["step"] == 3
+    assert len(os.listdir(tmp_path / "second")) == 1
+
+
 def test_labels_are_mapped_by_a_file(tmp_path):
     source, network = fill_randomly(DiT(**small(3))), fill_randomly(DiT(**small(2)), seed=1)
     weights = Weights(source.state_dict(), source.config, ["ape", "bee", "cat"])
