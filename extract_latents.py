@@ -63,7 +63,9 @@ def main(argv=None):
         if args.verify is not None:
             damaged = verify(Path(args.verify))
             if damaged:
-                parser.exit(1, f"extract_latents.py: error: {'; '.join(damaged)}; remove the folder and make it again\n")
+                parser.exit(
+                    1, f"extract_latents.py: error: {'; '.join(damaged)}; remove the folder and make it again\n"
+                )
             return print(f"{args.verify}: every checksum is right")
         check_arguments(args)
         device = process_device(args.device)
@@ -159,13 +161,17 @@ def encode_share(args, listing, space, folder, plan, device):
     row = int(np.prod(plan["shape"])) * np.dtype(plan["dtype"]).itemsize * (1 + plan["flip"])
     with open(folder / "moments.npy", "r+b") as file:
         header = os.fstat(file.fileno()).st_size - count * row
-        for start, (images, labels, bad) in zip(starts, tqdm(loader, unit="chunk", disable=None if RANK == 0 else True)):
+        for start, (images, labels, bad) in zip(
+            starts, tqdm(loader, unit="chunk", disable=None if RANK == 0 else True)
+        ):
             if images is None or (bad and not args.skip_bad_images):
                 raise ValueError(f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
             moments = torch.stack(space.moments(from_uint8(images.to(device))), dim=1)  # (n·flips, 2, C, h, w)
             stored = moments.cpu().numpy().astype(plan["dtype"])
             if not np.isfinite(stored).all():
-                raise ValueError(f"images {start} and following have latents beyond {plan['dtype']}; pass --latents-dtype float32")
+                raise ValueError(
+                    f"images {start} and following have latents beyond {plan['dtype']}; pass --latents-dtype float32"
+                )
             content = stored.tobytes()
             file.seek(header + start * row)
             file.write(content)
@@ -207,7 +213,9 @@ def verify(folder):
         moments, labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--verify {folder} holds no finished latents ({reason}); give a folder that --output made") from None
+        raise ValueError(
+            f"--verify {folder} holds no finished latents ({reason}); give a folder that --output made"
+        ) from None
     wrong = []
     for number, crc32 in enumerate(tqdm(manifest["crc32"], unit="chunk", disable=None)):
         first, size = number * manifest["chunk"], manifest["chunk"]

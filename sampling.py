@@ -83,7 +83,6 @@ def add_process_flags(process, cfg_scale):
         "--cfg-channels", type=_channels, default=3, help="latent channels to guide, or all (default: %(default)s)"
     )
 
-
     process.add_argument(
         "--mixed-precision",
         choices=PRECISIONS,

@@ -104,7 +104,9 @@ def main(argv=None):
             with StopSignals() as signals:
                 train(job, signals)
         except KeyboardInterrupt:
-            job.log(f"interrupted after step {job.state.step}, not saved; --resume auto goes on from the last checkpoint")
+            job.log(
+                f"interrupted after step {job.state.step}, not saved; --resume auto goes on from the last checkpoint"
+            )
             sys.exit(128 + signal.SIGINT)
         finally:
             job.log.close()
@@ -116,8 +118,9 @@ def main(argv=None):
 def prepare(args, lock):
     """The Job that the arguments ask for. Raises ValueError for whatever is wrong with them; then nothing was written."""
     check_arguments(args)
-    accelerator = Accelerator(
-        cpu=args.device == "cpu", mixed_precision="no", log_with=args.log_with, project_dir=args.results_dir,
+    no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(  # which, left to find out itself, makes of torchrun's processes without a GPU runs of their own
+        cpu=args.device == "cpu" or no_gpu, mixed_precision="no", log_with=args.log_with, project_dir=args.results_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )  # fmt: skip
     processes = accelerator.num_processes
@@ -151,7 +154,9 @@ def load_data(args, accelerator):
     cached = CachedLatents(args.latents)
     wanted = {"image_size": args.image_size, "vae": comparable("vae", args.vae)}
     found = {"image_size": cached.manifest["image_size"], "vae": comparable("vae", cached.manifest["vae"])}
-    wrong = [f"--{k.replace('_', '-')} is {wanted[k]}, the latents' {found[k]}" for k in wanted if wanted[k] != found[k]]
+    wrong = [
+        f"--{k.replace('_', '-')} is {wanted[k]}, the latents' {found[k]}" for k in wanted if wanted[k] != found[k]
+    ]
     if args.flip and not cached.manifest["flip"]:
         wrong.append("--flip is on, the latents have no mirrored images (--no-flip)")
     if len(cached.classes or ()) > args.num_classes > 0:
@@ -342,7 +347,12 @@ def log_window(job, meter):
     """Write the means over the window since the last log line, and begin a new one."""
     args, state = job.args, job.state
     means = state.window.means(args.global_batch_size)
-    row = {"step": state.step, **means, "learning_rate": state.recipe.rate(state.step - 1), "bad_steps": state.bad_steps}
+    row = {
+        "step": state.step,
+        **means,
+        "learning_rate": state.recipe.rate(state.step - 1),
+        "bad_steps": state.bad_steps,
+    }
     images = meter.steps_per_second() * args.global_batch_size
     rates = {"images_per_second": images, "model_flops_per_second": images * job.flops}
     job.log.row(row | rates | {"time": time.time()})

@@ -17,7 +17,9 @@ def build_parser(description=None):
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_network_flags(parser.add_argument_group("network").add_argument)
     add_recipe_flags(parser.add_argument_group("recipe").add_argument)
-    add_speed_flags(parser.add_argument_group("speed and memory: these change a result by rounding at most").add_argument)
+    add_speed_flags(
+        parser.add_argument_group("speed and memory: these change a result by rounding at most").add_argument
+    )
     add_run_flags(parser.add_argument_group("run").add_argument)
     return parser
 

@@ -90,7 +90,11 @@ class TrainState:
         then every process must call it.
         """
         log = {"window": self.window.sums, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
-        rng = {"seed": args["global_seed"], "processes": processes, "device": next(self.network.parameters()).device.type}
+        rng = {
+            "seed": args["global_seed"],
+            "processes": processes,
+            "device": next(self.network.parameters()).device.type,
+        }
         contents = {
             "model": self.network.state_dict(), "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
             "args": args, "step": self.step, "config": self.network.config, "classes": classes, "rng": rng, "log": log,
@@ -119,7 +123,10 @@ class TrainState:
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups]
         parameters = [p for group in self.opt.param_groups for p in group["params"]]
         try:
-            state = {i: {k: sharded_like(parameters[i], v) for k, v in moments.items()} for i, moments in saved["state"].items()}
+            state = {
+                i: {k: sharded_like(parameters[i], v) for k, v in moments.items()}
+                for i, moments in saved["state"].items()
+            }
             self.opt.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"the optimizer's state is not of this network ({error!r})") from None
@@ -174,7 +181,9 @@ def train_step(state, diffusion, latents, labels, draws, reduce=lambda values: v
     """
     share = len(latents)
     sums = torch.zeros(len(SUMS), device=latents.device)
-    parts = list(zip(*(values.chunk(state.recipe.grad_accum) for values in (latents, labels, draws.t, draws.drop, draws.noise))))
+    parts = list(
+        zip(*(values.chunk(state.recipe.grad_accum) for values in (latents, labels, draws.t, draws.drop, draws.noise)))
+    )
     for i, part in enumerate(parts):
         with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
             sums += backward(state, diffusion, share, *part)

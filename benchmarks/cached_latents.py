@@ -34,7 +34,9 @@ def build_parser():
     parser.add_argument("--model", default="DiT-S/2", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=16, help="random files to make (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="per run, of which half are measured (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="per run, of which half are measured (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--num-workers", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--mixed-precision", default="no", help="(default: %(default)s)")
@@ -48,7 +50,15 @@ def main(argv=None):
         make_images(folder / "images", args.images)
         torch.manual_seed(0)
         AutoencoderKL(**ARCHITECTURE).save_pretrained(folder / "vae")
-        common = ["--num-classes", "2", "--no-flip", "--vae", str(folder / "vae"), "--num-workers", str(args.num_workers)]
+        common = [
+            "--num-classes",
+            "2",
+            "--no-flip",
+            "--vae",
+            str(folder / "vae"),
+            "--num-workers",
+            str(args.num_workers),
+        ]
         extract_latents.main(["--data-path", str(folder / "images"), "--output", str(folder / "latents"), *common])
         training = [
             *common, "--model", args.model, "--global-batch-size", str(args.batch_size), "--max-steps", str(args.steps),
@@ -61,7 +71,10 @@ def main(argv=None):
                 seconds[name].append(seconds_per_image(folder / "results", args.steps // 2))
     found = ratios(seconds, "cached latents")
     print(f"images and VAE take {found['images and VAE'][0]} times as long as cached latents ({found})")
-    write(f"cached-latents-{args.model.replace('/', '-')}", {"settings": vars(args), "time as a ratio [median, lowest, highest]": found})
+    write(
+        f"cached-latents-{args.model.replace('/', '-')}",
+        {"settings": vars(args), "time as a ratio [median, lowest, highest]": found},
+    )
 
 
 def make_images(folder, count):

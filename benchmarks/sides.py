@@ -47,10 +47,16 @@ def ratios(seconds, base):
 def machine():
     """What the numbers depend on: hardware, threads, versions, commit and command."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cpu = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine()
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     script = Path(sys.argv[0]).resolve()
-    program = ["-m", f"benchmarks.{script.stem}"] if script.parent == ROOT / "benchmarks" else [str(script.relative_to(ROOT))]
+    program = (
+        ["-m", f"benchmarks.{script.stem}"] if script.parent == ROOT / "benchmarks" else [str(script.relative_to(ROOT))]
+    )
     return {
         "date": str(date.today()), "cpu": cpu, "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),

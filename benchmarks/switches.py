@@ -101,26 +101,30 @@ def one_by_one(ema, network, decay):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if args.memory_of:
         side = Side(args, accelerator, **SIDES[args.memory_of])
         for _ in range(3):
             side()
         peak = torch.cuda.max_memory_allocated() / 2**20 if side.device.type == "cuda" else None
         return print(peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    # First, while this process is small: a child's peak on Linux begins with its parent's.
+    memory = peak_memory(args) if accelerator.num_processes == 1 else {}
     sides = {name: Side(args, accelerator, **SIDES[name]) for name in args.sides}
     for side in sides.values():
         for _ in range(2):
             side()
     time = ratios(alternate(sides, args.rounds), args.sides[0])
-    memory = peak_memory(args) if accelerator.num_processes == 1 else {}
     if accelerator.is_main_process:
         for name in args.sides:
             print(f"{name:20} time {time[name]}  memory {memory.get(name, '')}")
         settings = {"model": args.model, "batch_size": args.batch_size, "rounds": args.rounds}
         result = {"time as a ratio [median, lowest, highest]": time, "peak memory as a ratio": memory}
         processes = accelerator.num_processes
-        write(f"switches-{args.model.replace('/', '-')}-{processes}", {"settings": settings | {"processes": processes}, **result})
+        write(
+            f"switches-{args.model.replace('/', '-')}-{processes}",
+            {"settings": settings | {"processes": processes}, **result},
+        )
     accelerator.end_training()
 
 

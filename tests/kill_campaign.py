@@ -101,7 +101,9 @@ def start(context, data, folder, processes, death=None, run=RUN):
         port = str(probe.getsockname()[1])
     started = []
     for rank in range(processes):
-        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env = dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
         started.append(context.Process(target=worker, args=(argv, folder, env if processes > 1 else {}, death)))
         started[-1].start()
     return started
@@ -214,7 +216,9 @@ def main(argv=None):
         survived += found == wanted[processes]
         steps.append(step)
         how = "from outside" if death is None else " ".join(map(str, death.values()))
-        print(f"{number:03d}: {processes} process(es), {how}, after step {step}: {found == wanted[processes]}", flush=True)
+        print(
+            f"{number:03d}: {processes} process(es), {how}, after step {step}: {found == wanted[processes]}", flush=True
+        )
         if found == wanted[processes]:
             shutil.rmtree(folder)
     print(f"steps hit: {sorted(steps)}\nsurvived: {survived} of {args.kills}")

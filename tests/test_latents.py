@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 from diffusers import AutoencoderKL
-import numpy as np
 import pytest
 import torch
 
@@ -77,9 +76,9 @@ def test_cached_moments_are_the_autoencoders(images, tmp_path, vae, dtype, toler
             assert moments.dtype == getattr(torch, dtype) and its_label == label and bad == []
         assert not torch.equal(cached[index, False][0], cached[index, True][0])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert {k: manifest[k] for k in ("images", "flip", "scale", "shift", "channels", "ratio", "image_size", "vae")} == dict(
-        images=12, flip=True, scale=0.5, shift=0.0, channels=4, ratio=2, image_size=16, vae=vae
-    )
+    assert {
+        k: manifest[k] for k in ("images", "flip", "scale", "shift", "channels", "ratio", "image_size", "vae")
+    } == dict(images=12, flip=True, scale=0.5, shift=0.0, channels=4, ratio=2, image_size=16, vae=vae)
     assert len(manifest["crc32"]) == 3 and manifest["files_sha256"] == listing.hash(images)
 
 
@@ -218,7 +217,16 @@ def test_latents_that_do_not_fit_are_refused(images, tmp_path, vae, capsys, flag
     flags = [flag.format(fewer=tmp_path / "fewer") for flag in flags]
     with pytest.raises(SystemExit):
         train.main(
-            ["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae), "--no-flip", *flags]
+            [
+                "--latents",
+                str(folder),
+                "--results-dir",
+                str(tmp_path / "r"),
+                *QUICK,
+                *train_flags(vae),
+                "--no-flip",
+                *flags,
+            ]
         )
     assert message in capsys.readouterr().err and not (tmp_path / "r").exists()
 

@@ -1,21 +1,17 @@
 """Run folders: who may write, where --resume goes on, damaged checkpoints, a full disk, and what is kept."""
 
-import argparse
 import json
 import os
 from pathlib import Path
-import resource
 import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from checkpoints import (
-    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints, read_checkpoint,
-    save_checkpoint,
+    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints, save_checkpoint,
 )  # fmt: skip
 from conftest import ROOT
 import runs
@@ -308,7 +304,17 @@ train.main(sys.argv[3:])
 
 @pytest.mark.parametrize("on_error, reached", [("stop", 4), ("continue", 6)])
 def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(images, tmp_path, on_error, reached):  # noqa: F811
-    flags = ["--data-path", str(images), "--results-dir", str(tmp_path), *QUICK, "--max-steps", "6", "--ckpt-every", "2"]
+    flags = [
+        "--data-path",
+        str(images),
+        "--results-dir",
+        str(tmp_path),
+        *QUICK,
+        "--max-steps",
+        "6",
+        "--ckpt-every",
+        "2",
+    ]
     command = [sys.executable, "-c", FULL, str(ROOT), "100000", *flags, "--keep-last", "1", "--on-save-error", on_error]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr

@@ -10,22 +10,26 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import Weights, adapt, check_whole, load_weights, read_label_map, save_weights, weights_choice
+from checkpoints import Weights, adapt, load_weights, read_label_map, weights_choice
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 import sample
-from test_runs import rows, without_rates
+from test_runs import rows
 from test_train import QUICK, fresh_accelerator, images, pixel_state, run, same  # noqa: F401
 import train
-from training import QUARTERS, Recipe, Window, draw, new_state, train_step, training_flops
+from training import QUARTERS, Recipe, Window, draw, train_step, training_flops
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def batch(n=8, seed=0, step=0):
     """Latents (n, 3, 8, 8), labels and the draws of a step, for pixel_state."""
-    return randn(n, 3, 8, 8, seed=seed, dtype=torch.float32), torch.arange(n) % 4, draw(0, step, n, (3, 8, 8), 0.5, 1000, "cpu")
+    return (
+        randn(n, 3, 8, 8, seed=seed, dtype=torch.float32),
+        torch.arange(n) % 4,
+        draw(0, step, n, (3, 8, 8), 0.5, 1000, "cpu"),
+    )
 
 
 def steps(state, count=3):
@@ -68,7 +72,9 @@ def test_clipping_scales_the_gradient_to_the_norm():
         step_of = state.opt.step
 
         def step():
-            norms.append(torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None]))
+            norms.append(
+                torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
+            )
             step_of()
 
         state.opt.step = step
@@ -151,7 +157,10 @@ def test_one_read_per_step(monkeypatch):
 
 def test_window_means():
     window, report = Window(), dict.fromkeys(train.METRICS, 4.0)
-    report |= {f"{name}_q{q}": 0.0 for name in ("mse", "samples") for q in range(1, 5)} | {"mse_q2": 3.0, "samples_q2": 2.0}
+    report |= {f"{name}_q{q}": 0.0 for name in ("mse", "samples") for q in range(1, 5)} | {
+        "mse_q2": 3.0,
+        "samples_q2": 2.0,
+    }
     assert set(window.means(2).values()) == {None}
     window.add(report)
     window.add({**report, "gradient_norm": 8.0})
@@ -215,7 +224,10 @@ def test_bad_steps_are_logged_with_their_samples(images, tmp_path, monkeypatch, 
     contents = run(images, tmp_path, "--max-steps", "4")
     order = np.random.default_rng([0, 0, 0]).permutation(12)
     out = capsys.readouterr().out
-    assert f"step 0000002: loss or gradient is not finite, step skipped (1 in a row, 1 in all); samples {order[4:8].tolist()}" in out
+    assert (
+        f"step 0000002: loss or gradient is not finite, step skipped (1 in a row, 1 in all); samples {order[4:8].tolist()}"
+        in out
+    )
     assert contents["log"]["bad_steps"] == 1
     found = rows(tmp_path / "000-DiT-Ti-8")
     assert [row["bad_steps"] for row in found] == [1, 1] and all(np.isfinite(row["loss"]) for row in found)
@@ -350,7 +362,9 @@ def test_labels_are_mapped_by_a_file(tmp_path):
 
 
 def small(num_classes):
-    return dict(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes)
+    return dict(
+        input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes
+    )
 
 
 def test_released_weights_have_a_null_class_and_no_configuration():
@@ -394,9 +408,14 @@ def test_sampling_from_one_of_several_averages_in_bf16(images, tmp_path, capsys)
                        "bf16": ["--mixed-precision", "bf16"], "fp16": ["--mixed-precision", "fp16"]}.items():  # fmt: skip
         sample.main([*flags, "--output", str(tmp_path / f"{name}.png"), *more])
         pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
-    assert np.array_equal(pictures["first"], pictures["named"]) and not np.array_equal(pictures["first"], pictures["second"])
+    assert np.array_equal(pictures["first"], pictures["named"]) and not np.array_equal(
+        pictures["first"], pictures["second"]
+    )
     for name in ("bf16", "fp16"):
-        assert 0 < np.abs(pictures["first"] - pictures[name]).max() and np.abs(pictures["first"] - pictures[name]).mean() < 4
+        assert (
+            0 < np.abs(pictures["first"] - pictures[name]).max()
+            and np.abs(pictures["first"] - pictures[name]).mean() < 4
+        )
     with pytest.raises(SystemExit):
         sample.main([*flags, "--weights", "ema@0.7"])
     assert "--weights can be ema, raw, ema@0.9, ema@0.5" in capsys.readouterr().err
