@@ -8,6 +8,7 @@ containers and the argparse.Namespace that older training scripts stored.
 """
 
 import argparse
+import errno
 import json
 import os
 from pathlib import Path
@@ -117,18 +118,22 @@ def read_checkpoint(path, mmap=False):
 def check_whole(path):
     """Raise ValueError unless every part of a checkpoint file has the checksum that it was written with.
 
-    torch.load does not look at them: it takes a file in which a bit has changed.
+    torch.load does not look at them: it takes a file in which a bit has changed. Raises OSError if the file cannot be read,
+    which says nothing of what is in it.
     """
-    try:
-        with open(path, "rb") as file:
-            try:
-                damaged = zipfile.ZipFile(file).testzip()
-            except Exception as error:  # a changed header makes zipfile raise many kinds
-                damaged = error
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
+    with open(path, "rb") as file:
+        try:
+            damaged = zipfile.ZipFile(file).testzip()
+        except Exception as error:  # a changed header makes zipfile raise many kinds
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a changed offset
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            damaged = error
     if damaged is not None:
-        raise ValueError(f"{path} is damaged ({damaged})")
+        raise ValueError(
+            f"{path} is damaged (checksum of {damaged})"
+            if isinstance(damaged, str)
+            else f"{path} is damaged ({damaged})"
+        )
 
 
 def _broken(path):
@@ -206,7 +211,7 @@ def adapt(weights, network, labels, origin):
 
 
 def read_label_map(path, classes, weights):
-    """{index: index in the Weights} from a JSON file {label: label there}, in which labels are numbers or class names.
+    """{index: index in the Weights} from a JSON file {label: label there}: indices, else class names.
 
     Raises ValueError, naming the label, for one that does not exist.
     """
@@ -219,6 +224,8 @@ def read_label_map(path, classes, weights):
     there = (weights.config or {}).get("num_classes", len(weights.tensors.get(LABEL_TABLE, [])) - 1)
 
     def index(label, names, count, where):
+        if not isinstance(label, (str, int)):
+            raise ValueError(f"--init-labels {path}: {label!r} is no label; give one number or one name")
         names = {name: i for i, name in enumerate(names or [])}
         number = int(label) if str(label).isdecimal() else names.get(label, -1)
         if not 0 <= number < count:

@@ -28,7 +28,7 @@ class Listing(NamedTuple):
 
     def hash(self, root):
         """SHA-256, in hexadecimal, of the files' names below root and their labels."""
-        lines = (f"{label} {str(path).removeprefix(str(root))}\n" for path, label in zip(self.paths, self.labels))
+        lines = (f"{label} {str(path).removeprefix(str(Path(root)))}\n" for path, label in zip(self.paths, self.labels))
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -141,10 +141,10 @@ class CachedLatents(Dataset):
             self.labels, self.classes = np.load(folder / "labels.npy").tolist(), self.manifest["classes"]
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(
-                f"--latents {folder} holds no complete latents ({reason}); run extract_latents.py --output {folder} "
-                "with the same arguments until it says that it is done"
-            ) from None
+            advice = "it is damaged: remove it and make it again with extract_latents.py"
+            if not (folder / "manifest.json").exists():
+                advice = f"run extract_latents.py --output {folder} with the same arguments until it ends"
+            raise ValueError(f"--latents {folder} holds no complete latents ({reason}); {advice}") from None
 
     def __len__(self):
         return len(self.labels)

@@ -11,6 +11,7 @@ on where it stopped; the result is the same on any number of processes.
 """
 
 import argparse
+from io import BytesIO
 import json
 import os
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from checkpoints import write_whole
 from data import ImageDataset, list_images, make_loader
 from sampling import process_device, tf32
-from vae import from_uint8, latent_shape, load_vae
+from vae import from_uint8, latent_shape, load_vae, vae_hash
 
 CHUNK = 64  # images that are encoded, written and checksummed together
 POLL_SECONDS = 1
@@ -104,7 +105,7 @@ def describe(args, listing, space):
     side = space.shape.side(args.image_size)
     return {
         "images": len(listing.paths), "flip": args.flip, "shape": [2, space.shape.channels, side, side],
-        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae, "channels": space.shape.channels,
+        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae, "vae_sha256": vae_hash(args.vae), "channels": space.shape.channels,
         "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift, "classes": listing.classes,
         "skip_bad_images": args.skip_bad_images, "files_sha256": listing.hash(args.data_path), "chunk": CHUNK,
     }  # fmt: skip
@@ -129,19 +130,30 @@ def open_folder(folder, plan):
         except OSError as error:
             raise ValueError(f"cannot write --output {folder} ({error.strerror}); choose another folder") from None
     found = json.loads((folder / "plan.json").read_text())
-    others = [name for name in wanted if found.get(name) != wanted[name]]
+    others = [
+        name for name in wanted if found.get(name) != wanted[name] and not (name == "vae" and wanted["vae_sha256"])
+    ]
     if others:
         raise ValueError(f"--output {folder} holds latents with other {', '.join(others)}; give a new folder")
+    if not (folder / "moments.npy").exists() or (folder / "moments.npy").stat().st_size != array_layout(plan)[1]:
+        raise ValueError(f"{folder / 'moments.npy'} has lost its length; remove the folder and make it again")
+
+
+def array_layout(plan):
+    """(header, size of the file, bytes of an image) of moments.npy."""
+    shape, dtype = (plan["images"], 1 + plan["flip"], *plan["shape"]), np.dtype(plan["dtype"])
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    row = int(np.prod(shape[1:])) * dtype.itemsize
+    return header.getvalue(), len(header.getvalue()) + plan["images"] * row, row
 
 
 def make_array(path, plan):
     """Write an .npy file of the right size, empty as yet; its disk space is taken at once where the system can do that."""
-    shape = (plan["images"], 1 + plan["flip"], *plan["shape"])
+    header, size, _ = array_layout(plan)
     with open(path, "wb") as file:
-        header = {"descr": np.dtype(plan["dtype"]).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(header)
         file.flush()
-        size = file.tell() + int(np.prod(shape)) * np.dtype(plan["dtype"]).itemsize
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         file.truncate(size)
@@ -158,9 +170,8 @@ def encode_share(args, listing, space, folder, plan, device):
     keys = [[(i, f) for i in range(s, min(s + CHUNK, count)) for f in range(1 + plan["flip"])] for s in starts]
     dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
     loader = make_loader(dataset, keys, args.num_workers, pin_memory=device.type == "cuda")
-    row = int(np.prod(plan["shape"])) * np.dtype(plan["dtype"]).itemsize * (1 + plan["flip"])
+    header, _, row = array_layout(plan)
     with open(folder / "moments.npy", "r+b") as file:
-        header = os.fstat(file.fileno()).st_size - count * row
         for start, (images, labels, bad) in zip(
             starts, tqdm(loader, unit="chunk", disable=None if RANK == 0 else True)
         ):
@@ -173,7 +184,7 @@ def encode_share(args, listing, space, folder, plan, device):
                     f"images {start} and following have latents beyond {plan['dtype']}; pass --latents-dtype float32"
                 )
             content = stored.tobytes()
-            file.seek(header + start * row)
+            file.seek(len(header) + start * row)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -216,6 +227,8 @@ def verify(folder):
         raise ValueError(
             f"--verify {folder} holds no finished latents ({reason}); give a folder that --output made"
         ) from None
+    if "crc32" not in manifest:
+        raise ValueError(f"--verify {folder}: manifest.json has no checksums; give a folder that --output made")
     wrong = []
     for number, crc32 in enumerate(tqdm(manifest["crc32"], unit="chunk", disable=None)):
         first, size = number * manifest["chunk"], manifest["chunk"]

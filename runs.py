@@ -5,7 +5,7 @@ RESULTS_DIR/NNN-MODEL/ holds run.json (the arguments, and a hash of the data), l
 checkpoints/SSSSSSS.pt. All of this is the business of the main process.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import fcntl
 import json
 import os
@@ -65,6 +65,10 @@ def find_start(args, data, lock):
         why = f"which was made with other {others}"
     else:
         why = "which is not the newest of a run folder"
+    for _, folder_begun in sorted(run_folders(args.results_dir), reverse=True):
+        if not differences(folder_begun, args, data) and begun_at(folder_begun) == path:
+            lock.take(folder_begun)
+            return go_on(folder_begun)
     if path.is_dir():
         path, complaints = newest_whole_checkpoint(folder)
         if path is None:
@@ -82,46 +86,54 @@ def newest_equal_run(args, data, lock):
             seen.append(f"{folder.name} has other {others}")
             continue
         lock.take(folder)
-        if not list_checkpoints(folder):
-            return Start(f"starting over in {folder}, which has no checkpoint yet", None, folder)
         try:
             return go_on(folder)
         except ValueError as error:
             lock.release()
             seen.append(str(error))
-    why = f"no run in {args.results_dir} has equal arguments ({'; '.join(seen[:3]) or 'there is none'})"
-    return Start(f"a new run: {why}")
+    why = f"no run in {args.results_dir} has equal arguments and a whole checkpoint"
+    return Start(f"a new run: {why} ({'; '.join(seen[:3]) or 'there is none'})")
 
 
 def go_on(folder):
     """The Start at the newest whole checkpoint of a locked folder; damaged newer ones are renamed, half-written removed.
 
-    Raises ValueError if none is whole.
+    A run without any starts over from where it began. Raises ValueError if there are some and none is whole, OSError if
+    one cannot be read.
     """
+    for left_behind in (folder / "checkpoints").glob(".*.partial"):
+        left_behind.unlink()
+    if not list_checkpoints(folder):
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        first = Path(record["from"]) if record["from"] else None
+        if first:
+            check_whole(first)
+        return Start(f"starting over in {folder}, which has no checkpoint yet, from {first or 'step 0'}", first, folder)
     checkpoint, complaints = newest_whole_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{'; '.join(complaints)}; no other checkpoint is there")
     for damaged in list_checkpoints(folder)[-len(complaints) :] if complaints else []:
         number = sum(1 for _ in damaged.parent.glob(damaged.name + ".damaged*"))
         damaged.rename(damaged.with_name(f"{damaged.name}.damaged{number or ''}"))
-    for left_behind in checkpoint.parent.glob(".*.partial"):
-        left_behind.unlink()
     notes = f"; {'; '.join(complaints)}, now named .damaged" if complaints else ""
     return Start(f"going on from {checkpoint}{notes}", checkpoint, folder)
 
 
-def new_folder(args, data, lock):
+def new_folder(args, data, lock, checkpoint=None):
     """A new run's folder, locked and numbered from 000, which appears complete with its run.json.
 
-    Raises ValueError if it cannot be made.
+    checkpoint is the one that the run begins with, if any. Raises ValueError if it cannot be made.
     """
     results = Path(args.results_dir)
-    record = json.dumps({"args": vars(args), "data": data, "id": uuid.uuid4().hex[:12]}, indent=1)
+    decided = {name: comparable(name, value) for name, value in vars(args).items()}  # paths as seen from anywhere
+    record = {"args": decided, "data": data, "id": uuid.uuid4().hex[:12], "from": str(checkpoint or "")}
+    if args.resume not in (None, "auto"):
+        record["resume"] = str(Path(args.resume).absolute())
     number = max((number for number, _ in run_folders(results)), default=-1) + 1
     try:
         made = results / f".new-run-{socket.gethostname()}-{os.getpid()}"
         (made / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (made / "run.json").write_text(record, encoding="utf-8")
+        (made / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         while True:
             folder = results / f"{number:03d}-{args.model.replace('/', '-')}"
             try:
@@ -137,6 +149,12 @@ def new_folder(args, data, lock):
         ) from None
     lock.take(folder)
     return folder
+
+
+def begun_at(folder):
+    """The path that a run was told to begin at by --resume, None if it was told none."""
+    told = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("resume")
+    return Path(told) if told else None
 
 
 def run_id(folder):
@@ -159,7 +177,10 @@ def differences(folder, args, data):
     except (OSError, ValueError, KeyError, TypeError):
         return "arguments: it has no run.json of this train.py"
     names = [f"--{name.replace('_', '-')}" for name in found]
-    return ", ".join(names or (["images in --data-path or --latents"] if record.get("data") != data else []))
+    return ", ".join(
+        names
+        or (["images in --data-path, content of --latents or of --init-labels"] if record.get("data") != data else [])
+    )
 
 
 def comparable(name, value):
@@ -236,8 +257,9 @@ class RunLog:
         if self.file:
             line = line.encode(errors="backslashreplace").decode()  # names of files may be no valid text
             stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
-            self.bar.write(stamped, file=sys.stdout)
-            sys.stdout.flush()
+            with self.survived():
+                self.bar.write(stamped, file=sys.stdout)
+                sys.stdout.flush()
             with self.survived():
                 self.file.write(stamped + "\n")
 
@@ -250,6 +272,7 @@ class RunLog:
     def sync(self):
         """Bring the rows to disk: a checkpoint stands for all that is before it."""
         if self.metrics:
+            self.metrics.flush()
             os.fsync(self.metrics.fileno())
 
     def close(self):
@@ -261,11 +284,12 @@ class RunLog:
 
     @contextmanager
     def survived(self):
-        """Within it, a full disk is told on the console and no more: what was not written stays in the buffer."""
+        """Within it, a full disk is told on the console, if that takes it, and no more: lines may be lost, the run is not."""
         try:
             yield
         except OSError as error:
-            print(f"the log was not written ({error.strerror})", flush=True)
+            with suppress(OSError):
+                print(f"the log was not written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 class Meter:

@@ -14,6 +14,7 @@ import argparse
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+import hashlib
 from pathlib import Path
 import signal
 import sys
@@ -47,7 +48,7 @@ from training import (
     Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema, warm_up,
 )  # fmt: skip
 from train_flags import build_parser, check_arguments
-from vae import LatentShape, LatentSpace, from_uint8, load_vae
+from vae import LatentShape, LatentSpace, from_uint8, load_vae, vae_hash
 
 # main, and what others import from here
 __all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
@@ -132,13 +133,19 @@ def prepare(args, lock):
     if args.fsdp and processes == 1:
         raise ValueError("--fsdp splits a network over processes and there is one; start several with torchrun")
     dataset, data = load_data(args, accelerator)
+    if Path(args.init_labels).is_file():
+        data += " " + hashlib.sha256(Path(args.init_labels).read_bytes()).hexdigest()
     last_step = args.epochs * steps_per_epoch(len(dataset), args.global_batch_size)
     last_step = min(last_step, args.max_steps or last_step)
     space = load_space(args, accelerator, dataset)
     start = once(accelerator, find_start, args, data, lock)
     state = build_state(args, space, accelerator, dataset.classes, fresh=start.checkpoint is None)
     resumed = take_up(state, start.checkpoint) if start.checkpoint else {}
-    start = start._replace(folder=start.folder or once(accelerator, new_folder, args, data, lock))
+    if start.folder is None:
+        if state.step >= last_step:
+            raise ValueError(f"--resume {args.resume} is at step {state.step}, the last would be {last_step}; raise it")
+        state.bad_in_a_row, state.window = 0, Window()  # a new run's own, whatever it begins from
+        start = start._replace(folder=once(accelerator, new_folder, args, data, lock, start.checkpoint))
     log = RunLog(start.folder, accelerator.is_main_process, state.step, last_step)
     if args.log_with:
         start_tracker(args, accelerator, start, state.step)
@@ -152,11 +159,14 @@ def load_data(args, accelerator):
     if args.latents is None:
         return ImageDataset(listing, args.image_size, args.skip_bad_images), listing.hash(args.data_path)
     cached = CachedLatents(args.latents)
-    wanted = {"image_size": args.image_size, "vae": comparable("vae", args.vae)}
-    found = {"image_size": cached.manifest["image_size"], "vae": comparable("vae", cached.manifest["vae"])}
-    wrong = [
-        f"--{k.replace('_', '-')} is {wanted[k]}, the latents' {found[k]}" for k in wanted if wanted[k] != found[k]
-    ]
+    manifest, wrong = cached.manifest, []
+    if args.image_size != manifest["image_size"]:
+        wrong.append(f"--image-size is {args.image_size}, the latents' {manifest['image_size']}")
+    same_place = comparable("vae", args.vae) == comparable("vae", manifest["vae"])
+    if not same_place and (manifest["vae_sha256"] is None or vae_hash(args.vae) != manifest["vae_sha256"]):
+        wrong.append(f"--vae is {args.vae}, the latents' {manifest['vae']}")
+    if args.num_classes and cached.classes is None:
+        wrong.append(f"--num-classes is {args.num_classes}, the latents were made without classes (--num-classes 0)")
     if args.flip and not cached.manifest["flip"]:
         wrong.append("--flip is on, the latents have no mirrored images (--no-flip)")
     if len(cached.classes or ()) > args.num_classes > 0:
@@ -189,6 +199,11 @@ def build_state(args, space, accelerator, classes, fresh):
         weights, labels = load_weights(args.init_from), args.init_labels
         if labels not in ("keep", "drop"):
             labels = read_label_map(labels, (classes, args.num_classes), weights)
+        elif labels == "keep" and classes and weights.classes and classes != weights.classes[: len(classes)]:
+            raise ValueError(
+                f"--init-from {args.init_from} knows other classes ({', '.join(weights.classes[:5])} ...) than the data "
+                f"({', '.join(classes[:5])} ...); pass --init-labels drop, or a file that maps them"
+            )
         network.load_state_dict(adapt(weights, network, labels, f"--init-from {args.init_from}"))
     network.grad_checkpointing = args.grad_checkpointing
     recipe = Recipe(
@@ -229,14 +244,22 @@ def take_up(state, checkpoint):
 
 
 def start_tracker(args, accelerator, start, step):
-    """Begin or go on with the tracker's own record of the run; what it holds beyond `step` is passed over."""
+    """Begin or go on with the tracker's own record of the run; what it holds beyond `step` is passed over.
+
+    Raises ValueError if it cannot start.
+    """
     accelerator.project_configuration.logging_dir = str(start.folder)
     run = {"id": run_id(start.folder), "name": start.folder.name, "resume": "allow", "dir": str(start.folder)}
-    accelerator.init_trackers(
-        "tensorboard" if args.log_with == "tensorboard" else "dit",
-        config={name: str(value) for name, value in vars(args).items()} if args.log_with == "wandb" else None,
-        init_kwargs={"tensorboard": {"purge_step": step + 1}, "wandb": run},
-    )
+    try:
+        accelerator.init_trackers(
+            "tensorboard" if args.log_with == "tensorboard" else "dit",
+            config={name: str(value) for name, value in vars(args).items()} if args.log_with == "wandb" else None,
+            init_kwargs={"tensorboard": {"purge_step": step + 1}, "wandb": run},
+        )
+    except Exception as error:  # each tracker raises kinds of its own
+        raise ValueError(
+            f"--log-with {args.log_with} cannot start ({error}); log in to it, or leave the flag out"
+        ) from error
 
 
 def introduce(job, lock):
@@ -254,7 +277,8 @@ def introduce(job, lock):
         f"steps {state.step} to {job.last_step}"
     )
     if args.num_classes > len(job.dataset.classes or ()):
-        job.log("note: there are fewer class folders than --num-classes; labels without a folder stay untrained")
+        some = f" ({', '.join((job.dataset.classes or [])[:5])}{', …' if len(job.dataset.classes or ()) > 5 else ''})"
+        job.log(f"note: fewer class folders{some} than --num-classes {args.num_classes}; other labels stay untrained")
     before, device = job.resumed, job.accelerator.device.type
     if before and (before.get("processes"), before.get("device")) != (processes, device):
         same = "the same samples and noise per step, but other rounding"
@@ -285,7 +309,7 @@ def train(job, signals):
         share = args.global_batch_size // world // args.grad_accum
         warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
     for batch, labels, bad in make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
-        check_readable(batch, bad, args.skip_bad_images)
+        check_readable(job, batch, bad)
         skipped.here.update(bad)
         batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
         draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
@@ -314,10 +338,12 @@ def train(job, signals):
     log("done")
 
 
-def check_readable(batch, bad, skip_bad_images):
+def check_readable(job, batch, bad):
     """Leave the program, naming the file, if an image could not be read and none may stand in for it."""
-    if batch is None or (bad and not skip_bad_images):
-        sys.exit(f"train.py: error: cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
+    if batch is None or (bad and not job.args.skip_bad_images):
+        message = f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images"
+        job.log(message)
+        sys.exit(f"train.py: error: {message}")
 
 
 def to_latents(space, batch, noise):
@@ -337,8 +363,8 @@ def guard(job, indices):
     )
     if state.bad_in_a_row >= job.args.max_bad_steps:
         job.log(
-            f"stopped after {state.bad_in_a_row} such steps in a row, no checkpoint saved: look at these samples, lower "
-            "--lr, or set --grad-clip"
+            f"stopped after {state.bad_in_a_row} such steps in a row, no checkpoint saved: look at these samples, or begin "
+            f"a new run with --resume {job.start.folder} and a lower --lr or a --grad-clip"
         )
         sys.exit(1)
 
@@ -358,7 +384,10 @@ def log_window(job, meter):
     job.log.row(row | rates | {"time": time.time()})
     if job.args.log_with:
         known = {name: value for name, value in (row | rates).items() if value is not None and name != "step"}
-        job.accelerator.log(known, step=state.step)
+        try:
+            job.accelerator.log(known, step=state.step)
+        except OSError as error:
+            job.log(f"--log-with {args.log_with} did not take the metrics ({error.strerror})")
     metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in METRICS)
     job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
     state.window = Window()
@@ -391,15 +420,14 @@ def save(job, must):
     args, accelerator, folder = job.args, job.accelerator, job.start.folder
     contents, failure = None, None
     if accelerator.is_main_process or args.fsdp:
-        contents = job.state.to_checkpoint(vars(args), job.dataset.classes, accelerator.num_processes)
+        keep = accelerator.is_main_process
+        contents = job.state.to_checkpoint(vars(args), job.dataset.classes, accelerator.num_processes, keep)
     if accelerator.is_main_process:
         path = checkpoint_path(folder, job.state.step)
         try:
             job.log.sync()
             save_checkpoint(path, contents)
             job.log(f"saved {path}")
-            if args.keep_last:
-                prune_checkpoints(folder, args.keep_last)
         except (OSError, RuntimeError) as error:
             failure = f"{path} was not written ({getattr(error, 'strerror', None) or error}; {disk_space(folder)})"
     failure = broadcast_object_list([failure])[0]
@@ -409,6 +437,11 @@ def save(job, must):
         job.log(f"{failure}; the last good checkpoint is {good[0]}; {'stopping' if stopping else 'going on without'}")
         if stopping:
             sys.exit(1)
+    elif args.keep_last and accelerator.is_main_process:
+        try:
+            prune_checkpoints(folder, args.keep_last)
+        except OSError as error:
+            job.log(f"could not delete {error.filename} ({error.strerror})")
 
 
 def save_preview(job):
@@ -421,12 +454,12 @@ def save_preview(job):
     if job.accelerator.is_main_process:
         images = preview(network, job.space, job.args.global_seed, job.accelerator.device).permute(0, 3, 1, 2)
         path = job.start.folder / "previews" / f"{state.step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
         grid = make_grid(images.cpu().float() / 255, nrow=4)
         try:
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
         except OSError as error:
-            job.log(f"{path} was not written ({error.strerror}; {disk_space(path.parent)}); going on without")
+            job.log(f"{path} was not written ({error.strerror}; {disk_space(job.start.folder)}); going on without")
     job.accelerator.wait_for_everyone()
 
 

@@ -10,9 +10,12 @@ from vae import latent_shape
 
 
 def build_parser(description=None):
-    """The parser of train.py's command line."""
+    """The parser of train.py's command line; its usage is one line, so that an error is not buried below it."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        usage="%(prog)s --data-path DIR [flags; --help lists them]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_network_flags(parser.add_argument_group("network").add_argument)
@@ -123,6 +126,8 @@ def check_surroundings(args):
         raise ValueError("--device mps: PyTorch sees no Apple GPU here; leave the flag out or pass --device cpu")
     if args.log_with and find_spec(args.log_with) is None:
         raise ValueError(f"--log-with {args.log_with}: it is not installed; pip install {args.log_with}")
+    if args.init_from is not None and args.resume not in (None, "auto"):
+        raise ValueError("--init-from and --resume PATH both say what to start from; give one of them")
     if args.init_labels != "keep" and args.init_from is None:
         raise ValueError(f"--init-labels {args.init_labels} is about --init-from, which is not given")
     if args.latents is not None and args.vae == "none":

@@ -85,9 +85,9 @@ class TrainState:
         """The main moving average, of the first decay."""
         return self.emas[self.recipe.ema_decay[0]]
 
-    def to_checkpoint(self, args, classes, processes):
+    def to_checkpoint(self, args, classes, processes, keep=True):
         """The dict that a checkpoint file holds (checkpoints.py says what is in it). Sharded tensors are put together:
-        then every process must call it.
+        then every process must call it, and those that do not keep it get None for each.
         """
         log = {"window": self.window.sums, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
         rng = {
@@ -101,7 +101,7 @@ class TrainState:
         }  # fmt: skip
         if len(self.emas) > 1:
             contents["emas"] = {decay: ema.state_dict() for decay, ema in list(self.emas.items())[1:]}
-        return unsharded(contents)
+        return unsharded(contents, keep)
 
     def load_checkpoint(self, contents):
         """Take up network, averages, optimizer, step and log window from such a dict, whose `emas` has every average.
@@ -304,13 +304,18 @@ def sharded_like(parameter, tensor):
     return tensor
 
 
-def unsharded(contents):
-    """A tree of dicts and lists with every split tensor put together, on the CPU."""
+def unsharded(contents, keep=True):
+    """A tree of dicts and lists with every split tensor put together, on the CPU; None for it in a process that does not
+    keep it.
+    """
     if isinstance(contents, dict):
-        return {key: unsharded(value) for key, value in contents.items()}
+        return {key: unsharded(value, keep) for key, value in contents.items()}
     if isinstance(contents, list):
-        return [unsharded(value) for value in contents]
-    return contents.full_tensor().cpu() if isinstance(contents, DTensor) else contents
+        return [unsharded(value, keep) for value in contents]
+    if not isinstance(contents, DTensor):
+        return contents
+    full = contents.full_tensor()
+    return full.cpu() if keep else None
 
 
 def load_tensors(network, tensors):

@@ -4,6 +4,7 @@ Scale factor, downsampling ratio and channels are read from the autoencoder's ow
 project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents (N, C, H/ratio, W/ratio).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +83,17 @@ def load_vae(name, device="cpu"):
     config = autoencoder.config
     scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
+
+
+def vae_hash(name):
+    """SHA-256, in hexadecimal, of the files of a VAE in a local folder; None for others, whose names say what they are."""
+    if not Path(name).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _cannot_load(name, error):

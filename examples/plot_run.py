@@ -6,6 +6,7 @@ Panels: the loss and its parts, the mean squared error in each quarter of the st
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -32,16 +33,16 @@ def main(argv=None):
     except ImportError:
         parser.error("matplotlib is not installed; pip install matplotlib")
     try:
-        runs = {run.name: read_rows(run) for run in args.runs}
+        runs = {str(run): read_rows(run) for run in args.runs}
     except OSError as error:
         parser.error(f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py")
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for run, rows in runs.items():
-            for name in names:
+        for style, (run, rows) in zip(itertools.cycle(["-", "--", ":", "-."]), runs.items()):
+            for i, name in enumerate(names):
                 label = name if len(runs) == 1 else f"{name}, {run}"
                 points = [(row["step"], row[name]) for row in rows if row[name] is not None]
-                axes.plot(*zip(*points), label=label)
+                axes.plot(*zip(*points), style, color=f"C{i}", label=label)
         axes.set(title=title, xlabel="step")
         axes.legend()
     figure.savefig(args.output)
@@ -50,7 +51,8 @@ def main(argv=None):
 
 def read_rows(run):
     """The rows of a run's metrics, dicts in the order of their steps."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]  # a run that was killed may leave half a line
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def test_killed_extraction_goes_on_to_the_same_files(images, tmp_path, vae, one_
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         assert not (tmp_path / "parts" / "manifest.json").exists()
-    with pytest.raises(ValueError, match="holds no complete latents .*run extract_latents.py --output"):
+    with pytest.raises(ValueError, match="holds no complete latents .*run extract_latents.py --output .* until it ends"):
         CachedLatents(tmp_path / "parts")
     assert contents_of(extract(images, tmp_path / "parts", vae)) == alone
 
@@ -229,6 +230,41 @@ def test_latents_that_do_not_fit_are_refused(images, tmp_path, vae, capsys, flag
             ]
         )
     assert message in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_latents_without_classes_are_not_for_classes(images, tmp_path, vae, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae, "--num-classes", "0")
+    with pytest.raises(SystemExit):
+        train.main(["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae)])
+    assert "the latents were made without classes" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_autoencoder_fits_and_another_does_not(images, tmp_path, vae, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    copied = shutil.copytree(vae, tmp_path / "copy")
+    extract(images, folder, str(copied))
+    flags = ["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(str(copied))]
+    train.main(flags)
+    autoencoder = AutoencoderKL.from_pretrained(copied)
+    autoencoder.quant_conv.weight.data.mul_(2)
+    autoencoder.save_pretrained(copied)
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert f"--vae is {copied}, the latents' {vae}" in capsys.readouterr().err
+
+
+def test_an_array_that_was_cut_is_found_by_all(images, tmp_path, vae, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    os.truncate(folder / "moments.npy", 500)
+    calls = [
+        (lambda: extract(images, folder, vae), "has lost its length; remove the folder and make it again"),
+        (lambda: extract_latents.main(["--verify", str(folder)]), "holds no finished latents"),
+        (lambda: train.main(["--latents", str(folder), *QUICK, *train_flags(vae)]), "it is damaged: remove it and make it"),
+    ]
+    for call, message in calls:
+        with pytest.raises(SystemExit):
+            call()
+        assert message in capsys.readouterr().err
 
 
 def test_images_and_latents_may_be_given_together(images, tmp_path, vae):  # noqa: F811

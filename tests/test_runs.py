@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoints import (
-    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints, save_checkpoint,
+    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints, read_checkpoint, save_checkpoint,
 )  # fmt: skip
 from conftest import ROOT
 import runs
@@ -170,7 +170,7 @@ def test_other_images_make_another_run(images, tmp_path, capsys):  # noqa: F811
     run(tmp_path / "images", tmp_path / "results", "--max-steps", "2")
     target.rename(target.with_name("renamed.png"))
     run(tmp_path / "images", tmp_path / "results", "--max-steps", "4", "--resume", "auto")
-    assert "has other images in --data-path or --latents" in capsys.readouterr().out
+    assert "has other images in --data-path" in capsys.readouterr().out
     assert len(list((tmp_path / "results").iterdir())) == 2
 
 
@@ -182,6 +182,50 @@ def test_another_number_of_processes_is_told(images, tmp_path, capsys):  # noqa:
     run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
     out = capsys.readouterr().out
     assert "written by 2 process(es) on cpu; the same samples and noise per step, but other rounding" in out
+
+
+def test_a_folder_is_the_same_however_it_is_spelt(images, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(images.parent)
+    for steps, spelt in enumerate(("train", "train/", "./train", str(images)), start=2):
+        flags = [*QUICK, "--results-dir", str(tmp_path), "--resume", "auto", "--max-steps", str(steps)]
+        train.main(["--data-path", spelt, *flags])
+        monkeypatch.chdir(images.parent if spelt != "./train" else tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["000-DiT-Ti-8"]
+    assert list_checkpoints(tmp_path / "000-DiT-Ti-8")[-1].name == "0000005.pt"
+
+
+@pytest.mark.parametrize("resume", ["auto", "PATH"])
+def test_a_run_begun_at_a_checkpoint_restarts_from_there(images, tmp_path, resume, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "3")
+    first = str(tmp_path / "000-DiT-Ti-8")
+    flags = ["--lr", "3e-3", "--max-steps", "5"]
+    whole = run(images, tmp_path, *flags, "--resume", first)
+    checkpoint_path(tmp_path / "001-DiT-Ti-8", 5).unlink()  # as if killed before its first checkpoint
+    for _ in range(2):  # and then a second time, when it is finished
+        again = run(images, tmp_path, *flags, "--resume", resume.replace("PATH", first))
+    assert same(whole["model"], again["model"]) and again["step"] == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-Ti-8", "001-DiT-Ti-8"]
+    out = capsys.readouterr().out
+    assert f"no checkpoint yet, from {checkpoint_path(Path(first), 3)}" in out and "at its last step already" in out
+
+
+def test_a_new_run_keeps_neither_the_log_window_nor_the_bad_steps_in_a_row(images, tmp_path):  # noqa: F811
+    contents = run(images, tmp_path, "--max-steps", "3", "--log-every", "9", "--ckpt-every", "2")
+    path = checkpoint_path(tmp_path / "000-DiT-Ti-8", 2)
+    contents = read_checkpoint(path)
+    contents["log"]["bad_in_a_row"] = 9
+    save_checkpoint(path, contents)
+    run(images, tmp_path, "--max-steps", "4", "--lr", "1e-9", "--global-batch-size", "12", "--resume", str(path))
+    (row,) = rows(tmp_path / "001-DiT-Ti-8")
+    assert 0.8 < row["loss"] < 1.3 and contents["log"]["window"][0] > 1
+
+
+def test_a_new_run_with_nothing_to_do_is_refused(images, tmp_path, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "4")
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--max-steps", "3", "--lr", "1e-3", "--resume", str(tmp_path / "000-DiT-Ti-8"))
+    assert "is at step 4, the last would be 3; raise it" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # ---- damaged checkpoints ----
@@ -215,6 +259,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(images, tm
     assert newest.with_name("0000006.pt.damaged").read_bytes() == content
     assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
     assert without_rates(folder) == without_rates(tmp_path / "whole" / "000-DiT-Ti-8")
+
+
+def test_a_read_error_is_no_damage(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "4", "--ckpt-every", "2")
+    before = contents_of(tmp_path)
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("checkpoints.zipfile.ZipFile.testzip", fail)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--max-steps", "6", "--resume", "auto")
+    assert "0000004.pt: Input/output error" in capsys.readouterr().err and contents_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("part", [0.2, 0.4, 0.6, 0.8])
@@ -334,8 +391,8 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
     log.row({"step": 1})
     log("two")
     log.close()
-    out = capsys.readouterr().out
-    assert "] one\n" in out and "] two\n" in out and "the log was not written (No space left on device)" in out
+    out, err = capsys.readouterr()
+    assert "] one\n" in out and "] two\n" in out and "the log was not written (No space left on device)" in err
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

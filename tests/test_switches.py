@@ -361,6 +361,25 @@ def test_labels_are_mapped_by_a_file(tmp_path):
             read_label_map(path, (None, 2), weights)
 
 
+def test_another_label_file_makes_another_run_and_other_classes_are_not_kept(images, tmp_path, capsys):  # noqa: F811
+    run(images, tmp_path / "first", "--max-steps", "1")
+    checkpoint, path = tmp_path / "first" / "000-DiT-Ti-8" / "checkpoints" / "0000001.pt", tmp_path / "map.json"
+    flags = ["--init-from", str(checkpoint), "--max-steps", "1", "--resume", "auto"]
+    for pairs in ({"ape": "cat"}, {"ape": "bee"}):
+        path.write_text(json.dumps(pairs))
+        run(images, tmp_path / "second", *flags, "--init-labels", str(path))
+    assert len(os.listdir(tmp_path / "second")) == 2
+    path.write_text(json.dumps({"ape": [1]}))
+    contents = torch.load(checkpoint, weights_only=True)
+    torch.save({**contents, "classes": ["ape", "cat", "dog"]}, checkpoint)
+    for more, message in ((["--init-labels", str(path)], "[1] is no label; give one number or one name"),
+                          ([], "knows other classes (ape, cat, dog ...) than the data (ape, bee, cat ...)"),
+                          (["--resume", str(checkpoint)], "--init-from and --resume PATH both say")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            run(images, tmp_path / "third", *flags, *more)
+        assert message in capsys.readouterr().err and not (tmp_path / "third").exists()
+
+
 def small(num_classes):
     return dict(
         input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes
