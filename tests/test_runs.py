@@ -18,6 +18,7 @@ import runs
 from runs import FolderLock, Meter, RunLog, StopSignals
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
+import train_flags
 
 HOLD = """
 import sys, time
@@ -172,6 +173,12 @@ def test_other_images_make_another_run(images, tmp_path, capsys):  # noqa: F811
     run(tmp_path / "images", tmp_path / "results", "--max-steps", "4", "--resume", "auto")
     assert "has other images in --data-path" in capsys.readouterr().out
     assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+def test_deciding_flags_are_those_that_the_documentation_says():
+    groups = {group.title: group._group_actions for group in train_flags.build_parser()._action_groups}
+    flags = {action.dest for title in ("data", "network", "recipe") for action in groups[title]}
+    assert set(runs.DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
 
 
 def test_another_number_of_processes_is_told(images, tmp_path, capsys):  # noqa: F811
