@@ -144,8 +144,9 @@ def prepare(args, lock):
     if start.folder is None:
         if state.step >= last_step:
             raise ValueError(f"--resume {args.resume} is at step {state.step}, the last would be {last_step}; raise it")
-        state.bad_in_a_row, state.window = 0, Window()  # a new run's own, whatever it begins from
         start = start._replace(folder=once(accelerator, new_folder, args, data, lock, start.checkpoint))
+    if start.checkpoint and start.checkpoint.parent.parent != start.folder:
+        state.bad_in_a_row, state.window = 0, Window()  # a new run's own, whatever it begins from
     log = RunLog(start.folder, accelerator.is_main_process, state.step, last_step)
     if args.log_with:
         start_tracker(args, accelerator, start, state.step)

@@ -203,17 +203,19 @@ def test_a_folder_is_the_same_however_it_is_spelt(images, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("resume", ["auto", "PATH"])
 def test_a_run_begun_at_a_checkpoint_restarts_from_there(images, tmp_path, resume, capsys):  # noqa: F811
-    run(images, tmp_path, "--max-steps", "3")
-    first = str(tmp_path / "000-DiT-Ti-8")
+    run(images, tmp_path, "--max-steps", "4", "--ckpt-every", "3")
+    first = str(checkpoint_path(tmp_path / "000-DiT-Ti-8", 3))  # in the middle of a log window
     flags = ["--lr", "3e-3", "--max-steps", "5"]
     whole = run(images, tmp_path, *flags, "--resume", first)
+    written = without_rates(tmp_path / "001-DiT-Ti-8")
     checkpoint_path(tmp_path / "001-DiT-Ti-8", 5).unlink()  # as if killed before its first checkpoint
     for _ in range(2):  # and then a second time, when it is finished
         again = run(images, tmp_path, *flags, "--resume", resume.replace("PATH", first))
     assert same(whole["model"], again["model"]) and again["step"] == 5
+    assert without_rates(tmp_path / "001-DiT-Ti-8") == written and [row["step"] for row in written] == [4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-Ti-8", "001-DiT-Ti-8"]
     out = capsys.readouterr().out
-    assert f"no checkpoint yet, from {checkpoint_path(Path(first), 3)}" in out and "at its last step already" in out
+    assert f"no checkpoint yet, from {first}" in out and "at its last step already" in out
 
 
 def test_a_new_run_keeps_neither_the_log_window_nor_the_bad_steps_in_a_row(images, tmp_path):  # noqa: F811
