@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from checkpoints import write_whole
 from data import ImageDataset, list_images, make_loader
 from sampling import process_device, tf32
-from vae import from_uint8, latent_shape, load_vae, vae_hash
+from vae import from_uint8, latent_shape, load_vae, vae_hashes
 
 CHUNK = 64  # images that are encoded, written and checksummed together
 POLL_SECONDS = 1
@@ -48,7 +48,7 @@ def build_parser():
     data("--skip-bad-images", action="store_true", help=skipping)
     run = parser.add_argument_group("run").add_argument
     run("--vae", default="ema", help="ema, mse, a hub id, or a local folder (default: %(default)s)")
-    dtypes = "how they are stored; float16 halves the size and is off by 0.05%% at most (default: %(default)s)"
+    dtypes = "how they are stored; float16 halves the size and is off by about 0.05%% (default: %(default)s)"
     run("--latents-dtype", choices=["float16", "float32"], default="float16", help=dtypes)
     tf32_help = "TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)"
     run("--tf32", action=argparse.BooleanOptionalAction, default=True, help=tf32_help)
@@ -105,7 +105,7 @@ def describe(args, listing, space):
     side = space.shape.side(args.image_size)
     return {
         "images": len(listing.paths), "flip": args.flip, "shape": [2, space.shape.channels, side, side],
-        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae, "vae_sha256": vae_hash(args.vae), "channels": space.shape.channels,
+        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae, "vae_sha256": vae_hashes(args.vae), "channels": space.shape.channels,
         "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift, "classes": listing.classes,
         "skip_bad_images": args.skip_bad_images, "files_sha256": listing.hash(args.data_path), "chunk": CHUNK,
     }  # fmt: skip

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from sampling import (
     ImageNoise, add_sampling_flags, check_sampling_flags, load_sampler, process_device, random_labels, tf32,
 )  # fmt: skip
+from vae import vae_hashes
 
 # Flags that change no image, or only its rounding, or that the checkpoint answers for.
 INCIDENTAL = (
@@ -100,11 +101,6 @@ def open_folder(args, sampler):
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --sample-dir") from None
     return folder
-
-
-def vae_hashes(name):
-    """File name → hash for the VAE in a local folder; nothing for others, whose names say what they are."""
-    return {path.name: file_hash(path) for path in sorted(Path(name).glob("*")) if path.is_file()}
 
 
 def file_hash(path):

@@ -48,7 +48,7 @@ from training import (
     Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema, warm_up,
 )  # fmt: skip
 from train_flags import build_parser, check_arguments
-from vae import LatentShape, LatentSpace, from_uint8, load_vae, vae_hash
+from vae import LatentShape, LatentSpace, from_uint8, load_vae, vae_hashes
 
 # main, and what others import from here
 __all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
@@ -164,7 +164,7 @@ def load_data(args, accelerator):
     if args.image_size != manifest["image_size"]:
         wrong.append(f"--image-size is {args.image_size}, the latents' {manifest['image_size']}")
     same_place = comparable("vae", args.vae) == comparable("vae", manifest["vae"])
-    if not same_place and (manifest["vae_sha256"] is None or vae_hash(args.vae) != manifest["vae_sha256"]):
+    if not same_place and (not manifest["vae_sha256"] or vae_hashes(args.vae) != manifest["vae_sha256"]):
         wrong.append(f"--vae is {args.vae}, the latents' {manifest['vae']}")
     if args.num_classes and cached.classes is None:
         wrong.append(f"--num-classes is {args.num_classes}, the latents were made without classes (--num-classes 0)")

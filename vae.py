@@ -85,15 +85,10 @@ def load_vae(name, device="cpu"):
     return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
 
 
-def vae_hash(name):
-    """SHA-256, in hexadecimal, of the files of a VAE in a local folder; None for others, whose names say what they are."""
-    if not Path(name).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+def vae_hashes(name):
+    """File name → SHA-256 for a VAE in a local folder; nothing for others, whose names say what they are."""
+    files = [path for path in sorted(Path(name).glob("*")) if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _cannot_load(name, error):
