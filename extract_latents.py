@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import write_whole
 from data import ImageDataset, list_images, make_loader
-from sampling import process_device, tf32
+from devices import process_device, tf32
 from vae import from_uint8, latent_shape, load_vae, vae_hashes
 
 CHUNK = 64  # images that are encoded, written and checksummed together

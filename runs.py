@@ -293,10 +293,11 @@ class RunLog:
 
 
 class Meter:
-    """Steps, and the seconds that they took, since the last log line in this process."""
+    """Steps, and the seconds that they took, since the last log line in this process; and when it `saved` last."""
 
     def __init__(self):
         self.steps, self.started = 0, time.monotonic()
+        self.saved = self.started
 
     @contextmanager
     def paused(self):
@@ -332,6 +333,12 @@ class StopSignals:
         self.received = signal.Signals(number)
         if number == signal.SIGINT:  # a second one stops at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def has_row(folder, step, name):
+    """Whether a run's metrics.jsonl has `name` for a step."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return any(row["step"] == step and name in row for row in map(json.loads, lines))
 
 
 def cut_rows(path, step):

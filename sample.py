@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 import torch
 
+from devices import choose_device, tf32
 from sampling import (
-    NUM_CLASSES, add_sampling_flags, check_sampling_flags, check_writable, choose_device, load_sampler, tf32,
+    NUM_CLASSES, add_sampling_flags, check_sampling_flags, check_writable, label_indices, load_sampler,
 )  # fmt: skip
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -82,20 +83,10 @@ def parse_labels(given, num_classes, classes):
         return [0] * len(IMAGENET_LABELS)  # placeholders, one per image: the network is not given them
     if not given:
         return IMAGENET_LABELS if num_classes == NUM_CLASSES else list(range(min(num_classes, len(IMAGENET_LABELS))))
-    names = {name: i for i, name in enumerate(classes or [])}
-    labels = []
-    for text in given:
-        number = int(text) if text.isdecimal() else -1
-        label = (
-            number if 0 <= number < num_classes else names.get(text)
-        )  # a number wins over a name that looks like one
-        if label is None:
-            known = (
-                f" or one of the names {', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}" if names else ""
-            )
-            raise ValueError(f"--class-labels {text}: give a number from 0 to {num_classes - 1}{known}")
-        labels.append(label)
-    return labels
+    try:
+        return label_indices(given, num_classes, classes)
+    except ValueError as error:
+        raise ValueError(f"--class-labels {error}") from None
 
 
 def sample(sampler, labels, seed, device):

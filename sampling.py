@@ -4,9 +4,7 @@ Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
 
 from argparse import Action, ArgumentTypeError, BooleanOptionalAction
-from contextlib import contextmanager
 from dataclasses import dataclass
-import os
 from pathlib import Path
 
 import numpy as np
@@ -137,27 +135,6 @@ def check_sampling_flags(args):
         )
 
 
-def process_device(name):
-    """choose_device for one process of several: by default, and for "cuda", the GPU of its rank on this machine."""
-    if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return choose_device(name)
-
-
-def choose_device(name):
-    """The torch device called `name`; the GPU, if there is one, for None. Raises ValueError if there is no such device."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "meta":
-        raise ValueError("--device meta holds no numbers; leave the flag out or pass cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave the flag out or pass cpu"
-        ) from None
-
-
 @dataclass
 class Sampler:
     """A network and a VAE on one device, and how to sample from them.
@@ -216,7 +193,17 @@ class Sampler:
 
     def images(self, labels, noise, noise_fn=torch.randn_like, progress=False):
         """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`."""
-        return to_uint8(self.space.decode(self.latents(labels, noise, noise_fn, progress)))
+        return self.decode(self.latents(labels, noise, noise_fn, progress))
+
+    def numbered_latents(self, seed, indices, labels):
+        """Latents (N, C, h, w) of the images with these indices, each of which depends on (seed, index) and its label alone."""
+        noise_fn = ImageNoise(seed, indices, labels.device)
+        noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
+        return self.latents(labels, noise, noise_fn)
+
+    def decode(self, latents):
+        """Images uint8 (N, H, W, 3) of latents (N, C, h, w), on their device."""
+        return to_uint8(self.space.decode(latents))
 
 
 def load_sampler(args, device):
@@ -321,15 +308,28 @@ def preview(network, space, seed, device):
     """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same noise for the same seed."""
     scale = PREVIEW_GUIDANCE if network.null_label is not None else 1.0
     sampler = Sampler(network, space, None, PREVIEW_STEPS, "ddim", cfg_scale=scale)
-    noise_fn = ImageNoise(seed, range(PREVIEW_IMAGES), device)
-    noise = noise_fn(torch.empty(PREVIEW_IMAGES, *sampler.latent, device=device))
     labels = torch.arange(PREVIEW_IMAGES, device=device) * network.num_classes // PREVIEW_IMAGES
-    return sampler.images(labels, noise, noise_fn)
+    return sampler.decode(sampler.numbered_latents(seed, range(PREVIEW_IMAGES), labels))
 
 
 def random_labels(seed, indices, num_classes):
     """A uniformly drawn label for each image index, int64 (N,), that depends on (seed, index) alone."""
     return torch.tensor([np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64)
+
+
+def label_indices(texts, num_classes, classes):
+    """The class indices for labels that a user wrote, numbers or else names. Raises ValueError for one that there is not."""
+    names = {name: i for i, name in enumerate(classes or [])}
+    labels = []
+    for text in texts:
+        number = int(text) if text.isdecimal() else -1
+        label = number if 0 <= number < num_classes else names.get(text)  # a number wins over a name that looks like one
+        if label is None:
+            some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
+            known = f" or one of the names {some}" if names else ""
+            raise ValueError(f"{text}: give a number from 0 to {num_classes - 1}{known}")
+        labels.append(label)
+    return labels
 
 
 def check_writable(path):
@@ -345,16 +345,3 @@ def check_writable(path):
         raise ValueError(
             f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable"
         ) from None
-
-
-@contextmanager
-def tf32(enabled):
-    """Within it, float32 matrix products and convolutions on NVIDIA GPUs use TF32 or not; afterwards as before."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
-    torch.backends.cudnn.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

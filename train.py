@@ -40,10 +40,15 @@ from checkpoints import (
     write_whole,
 )
 from data import CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
+from devices import tf32
 from diffusion import create_diffusion
+from features import Team, load_extractor
 from models import DiT, DiT_models
-from runs import FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, new_folder, run_id
-from sampling import preview, tf32
+from runs import (
+    FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, has_row, new_folder, run_id,
+)  # fmt: skip
+from sampling import preview
+from scoring import Judge, Stopped, load_judge, score_samples
 from training import (
     Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema, warm_up,
 )  # fmt: skip
@@ -89,6 +94,7 @@ class Job:
     start: Start
     flops: int
     resumed: dict  # what the checkpoint says of the processes that wrote it; empty for none
+    judge: Judge | None  # of --eval-every
     log: RunLog
 
 
@@ -141,6 +147,7 @@ def prepare(args, lock):
     start = once(accelerator, find_start, args, data, lock)
     state = build_state(args, space, accelerator, dataset.classes, fresh=start.checkpoint is None)
     resumed = take_up(state, start.checkpoint) if start.checkpoint else {}
+    judge = prepare_judge(args, accelerator) if args.eval_every else None
     if start.folder is None:
         if state.step >= last_step:
             raise ValueError(f"--resume {args.resume} is at step {state.step}, the last would be {last_step}; raise it")
@@ -151,7 +158,7 @@ def prepare(args, lock):
     if args.log_with:
         start_tracker(args, accelerator, start, state.step)
     flops = training_flops(state.network.config)
-    return Job(args, accelerator, state, space, dataset, last_step, start, flops, resumed, log)
+    return Job(args, accelerator, state, space, dataset, last_step, start, flops, resumed, judge, log)
 
 
 def load_data(args, accelerator):
@@ -181,11 +188,22 @@ def load_data(args, accelerator):
 
 def load_space(args, accelerator, dataset):
     """Pixels ↔ latents, on this process's device; without the autoencoder where latents are cached and never decoded."""
-    if args.latents is not None and args.sample_every is None:
+    if args.latents is not None and args.sample_every is None and args.eval_every is None:
         manifest = dataset.manifest
         return LatentSpace(LatentShape(manifest["channels"], manifest["ratio"]), manifest["scale"], manifest["shift"])
     with accelerator.local_main_process_first():  # one process of each machine fetches it if that is needed
         return load_vae(args.vae, accelerator.device)
+
+
+def prepare_judge(args, accelerator):
+    """The Judge that --eval-reference and its like ask for. Raises ValueError if there can be none."""
+    team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+    batch_size = args.global_batch_size // team.world_size // args.grad_accum
+    with accelerator.local_main_process_first():
+        extractor = load_extractor(args.eval_features, accelerator.device)
+    return load_judge(
+        args.eval_reference, extractor, args.eval_samples, batch_size, accelerator.device, team, args.num_workers
+    )
 
 
 def build_state(args, space, accelerator, classes, fresh):
@@ -304,39 +322,54 @@ def train(job, signals):
     batches = StepBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, state.step, job.last_step, rank, world, args.flip
     )
-    skipped, meter, saved = Skipped(log), Meter(), time.monotonic()
+    skipped, meter = Skipped(log), Meter()
     reduce = partial(accelerator.reduce, reduction="sum")
     if world > 1:
         share = args.global_batch_size // world // args.grad_accum
         warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
+    if evaluation_due(job) and not once(accelerator, has_row, job.start.folder, state.step, "eval_samples"):
+        if not save_scores(job, signals):  # for which the run was stopped the last time
+            return log("stopped while scoring; nothing is lost")
     for batch, labels, bad in make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
         check_readable(job, batch, bad)
         skipped.here.update(bad)
         batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
         draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
         latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
-        old = args.ckpt_minutes is not None and time.monotonic() - saved > 60 * args.ckpt_minutes
+        old = args.ckpt_minutes is not None and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
         report = train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
         meter.steps += 1
         log.bar.update()
         if report["bad"]:
             guard(job, batches.indices(state.step - 1))
-        last = state.step == job.last_step
         with meter.paused():
-            if state.step % args.log_every == 0 or last:
-                log_window(job, meter)
-                if args.skip_bad_images:
-                    skipped.report()
-            if report["stop"] or report["save"] or last or state.step % args.ckpt_every == 0:
-                save(job, must=bool(report["stop"]) or last)
-                saved = time.monotonic()
-            if args.sample_every and state.step % args.sample_every == 0:
-                save_preview(job)
-        if report["stop"]:
+            stop = keep_records(job, report, signals, meter, skipped)
+        if stop:
             name = signals.received.name if signals.received else "a signal to another process"
             log(f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there")
             return
     log("done")
+
+
+def keep_records(job, report, signals, meter, skipped):
+    """What is due after a step with this report: log line, checkpoint, preview, scores. Whether to stop then."""
+    args, step = job.args, job.state.step
+    stop, last = bool(report["stop"]), step == job.last_step
+    if step % args.log_every == 0 or last:
+        log_window(job, meter)
+        if args.skip_bad_images:
+            skipped.report()
+    saving = stop or report["save"] or last or step % args.ckpt_every == 0
+    if saving:
+        save(job, must=stop or last)
+        meter.saved = time.monotonic()
+    if args.sample_every and step % args.sample_every == 0:
+        save_preview(job)
+    if not stop and evaluation_due(job) and not save_scores(job, signals):
+        stop = True
+        if not saving:
+            save(job, must=True)
+    return stop
 
 
 def check_readable(job, batch, bad):
@@ -383,15 +416,20 @@ def log_window(job, meter):
     images = meter.steps_per_second() * args.global_batch_size
     rates = {"images_per_second": images, "model_flops_per_second": images * job.flops}
     job.log.row(row | rates | {"time": time.time()})
-    if job.args.log_with:
-        known = {name: value for name, value in (row | rates).items() if value is not None and name != "step"}
-        try:
-            job.accelerator.log(known, step=state.step)
-        except OSError as error:
-            job.log(f"--log-with {args.log_with} did not take the metrics ({error.strerror})")
+    track(job, row | rates)
     metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in METRICS)
     job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
     state.window = Window()
+
+
+def track(job, values):
+    """Send what values there are, but the step, to the tracker, if there is one."""
+    if job.args.log_with:
+        known = {name: value for name, value in values.items() if value is not None and name != "step"}
+        try:
+            job.accelerator.log(known, step=job.state.step)
+        except OSError as error:
+            job.log(f"--log-with {job.args.log_with} did not take the metrics ({error.strerror})")
 
 
 def as_text(value):
@@ -445,13 +483,53 @@ def save(job, must):
             job.log(f"could not delete {error.filename} ({error.strerror})")
 
 
+def whole_average(job):
+    """The network with the main average's weights, whole in every process."""
+    state = job.state
+    if not job.args.fsdp:
+        return state.ema
+    tensors = unsharded(state.ema.state_dict())
+    network = DiT(**state.network.config).to(job.accelerator.device).eval().requires_grad_(False)
+    network.load_state_dict(tensors)
+    return network
+
+
+def evaluation_due(job):
+    """Whether scores are to be taken at this step."""
+    return job.judge is not None and job.state.step > 0 and job.state.step % job.args.eval_every == 0
+
+
+def save_scores(job, signals):
+    """Score samples of the main average and write the scores to log, metrics and tracker.
+
+    False if a signal in any process broke it off: then the next start takes them.
+    """
+    args, accelerator, step, began = job.args, job.accelerator, job.state.step, time.monotonic()
+
+    def stopped():
+        flag = torch.tensor(float(signals.received is not None), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+    try:
+        scores = score_samples(job.judge, whole_average(job), job.space, args.global_seed, accelerator.device, stopped)
+    except Stopped:
+        return False
+    except ValueError as error:
+        scores = None
+        job.log(f"step {step:07d}: not scored ({error})")
+    if scores:
+        row = {f"eval_{name}": value for name, value in scores.items()} | {"eval_samples": args.eval_samples}
+        job.log.row({"step": step} | row | {"time": time.time()})
+        track(job, row)
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items() if value is not None)
+        job.log(f"step {step:07d}: {told}; {args.eval_samples} samples, {time.monotonic() - began:.0f} s")
+    accelerator.wait_for_everyone()
+    return True
+
+
 def save_preview(job):
     """Write previews/SSSSSSS.png from the main average, for noise and labels that are the same each time."""
-    state, network = job.state, job.state.ema
-    if job.args.fsdp:
-        tensors = unsharded(state.ema.state_dict())
-        network = DiT(**state.network.config).to(job.accelerator.device).eval().requires_grad_(False)
-        network.load_state_dict(tensors)
+    state, network = job.state, whole_average(job)
     if job.accelerator.is_main_process:
         images = preview(network, job.space, job.args.global_seed, job.accelerator.device).permute(0, 3, 1, 2)
         path = job.start.folder / "previews" / f"{state.step:07d}.png"

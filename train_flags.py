@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
+from metrics import NEIGHBOURS
 from models import DiT_models
 from vae import latent_shape
 
@@ -24,6 +25,7 @@ def build_parser(description=None):
         parser.add_argument_group("speed and memory: these change a result by rounding at most").add_argument
     )
     add_run_flags(parser.add_argument_group("run").add_argument)
+    add_evaluation_flags(parser.add_argument_group("scores while training").add_argument)
     return parser
 
 
@@ -91,12 +93,22 @@ def add_run_flags(add):
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
 
 
+def add_evaluation_flags(add):
+    scoring = "steps between scores (FID and others) of samples from the EMA weights: 50 DDIM steps, no guidance"
+    add("--eval-every", type=int, metavar="N", help=scoring)
+    add("--eval-samples", type=int, default=10_000, help="how many are sampled for a score (default: %(default)s)")
+    add("--eval-reference", metavar="PATH", help="what they are compared with; as evaluate.py --reference")
+    features = "by which features; as evaluate.py --features (default: %(default)s)"
+    add("--eval-features", default="inception", metavar="{inception,pixels,PATH}", help=features)
+
+
 def check_arguments(args):
     """Raise ValueError for numbers out of range and sizes that do not fit, before anything is loaded."""
     if args.data_path is None and args.latents is None:
         raise ValueError("--data-path is missing; give a folder of images, or --latents")
     least = dict.fromkeys(("image_size", "epochs", "max_steps", "global_batch_size", "log_every", "ckpt_every"), 1)
-    least |= dict.fromkeys(("grad_accum", "max_bad_steps", "keep_last", "sample_every"), 1)
+    least |= dict.fromkeys(("grad_accum", "max_bad_steps", "keep_last", "sample_every", "eval_every"), 1)
+    least["eval_samples"] = NEIGHBOURS + 1
     least |= dict.fromkeys(("num_classes", "num_workers", "global_seed", "warmup_steps"), 0)
     for name, lowest in least.items():
         value = getattr(args, name)
@@ -130,5 +142,7 @@ def check_surroundings(args):
         raise ValueError("--init-from and --resume PATH both say what to start from; give one of them")
     if args.init_labels != "keep" and args.init_from is None:
         raise ValueError(f"--init-labels {args.init_labels} is about --init-from, which is not given")
+    if (args.eval_every is None) != (args.eval_reference is None):
+        raise ValueError("--eval-every and --eval-reference go together; give both, or neither")
     if args.latents is not None and args.vae == "none":
         raise ValueError("--latents with --vae none: pixels have no latents to cache; give --data-path alone")

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from benchmarks.sides import ROOT, alternate, ratios, write
 from diffusion import create_diffusion
 from models import DiT_models
-from sampling import tf32
+from devices import tf32
 import training
 from training import Recipe, draw, new_state, shard_network, train_step
 

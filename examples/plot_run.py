@@ -2,7 +2,8 @@
 
     python examples/plot_run.py results/000-DiT-XL-2 --output run.png        # pip install matplotlib
 
-Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient norm, images per second.
+Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient norm, images per second; with
+--eval-every also the scores.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main(argv=None):
         for style, (run, rows) in zip(itertools.cycle(["-", "--", ":", "-."]), runs.items()):
             for i, name in enumerate(names):
                 label = name if len(runs) == 1 else f"{name}, {run}"
-                points = [(row["step"], row[name]) for row in rows if row[name] is not None]
+                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
                 axes.plot(*zip(*points), style, color=f"C{i}", label=label)
         axes.set(title=title, xlabel="step")
         axes.legend()

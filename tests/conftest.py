@@ -2,6 +2,7 @@
 from pathlib import Path
 import sys
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +51,28 @@ def smooth_eps(x, t, **_):
 def smooth_eps_and_v(x, t, **_):
     """smooth_eps, and a variance fraction in (-1, 1)."""
     return torch.cat([smooth_eps(x, t), torch.tanh(0.7 * x - 0.1)], dim=1)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of torch-fidelity's Inception weights, random ones: the trained ones cannot be had without a network."""
+    pytest.importorskip("torch_fidelity", reason="Inception comes with torch-fidelity: pip install .[evaluate]")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    source = generator()
+    state = Untrained("untrained", ["2048"], str(path)).state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point():  # such that signals come through: matrices by He, scales and variances about 1
+            drawn = torch.randn(tensor.shape, generator=source)
+            if tensor.dim() > 1:
+                state[name] = drawn * (2 / tensor[0].numel()) ** 0.5
+            else:
+                state[name] = 0.1 * drawn + (1 if name.endswith(("bn.weight", "running_var")) else 0)
+    torch.save(state, path)
+    return path

@@ -12,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from conftest import ROOT
 import download
+import evaluate
 import extract_latents
 import sample
 import sample_ddp
@@ -20,7 +21,7 @@ import train
 
 DOORS = {
     "train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download,
-    "extract_latents.py": extract_latents,
+    "extract_latents.py": extract_latents, "evaluate.py": evaluate,
 }  # fmt: skip
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
 TEXT = "\n".join(page.read_text() for page in PAGES)

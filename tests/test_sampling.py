@@ -1,5 +1,7 @@
 """sampling.py, sample.py and sample_ddp.py: what is drawn from what, the picture, the files, and what users get wrong."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -7,6 +9,7 @@ from pathlib import Path
 import shutil
 import subprocess
 import sys
+import threading
 
 from diffusers import AutoencoderKL
 import numpy as np
@@ -16,11 +19,13 @@ import torch
 
 from checkpoints import Weights, checkpoint_path, save_checkpoint, save_weights
 from conftest import ROOT, fill_randomly
+from devices import choose_device, tf32
 from diffusion import create_diffusion
+from image_sets import open_array
 from models import DiT, DiT_models
 import sample
 import sample_ddp
-from sampling import ImageNoise, Sampler, build_network, check_writable, choose_device, random_labels, tf32
+from sampling import ImageNoise, Sampler, build_network, check_writable, random_labels
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
@@ -83,7 +88,9 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50000, image_size=256,
         num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True, ckpt=None,
     )  # fmt: skip
-    ours = dict(sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no")
+    ours = dict(
+        sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no", labels="random"
+    )  # fmt: skip
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -384,11 +391,11 @@ def test_files_are_whole_and_named_as_evaluations_expect(tmp_path, vae, ckpt):
     for i in range(7):
         assert np.array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), array[i])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (
-        manifest["num_sampling_steps"] == 3
-        and manifest["network"]["hidden_size"] == 16
-        and len(manifest["checkpoint_sha256"]) == 64
-    )
+    decides, (one,) = manifest["decides"], manifest["runs"]
+    assert decides["num_sampling_steps"] == 3 and decides["network"]["hidden_size"] == 16
+    assert len(decides["checkpoint_sha256"]) == 64 and len(decides["vae_sha256"]) == 2
+    assert manifest["options"]["ckpt"] == ckpt and manifest["options"]["per_proc_batch_size"] == 2
+    assert isinstance(one["seconds"], float) and one["processes"] == 1 and one["versions"]["torch"] == torch.__version__
 
 
 def test_batch_size_moves_no_pixel_by_more_than_a_grey_level(tmp_path, vae, ckpt):
@@ -412,9 +419,9 @@ def test_restart_makes_only_what_is_missing(tmp_path, vae, ckpt, monkeypatch):
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
     (folder / "000003.png").rename(folder / ".000003.png.9-9.partial")
     (tmp_path / f"{folder.name}.npz").unlink()
-    batches, images = [], Sampler.images
+    batches, latents = [], Sampler.latents
     monkeypatch.setattr(
-        Sampler, "images", lambda self, labels, *rest: batches.append(len(labels)) or images(self, labels, *rest)
+        Sampler, "latents", lambda self, labels, *rest: batches.append(len(labels)) or latents(self, labels, *rest)
     )
     again = many(ckpt, vae, tmp_path)[1]
     assert batches == [2] and np.array_equal(again, array)
@@ -448,7 +455,7 @@ def test_manifest_is_of_the_checkpoint_that_was_loaded(tmp_path, vae, monkeypatc
     monkeypatch.setattr(sample_ddp, "load_sampler", lambda *args: (load(*args), save_step(2))[0])
     folder, _ = many(str(tmp_path / "000-run"), vae, tmp_path / "samples")
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["checkpoint_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert manifest["decides"]["checkpoint_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     assert folder.name.startswith("0000001-")
 
 
@@ -473,6 +480,9 @@ def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
         ["--sampler", "ddim"],
         ["--num-fid-samples", "3"],
         ["--cfg-channels", "all"],
+        ["--labels", "balanced"],
+        ["--no-tf32"],
+        ["--per-proc-batch-size", "1"],
     ):
         many_flags = [
             "--ckpt",
@@ -487,7 +497,7 @@ def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
             str(tmp_path),
         ]
         sample_ddp.main([*many_flags, *flags])
-    assert len(list(tmp_path.glob("*.npz"))) == 5
+    assert len(list(tmp_path.glob("*.npz"))) == 8
 
 
 def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt):
@@ -504,7 +514,12 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt):
     files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in launchers]
     assert len(files[0]) == 9
     assert [p.relative_to(tmp_path / "one") for p in files[0]] == [p.relative_to(tmp_path / "two") for p in files[1]]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
+    for a, b in zip(*files):
+        if a.name == "manifest.json":  # which also says when, and how many processes
+            a, b = (json.loads(path.read_text()) for path in (a, b))
+            assert a["decides"] == b["decides"] and [x["runs"][0]["processes"] for x in (a, b)] == [1, 2]
+        else:
+            assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -515,3 +530,151 @@ def test_mistakes_of_sample_ddp(tmp_path, capsys, vae, ckpt, flags, message):
     with pytest.raises(SystemExit) as stopped:
         many(ckpt, vae, tmp_path, *flags)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_labels_are_drawn_balanced_or_read(tmp_path, vae, ckpt, capsys):
+    """Images of a file with the labels that were drawn are the same; those of other labels are others."""
+    lines = [str(int(label)) for label in random_labels(0, range(7), 10)]
+    (tmp_path / "drawn.txt").write_text("\n".join(lines))
+    (tmp_path / "named.txt").write_text("\n".join(f" digit {line} " for line in lines) + "\nand more\n")
+    arrays = {
+        name: many(ckpt, vae, tmp_path / f"to-{name}", "--labels", name if "." not in name else str(tmp_path / name))[1]
+        for name in ("random", "drawn.txt", "named.txt", "balanced")
+    }
+    assert np.array_equal(arrays["random"], arrays["drawn.txt"]) and np.array_equal(arrays["random"], arrays["named.txt"])
+    (tmp_path / "counted.txt").write_text("\n".join(str(i % 10) for i in range(7)))
+    counted = many(ckpt, vae, tmp_path / "to-counted", "--labels", str(tmp_path / "counted.txt"))[1]
+    assert np.array_equal(arrays["balanced"], counted) and not np.array_equal(counted, arrays["random"])
+
+
+def test_another_file_of_labels_gets_another_folder(tmp_path, vae, ckpt):
+    path = tmp_path / "labels.txt"
+    for last in ("3", "4"):
+        path.write_text("1\n" * 6 + last)
+        sample_ddp.main([
+            "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "2", "--device", "cpu",
+            "--sample-dir", str(tmp_path / "s"), "--labels", str(path), "--per-proc-batch-size", "7",
+        ])  # fmt: skip
+    first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "s").glob("*.npz")))
+    assert np.array_equal(first[:6], second[:6]) and not np.array_equal(first[6], second[6])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1\n2\n", "has 2 lines, --num-fid-samples is 7; one line per image"),
+    ("1\n" * 6 + "12", "12: give a number from 0 to 9 or one of the names digit 0"),
+    ("1\n\n" * 4, "labels.txt: : give a number from 0 to 9"),
+    (None, "cannot be read (No such file or directory); give random, balanced, or a file"),
+])  # fmt: skip
+def test_mistakes_in_a_file_of_labels(tmp_path, capsys, vae, ckpt, text, message):
+    if text:
+        (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        many(ckpt, vae, tmp_path / "s", "--labels", str(tmp_path / "labels.txt"))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_labels_for_a_network_without_classes(tmp_path, capsys, vae):
+    config = {**CONFIG, "num_classes": 0}
+    save_weights(tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
+    with pytest.raises(SystemExit):
+        many(str(tmp_path / "u.safetensors"), vae, tmp_path, "--cfg-scale", "1", "--labels", "balanced")
+    assert "--labels balanced: the network was trained without classes" in capsys.readouterr().err
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_written_is_not(tmp_path, vae, ckpt):
+    folder, _ = many(ckpt, vae, tmp_path)
+    dead, dead_npz, alive = (
+        folder / ".000003.png.0-99.partial", tmp_path / f".{folder.name}.npz.0-99.partial", folder / ".000004.png.1-7.partial",
+    )  # fmt: skip
+    for path in (dead, dead_npz, alive):
+        path.write_bytes(b"half an image")
+    with open(alive, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        many(ckpt, vae, tmp_path)
+    assert alive.exists() and not dead.exists() and not dead_npz.exists()
+
+
+def test_a_full_disk_gets_one_message(tmp_path, vae, ckpt, capsys, monkeypatch):
+    def refuse(self, file, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file.name))
+
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        many(ckpt, vae, tmp_path)
+    assert stopped.value.code == 1
+    err = capsys.readouterr().err
+    assert "No space left on device; when that is mended, the same command goes on" in err and "000000.png" in err
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert len(many(ckpt, vae, tmp_path)[1]) == 7
+
+
+def test_png_files_are_written_while_the_next_chunk_is_sampled(tmp_path, vae, ckpt, monkeypatch):
+    """Each write waits until the network has been asked for the chunk after it, which it would never be otherwise."""
+    began, latents, write = [], Sampler.latents, sample_ddp.write_whole
+    more = threading.Condition()
+
+    def noted(self, labels, *rest):
+        with more:
+            began.append(len(labels))
+            more.notify_all()
+        return latents(self, labels, *rest)
+
+    def waiting(path, content):
+        if path.suffix == ".png" and path.name < "000006":
+            chunk = int(path.stem) // 2
+            with more:
+                assert more.wait_for(lambda: len(began) > chunk + 1, timeout=20)
+        write(path, content)
+
+    monkeypatch.setattr(Sampler, "latents", noted)
+    monkeypatch.setattr(sample_ddp, "write_whole", waiting)
+    folder, array = many(ckpt, vae, tmp_path)
+    assert began == [2, 2, 2, 1] and len(array) == 7
+
+
+def test_progress_tells_the_time_left(tmp_path, vae, ckpt, capsys):
+    many(ckpt, vae, tmp_path)
+    assert "4/4 [00:" in capsys.readouterr().err
+
+
+def test_the_first_process_says_whom_it_waits_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample_ddp, "TELL_SECONDS", 0)
+    monkeypatch.setattr(sample_ddp.time, "sleep", lambda _: (tmp_path / "000001.png").touch())
+    (tmp_path / "000000.png").touch()
+    sample_ddp.wait_for_all(tmp_path, 2)
+    assert capsys.readouterr().out == "waiting for 1 images of other processes\n"
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import sample_ddp
+sample_ddp.pack(Path(sys.argv[1]), int(sys.argv[2]))
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # kB at most, of this program alone
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_packing_takes_no_more_memory_for_more_images(tmp_path):
+    """2,000 and 10,000 images of 256×256 pixels (few, linked under many names)."""
+    source, peaks = np.random.default_rng(0), []
+    for i in range(20):
+        Image.fromarray(source.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    for count in (2000, 10_000):
+        folder = tmp_path / f"many-{count}"
+        folder.mkdir()
+        for i in range(count):
+            os.link(tmp_path / f"{i % 20}.png", folder / f"{i:06d}.png")
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(folder), str(count)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout) / 1024)
+        npz = folder.with_suffix(".npz")
+        array = open_array(npz, "arr_0")
+        assert array.shape == (count, 256, 256, 3)
+        assert np.array_equal(array[count - 1], np.asarray(Image.open(tmp_path / f"{(count - 1) % 20}.png")))
+        npz.unlink()
+    print(f"resident at most {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
+    assert abs(peaks[1] - peaks[0]) < 50 and max(peaks) < 1000

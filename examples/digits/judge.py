@@ -22,7 +22,8 @@ from sklearn.svm import SVC
 import torch
 
 from make_dataset import load_split, reduce
-from sampling import ImageNoise, add_sampling_flags, check_sampling_flags, choose_device, load_sampler
+from devices import choose_device
+from sampling import add_sampling_flags, check_sampling_flags, load_sampler
 
 BATCH = 100
 NEIGHBOURS = 3
@@ -35,10 +36,8 @@ def sample_digits(sampler, count, seed, device):
     digits = []
     for start in range(0, count, BATCH):
         indices = range(start, min(start + BATCH, count))
-        noise_fn = ImageNoise(seed, indices, device)
-        noise = noise_fn(torch.empty(len(indices), *sampler.latent, device=device))
         chunk = torch.from_numpy(labels[indices.start : indices.stop]).to(device)
-        digits.append(reduce(sampler.images(chunk, noise, noise_fn).cpu().numpy()))
+        digits.append(reduce(sampler.decode(sampler.numbered_latents(seed, indices, chunk)).cpu().numpy()))
     return np.concatenate(digits), labels
 
 

@@ -1,0 +1,215 @@
+"""Score samples against a reference: FID, sFID, Inception Score, precision and recall, in the conventions of ADM's suite.
+
+    python evaluate.py --samples samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 evaluate.py --samples samples/NAME --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --samples samples/NAME --reference digits/train --features examples/digits/classifier
+    python evaluate.py --make-reference imagenet/train --image-size 256 --output imagenet256.npz
+
+Samples are a folder of images or an .npz with `arr_0`; a reference may also be an .npz with mu and sigma, as ADM's are. The
+scores are printed as JSON, with hashes of both sides; what to know about them goes to the error output.
+"""
+
+import argparse
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+import json
+from pathlib import Path
+import sys
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+import numpy as np
+import torch
+
+from checkpoints import write_whole
+from features import MANIFOLD_IMAGES, Team, load_extractor, spread, summarize
+from image_sets import STATISTICS, hash_of, open_side, read_batches, summarize_reference, write_npz
+from metrics import NEIGHBOURS, SPLIT, score
+
+PUBLISHED = 50_000  # samples, of which published scores are
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # others wait this long while one fetches Inception or reads from a slow disk
+LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
+LACKS = {  # score → the arrays that it needs of a reference file
+    "fid": "mu and sigma, or images arr_0", "sfid": "mu_s and sigma_s, or images arr_0",
+    "precision": "images arr_0", "recall": "images arr_0",
+}  # fmt: skip
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage="%(prog)s --samples PATH --reference PATH [flags; --help lists them]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sides = parser.add_argument_group("what is compared").add_argument
+    sides("--samples", metavar="PATH", help="folder of images, or .npz with uint8 arr_0 (N, H, W, 3)")
+    sides("--reference", metavar="PATH", help="the same, or .npz with mu, sigma, mu_s, sigma_s, arr_0")
+    making = "instead: write such a file, of all images below this folder, to --output"
+    sides("--make-reference", metavar="DIR", help=making)
+    cropping = "with --make-reference: crop to this size and convert to RGB, as training does"
+    sides("--image-size", type=int, help=cropping)
+    sides("--output", metavar="FILE", help="where to write the JSON as well, or the reference; must not exist")
+    features = parser.add_argument_group("features").add_argument
+    kinds = "inception, pixels, a TorchScript file, or a folder that timm's save_for_hf wrote (default: %(default)s)"
+    features("--features", default="inception", metavar="{inception,pixels,PATH}", help=kinds)
+    weights = "torch-fidelity's weights-inception-2015-12-05 (default: fetched on first use)"
+    features("--inception-weights", metavar="FILE", help=weights)
+    run = parser.add_argument_group("run").add_argument
+    run("--batch-size", type=int, default=64, help="images at a time in each process (default: %(default)s)")
+    run("--num-workers", type=int, default=4, help="loader processes per process (default: %(default)s)")
+    run("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_arguments(args)
+        no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        accelerator = Accelerator(
+            cpu=args.device == "cpu" or no_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
+        )
+        (make_reference if args.make_reference else evaluate)(args, accelerator)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    accelerator.end_training()
+
+
+def check_arguments(args):
+    """Raise ValueError for flags that do not go together and numbers out of range, before anything is loaded."""
+    if args.make_reference:
+        if args.samples or args.reference or not args.output:
+            raise ValueError("--make-reference DIR goes with --output FILE.npz, and without --samples and --reference")
+        if not Path(args.make_reference).is_dir():
+            raise ValueError(f"--make-reference {args.make_reference} is no folder; give one with images below it")
+    elif not (args.samples and args.reference):
+        raise ValueError("--samples and --reference are wanted, or --make-reference")
+    elif args.image_size is not None:
+        raise ValueError("--image-size is for --make-reference; samples and reference are scored as they are")
+    if args.inception_weights and args.features != "inception":
+        raise ValueError(f"--inception-weights is for --features inception, not {args.features}")
+    for name, least in {"batch_size": 1, "num_workers": 0, "image_size": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    for name, there in {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.items():
+        if args.device == name and not there():
+            raise ValueError(f"--device {name}: PyTorch sees none here; leave the flag out or pass --device cpu")
+    if args.output and Path(args.output).exists():
+        raise ValueError(f"--output {args.output} exists already; remove it or give another name")
+    if args.output and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
+
+
+def begin(args, accelerator):
+    """(the Extractor, the Team, the flags that loaders take); one process of each machine fetches what must be fetched."""
+    with accelerator.local_main_process_first():
+        extractor = load_extractor(args.features, accelerator.device, args.inception_weights)
+    team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+    return extractor, team, dict(team=team, num_workers=args.num_workers)
+
+
+def evaluate(args, accelerator):
+    """Print the scores and all that belongs to them, in the first process. Raises ValueError for what cannot be compared."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    samples, reference = (open_side(getattr(args, name), f"--{name}", share=mine) for name in ("samples", "reference"))
+    if samples.images is None:
+        raise ValueError(f"--samples {samples.path} has statistics and no images; give a folder of images or an .npz of them")
+    extractor, team, reading = begin(args, accelerator)
+    reference.check_features(extractor)
+    batches = read_batches(samples.images, args.batch_size, accelerator.device, **reading)
+    ours, digests = summarize(extractor, batches, len(samples.images), with_logits=True, team=team)
+    theirs, reference_hash = summarize_reference(reference, extractor, accelerator.device, args.batch_size, **reading)
+    if not accelerator.is_main_process:
+        return
+    scores = score(ours, theirs)
+    report = {
+        "scores": scores,
+        "notes": remarks(scores, samples, reference, ours),
+        "samples": describe(samples, hash_of(digests)),
+        "reference": describe(reference, reference_hash),
+        "features": {"name": extractor.name, "sha256": extractor.sha256, "dimension": len(ours.statistics.mean)},
+        "settings": {"neighbours": NEIGHBOURS, "inception_score_split": SPLIT, "device": accelerator.device.type},
+        "versions": {name: installed(name) for name in LIBRARIES},
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    if args.output:
+        write_whole(Path(args.output), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def describe(side, pixels):
+    """What a report says of a Side whose images have this hash."""
+    images = side.images
+    return {
+        "path": side.path,
+        "images": len(images) if images else None,
+        "size": list(images.size) if images else None,
+        "sha256_of_pixels": pixels,
+        "sha256_of_file": side.sha256,
+    }
+
+
+def remarks(scores, samples, reference, summary):
+    """What a reader of the scores must know, as sentences."""
+    notes, count, features = [], len(samples.images), summary.features.shape[1]
+    if count < PUBLISHED:
+        notes.append(f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher")
+    if count <= features:
+        notes.append(
+            f"{count:,} samples are too few for {features:,} features: their covariance has no full rank, and FID says little"
+        )
+    lacking = [name for name in LACKS if scores[name] is None and not (name == "sfid" and summary.spatial is None)]
+    if lacking:
+        needs = "; ".join(dict.fromkeys(f"{name} needs {LACKS[name]}" for name in lacking))
+        remaining = ", ".join(name for name, value in scores.items() if value is not None)
+        notes.append(f"{reference.path} lacks arrays: {needs}. What remains: {remaining}")
+    if reference.images and reference.images.size != samples.images.size:
+        ours, theirs = ("{}x{}".format(*side.images.size) for side in (samples, reference))
+        notes.append(f"samples are of {ours} pixels, the reference of {theirs}")
+    return notes
+
+
+def installed(name):
+    """The version of a package, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def make_reference(args, accelerator):
+    """Write the statistics of all images below a folder, and some of the images, as ADM's reference files have them.
+
+    Raises ValueError if an image cannot be read or does not fit.
+    """
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    side = open_side(args.make_reference, "--make-reference", args.image_size, mine)
+    extractor, team, reading = begin(args, accelerator)
+    summary, pixels = summarize_reference(side, extractor, accelerator.device, args.batch_size, **reading)
+    if not accelerator.is_main_process:
+        return
+    arrays = {}
+    for name, keys in STATISTICS.items():
+        if getattr(summary, name) is not None:
+            arrays |= dict(zip(keys, getattr(summary, name)))
+    width, height = side.images.size
+    chosen = spread(len(side.images), MANIFOLD_IMAGES)
+    rows = (side.images[i][0].numpy().transpose(1, 2, 0) for i in chosen)
+    made_from = describe(side, pixels) | {"features": extractor.name, "features_sha256": extractor.sha256}
+    arrays |= {"arr_0": ((len(chosen), height, width, 3), np.uint8, rows), "made_from": np.array(json.dumps(made_from))}
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            write_npz(file, arrays)
+
+    write_whole(Path(args.output), write)
+    print(f"{args.output}: {', '.join(arrays)} of {len(side.images):,} images, {len(chosen):,} of them as arr_0")
+
+
+if __name__ == "__main__":
+    main()

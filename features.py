@@ -1,0 +1,254 @@
+"""Images → features: Inception as ADM's evaluation suite taps it, any classifier, or the pixels themselves.
+
+An extractor is called with images uint8 (n, 3, H, W) and returns Rows, float32. Work on many images is dealt to the processes
+in turns, and what comes out is in the images' order, whatever the number of processes.
+"""
+
+from dataclasses import dataclass
+import hashlib
+from importlib.util import find_spec
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+import timm
+import torch
+import torch.nn.functional as F
+
+from devices import tf32
+from metrics import Moments, Summary
+
+SPATIAL_CHANNELS = 7  # of ADM's sFID
+MOST_FEATURES = 8192  # a covariance of so many takes half a GB, and a minute or two for its singular values
+MANIFOLD_IMAGES = 10_000  # of a reference, whose features precision and recall need; as many as ADM's files have
+
+
+class Rows(NamedTuple):
+    """Features (n, D), spatial features (n, S) and logits (n, K) of n images; None for what an extractor does not have."""
+
+    features: torch.Tensor
+    spatial: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+@dataclass
+class Extractor:
+    """extract(images) → Rows, and what a report says of it: a name and the SHA-256 of its weights, if it has any."""
+
+    extract: object
+    name: str
+    sha256: str | None = None
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """Rows of images uint8 (n, 3, H, W), float32 without TF32. Raises ValueError if there are too many features."""
+        with tf32(False):
+            rows = Rows(*(None if part is None else part.float() for part in self.extract(images)))
+        if rows.features.shape[1] > MOST_FEATURES:
+            height, width = images.shape[-2:]
+            raise ValueError(
+                f"--features {self.name} makes {rows.features.shape[1]:,} features of an image of {width}x{height}; their "
+                f"covariance would be too large (at most {MOST_FEATURES:,}); pass inception or a classifier"
+            )
+        return rows
+
+
+def load_extractor(name, device, inception_weights=None):
+    """The Extractor for "inception", "pixels" or a path: a TorchScript file, or .safetensors with timm's config.json beside.
+
+    inception_weights is a local file; None fetches torch-fidelity's. Raises ValueError if it cannot be had.
+    """
+    if name == "pixels":
+        return Extractor(lambda images: Rows(images.flatten(1) / 255), name)
+    if name == "inception":
+        path = Path(inception_weights or fetch_inception())
+        return Extractor(Inception(path).to(device), name, file_hash(path))
+    path = Path(name)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"--features {name}: there is no such file; give inception, pixels, a TorchScript file, or .safetensors with the "
+            "config.json that timm writes beside it"
+        )
+    load = timm_classifier if path.suffix == ".safetensors" else scripted_classifier
+    return Extractor(load(path, device), str(name), file_hash(path))
+
+
+def file_hash(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Inception ----
+
+
+class Inception(torch.nn.Module):
+    """The Inception network of 2015, in torch-fidelity's port from TensorFlow, tapped where ADM's evaluation suite taps it.
+
+    features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch,
+    17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises ValueError if path holds
+    other weights.
+    """
+
+    def __init__(self, path):
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        advice = "give torch-fidelity's weights-inception-2015-12-05 as --inception-weights"
+        try:
+            torch.load(path, weights_only=True)  # torch-fidelity reads it without that safeguard
+            self.trunk = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+        except OSError as error:
+            raise ValueError(f"cannot read {path} ({error.strerror}); {advice}") from None
+        except Exception as error:  # torch.load and load_state_dict have many kinds
+            raise ValueError(f"{path} holds other weights ({str(error).splitlines()[0]}); {advice}") from None
+        self.trunk.Mixed_6d.branch1x1.register_forward_hook(self._tap)
+
+    def _tap(self, module, args, output):
+        self.tapped = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (n, 17·17·7)
+
+    def forward(self, images):
+        features, logits = self.trunk(images)
+        return Rows(features, self.tapped, logits)
+
+
+def fetch_inception():
+    """The path of torch-fidelity's Inception weights in torch's own cache, fetched if they are not there.
+
+    Raises ValueError if torch-fidelity is not installed or the file cannot be had.
+    """
+    if find_spec("torch_fidelity") is None:
+        raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (hash_prefix,) = torch.hub.HASH_REGEX.findall(path.name)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot download the Inception weights ({error}); fetch {URL_INCEPTION_V3} by other means and put it at {path}, "
+            "or pass evaluate.py --inception-weights FILE; or choose other features"
+        ) from None
+    return path
+
+
+# ---- classifiers ----
+
+
+def scripted_classifier(path, device):
+    """A TorchScript module, called with images uint8 (n, 3, H, W), that returns features (n, D), or those and logits (n, K).
+
+    Raises ValueError if the file is none.
+    """
+    try:
+        module = torch.jit.load(path, map_location=device).eval()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--features {path} is no TorchScript file ({reason}); save it with torch.jit.save") from None
+
+    def extract(images):
+        out = module(images)
+        features, logits = out if isinstance(out, tuple) else (out, None)
+        return Rows(features.flatten(1), None, logits)
+
+    return extract
+
+
+def timm_classifier(path, device):
+    """A timm classifier with the config.json that timm wrote beside it: its features before the classifier, and its logits.
+
+    Images are brought to its input size and normalised as config.json says. Raises ValueError if they do not fit together.
+    """
+    try:
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        options = {"num_classes": config["num_classes"]} | config.get("model_args", {})
+        model = timm.create_model(config["architecture"], **options)
+        model.load_state_dict(load_file(path))
+        known = config["pretrained_cfg"]
+        size, (mean, std) = tuple(known["input_size"][1:]), (torch.tensor(known[key]) for key in ("mean", "std"))
+    except Exception as error:  # each library has kinds of its own
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--features {path} cannot be loaded ({type(error).__name__}: {reason}); it must be what timm's save_for_hf "
+            "writes, with config.json beside it"
+        ) from None
+    model, mean, std = model.to(device).eval(), mean.to(device)[:, None, None], std.to(device)[:, None, None]
+
+    def extract(images):
+        x = images.float() / 255
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        features = model.forward_head(model.forward_features((x - mean) / std), pre_logits=True)  # (n, D)
+        return Rows(features, None, model.get_classifier()(features))
+
+    return extract
+
+
+# ---- many images ----
+
+
+class Team(NamedTuple):
+    """The processes that share the work: which of them this is, and gather(list of tensors), which puts the rows of all
+    together in the order of rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: object = list
+
+
+def deal(count, batch_size, team=Team()):
+    """Lists of batch_size image indices for this process, as many lists in every process, which take turns.
+
+    Past the end the last image stands again and again: `summarize` leaves these out.
+    """
+    for start in range(0, count, batch_size * team.world_size):
+        first = start + team.rank * batch_size
+        yield [min(i, count - 1) for i in range(first, first + batch_size)]
+
+
+def spread(count, kept):
+    """`kept` indices of `count`, or all if there are no more, evenly spread."""
+    kept = min(count, kept)
+    return [i * count // kept for i in range(kept)]
+
+
+def summarize(extractor, batches, count, keep=None, with_logits=False, team=Team()):
+    """(the Summary of `count` images, their digests uint8 (count, 32) or None), in the first process; (None, None) elsewhere.
+
+    Images come in the batches of `deal`, as (images uint8 (n, 3, H, W) on the extractor's device, digests uint8 (n, 32) or
+    None). `keep` is how many images' features are kept (default: all). Raises ValueError for features that are not finite.
+    """
+    moments, spatial, features, logits, digests, begun = Moments(), Moments(), [], [], [], 0
+    wanted = torch.tensor(spread(count, count if keep is None else keep))
+    for images, digest in batches:
+        rows = extractor(images)._asdict() | {"digests": digest}
+        if not with_logits:
+            rows["logits"] = None
+        rows = {name: part for name, part in rows.items() if part is not None}
+        gathered = dict(zip(rows, team.gather(list(rows.values()))))
+        if team.rank:
+            continue
+        gathered = {name: part[: count - begun] for name, part in gathered.items()}
+        end = begun + len(gathered["features"])
+        moments.add(gathered["features"])
+        features.append(gathered["features"].cpu()[wanted[(wanted >= begun) & (wanted < end)] - begun])
+        if "spatial" in gathered:
+            spatial.add(gathered["spatial"])
+        for name, kept in (("logits", logits), ("digests", digests)):
+            kept += [gathered[name].cpu()] if name in gathered else []
+        begun = end
+    if team.rank:
+        return None, None
+    summary = Summary(
+        moments.statistics(), spatial.statistics() if spatial.count else None, torch.cat(features),
+        torch.cat(logits) if logits else None,
+    )  # fmt: skip
+    return summary, torch.cat(digests) if digests else None

@@ -1,0 +1,248 @@
+"""What an evaluation compares: images in a folder or an .npz, and ADM's reference files with statistics in them.
+
+An .npz of images has them as uint8 `arr_0` (N, H, W, 3). A reference file may have mu and sigma, the mean and covariance of
+Inception's features, mu_s and sigma_s, those of the spatial ones, and in `arr_0` some images for precision and recall.
+"""
+
+from dataclasses import dataclass
+import hashlib
+import json
+from pathlib import Path
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from data import center_crop_arr, ignore_signals, list_images, to_rgb
+from features import MANIFOLD_IMAGES, Team, deal, file_hash, summarize
+from metrics import Statistics, Summary
+
+STATISTICS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # what a Summary calls them → ADM's names
+IMAGES = "arr_0"
+DIGEST_BYTES = 32
+
+
+@dataclass
+class Side:
+    """One of the two sides of a comparison: its images (None if it has none), and the statistics that stand in its file."""
+
+    path: str
+    images: Dataset | None
+    statistics: Statistics | None = None
+    spatial: Statistics | None = None
+    sha256: str | None = None  # of the file, where statistics come from it
+    made_from: dict | None = None  # what --make-reference wrote of itself
+
+    def check_features(self, extractor):
+        """Raise ValueError if the statistics are of other features than these."""
+        made = self.made_from or {}
+        if made and (made["features_sha256"] or made["features"]) != (extractor.sha256 or extractor.name):
+            raise ValueError(
+                f"{self.path} was made with --features {made['features']}, other weights or both than {extractor.name}; make "
+                "it again with --make-reference, or pass those"
+            )
+
+
+def open_side(path, flag, image_size=None, share=slice(None)):
+    """The Side at a path, a folder or an .npz; flag is what the user gave it as, for messages.
+
+    image_size brings a folder's images to that size as training does; without it they must be RGB of one size, which is
+    checked for those in `share`. Raises ValueError for what cannot be compared.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Side(str(path), FolderImages(path, flag, image_size, share))
+    if not path.is_file():
+        raise ValueError(f"{flag} {path}: there is no such file or folder; give a folder of images or an .npz")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+        statistics = {name: read_statistics(path, keys) for name, keys in STATISTICS.items() if names >= set(keys)}
+        images = ArrayImages(path) if IMAGES in names else None
+        made_from = json.loads(str(np.load(path)["made_from"])) if "made_from" in names else None
+    except (OSError, zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ValueError(f"{flag} {path} cannot be read as an .npz ({error}); give a folder of images or an .npz") from None
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from None
+    if not images and not statistics:
+        raise ValueError(
+            f"{flag} {path} has {', '.join(sorted(names)) or 'nothing'}; wanted is {IMAGES} (uint8 images), or mu and sigma"
+        )
+    return Side(str(path), images, sha256=file_hash(path) if statistics else None, made_from=made_from, **statistics)
+
+
+def read_statistics(path, keys):
+    """Statistics from an .npz under these keys. Raises ValueError if they are damaged or do not fit together."""
+    with np.load(path) as file:
+        mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in keys)
+    size = mean.size
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        raise ValueError(f"{keys[0]} has the shape {mean.shape}, {keys[1]} {covariance.shape}; wanted are (D,) and (D, D)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{keys[0]} or {keys[1]} has values that are not finite; the file is damaged, fetch or make it again")
+    return Statistics(mean, covariance)
+
+
+class FolderImages(Dataset):
+    """All images below a folder, in the order of their paths. Items are (uint8 (3, H, W), digest) or (None, what is wrong)."""
+
+    def __init__(self, folder, flag, image_size=None, share=slice(None)):
+        try:
+            self.paths = list_images(folder, num_classes=0).paths
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data-path", flag)) from None
+        self.image_size = image_size
+        self.size = (image_size, image_size) if image_size else self._header(self.paths[0])
+        for path in [] if image_size else self.paths[share]:
+            if self._header(path) != self.size:
+                raise ValueError(
+                    f"{flag} {folder}: {path} is {'{}x{}'.format(*self._header(path))}, {self.paths[0]} is "
+                    f"{'{}x{}'.format(*self.size)}; all must have one size (--make-reference with --image-size crops)"
+                )
+
+    def _header(self, path):
+        """(width, height) of an image, read from its header. Raises ValueError unless it is RGB."""
+        try:
+            with Image.open(path) as image:
+                mode, size = image.mode, image.size
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it or make it again") from None
+        if mode != "RGB":
+            raise ValueError(
+                f"{path} is of mode {mode}; wanted is RGB. Convert it, or, for a reference, pass --make-reference with "
+                "--image-size, which converts as training does"
+            )
+        return size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            with Image.open(self.paths[i]) as image:
+                if self.image_size:
+                    image = center_crop_arr(to_rgb(image), self.image_size)
+                pixels = np.array(image)  # (H, W, 3)
+        except Exception as error:  # Pillow's decoders raise many kinds for broken files
+            return None, f"{self.paths[i]} cannot be read ({error}); remove it or make it again"
+        return item(pixels)
+
+
+class ArrayImages(Dataset):
+    """The images `arr_0` of an .npz, which are not held in memory unless they are compressed. Items as in FolderImages.
+
+    Raises ValueError if they are no uint8 images (N, H, W, 3).
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.array = open_array(path, IMAGES)
+        shape, dtype = self.array.shape, self.array.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not len(self.array):
+            raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
+        self.size = (shape[2], shape[1])
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, i):
+        return item(np.array(self.array[i]))
+
+    def __getstate__(self):  # a worker process maps the file itself rather than being sent what is in it
+        return vars(self) | {"array": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, array=open_array(state["path"], IMAGES))
+
+
+def item(pixels):
+    """(uint8 (3, H, W), SHA-256 of the pixels, uint8 (32,)) of an image (H, W, 3)."""
+    digest = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8).copy()
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(digest)
+
+
+def collate(items):
+    """(images (n, 3, H, W), digests (n, 32)), or (None, what is wrong with the first bad one)."""
+    for image, reason in items:
+        if image is None:
+            return None, reason
+    return tuple(torch.stack(column) for column in zip(*items))
+
+
+def read_batches(images, batch_size, device, team=Team(), num_workers=0):
+    """This process's batches of a set of images, as `features.summarize` takes them. Raises ValueError for a damaged image."""
+    loader = DataLoader(
+        images, batch_sampler=list(deal(len(images), batch_size, team)), num_workers=num_workers, collate_fn=collate,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator(),
+    )  # fmt: skip
+    for batch, digests in tqdm(loader, unit="batch", disable=True if team.rank else None):
+        if batch is None:
+            raise ValueError(digests)
+        yield batch.to(device, non_blocking=True), digests.to(device, non_blocking=True)
+
+
+def summarize_reference(side, extractor, device, batch_size, team=Team(), num_workers=0):
+    """(the Summary of a reference, the hash of its images or None) in the first process; (None, None) elsewhere.
+
+    Statistics that stand in its file come before those of its images. Raises ValueError if an image is damaged or features
+    are not finite.
+    """
+    if side.images is None:
+        return (None, None) if team.rank else (Summary(side.statistics, side.spatial), None)
+    batches = read_batches(side.images, batch_size, device, team, num_workers)
+    summary, digests = summarize(extractor, batches, len(side.images), MANIFOLD_IMAGES, team=team)
+    if team.rank:
+        return None, None
+    if side.statistics or side.spatial:
+        summary.statistics, summary.spatial = side.statistics, side.spatial
+    return summary, hash_of(digests)
+
+
+def hash_of(digests):
+    """One SHA-256, in hexadecimal, for images with these digests (N, 32), in their order: equal pixels, equal hash."""
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()
+
+
+# ---- .npz files of any size ----
+
+
+def open_array(path, name):
+    """An array of an .npz, mapped from the file where it is not compressed. Raises ValueError, KeyError or OSError."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read_header(file)
+            header = file.tell()
+    if info.compress_type != zipfile.ZIP_STORED or fortran_order or dtype.hasobject:
+        with np.load(path) as file:
+            return file[name]
+    with open(path, "rb") as file:  # the length of the name and of the extra field stand in the file's local header
+        file.seek(info.header_offset + 26)
+        lengths = np.frombuffer(file.read(4), "<u2").astype(int)
+    offset = info.header_offset + 30 + lengths.sum() + header
+    if offset + np.prod(shape) * dtype.itemsize > Path(path).stat().st_size:
+        raise OSError(f"{name} is cut short")
+    return np.memmap(path, dtype, "r", offset, shape)
+
+
+def write_npz(file, arrays):
+    """Write arrays, a dict of name → array, to an open file as an .npz without compression; equal arrays, equal bytes.
+
+    Instead of an array, (shape, dtype, rows) may stand, whose rows are taken one at a time: they need not fit in memory.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            if not isinstance(array, tuple):
+                array = np.asarray(array, order="C")
+                array = (array.shape, array.dtype, [array])
+            shape, dtype, rows = array
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:  # an entry without a time
+                np.lib.format.write_array_header_1_0(out, header)
+                for row in rows:
+                    out.write(row.tobytes())

@@ -1,0 +1,185 @@
+"""Scores while training: what they are, that they leave the run alone, and that stopping and restarting lose none."""
+
+import json
+import os
+from pathlib import Path
+import signal
+
+from accelerate.state import AcceleratorState
+import pytest
+import torch
+
+from checkpoints import list_checkpoints, read_checkpoint
+import evaluate
+from kill_campaign import end, launcher, start
+import sample_ddp
+import scoring
+from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
+import train
+
+SCORES = ["eval_fid", "eval_sfid", "eval_inception_score", "eval_precision", "eval_recall", "eval_samples"]
+
+
+def scored(images, every="3", samples="10"):  # noqa: F811
+    return [
+        "--eval-every", every, "--eval-samples", samples, "--eval-reference", str(images), "--eval-features", "pixels",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory, images):  # noqa: F811
+    """The images of the run cut to what the network sees, as a reference must be."""
+    path = tmp_path_factory.mktemp("reference") / "square.npz"
+    evaluate.main([
+        "--make-reference", str(images), "--image-size", "16", "--features", "pixels", "--output", str(path), "--device",
+        "cpu", "--num-workers", "0",
+    ])  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return path
+
+
+def rows(results, name="eval_fid"):
+    """The lines of metrics.jsonl that have scores, without the time."""
+    (path,) = Path(results).glob("000-*/metrics.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in found if name in row]
+
+
+def test_scores_come_at_their_steps_and_change_nothing_else(images, square, tmp_path, capsys):  # noqa: F811
+    plain = run(images, tmp_path / "plain", "--max-steps", "7", "--ckpt-every", "2")
+    judged = run(images, tmp_path / "judged", "--max-steps", "7", "--ckpt-every", "2", *scored(square))
+    assert same(plain["model"], judged["model"]) and same(plain["ema"], judged["ema"])
+    assert plain["log"] == judged["log"]
+    found = rows(tmp_path / "judged")
+    assert [row["step"] for row in found] == [3, 6] and list(found[0]) == ["step", *SCORES]
+    assert found[0]["eval_samples"] == 10 and found[0]["eval_fid"] != found[1]["eval_fid"] and found[0]["eval_sfid"] is None
+    assert rows(tmp_path / "plain", "loss")[-1]["loss"] == rows(tmp_path / "judged", "loss")[-1]["loss"]
+    assert "step 0000003: fid " in capsys.readouterr().out
+
+
+def test_scores_are_those_of_sample_ddp_and_evaluate(images, square, tmp_path, capsys):  # noqa: F811
+    """The same images, sampled and scored by the doors."""
+    run(images, tmp_path, "--max-steps", "3", "--ckpt-every", "3", *scored(square), "--global-seed", "5")
+    (row,) = rows(tmp_path)
+    (checkpoint,) = list_checkpoints(tmp_path / "000-DiT-Ti-8")
+    sample_ddp.main([
+        "--ckpt", str(checkpoint), "--vae", "none", "--num-fid-samples", "10", "--per-proc-batch-size", "4", "--cfg-scale",
+        "1", "--sampler", scoring.SAMPLER, "--num-sampling-steps", str(scoring.STEPS), "--sample-dir", str(tmp_path / "s"),
+        "--device", "cpu", "--global-seed", "5",
+    ])  # fmt: skip
+    (samples,) = (tmp_path / "s").glob("*.npz")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    evaluate.main(["--samples", str(samples), "--reference", str(square), "--features", "pixels", "--device", "cpu"])
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert row["eval_fid"] == pytest.approx(scores["fid"], rel=1e-9)
+    assert (row["eval_precision"], row["eval_recall"]) == (scores["precision"], scores["recall"])
+
+
+@pytest.mark.parametrize("more", [[], ["--fsdp"]])
+def test_two_processes_score_what_one_does(images, square, tmp_path, more):  # noqa: F811
+    flags = [*QUICK, "--max-steps", "2", *scored(square, "2", "9")]
+    run(images, tmp_path / "alone" / "results", *flags)
+    context = launcher()
+    end(start(context, images, tmp_path / "two", 2, run=[*flags, *more]), 0)
+    (alone,), (two,) = rows(tmp_path / "alone" / "results"), rows(tmp_path / "two" / "results")
+    assert two["eval_fid"] == pytest.approx(alone["eval_fid"], rel=1e-3) and two["eval_recall"] == alone["eval_recall"]
+
+
+def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(images, square, tmp_path, monkeypatch, capsys):  # noqa: F811
+    flags = ["--max-steps", "5", "--ckpt-every", "100", *scored(square), "--resume", "auto"]
+    run(images, tmp_path / "alone", *flags)
+    score = scoring.score_samples
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    monkeypatch.setattr(train, "score_samples", signalled)
+    assert run(images, tmp_path / "stopped", *flags)["step"] == 3
+    assert rows(tmp_path / "stopped") == [] and "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    run(images, tmp_path / "stopped", *flags)  # and again, before the first step of the restart
+    assert "stopped while scoring" in capsys.readouterr().out
+    monkeypatch.setattr(train, "score_samples", score)
+    end = run(images, tmp_path / "stopped", *flags)
+    assert end["step"] == 5 and rows(tmp_path / "stopped") == rows(tmp_path / "alone")
+    steps = [row["step"] for row in rows(tmp_path / "stopped", "step")]
+    assert steps == [row["step"] for row in rows(tmp_path / "alone", "step")] == [2, 3, 4, 5]
+
+
+def test_a_restart_does_not_score_twice(images, square, tmp_path):  # noqa: F811
+    flags = [*scored(square, "2"), "--ckpt-every", "2", "--resume", "auto"]
+    run(images, tmp_path, "--max-steps", "2", *flags)
+    before = rows(tmp_path)
+    run(images, tmp_path, "--max-steps", "4", *flags)
+    assert rows(tmp_path)[:1] == before and [row["step"] for row in rows(tmp_path)] == [2, 4]
+
+
+def test_cached_latents_are_decoded_for_scores(images, square, tmp_path, monkeypatch):  # noqa: F811
+    """Where latents are cached the VAE is loaded for that alone."""
+    asked = []
+    monkeypatch.setattr(train, "load_vae", lambda name, device: asked.append(name))
+    for flags in (["--latents", "x"], ["--latents", "x", *scored(square)]):
+        args = train.build_parser().parse_args(flags)
+        dataset = type("", (), {"manifest": {"channels": 4, "ratio": 8, "scale": 1.0, "shift": 0.0}})
+        accelerator = train.Accelerator(cpu=True)
+        train.load_space(args, accelerator, dataset)
+    assert asked == ["ema"]
+
+
+def test_samples_without_finite_features_do_not_end_a_run(images, square, tmp_path, capsys):  # noqa: F811
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return images.float().mean(dim=(2, 3)) / (images.float().std() - images.float().std())
+
+    torch.jit.script(Broken()).save(str(tmp_path / "broken.ts"))
+    flags = scored(images)
+    flags[flags.index("pixels")] = str(tmp_path / "broken.ts")
+    with pytest.raises(SystemExit):  # the reference's features are looked at before anything is written
+        run(images, tmp_path / "a", "--max-steps", "3", *flags)
+    assert not (tmp_path / "a").exists()
+    capsys.readouterr()
+
+
+def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def fail(*args):
+        raise ValueError("the features of some image are not finite")
+
+    monkeypatch.setattr(train, "score_samples", fail)
+    assert run(images, tmp_path, "--max-steps", "4", *scored(square))["step"] == 4
+    assert "step 0000003: not scored (the features of some image are not finite)" in capsys.readouterr().out
+    assert rows(tmp_path) == []
+
+
+def test_scores_reach_the_tracker(images, square, tmp_path):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(images, tmp_path, "--max-steps", "3", *scored(square), "--log-with", "tensorboard")
+    (events,) = (tmp_path / "000-DiT-Ti-8").rglob("events.out*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    (event,) = accumulator.Scalars("eval_fid")
+    (row,) = rows(tmp_path)
+    assert event.step == 3 and event.value == pytest.approx(row["eval_fid"], rel=1e-6)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--eval-every", "3"], "--eval-every and --eval-reference go together"),
+    (["--eval-reference", "x"], "--eval-every and --eval-reference go together"),
+    (["--eval-every", "0", "--eval-reference", "x"], "--eval-every is 0; it must be at least 1"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-samples", "3"], "--eval-samples is 3; it must be at least 4"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "pixels"], "--eval-reference x: there is no such"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "y"], "--features y: there is no such file"),
+])  # fmt: skip
+def test_mistakes_come_before_anything_is_written(images, tmp_path, capsys, flags, message):  # noqa: F811
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path / "results", *flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_checkpoints_do_not_know_of_scores(images, square, tmp_path):  # noqa: F811
+    """They decide nothing: a run goes on whether or not it is scored."""
+    run(images, tmp_path, "--max-steps", "2")
+    run(images, tmp_path, "--max-steps", "4", "--resume", "auto", *scored(square, "4"))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["000-DiT-Ti-8"] and rows(tmp_path)[0]["step"] == 4
+    assert read_checkpoint(list_checkpoints(tmp_path / "000-DiT-Ti-8")[-1])["step"] == 4
