@@ -17,6 +17,7 @@ PANELS = {
     "gradient norm": ["gradient_norm"],
     "images per second": ["images_per_second"],
 }
+SCORES = {"FID": ["eval_fid"], "precision and recall": ["eval_precision", "eval_recall"]}  # where there are some
 
 
 def build_parser():
@@ -37,13 +38,15 @@ def main(argv=None):
         runs = {str(run): read_rows(run) for run in args.runs}
     except OSError as error:
         parser.error(f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py")
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+    panels = PANELS | (SCORES if any("eval_fid" in row for rows in runs.values() for row in rows) else {})
+    figure = Figure(figsize=(11, 3.5 * len(panels) / 2), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(panels) // 2, 2).flat, panels.items()):
         for style, (run, rows) in zip(itertools.cycle(["-", "--", ":", "-."]), runs.items()):
             for i, name in enumerate(names):
                 label = name if len(runs) == 1 else f"{name}, {run}"
                 points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-                axes.plot(*zip(*points), style, color=f"C{i}", label=label)
+                if points:
+                    axes.plot(*zip(*points), style, color=f"C{i}", label=label)
         axes.set(title=title, xlabel="step")
         axes.legend()
     figure.savefig(args.output)

@@ -18,6 +18,7 @@ IMPORTABLE_DOORS = {"download"}  # also the room that turns a checkpoint's name 
 # Outside libraries with few homes.
 HOMES = {
     "diffusers": {"vae", "sampling", "hub"},
+    "torch_fidelity": {"features"},
     "accelerate": {"train", "sample_ddp", "extract_latents", "evaluate"},
 }
 
