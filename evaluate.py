@@ -127,11 +127,16 @@ def evaluate(args, accelerator):
     scores = score(ours, theirs)
     report = {
         "scores": scores,
-        "notes": remarks(scores, samples, reference, ours),
+        "notes": remarks(scores, samples, reference, ours, theirs),
         "samples": describe(samples, hash_of(digests)),
         "reference": describe(reference, reference_hash),
         "features": {"name": extractor.name, "sha256": extractor.sha256, "dimension": len(ours.statistics.mean)},
-        "settings": {"neighbours": NEIGHBOURS, "inception_score_split": SPLIT, "device": accelerator.device.type},
+        "settings": {
+            "neighbours": NEIGHBOURS,
+            "reference_images_in_precision_and_recall": 0 if theirs.features is None else len(theirs.features),
+            "inception_score_split": SPLIT,
+            "device": accelerator.device.type,
+        },
         "versions": {name: installed(name) for name in LIBRARIES},
     }
     text = json.dumps(report, indent=1)
@@ -154,16 +159,20 @@ def describe(side, pixels):
     }
 
 
-def remarks(scores, samples, reference, summary):
-    """What a reader of the scores must know, as sentences."""
-    notes, count, features = [], len(samples.images), summary.features.shape[1]
-    if count < PUBLISHED:
-        notes.append(f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher")
-    if count <= features:
+def remarks(scores, samples, reference, ours, theirs):
+    """What a reader of the scores of two Sides, with these Summaries, must know, as sentences."""
+    notes, features = [], ours.features.shape[1]
+    if len(samples.images) < PUBLISHED:
         notes.append(
-            f"{count:,} samples are too few for {features:,} features: their covariance has no full rank, and FID says little"
+            f"{len(samples.images):,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher"
         )
-    lacking = [name for name in LACKS if scores[name] is None and not (name == "sfid" and summary.spatial is None)]
+    for side, what in ((samples, "samples"), (reference, "reference images")):
+        if side.statistics is None and len(side.images) <= features:
+            notes.append(
+                f"{len(side.images):,} {what} are too few for {features:,} features: their covariance has no full rank, and "
+                "FID says little"
+            )
+    lacking = [name for name in LACKS if scores[name] is None and not (name == "sfid" and ours.spatial is None)]
     if lacking:
         needs = "; ".join(dict.fromkeys(f"{name} needs {LACKS[name]}" for name in lacking))
         remaining = ", ".join(name for name, value in scores.items() if value is not None)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import json
 from pathlib import Path
 from typing import NamedTuple
+import warnings
 
 from safetensors.torch import load_file
 import timm
@@ -148,7 +149,9 @@ def scripted_classifier(path, device):
     Raises ValueError if the file is none.
     """
     try:
-        module = torch.jit.load(path, map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that TorchScript will go some day
+            module = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--features {path} is no TorchScript file ({reason}); save it with torch.jit.save") from None

@@ -62,7 +62,8 @@ def open_side(path, flag, image_size=None, share=slice(None)):
             names = {name.removesuffix(".npy") for name in archive.namelist()}
         statistics = {name: read_statistics(path, keys) for name, keys in STATISTICS.items() if names >= set(keys)}
         images = ArrayImages(path) if IMAGES in names else None
-        made_from = json.loads(str(np.load(path)["made_from"])) if "made_from" in names else None
+        with np.load(path) as file:
+            made_from = json.loads(str(file["made_from"])) if "made_from" in names else None
     except (OSError, zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ValueError(f"{flag} {path} cannot be read as an .npz ({error}); give a folder of images or an .npz") from None
     except ValueError as error:

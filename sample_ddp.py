@@ -206,8 +206,8 @@ def sample_share(args, sampler, labels, folder, device):
 class Finisher:
     """Makes PNG files of latents one chunk behind the sampling, in a thread of its own.
 
-    On a GPU that thread decodes as well, in a stream of its own; on a CPU, where two computations would only slow one
-    another down, it encodes and writes.
+    On a GPU that thread decodes as well, in a stream of its own; on a CPU, whose cores the sampling takes, it encodes and
+    writes only.
     """
 
     def __init__(self, sampler, folder, device):

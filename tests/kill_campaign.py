@@ -36,11 +36,11 @@ RATES = ("images_per_second", "model_flops_per_second", "time")
 TIMEOUT = 120
 
 
-def launcher():
-    """A multiprocessing context whose processes start at once, all that train.py needs imported already."""
+def launcher(door="train"):
+    """A multiprocessing context whose processes start at once, all that a door needs imported already."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload([door])
     return context
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+from accelerate.state import AcceleratorState
 import numpy as np
 from PIL import Image
 import pytest
@@ -19,7 +20,11 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip in
 import export  # noqa: E402
 import judge  # noqa: E402
 import make_dataset  # noqa: E402
+import plot_scores  # noqa: E402
+import train_classifier  # noqa: E402
 import train_vae  # noqa: E402
+import evaluate  # noqa: E402
+from features import load_extractor  # noqa: E402
 import sample  # noqa: E402
 from sampling import load_sampler  # noqa: E402
 from vae import from_uint8, load_vae, to_uint8  # noqa: E402
@@ -142,3 +147,62 @@ def test_exported_checkpoint_is_the_ema_with_its_configuration(tmp_path, capsys)
     for wrong in (["a.pt", "a.safetensors"], ["missing.pt", "b.safetensors"]):
         with pytest.raises(SystemExit):
             export.main([str(tmp_path / name) for name in wrong])
+
+
+# ---- scores ----
+
+
+def test_committed_classifier_knows_heldout_digits():
+    digits, labels = make_dataset.load_split()[2:]
+    images = np.repeat(make_dataset.enlarge(digits)[:, None], 3, axis=1)
+    logits = load_extractor(str(EXAMPLE / "classifier"), torch.device("cpu"))(torch.from_numpy(images)).logits
+    assert (logits.argmax(dim=1).numpy() == labels).mean() >= 0.98
+
+
+def test_committed_scores_of_heldout_digits_can_be_had_again(tmp_path, capsys):
+    make_dataset.main(["--output", str(tmp_path)])
+    capsys.readouterr()
+    evaluate.main([
+        "--samples", str(tmp_path / "heldout"), "--reference", str(tmp_path / "train"), "--features",
+        str(EXAMPLE / "classifier"), "--num-workers", "0", "--device", "cpu",
+    ])  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found, committed = json.loads(capsys.readouterr().out), json.loads((EXAMPLE / "logs" / "heldout.json").read_text())
+    for side in ("samples", "reference"):
+        assert found[side]["sha256_of_pixels"] == committed[side]["sha256_of_pixels"]
+    assert found["features"]["sha256"] == committed["features"]["sha256"]
+    assert found["scores"].pop("sfid") is committed["scores"].pop("sfid") is None
+    assert found["scores"] == pytest.approx(committed["scores"], rel=1e-3)
+
+
+def test_committed_scores_fall_with_training_towards_those_of_real_digits():
+    rows = plot_scores.read_scores(EXAMPLE / "logs" / "scores.jsonl")
+    floor = json.loads((EXAMPLE / "logs" / "heldout.json").read_text())
+    fids = [row["eval_fid"] for row in rows]
+    assert len(rows) >= 6 and {row["eval_samples"] for row in rows} == {floor["samples"]["images"]} == {360}
+    assert floor["scores"]["fid"] < fids[-1] < fids[len(fids) // 2] < fids[len(fids) // 4] < fids[0]
+
+
+def test_scores_are_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name in ("a.svg", "b.svg", "c.png"):
+        plot_scores.main(["--output", str(tmp_path / name)])
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert Image.open(tmp_path / "c.png").size[0] > 500 and (ROOT / "docs" / "digits-fid.svg").exists()
+    with pytest.raises(SystemExit):
+        plot_scores.main(["--scores", "missing.jsonl"])
+    assert "cannot read the scores" in capsys.readouterr().err
+
+
+def test_classifier_script_trains_saves_and_overwrites_nothing(tmp_path, capsys):
+    make_dataset.main(["--output", str(tmp_path / "digits")])
+    flags = ["--data-path", str(tmp_path / "digits"), "--output", str(tmp_path / "classifier")]
+    train_classifier.main([*flags, "--epochs", "1"])
+    out = capsys.readouterr().out
+    assert "epoch 1: loss" in out and "of the held-out digits are right" in out
+    rows = load_extractor(str(tmp_path / "classifier"), torch.device("cpu"))(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert rows.features.shape == (2, 64) and rows.logits.shape == (2, 10)
+    for wrong, message in ((flags, "exists already"), ([*flags[:3], str(tmp_path / "n"), "--data-path", "no"], "no/train is not")):
+        with pytest.raises(SystemExit):
+            train_classifier.main(wrong)
+        assert message in capsys.readouterr().err

@@ -88,7 +88,9 @@ def test_folder_and_npz_are_the_same_set(sets, capsys):
         "path": 0, "images": 240, "size": [8, 8], "sha256_of_pixels": 0, "sha256_of_file": None,
     }  # fmt: skip
     assert first["features"]["dimension"] == 64 and len(first["features"]["sha256"]) == 64
-    assert first["settings"] == {"neighbours": 3, "inception_score_split": 5000, "device": "cpu"}
+    assert first["settings"] == {
+        "neighbours": 3, "reference_images_in_precision_and_recall": 300, "inception_score_split": 5000, "device": "cpu",
+    }  # fmt: skip
     assert torch.__version__.startswith(first["versions"]["torch"])
 
 
@@ -136,13 +138,14 @@ def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weigh
     np.savez(tmp_path / "adm.npz", **as_adm)
     (from_folder, err), *from_files = (
         run(capsys, "--samples", samples, "--reference", path, *flags)
-        for path in (folder, tmp_path / "ref.npz", tmp_path / "adm.npz")
+        for path in (folder, tmp_path / "adm.npz")
     )
     assert all(value is not None for value in from_folder["scores"].values())
     for report, _ in from_files:
         assert report["scores"] == pytest.approx(from_folder["scores"], rel=1e-9)
         assert len(report["reference"]["sha256_of_file"]) == 64
-    assert "10 samples are too few for 2,048 features: their covariance has no full rank" in err
+    for too_few in ("10 samples", "12 reference images"):
+        assert f"{too_few} are too few for 2,048 features: their covariance has no full rank" in err
 
 
 def test_file_statistics_come_before_those_of_its_images(sets, capsys, tmp_path):

@@ -270,3 +270,14 @@ def test_processes_together_give_the_summary_of_one():
     assert summary.statistics.covariance == pytest.approx(alone.statistics.covariance, rel=1e-12)
     progress = iter(turns)
     assert summarize(extractor, ((source[turn[1]], None) for turn in turns), 11, team=Team(1, 3, gathered)) == (None, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_on_a_gpu_are_those_of_the_cpu(inception_weights):
+    rows = [load_extractor("inception", torch.device(d), inception_weights)(images(4, 64).to(d)) for d in ("cpu", "cuda")]
+    for on_cpu, on_gpu in zip(*rows):
+        assert torch.allclose(on_cpu, on_gpu.cpu(), rtol=1e-3, atol=1e-3)
+    moments = [Moments(), Moments()]
+    for one, row in zip(moments, rows):
+        one.add(row.features)
+    assert moments[0].statistics().covariance == pytest.approx(moments[1].statistics().covariance, rel=1e-2, abs=1e-4)

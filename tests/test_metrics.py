@@ -1,12 +1,16 @@
 """metrics.py: scores against closed forms, scipy, and small implementations written down here from the papers."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.linalg
 from scipy.spatial.distance import cdist
 import torch
 
-from conftest import randn
+from conftest import ROOT, randn
 from metrics import (
     SPLIT, Moments, Statistics, Summary, frechet_distance, inception_score, precision_and_recall, score,
 )  # fmt: skip
@@ -175,3 +179,15 @@ def test_scores_are_those_that_both_sides_allow():
     assert score(Summary(full.statistics), full)["inception_score"] is None
     with pytest.raises(ValueError, match="the reference has 2 features, the samples 5"):
         score(full, Summary(statistics=full.spatial))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_an_fid_50k_is_scored_in_under_six_minutes_and_3_gb():
+    """50,000 × 2,048 features against 10,000, precision and recall included."""
+    code = "import json; from benchmarks.scoring import measure; print(json.dumps(measure(50_000, 10_000)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, memory = json.loads(done.stdout)
+    print(seconds, memory)
+    assert sum(seconds.values()) < 360 and memory < 3

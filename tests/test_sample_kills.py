@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 from pathlib import Path
 import random
@@ -16,6 +15,7 @@ from PIL import Image
 import pytest
 
 from conftest import ROOT
+from kill_campaign import TIMEOUT, end, launcher
 
 COUNT, BATCH = 40, 4
 RUN = [
@@ -23,17 +23,12 @@ RUN = [
     "--num-fid-samples", str(COUNT), "--per-proc-batch-size", str(BATCH), "--num-sampling-steps", "20", "--sampler", "ddim",
     "--device", "cpu",
 ]  # fmt: skip
-TIMEOUT = 120
 WAYS = ["outside", "outside", "byte", "before", "after", "packing"]
 
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes that start at once, all that sample_ddp.py needs imported already."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sample_ddp"])
-    return context
+    return launcher("sample_ddp")
 
 
 def worker(folder, rank, processes, death):
@@ -91,12 +86,6 @@ def start(context, folder, processes, death=None):
     return started
 
 
-def end(started, code=0):
-    for process in started:
-        process.join(TIMEOUT)
-        assert process.exitcode == code
-
-
 def kill_all(started):
     for process in started:
         try:
@@ -129,7 +118,7 @@ def all_whole(folder):
 def alone(context, tmp_path_factory):
     """The hashes of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("alone") / "samples"
-    end(start(context, folder, 1))
+    end(start(context, folder, 1), 0)
     return hashes(folder)
 
 
@@ -152,7 +141,7 @@ def survive(context, folder, processes, how, source):
     left = len(images(folder))
     all_whole(folder)
     assert not list(folder.glob("*.npz"))
-    end(start(context, folder, processes))
+    end(start(context, folder, processes), 0)
     return left, hashes(folder)
 
 

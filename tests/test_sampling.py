@@ -678,3 +678,22 @@ def test_packing_takes_no_more_memory_for_more_images(tmp_path):
         npz.unlink()
     print(f"resident at most {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
     assert abs(peaks[1] - peaks[0]) < 50 and max(peaks) < 1000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
+    """The images of the overlapped run are those decoded one chunk after the other; CPU and GPU have folders of their own."""
+    folder, array = many(ckpt, vae, tmp_path, "--device", "cuda")
+    args = sample_ddp.build_parser().parse_args([
+        "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "3", "--num-fid-samples", "7",
+    ])  # fmt: skip
+    device = torch.device("cuda:0")
+    sampler = sample_ddp.load_sampler(args, device)
+    labels = sample_ddp.all_labels(args, sampler).to(device)
+    with tf32(True):
+        for start in range(0, 7, 2):
+            indices = range(start, min(start + 2, 7))
+            images = sampler.decode(sampler.numbered_latents(0, indices, labels[start : start + 2])).cpu().numpy()
+            assert np.array_equal(images, array[start : start + 2])
+    many(ckpt, vae, tmp_path / "cpu", "--device", "cpu")
+    assert not (tmp_path / "cpu" / folder.name).exists()

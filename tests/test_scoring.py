@@ -3,13 +3,16 @@
 import json
 import os
 from pathlib import Path
+import runpy
 import signal
 
 from accelerate.state import AcceleratorState
+from PIL import Image
 import pytest
 import torch
 
 from checkpoints import list_checkpoints, read_checkpoint
+from conftest import ROOT
 import evaluate
 from kill_campaign import end, launcher, start
 import sample_ddp
@@ -183,3 +186,13 @@ def test_checkpoints_do_not_know_of_scores(images, square, tmp_path):  # noqa: F
     run(images, tmp_path, "--max-steps", "4", "--resume", "auto", *scored(square, "4"))
     assert [folder.name for folder in tmp_path.iterdir()] == ["000-DiT-Ti-8"] and rows(tmp_path)[0]["step"] == 4
     assert read_checkpoint(list_checkpoints(tmp_path / "000-DiT-Ti-8")[-1])["step"] == 4
+
+
+def test_scores_are_drawn_beside_the_losses(images, square, tmp_path):  # noqa: F811
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(ROOT / "examples" / "plot_run.py"))
+    for name, more in (("plain", []), ("judged", scored(square))):
+        run(images, tmp_path / name, "--max-steps", "3", *more)
+        script["main"]([str(tmp_path / name / "000-DiT-Ti-8"), "--output", str(tmp_path / f"{name}.png")])
+    heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("plain", "judged")]
+    assert heights[1] == pytest.approx(1.5 * heights[0], rel=0.01)
