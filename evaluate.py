@@ -10,6 +10,7 @@ scores are printed as JSON, with hashes of both sides; what to know about them g
 """
 
 import argparse
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 import json
@@ -23,16 +24,12 @@ import torch
 
 from checkpoints import write_whole
 from features import MANIFOLD_IMAGES, Team, load_extractor, spread, summarize
-from image_sets import STATISTICS, hash_of, open_side, read_batches, summarize_reference, write_npz
+from image_sets import STATISTICS, hash_of, open_side, read_batches, remarks, summarize_reference, write_npz
 from metrics import NEIGHBOURS, SPLIT, score
+from sampling import check_writable
 
-PUBLISHED = 50_000  # samples, of which published scores are
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # others wait this long while one fetches Inception or reads from a slow disk
 LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
-LACKS = {  # score → the arrays that it needs of a reference file
-    "fid": "mu and sigma, or images arr_0", "sfid": "mu_s and sigma_s, or images arr_0",
-    "precision": "images arr_0", "recall": "images arr_0",
-}  # fmt: skip
 
 
 def build_parser():
@@ -72,8 +69,10 @@ def main(argv=None):
             cpu=args.device == "cpu" or no_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
         )
         (make_reference if args.make_reference else evaluate)(args, accelerator)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename or args.output}: {error.strerror or error}; mend that and give the command again")
     accelerator.end_training()
 
 
@@ -99,8 +98,8 @@ def check_arguments(args):
             raise ValueError(f"--device {name}: PyTorch sees none here; leave the flag out or pass --device cpu")
     if args.output and Path(args.output).exists():
         raise ValueError(f"--output {args.output} exists already; remove it or give another name")
-    if args.output and not Path(args.output).parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
+    if args.output:
+        check_writable(args.output)
 
 
 def begin(args, accelerator):
@@ -115,19 +114,19 @@ def evaluate(args, accelerator):
     """Print the scores and all that belongs to them, in the first process. Raises ValueError for what cannot be compared."""
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     samples, reference = (open_side(getattr(args, name), f"--{name}", share=mine) for name in ("samples", "reference"))
-    if samples.images is None:
-        raise ValueError(f"--samples {samples.path} has statistics and no images; give a folder of images or an .npz of them")
+    beside = check_samples(samples)
+    reference.check_kind(args.features)
     extractor, team, reading = begin(args, accelerator)
-    reference.check_features(extractor)
+    reference.check_features(extractor, samples.images.size, accelerator.device)
     batches = read_batches(samples.images, args.batch_size, accelerator.device, **reading)
     ours, digests = summarize(extractor, batches, len(samples.images), with_logits=True, team=team)
     theirs, reference_hash = summarize_reference(reference, extractor, accelerator.device, args.batch_size, **reading)
     if not accelerator.is_main_process:
         return
-    scores = score(ours, theirs)
+    scores, of_samples = score(ours, theirs), (len(samples.images), samples.images.size)
     report = {
         "scores": scores,
-        "notes": remarks(scores, samples, reference, ours, theirs),
+        "notes": beside + remarks(scores, of_samples, reference, (ours, theirs), extractor.name),
         "samples": describe(samples, hash_of(digests)),
         "reference": describe(reference, reference_hash),
         "features": {"name": extractor.name, "sha256": extractor.sha256, "dimension": len(ours.statistics.mean)},
@@ -139,12 +138,33 @@ def evaluate(args, accelerator):
         },
         "versions": {name: installed(name) for name in LIBRARIES},
     }
-    text = json.dumps(report, indent=1)
+    text = json.dumps(report, indent=1, allow_nan=False)
     print(text)
     for note in report["notes"]:
         print(f"note: {note}", file=sys.stderr)
     if args.output:
         write_whole(Path(args.output), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def check_samples(samples):
+    """What is odd about the samples, as sentences. Raises ValueError if they are not what can be scored."""
+    if samples.images is None:
+        raise ValueError(f"--samples {samples.path} has statistics and no images; give a folder of images or an .npz of them")
+    count, manifest = len(samples.images), Path(samples.path) / "manifest.json"
+    wanted = count
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a folder of sample_ddp.py says how many there are to be
+        wanted = json.loads(manifest.read_text(encoding="utf-8"))["decides"]["num_fid_samples"]
+    if wanted != count:
+        raise ValueError(
+            f"--samples {samples.path} holds {count} images, its manifest.json says {wanted}: give the same sample_ddp.py "
+            "command again, which goes on, or take out what does not belong there"
+        )
+    notes, folders = [], samples.images.folders
+    if folders > 1:
+        notes.append(f"samples come from {folders} folders at or below {samples.path}")
+    if samples.statistics or samples.spatial:
+        notes.append(f"{samples.path} has statistics as a reference has; of samples the images alone count")
+    return notes
 
 
 def describe(side, pixels):
@@ -157,30 +177,6 @@ def describe(side, pixels):
         "sha256_of_pixels": pixels,
         "sha256_of_file": side.sha256,
     }
-
-
-def remarks(scores, samples, reference, ours, theirs):
-    """What a reader of the scores of two Sides, with these Summaries, must know, as sentences."""
-    notes, features = [], ours.features.shape[1]
-    if len(samples.images) < PUBLISHED:
-        notes.append(
-            f"{len(samples.images):,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher"
-        )
-    for side, what in ((samples, "samples"), (reference, "reference images")):
-        if side.statistics is None and len(side.images) <= features:
-            notes.append(
-                f"{len(side.images):,} {what} are too few for {features:,} features: their covariance has no full rank, and "
-                "FID says little"
-            )
-    lacking = [name for name in LACKS if scores[name] is None and not (name == "sfid" and ours.spatial is None)]
-    if lacking:
-        needs = "; ".join(dict.fromkeys(f"{name} needs {LACKS[name]}" for name in lacking))
-        remaining = ", ".join(name for name, value in scores.items() if value is not None)
-        notes.append(f"{reference.path} lacks arrays: {needs}. What remains: {remaining}")
-    if reference.images and reference.images.size != samples.images.size:
-        ours, theirs = ("{}x{}".format(*side.images.size) for side in (samples, reference))
-        notes.append(f"samples are of {ours} pixels, the reference of {theirs}")
-    return notes
 
 
 def installed(name):
@@ -199,6 +195,7 @@ def make_reference(args, accelerator):
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     side = open_side(args.make_reference, "--make-reference", args.image_size, mine)
     extractor, team, reading = begin(args, accelerator)
+    extractor.dimensions(side.images.size, accelerator.device)  # which finds out whether it can be used
     summary, pixels = summarize_reference(side, extractor, accelerator.device, args.batch_size, **reading)
     if not accelerator.is_main_process:
         return

@@ -9,6 +9,7 @@ import hashlib
 from importlib.util import find_spec
 import json
 from pathlib import Path
+import pickle
 from typing import NamedTuple
 import warnings
 
@@ -22,7 +23,7 @@ from metrics import Moments, Summary
 
 SPATIAL_CHANNELS = 7  # of ADM's sFID
 MOST_FEATURES = 8192  # a covariance of so many takes half a GB, and a minute or two for its singular values
-MANIFOLD_IMAGES = 10_000  # of a reference, whose features precision and recall need; as many as ADM's files have
+MANIFOLD_IMAGES = 10_000  # of a folder as reference, for precision and recall; as many as ADM's files have
 
 
 class Rows(NamedTuple):
@@ -43,16 +44,38 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Rows of images uint8 (n, 3, H, W), float32 without TF32. Raises ValueError if there are too many features."""
+        """Rows of images uint8 (n, 3, H, W), float32 without TF32."""
         with tf32(False):
-            rows = Rows(*(None if part is None else part.float() for part in self.extract(images)))
-        if rows.features.shape[1] > MOST_FEATURES:
-            height, width = images.shape[-2:]
+            return Rows(*(None if part is None else part.float() for part in self.extract(images)))
+
+    def dimensions(self, size, device):
+        """How many features, and how many spatial ones (None: it has none), an image of size (width, height) has.
+
+        Tries it on two images of noise. Raises ValueError if it does not take them, gives something else than a row for
+        each, or too much.
+        """
+        width, height = size
+        images = torch.randint(256, (2, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        try:
+            rows = self(images.to(device))
+            shapes = [None if part is None else tuple(part.shape) for part in rows]
+        except Exception as error:  # whatever a user's network raises
+            reason = str(error).strip().splitlines()[-1:] or [""]
             raise ValueError(
-                f"--features {self.name} makes {rows.features.shape[1]:,} features of an image of {width}x{height}; their "
-                f"covariance would be too large (at most {MOST_FEATURES:,}); pass inception or a classifier"
+                f"--features {self.name} cannot be used on uint8 images of {width}x{height} ({type(error).__name__}: "
+                f"{reason[0]}); it must return features (n, D), or a pair of features and logits (n, K)"
+            ) from None
+        if any(shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes):
+            raise ValueError(
+                f"--features {self.name} gives {shapes[0]} features and {shapes[2]} logits for 2 images; wanted are (2, D) and "
+                "(2, K), or features alone"
             )
-        return rows
+        if shapes[0][1] > MOST_FEATURES:
+            raise ValueError(
+                f"--features {self.name} makes {shapes[0][1]:,} features of an image of {width}x{height}; their covariance "
+                f"would be too large (at most {MOST_FEATURES:,}); pass inception or a classifier"
+            )
+        return shapes[0][1], shapes[1] and shapes[1][1]
 
 
 def load_extractor(name, device, inception_weights=None):
@@ -63,14 +86,14 @@ def load_extractor(name, device, inception_weights=None):
     if name == "pixels":
         return Extractor(lambda images: Rows(images.flatten(1) / 255), name)
     if name == "inception":
+        if find_spec("torch_fidelity") is None:
+            raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
         path = Path(inception_weights or fetch_inception())
         return Extractor(Inception(path).to(device), name, file_hash(path))
-    path = Path(name)
-    if path.is_dir():
-        path = path / "model.safetensors"
+    path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
-            f"--features {name}: there is no such file; give inception, pixels, a TorchScript file, or .safetensors with the "
+            f"--features {name}: there is no file {path}; give inception, pixels, a TorchScript file, or .safetensors with the "
             "config.json that timm writes beside it"
         )
     load = timm_classifier if path.suffix == ".safetensors" else scripted_classifier
@@ -89,8 +112,8 @@ def file_hash(path):
 class Inception(torch.nn.Module):
     """The Inception network of 2015, in torch-fidelity's port from TensorFlow, tapped where ADM's evaluation suite taps it.
 
-    features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch,
-    17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises ValueError if path holds
+    features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch (here
+    Mixed_6d) after its ReLU, 17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises ValueError if path holds
     other weights.
     """
 
@@ -104,6 +127,8 @@ class Inception(torch.nn.Module):
             self.trunk = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
         except OSError as error:
             raise ValueError(f"cannot read {path} ({error.strerror}); {advice}") from None
+        except pickle.UnpicklingError:
+            raise ValueError(f"{path} holds other weights (it is no file of tensors alone); {advice}") from None
         except Exception as error:  # torch.load and load_state_dict have many kinds
             raise ValueError(f"{path} holds other weights ({str(error).splitlines()[0]}); {advice}") from None
         self.trunk.Mixed_6d.branch1x1.register_forward_hook(self._tap)
@@ -119,10 +144,8 @@ class Inception(torch.nn.Module):
 def fetch_inception():
     """The path of torch-fidelity's Inception weights in torch's own cache, fetched if they are not there.
 
-    Raises ValueError if torch-fidelity is not installed or the file cannot be had.
+    Raises ValueError if the file cannot be had.
     """
-    if find_spec("torch_fidelity") is None:
-        raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
@@ -158,8 +181,8 @@ def scripted_classifier(path, device):
 
     def extract(images):
         out = module(images)
-        features, logits = out if isinstance(out, tuple) else (out, None)
-        return Rows(features.flatten(1), None, logits)
+        features, logits = (out, None) if torch.is_tensor(out) else out
+        return Rows(features, None, logits)
 
     return extract
 
@@ -189,7 +212,7 @@ def timm_classifier(path, device):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
         features = model.forward_head(model.forward_features((x - mean) / std), pre_logits=True)  # (n, D)
-        return Rows(features, None, model.get_classifier()(features))
+        return Rows(features, None, model.get_classifier()(features) if model.num_classes else None)
 
     return extract
 
@@ -250,6 +273,8 @@ def summarize(extractor, batches, count, keep=None, with_logits=False, team=Team
         begun = end
     if team.rank:
         return None, None
+    if not all(part.isfinite().all() for part in logits):
+        raise ValueError("the logits of some image are not finite; look at the images, or at the --features network")
     summary = Summary(
         moments.statistics(), spatial.statistics() if spatial.count else None, torch.cat(features),
         torch.cat(logits) if logits else None,

@@ -4,11 +4,14 @@ An .npz of images has them as uint8 `arr_0` (N, H, W, 3). A reference file may h
 Inception's features, mu_s and sigma_s, those of the spatial ones, and in `arr_0` some images for precision and recall.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 import hashlib
 import json
+import os
 from pathlib import Path
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -18,8 +21,13 @@ from tqdm.auto import tqdm
 
 from data import center_crop_arr, ignore_signals, list_images, to_rgb
 from features import MANIFOLD_IMAGES, Team, deal, file_hash, summarize
-from metrics import Statistics, Summary
+from metrics import NEIGHBOURS, Statistics, Summary
 
+PUBLISHED = 50_000  # samples, of which published scores are
+NEEDS = {  # score → what it needs of both sides
+    "fid": "mu and sigma, or images arr_0", "sfid": "mu_s and sigma_s, or images arr_0",
+    "precision": f"more than {NEIGHBOURS} images", "recall": f"more than {NEIGHBOURS} images",
+}  # fmt: skip
 STATISTICS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # what a Summary calls them → ADM's names
 IMAGES = "arr_0"
 DIGEST_BYTES = 32
@@ -36,14 +44,29 @@ class Side:
     sha256: str | None = None  # of the file, where statistics come from it
     made_from: dict | None = None  # what --make-reference wrote of itself
 
-    def check_features(self, extractor):
-        """Raise ValueError if the statistics are of other features than these."""
-        made = self.made_from or {}
-        if made and (made["features_sha256"] or made["features"]) != (extractor.sha256 or extractor.name):
+    def check_kind(self, features, sha256=None):
+        """Raise ValueError if a reference file says that it was made with other features than those of this name and hash."""
+        made = self.made_from or {"features": features, "features_sha256": sha256}
+        kinds = [name if name in ("inception", "pixels") else "a network" for name in (made["features"], features)]
+        if kinds[0] != kinds[1] or (sha256 and made["features_sha256"] != sha256):
             raise ValueError(
-                f"{self.path} was made with --features {made['features']}, other weights or both than {extractor.name}; make "
-                "it again with --make-reference, or pass those"
+                f"{self.path} was made with --features {made['features']}, or with other weights of it, and not with {features}; "
+                "pass those, or make it again with --make-reference"
             )
+
+    def check_features(self, extractor, size, device):
+        """Raise ValueError unless these, as a reference, can be compared by the extractor with images of a size (W, H)."""
+        self.check_kind(extractor.name, extractor.sha256)
+        ours = extractor.dimensions(size, device)
+        theirs = extractor.dimensions(self.images.size, device) if self.images else (None, None)
+        for (name, keys), samples, images in zip(STATISTICS.items(), ours, theirs):
+            stored = getattr(self, name)
+            for found, what in ((stored and len(stored.mean), f"{keys[0]} and {keys[1]}"), (images, "images")):
+                if found and samples and found != samples:
+                    raise ValueError(
+                        f"{self.path} has {found} features in its {what}, samples have {samples} by --features {extractor.name}: "
+                        "it is of other features, or of other image sizes; make it again with --make-reference"
+                    )
 
 
 def open_side(path, flag, image_size=None, share=slice(None)):
@@ -60,11 +83,13 @@ def open_side(path, flag, image_size=None, share=slice(None)):
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-        statistics = {name: read_statistics(path, keys) for name, keys in STATISTICS.items() if names >= set(keys)}
+            damaged = archive.testzip() if not share.start else None  # one process looks at every byte
+        if damaged:
+            raise ValueError(f"{damaged} is damaged; fetch or make it again")
+        statistics = {name: read_statistics(path, keys) for name, keys in STATISTICS.items() if names & set(keys)}
         images = ArrayImages(path) if IMAGES in names else None
-        with np.load(path) as file:
-            made_from = json.loads(str(file["made_from"])) if "made_from" in names else None
-    except (OSError, zipfile.BadZipFile, KeyError, EOFError) as error:
+        made_from = read_made_from(path) if "made_from" in names else None
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{flag} {path} cannot be read as an .npz ({error}); give a folder of images or an .npz") from None
     except ValueError as error:
         raise ValueError(f"{flag} {path}: {error}") from None
@@ -75,15 +100,28 @@ def open_side(path, flag, image_size=None, share=slice(None)):
     return Side(str(path), images, sha256=file_hash(path) if statistics else None, made_from=made_from, **statistics)
 
 
+def read_made_from(path):
+    """What --make-reference wrote of itself into an .npz, a dict; None if that is somebody else's."""
+    with np.load(path) as file, suppress(ValueError):
+        made = json.loads(str(file["made_from"]))
+        if isinstance(made, dict) and {"features", "features_sha256"} <= made.keys():
+            return made
+    return None
+
+
 def read_statistics(path, keys):
     """Statistics from an .npz under these keys. Raises ValueError if they are damaged or do not fit together."""
     with np.load(path) as file:
+        if not set(keys) <= set(file.files):
+            raise ValueError(f"it has {' or '.join(keys)} alone; wanted are both of them, or neither")
         mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in keys)
     size = mean.size
     if mean.shape != (size,) or covariance.shape != (size, size):
         raise ValueError(f"{keys[0]} has the shape {mean.shape}, {keys[1]} {covariance.shape}; wanted are (D,) and (D, D)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{keys[0]} or {keys[1]} has values that are not finite; the file is damaged, fetch or make it again")
+    if covariance.diagonal().min() < 0:
+        raise ValueError(f"{keys[1]} has variances below 0, so it is no covariance; fetch or make it again")
     return Statistics(mean, covariance)
 
 
@@ -95,6 +133,7 @@ class FolderImages(Dataset):
             self.paths = list_images(folder, num_classes=0).paths
         except ValueError as error:
             raise ValueError(str(error).replace("--data-path", flag)) from None
+        self.folders = len({os.path.dirname(path) for path in self.paths})
         self.image_size = image_size
         self.size = (image_size, image_size) if image_size else self._header(self.paths[0])
         for path in [] if image_size else self.paths[share]:
@@ -138,11 +177,13 @@ class ArrayImages(Dataset):
     Raises ValueError if they are no uint8 images (N, H, W, 3).
     """
 
+    folders = 1
+
     def __init__(self, path):
         self.path = path
         self.array = open_array(path, IMAGES)
         shape, dtype = self.array.shape, self.array.dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not len(self.array):
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
         self.size = (shape[2], shape[1])
 
@@ -188,18 +229,47 @@ def read_batches(images, batch_size, device, team=Team(), num_workers=0):
 def summarize_reference(side, extractor, device, batch_size, team=Team(), num_workers=0):
     """(the Summary of a reference, the hash of its images or None) in the first process; (None, None) elsewhere.
 
-    Statistics that stand in its file come before those of its images. Raises ValueError if an image is damaged or features
-    are not finite.
+    Statistics that stand in its file come before those of its images; of a folder's images, MANIFOLD_IMAGES are kept for
+    precision and recall. Raises ValueError if an image is damaged or features are not finite.
     """
     if side.images is None:
         return (None, None) if team.rank else (Summary(side.statistics, side.spatial), None)
     batches = read_batches(side.images, batch_size, device, team, num_workers)
-    summary, digests = summarize(extractor, batches, len(side.images), MANIFOLD_IMAGES, team=team)
+    keep = MANIFOLD_IMAGES if isinstance(side.images, FolderImages) else None
+    summary, digests = summarize(extractor, batches, len(side.images), keep, team=team)
     if team.rank:
         return None, None
     if side.statistics or side.spatial:
         summary.statistics, summary.spatial = side.statistics, side.spatial
     return summary, hash_of(digests)
+
+
+def remarks(scores, samples, reference, summaries, features):
+    """What a reader of the scores must know, as sentences.
+
+    samples is (how many, their size (W, H)), reference the Side, summaries those of both, features the extractor's name.
+    """
+    (count, size), (ours, _), notes = samples, summaries, []
+    dimension = ours.features.shape[1]
+    if count < PUBLISHED:
+        notes.append(f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher")
+    few = [(count, "samples")] + ([] if reference.statistics else [(len(reference.images), "reference images")])
+    for number, what in few:
+        if number <= dimension:
+            notes.append(
+                f"{number:,} {what} are too few for {dimension:,} features: their covariance has no full rank, and FID says "
+                "little"
+            )
+    lacking = [name for name in NEEDS if scores[name] is None and not (name == "sfid" and ours.spatial is None)]
+    if lacking:
+        needs = "; ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
+        remaining = ", ".join(name for name, value in scores.items() if value is not None)
+        notes.append(f"samples, or the reference {reference.path}, lack something: {needs}. What remains: {remaining}")
+    if reference.statistics and not reference.made_from and features != "inception":
+        notes.append(f"{reference.path} does not say of which features its mu and sigma are; taken for those of {features}")
+    if reference.images and reference.images.size != size:
+        notes.append("samples are of {}x{} pixels, the reference of {}x{}".format(*size, *reference.images.size))
+    return notes
 
 
 def hash_of(digests):
@@ -245,5 +315,8 @@ def write_npz(file, arrays):
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:  # an entry without a time
                 np.lib.format.write_array_header_1_0(out, header)
+                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
                 for row in rows:
-                    out.write(row.tobytes())
+                    size -= out.write(row.tobytes())
+                if size:
+                    raise ValueError(f"{name} comes out {-size} bytes longer than its shape {tuple(shape)} says")

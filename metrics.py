@@ -61,7 +61,7 @@ def frechet_distance(a, b):
     product = _root(a.covariance).T @ _root(b.covariance)  # (rank of a, rank of b)
     overlap = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
-    return max(0.0, float(np.square(a.mean - b.mean).sum() + spread))
+    return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)  # in this order, NaN stays NaN
 
 
 def _root(covariance):
@@ -133,20 +133,10 @@ class Summary:
 
 
 def score(samples, reference):
-    """fid, sfid, inception_score, precision and recall of two Summaries, as a dict; None for those that lack something.
-
-    Raises ValueError if the features are of different kinds.
-    """
-    for name in ("statistics", "spatial"):
-        ours, theirs = getattr(samples, name), getattr(reference, name)
-        if ours and theirs and len(ours.mean) != len(theirs.mean):
-            raise ValueError(
-                f"the reference has {len(theirs.mean)} features, the samples {len(ours.mean)}: its mean and covariance are of "
-                "another --features, or of other image sizes; make it again with --make-reference"
-            )
+    """fid, sfid, inception_score, precision and recall of two Summaries, as a dict; None for those that lack something."""
     have = {name: getattr(samples, name) is not None and getattr(reference, name) is not None for name in vars(samples)}
     precision = recall = None
-    if have["features"]:
+    if have["features"] and min(len(samples.features), len(reference.features)) > NEIGHBOURS:
         precision, recall = precision_and_recall(samples.features, reference.features)
     return {
         "fid": frechet_distance(samples.statistics, reference.statistics) if have["statistics"] else None,

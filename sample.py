@@ -56,8 +56,11 @@ def main(argv=None):
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     except ValueError as error:
         parser.error(str(error))
-    with tf32(args.tf32):
-        images = sample(sampler, labels, args.seed, device)
+    try:
+        with tf32(args.tf32):
+            images = sample(sampler, labels, args.seed, device)
+    except ValueError as error:
+        parser.exit(1, f"sample.py: error: {error}\n")
     picture(images, captions(labels, sampler.network.num_classes, sampler.classes)).save(args.output)
     print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
 

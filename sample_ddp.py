@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 import fcntl
 from functools import partial
+import glob
 import hashlib
 import json
 import os
@@ -21,20 +22,25 @@ from pathlib import Path
 import platform
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from checkpoints import newest_checkpoint
 from devices import process_device, tf32
 from features import file_hash
-from image_sets import write_npz
-from sampling import add_sampling_flags, check_sampling_flags, label_indices, load_sampler, random_labels
+from image_sets import open_array, write_npz
+from sampling import (
+    add_sampling_flags, check_sampling_flags, find_checkpoint, label_indices, load_sampler, random_labels,
+)  # fmt: skip
 from vae import vae_hashes
 
 # Flags that change no image, or that the checkpoint answers for.
-INCIDENTAL = ("device", "sample_dir", "ckpt", "model", "image_size", "num_classes", "said")
+SAID_BY_CHECKPOINT = ("model", "image_size", "num_classes", "said")
+INCIDENTAL = ("device", "sample_dir", "ckpt", *SAID_BY_CHECKPOINT)
 POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a bar
 # torchrun tells each process its place. They share work by it and speak through files only, so none can time out.
@@ -53,7 +59,7 @@ def build_parser():
     run.add_argument("--global-seed", type=int, default=0, help="(default: %(default)s)")
     policies = (
         "random: drawn for each image; balanced: image i is of class i modulo their number; or a file with a number or name "
-        "in each line (default: %(default)s)"
+        "in each line, of which the first are used (default: %(default)s)"
     )
     run.add_argument("--labels", default="random", metavar="{random,balanced,FILE}", help=policies)
     add_sampling_flags(parser, vae="ema", cfg_scale=1.5)
@@ -69,24 +75,55 @@ def main(argv=None):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         device = process_device(args.device)
-        sampler = load_sampler(args, device)
+        if WORLD_SIZE > 1 and args.ckpt is not None and Path(args.ckpt).is_dir():
+            raise ValueError(
+                f"--ckpt {args.ckpt} is a run folder, whose newest checkpoint may change while processes start; give the "
+                f"checkpoint itself, {newest_checkpoint(args.ckpt)}"
+            )
+        checkpoint = find_checkpoint(args)
+        before = stamps(checkpoint, args.vae)
+        sampler = load_sampler(args, device, checkpoint)
         labels = all_labels(args, sampler)
         folder, manifest = open_folder(args, sampler, labels, device)
+        if stamps(checkpoint, args.vae) != before:
+            raise ValueError(f"{checkpoint} or {args.vae} changed while it was read; give the same command again")
     except ValueError as error:
         parser.error(str(error))
-    began = time.monotonic()
     try:
-        with tf32(args.tf32):
-            sample_share(args, sampler, labels, folder, device)
-        if RANK == 0:
-            wait_for_all(folder, args.num_fid_samples)
-            pack(folder, args.num_fid_samples)
-            manifest["runs"][-1]["seconds"] = round(time.monotonic() - began, 1)
-            write_manifest(folder, manifest)
-            print(f"{args.num_fid_samples} images in {folder} and {folder}.npz")
+        make_all(args, sampler, labels, folder, manifest, device)
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
         parser.exit(1, f"sample_ddp.py: error: {reason}; when that is mended, the same command goes on\n")
+    except ValueError as error:
+        parser.exit(1, f"sample_ddp.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "sample_ddp.py: interrupted; the same command goes on\n")
+
+
+def make_all(args, sampler, labels, folder, manifest, device):
+    """Sample this process's share; in the first process, also wait for the others and pack.
+
+    Raises OSError where the disk refuses, ValueError for images that are not finite or damaged.
+    """
+    began, count = time.monotonic(), args.num_fid_samples
+    missing = count - len(images_there(folder, count))
+    if RANK == 0:
+        write_manifest(folder, manifest)
+        print(f"{count - missing} of {count} images are in {folder}", flush=True)
+    with tf32(args.tf32):
+        sample_share(args, sampler, labels, folder, device)
+    if RANK == 0:
+        wait_for_all(folder, count)
+        pack(folder, count, afresh=missing > 0)
+        manifest["run"]["seconds"] = round(time.monotonic() - began, 1)
+        write_manifest(folder, manifest)
+        print(f"{count} images in {folder} and {folder}.npz")
+
+
+def stamps(checkpoint, vae):
+    """What changes when the checkpoint, or a file of a local VAE, is replaced or written to."""
+    found = [os.stat(path) for path in (checkpoint, *sorted(Path(vae).glob("*"))) if Path(path).exists()]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def all_labels(args, sampler):
@@ -99,25 +136,29 @@ def all_labels(args, sampler):
     if args.labels == "balanced":
         return torch.arange(count) % classes
     try:
-        lines = Path(args.labels).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--labels {args.labels} cannot be read ({reason}); give random, balanced, or a file") from None
     if len(lines) < count:
         raise ValueError(f"--labels {args.labels} has {len(lines)} lines, --num-fid-samples is {count}; one line per image")
-    try:
-        return torch.tensor(label_indices([line.strip() for line in lines[:count]], classes, sampler.classes))
-    except ValueError as error:
-        raise ValueError(f"--labels {args.labels}: {error}") from None
+    labels = []
+    for number, line in enumerate(lines[:count], start=1):
+        try:
+            labels += label_indices([line.strip()], classes, sampler.classes)
+        except ValueError as error:
+            raise ValueError(f"--labels {args.labels}, line {number}: {error}") from None
+    return torch.tensor(labels)
 
 
 def open_folder(args, sampler, labels, device):
-    """(the folder for these options, what its manifest.json says). Raises ValueError if it cannot be made.
+    """(the folder for these options, what is to stand in its manifest.json). Raises ValueError if it cannot be made.
 
-    The folder is the same in every process; the first writes the manifest.
+    The folder is the same in every process.
     """
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
     decides |= {
+        "vae": "see vae_sha256" if Path(args.vae).is_dir() else args.vae,
         "labels": args.labels if args.labels in ("random", "balanced") else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "device_type": device.type,
         "network": sampler.network.config,
@@ -126,40 +167,48 @@ def open_folder(args, sampler, labels, device):
     }
     steps = f"{args.num_sampling_steps}-{args.sampler}"
     name = (
-        f"{sampler.checkpoint.stem}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
+        f"{sampler.checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
     )
     folder = Path(args.sample_dir) / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
-    options = {key: value for key, value in vars(args).items() if key != "said"} | {"ckpt": str(sampler.checkpoint)}
-    manifest = {"decides": decides, "options": options, "runs": earlier_runs(folder)}
-    manifest["runs"].append({
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "processes": WORLD_SIZE,
-        "threads": torch.get_num_threads(),
+    options = {key: value for key, value in vars(args).items() if key not in SAID_BY_CHECKPOINT}
+    run = {
+        "started": datetime.now(timezone.utc).isoformat(), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}, "seconds": None,
-    })  # fmt: skip
+    }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, manifest)
+        write_whole(folder / ".probe", lambda file: None)
+        (folder / ".probe").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --sample-dir") from None
-    return folder, manifest
-
-
-def earlier_runs(folder):
-    """What the folder's manifest says of the starts before this one; nothing if it has none."""
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["runs"]
-    return []
+    return folder, {"decides": decides, "options": options | {"ckpt": str(sampler.checkpoint)}, "run": run}
 
 
 def write_manifest(folder, manifest):
-    """Write manifest.json, in the first process."""
-    if RANK == 0:
-        write_whole(folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    """Write manifest.json, this start beside those before it, and say if they were made under other circumstances."""
+    run, earlier = manifest["run"], []
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["runs"]
+        earlier = [one for one in found if one["started"] != run["started"]]
+    if run["seconds"] is None:
+        for name in ("threads", "device", "versions"):
+            others = {json.dumps(one.get(name)) for one in earlier} - {json.dumps(run[name])}
+            if others:
+                print(f"note: a start before had other {name} ({', '.join(sorted(others))}): images may round otherwise")
+    manifest = {**manifest, "runs": [*earlier, run]}
+    del manifest["run"]
+    write_whole(folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
 
 def image_path(folder, i):
     return folder / f"{i:06d}.png"
+
+
+def images_there(folder, count):
+    """The indices, of `count`, whose images are in the folder."""
+    names = set(os.listdir(folder))
+    return {i for i in range(count) if image_path(folder, i).name in names}
 
 
 def write_whole(path, write):
@@ -170,14 +219,15 @@ def write_whole(path, write):
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             write(file)
-        temporary.replace(path)
+            file.flush()
+            temporary.replace(path)  # still locked
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder, name="*"):
-    """Remove what killed processes left half-written; a file that is being written is locked by its process."""
-    for path in folder.glob(f".{name}.partial"):
+    """Remove what killed processes left half-written of this name; what is being written is locked by its process."""
+    for path in folder.glob(f".{name}.*.partial"):
         with suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -189,11 +239,11 @@ def sample_share(args, sampler, labels, folder, device):
     The work is cut into chunks of consecutive images, dealt to the processes in turn; a chunk with an image missing is
     sampled whole, so that every image always comes from the same batch.
     """
-    there, size, count = set(os.listdir(folder)), args.per_proc_batch_size, args.num_fid_samples
+    there, size, count = images_there(folder, args.num_fid_samples), args.per_proc_batch_size, args.num_fid_samples
     todo = []
     for start in range(0, count, size)[RANK::WORLD_SIZE]:
         indices = range(start, min(start + size, count))
-        missing = [i for i in indices if image_path(folder, i).name not in there]
+        missing = [i for i in indices if i not in there]
         if missing:
             todo.append((indices, missing))
     every = 0.1 if sys.stderr.isatty() else TELL_SECONDS
@@ -250,34 +300,48 @@ class Finisher:
 
 def wait_for_all(folder, count):
     """Return when every image is there."""
-    wanted, told = {image_path(folder, i).name for i in range(count)}, time.monotonic()
-    while missing := len(wanted - set(os.listdir(folder))):
+    told = time.monotonic()
+    while missing := count - len(images_there(folder, count)):
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
             print(f"waiting for {missing} images of other processes", flush=True)
         time.sleep(POLL_SECONDS)
 
 
-def pack(folder, count):
-    """Write the images, one at a time, to FOLDER.npz as ADM's evaluation suite reads them; an .npz there is left alone."""
+def pack(folder, count, afresh):
+    """Write the images, one at a time, to FOLDER.npz as ADM's evaluation suite reads them.
+
+    One that is there already and whole is left alone, unless it is to be written afresh. Raises ValueError for a damaged
+    image.
+    """
     target = folder.with_name(folder.name + ".npz")
     remove_leftovers(folder)
-    remove_leftovers(folder.parent, f"{target.name}.*")
-    if target.exists():
-        return
-    width, height = Image.open(image_path(folder, 0)).size
-    array = ((count, height, width, 3), np.uint8, (read_image(image_path(folder, i)) for i in range(count)))
-    write_whole(target, lambda file: write_npz(file, {"arr_0": array}))
+    remove_leftovers(folder.parent, glob.escape(target.name))
+    height, width, _ = shape = read_image(image_path(folder, 0)).shape
+    if not afresh:
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+            if open_array(target, "arr_0").shape == (count, *shape):
+                return
+    array = ((count, height, width, 3), np.uint8, (read_image(image_path(folder, i), shape) for i in range(count)))
+
+    def write(file):
+        write_npz(file, {"arr_0": array})
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_whole(target, write)
 
 
-def read_image(path):
-    """The pixels (H, W, 3) of a PNG; leaves the program if it is damaged."""
+def read_image(path, shape=None):
+    """The pixels (H, W, 3) of a PNG. Raises ValueError if it is damaged, or of another shape than this."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError:
-        damaged = f"{path} cannot be read; remove it and run the same command again"
-        sys.exit(f"sample_ddp.py: error: {damaged}")
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files
+        raise ValueError(f"{path} cannot be read ({error}); remove it and give the same command again") from None
+    if shape not in (None, pixels.shape):
+        raise ValueError(f"{path} has the shape {pixels.shape}, others {shape}; remove it and give the same command again")
+    return pixels
 
 
 if __name__ == "__main__":

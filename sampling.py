@@ -192,7 +192,7 @@ class Sampler:
         return out[:n]
 
     def images(self, labels, noise, noise_fn=torch.randn_like, progress=False):
-        """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`."""
+        """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`. Raises ValueError if they are not finite."""
         return self.decode(self.latents(labels, noise, noise_fn, progress))
 
     def numbered_latents(self, seed, indices, labels):
@@ -202,22 +202,36 @@ class Sampler:
         return self.latents(labels, noise, noise_fn)
 
     def decode(self, latents):
-        """Images uint8 (N, H, W, 3) of latents (N, C, h, w), on their device."""
-        return to_uint8(self.space.decode(latents))
+        """Images uint8 (N, H, W, 3) of latents (N, C, h, w), on their device. Raises ValueError if they are not finite."""
+        images = self.space.decode(latents)
+        if not images.isfinite().all():
+            raise ValueError(
+                f"some images have values that are not finite, with --mixed-precision {self.mixed_precision} and --cfg-scale "
+                f"{self.cfg_scale}: try no or bf16, less guidance, or look for NaN in the checkpoint"
+            )
+        return to_uint8(images)
 
 
-def load_sampler(args, device):
-    """The Sampler that the flags ask for. Everything that can be wrong is found before the VAE's weights are loaded.
+def find_checkpoint(args):
+    """The checkpoint file that --ckpt means: itself, the newest of a run folder, or the released one, fetched if need be.
+
+    Raises ValueError if there is none.
+    """
+    if args.ckpt is None:
+        return download_model(released_name(args.model, args.image_size, args.num_classes))
+    return newest_checkpoint(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt)
+
+
+def load_sampler(args, device, checkpoint=None):
+    """The Sampler that the flags ask for, of this checkpoint if one is given. What can be wrong is found before the VAE's
+    weights are loaded.
 
     Raises ValueError for a checkpoint, VAE and flags that do not fit together.
     """
     shape = latent_shape(args.vae)
     if args.ckpt is None:
-        name = released_name(args.model, args.image_size, args.num_classes)
         shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-        checkpoint = download_model(name)
-    else:
-        checkpoint = newest_checkpoint(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt)
+    checkpoint = checkpoint or find_checkpoint(args)
     weights = load_weights(checkpoint, args.weights)
     if args.ckpt is None:
         weights = weights._replace(classes=weights.classes or imagenet_names())

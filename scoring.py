@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 from features import Extractor, Team, deal, summarize
-from image_sets import open_side, summarize_reference
+from image_sets import Side, open_side, remarks, summarize_reference
 from metrics import Summary, score
 from sampling import Sampler, random_labels
+from vae import to_uint8
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 1.0  # quick, and in published scores near 250 DDPM steps
 
@@ -15,38 +16,55 @@ class Stopped(Exception):
 
 
 class Judge(NamedTuple):
-    """What samples are scored by, and how many; the reference is None but in the first process."""
+    """What samples are scored by, and how many; the reference's Summary is None but in the first process."""
 
     extractor: Extractor
+    side: Side
     reference: Summary | None
     count: int
     batch_size: int
     team: Team
 
 
-def load_judge(reference, extractor, count, batch_size, device, team, num_workers):
-    """The Judge for a reference as evaluate.py takes it. Raises ValueError if it cannot be had."""
+def load_judge(reference, extractor, image_size, count, batch_size, device, team, num_workers):
+    """The Judge, for samples of image_size, by a reference as evaluate.py takes it. Raises ValueError if it does not fit."""
     side = open_side(reference, "--eval-reference", share=slice(team.rank, None, team.world_size))
-    side.check_features(extractor)
+    side.check_features(extractor, (image_size, image_size), device)
     summary, _ = summarize_reference(side, extractor, device, batch_size, team, num_workers)
-    return Judge(extractor, summary, count, batch_size, team)
+    return Judge(extractor, side, summary, count, batch_size, team)
 
 
-def score_samples(judge, network, space, seed, device, stopped):
-    """The scores, a dict as of metrics.score, of samples from a network; None but in the first process.
+def score_samples(judge, network, space, seed, device, any_process):
+    """(the scores, as of metrics.score, of samples from a network; remarks on them) in the first process; else (None, None).
 
-    Image i depends on (seed, i) alone and nothing is drawn from torch's generators. stopped(), the same in every process, is
-    asked before each batch. Raises Stopped where it said so, ValueError for images without finite features.
+    Image i depends on (seed, i) alone and nothing is drawn from torch's generators. any_process(flag, if None: whether to
+    stop) says in each process whether it holds in one of them; it is asked before each batch, and once more before the score
+    is made up. Raises Stopped in every process if it is to stop; ValueError in every process for images, and in the first for
+    features, that are not finite.
     """
     sampler = Sampler(network, space, None, STEPS, SAMPLER, cfg_scale=GUIDANCE)
 
     def batches():
         for indices in deal(judge.count, judge.batch_size, judge.team):
-            if stopped():
+            if any_process():
                 raise Stopped
             labels = random_labels(seed, indices, max(1, network.num_classes)).to(device)
-            images = sampler.decode(sampler.numbered_latents(seed, indices, labels))
-            yield images.permute(0, 3, 1, 2), None  # (n, 3, H, W)
+            images = space.decode(sampler.numbered_latents(seed, indices, labels))  # (n, 3, H, W)
+            if any_process(not images.isfinite().all()):
+                raise ValueError("the images that the network draws are not finite")
+            yield to_uint8(images).permute(0, 3, 1, 2), None
 
-    samples, _ = summarize(judge.extractor, batches(), judge.count, with_logits=True, team=judge.team)
-    return None if samples is None else score(samples, judge.reference)
+    samples = failure = None
+    try:
+        samples, _ = summarize(judge.extractor, batches(), judge.count, with_logits=True, team=judge.team)
+    except ValueError as error:
+        failure = error
+    if any_process():  # which every process must come to, also the first alone with features that are not finite
+        raise Stopped
+    if failure:
+        raise failure
+    if samples is None:
+        return None, None
+    scores, side = score(samples, judge.reference), judge.side
+    size = (network.input_size * space.shape.ratio,) * 2
+    return scores, remarks(scores, (judge.count, size), side, (samples, judge.reference), judge.extractor.name)

@@ -199,11 +199,15 @@ def prepare_judge(args, accelerator):
     """The Judge that --eval-reference and its like ask for. Raises ValueError if there can be none."""
     team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
     batch_size = args.global_batch_size // team.world_size // args.grad_accum
-    with accelerator.local_main_process_first():
-        extractor = load_extractor(args.eval_features, accelerator.device)
-    return load_judge(
-        args.eval_reference, extractor, args.eval_samples, batch_size, accelerator.device, team, args.num_workers
-    )
+    try:
+        with accelerator.local_main_process_first():
+            extractor = load_extractor(args.eval_features, accelerator.device)
+        return load_judge(
+            args.eval_reference, extractor, args.image_size, args.eval_samples, batch_size, accelerator.device, team,
+            args.num_workers,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(str(error).replace("--features", "--eval-features")) from None
 
 
 def build_state(args, space, accelerator, classes, fresh):
@@ -305,6 +309,8 @@ def introduce(job, lock):
             f"note: the checkpoint was written by {before.get('processes')} process(es) on {before.get('device')}; "
             f"{same if before.get('device') == device else 'the same samples per step, but other noise'}"
         )
+    if args.eval_every and args.eval_every > job.last_step:
+        job.log(f"note: --eval-every {args.eval_every} is beyond the last step {job.last_step}: nothing will be scored")
     if state.step >= job.last_step:
         job.log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
 
@@ -328,8 +334,9 @@ def train(job, signals):
         share = args.global_batch_size // world // args.grad_accum
         warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
     if evaluation_due(job) and not once(accelerator, has_row, job.start.folder, state.step, "eval_samples"):
-        if not save_scores(job, signals):  # for which the run was stopped the last time
-            return log("stopped while scoring; nothing is lost")
+        with meter.paused():
+            if not save_scores(job, signals):  # for which the run was stopped the last time
+                return log("stopped while scoring; nothing is lost")
     for batch, labels, bad in make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
         check_readable(job, batch, bad)
         skipped.here.update(bad)
@@ -506,12 +513,13 @@ def save_scores(job, signals):
     """
     args, accelerator, step, began = job.args, job.accelerator, job.state.step, time.monotonic()
 
-    def stopped():
-        flag = torch.tensor(float(signals.received is not None), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+    def any_process(flag=None):
+        flag = torch.as_tensor(signals.received is not None if flag is None else flag, device=accelerator.device)
+        return bool(accelerator.reduce(flag.float(), reduction="sum") > 0)
 
     try:
-        scores = score_samples(job.judge, whole_average(job), job.space, args.global_seed, accelerator.device, stopped)
+        network = whole_average(job)
+        scores, notes = score_samples(job.judge, network, job.space, args.global_seed, accelerator.device, any_process)
     except Stopped:
         return False
     except ValueError as error:
@@ -519,10 +527,13 @@ def save_scores(job, signals):
         job.log(f"step {step:07d}: not scored ({error})")
     if scores:
         row = {f"eval_{name}": value for name, value in scores.items()} | {"eval_samples": args.eval_samples}
-        job.log.row({"step": step} | row | {"time": time.time()})
+        against = {"eval_reference": args.eval_reference, "eval_features": args.eval_features}
+        job.log.row({"step": step} | row | against | {"time": time.time()})
         track(job, row)
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items() if value is not None)
         job.log(f"step {step:07d}: {told}; {args.eval_samples} samples, {time.monotonic() - began:.0f} s")
+        for note in notes if step == args.eval_every else []:
+            job.log(f"note: {note}")
     accelerator.wait_for_everyone()
     return True
 
@@ -531,12 +542,14 @@ def save_preview(job):
     """Write previews/SSSSSSS.png from the main average, for noise and labels that are the same each time."""
     state, network = job.state, whole_average(job)
     if job.accelerator.is_main_process:
-        images = preview(network, job.space, job.args.global_seed, job.accelerator.device).permute(0, 3, 1, 2)
         path = job.start.folder / "previews" / f"{state.step:07d}.png"
-        grid = make_grid(images.cpu().float() / 255, nrow=4)
         try:
+            images = preview(network, job.space, job.args.global_seed, job.accelerator.device).permute(0, 3, 1, 2)
+            grid = make_grid(images.cpu().float() / 255, nrow=4)
             path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
+        except ValueError as error:
+            job.log(f"{path} was not written ({error})")
         except OSError as error:
             job.log(f"{path} was not written ({error.strerror}; {disk_space(job.start.folder)}); going on without")
     job.accelerator.wait_for_everyone()

@@ -59,7 +59,7 @@ def fresh_accelerator():
 
 def run(capsys, *flags):
     """evaluate.main with these flags; (what it reports, what it says beside it)."""
-    evaluate.main([*map(str, flags), *QUICK])
+    evaluate.main([*QUICK, *map(str, flags)])
     out, err = capsys.readouterr()
     return (json.loads(out) if out.startswith("{") else out), err
 
@@ -67,7 +67,7 @@ def run(capsys, *flags):
 def refused(capsys, *flags):
     """The message that these flags get."""
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*map(str, flags), *QUICK])
+        evaluate.main([*QUICK, *map(str, flags)])
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -122,7 +122,7 @@ def test_a_set_against_itself(sets, capsys):
 def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weights):
     """A file with mu, sigma, mu_s, sigma_s and arr_0, made here, scores like the images that it was made of."""
     images = pictures(12, seed=3)
-    folder, flags = write_folder(tmp_path / "real", images), ["--inception-weights", inception_weights]
+    folder, flags = write_folder(tmp_path / "real", images), ["--inception-weights", inception_weights, "--batch-size", "6"]
     samples = write_folder(tmp_path / "samples", pictures(10, seed=4))
     out, _ = run(capsys, "--make-reference", folder, "--output", tmp_path / "ref.npz", *flags)
     assert "mu, sigma, mu_s, sigma_s, arr_0, made_from of 12 images, 12 of them as arr_0" in out
@@ -166,8 +166,44 @@ def test_statistics_alone_leave_some_scores(sets, capsys, tmp_path):
     np.savez(tmp_path / "bare.npz", mu=whole["mu"], sigma=whole["sigma"])
     report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "bare.npz", "--features", "pixels")
     assert [name for name, value in report["scores"].items() if value is not None] == ["fid"]
-    assert "lacks arrays: precision needs images arr_0; recall needs images arr_0. What remains: fid" in err
+    assert "precision needs more than 3 images; recall needs more than 3 images. What remains: fid" in err
     assert report["reference"]["images"] is None and report["notes"][-1] in err
+
+
+def test_a_reference_of_three_images_has_no_third_neighbours(sets, capsys, tmp_path):
+    np.savez(tmp_path / "three.npz", pictures(3))
+    report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "three.npz", "--features", "pixels")
+    assert [name for name, value in report["scores"].items() if value is not None] == ["fid"]
+    assert "recall needs more than 3 images" in err and "3 reference images are too few for 192 features" in err
+
+
+def test_all_images_of_a_file_count_and_of_a_folder_those_that_are_kept(sets, capsys, monkeypatch):
+    monkeypatch.setattr(image_sets, "MANIFOLD_IMAGES", 100)
+    for name, kept in (("real.npz", 300), ("real", 100)):
+        report, _ = run(capsys, "--samples", sets / "samples", "--reference", sets / name, "--features", "pixels")
+        assert report["settings"]["reference_images_in_precision_and_recall"] == kept
+
+
+def test_what_is_odd_is_remarked(sets, capsys, tmp_path):
+    run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features", "pixels")
+    flags = ["--features", "pixels"]
+    swapped = run(capsys, "--samples", tmp_path / "r.npz", "--reference", sets / "samples", *flags)[1]
+    assert "r.npz has statistics as a reference has; of samples the images alone count" in swapped
+    pooled = run(capsys, "--samples", sets, "--reference", sets / "real", *flags)[1]
+    assert "540 samples; " in pooled and f"samples come from 2 folders at or below {sets}" in pooled
+    whole = np.load(tmp_path / "r.npz")
+    np.savez(tmp_path / "unsigned.npz", **{name: whole[name] for name in ("mu", "sigma", "arr_0")})
+    unsigned = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "unsigned.npz", *flags)[1]
+    assert "does not say of which features its mu and sigma are; taken for those of pixels" in unsigned
+
+
+def test_an_unfinished_folder_of_samples_is_refused(sets, capsys, tmp_path):
+    folder = write_folder(tmp_path / "s", pictures(5))
+    (folder / "manifest.json").write_text(json.dumps({"decides": {"num_fid_samples": 6}}))
+    err = refused(capsys, "--samples", folder, "--reference", sets / "real", "--features", "pixels")
+    assert "holds 5 images, its manifest.json says 6: give the same sample_ddp.py command again" in err
+    (folder / "manifest.json").write_text("[]")
+    run(capsys, "--samples", folder, "--reference", sets / "real", "--features", "pixels")
 
 
 def test_another_order_of_samples_changes_hash_and_nothing_else(sets, capsys, tmp_path):
@@ -242,12 +278,15 @@ def test_unequal_and_colourless_images_are_named(sets, capsys, tmp_path):
     ({"mu": np.ones(192), "sigma": np.full((192, 192), np.nan)}, "mu or sigma has values that are not finite"),
     ({"mu": np.full(192, np.inf), "sigma": np.eye(192)}, "mu or sigma has values that are not finite"),
     ({"mu": np.ones(192), "sigma": np.eye(191)}, "mu has the shape (192,), sigma (191, 191); wanted are (D,) and (D, D)"),
-    ({"mu": np.ones(2048), "sigma": np.eye(2048)}, "the reference has 2048 features, the samples 192"),
+    ({"mu": np.ones(2048), "sigma": np.eye(2048)}, "has 2048 features in its mu and sigma, samples have 192 by --features pixels"),
     ({"arr_0": np.zeros((4, 8, 8, 3), np.float32)}, "arr_0 is float32 (4, 8, 8, 3); wanted are images, uint8 (N, H, W, 3)"),
     ({"arr_0": np.zeros((4, 8, 8), np.uint8)}, "arr_0 is uint8 (4, 8, 8); wanted are images"),
     ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "wanted are images, uint8 (N, H, W, 3)"),
-    ({"images": np.zeros(3), "mu": np.ones(3)}, "has images, mu; wanted is arr_0 (uint8 images), or mu and sigma"),
-    ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8)}, "3 images do not have 3 neighbours each; give more"),
+    ({"images": np.zeros(3)}, "has images; wanted is arr_0 (uint8 images), or mu and sigma"),
+    ({"arr_0": np.zeros((5, 8, 0, 3), np.uint8)}, "wanted are images, uint8 (N, H, W, 3)"),
+    ({"arr_0": np.zeros((5, 9, 9, 3), np.uint8)}, "has 243 features in its images, samples have 192 by --features pixels"),
+    ({"mu": np.ones(192), "arr_0": np.zeros((5, 8, 8, 3), np.uint8)}, "it has mu or sigma alone; wanted are both"),
+    ({"mu": np.ones(192), "sigma": -np.eye(192)}, "sigma has variances below 0, so it is no covariance"),
     ({"arr_0": np.array([{}], object)}, "Object arrays cannot be loaded"),
 ])  # fmt: skip
 def test_references_that_cannot_be_used(sets, capsys, tmp_path, arrays, message):
@@ -268,6 +307,21 @@ def test_files_that_are_no_npz(sets, capsys, tmp_path):
     }.items():
         assert message in refused(capsys, *flags, tmp_path / name)
     assert "holds no images" in refused(capsys, *flags, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_changed_byte_in_an_npz_is_noticed(sets, capsys, tmp_path, save):
+    save(tmp_path / "r.npz", pictures(300))
+    content = bytearray((tmp_path / "r.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "r.npz").write_bytes(content)
+    err = refused(capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features", "pixels")
+    assert "arr_0.npy is damaged; fetch or make it again" in err or "cannot be read as an .npz" in err
+
+
+def test_a_made_from_of_somebody_else_is_passed_over(sets, capsys, tmp_path):
+    np.savez(tmp_path / "r.npz", arr_0=pictures(300), made_from=np.array("2021"))
+    assert run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features", "pixels")[0]["scores"]
 
 
 def test_samples_without_images(sets, capsys, tmp_path):
@@ -292,6 +346,14 @@ def test_features_that_are_not_finite(sets, capsys, tmp_path):
     flags = ["--samples", sets / "samples", "--reference", sets / "real", "--features", tmp_path / "broken.ts"]
     assert "the features of some image are not finite" in refused(capsys, *flags)
 
+    class BrokenLogits(torch.nn.Module):
+        def forward(self, images):
+            features = images.float().mean(dim=(2, 3))
+            return features, features / 0
+
+    torch.jit.script(BrokenLogits()).save(str(tmp_path / "broken.ts"))
+    assert "the logits of some image are not finite" in refused(capsys, *flags)
+
 
 @pytest.mark.parametrize("flags, message", [
     ([], "--samples and --reference are wanted, or --make-reference"),
@@ -303,7 +365,8 @@ def test_features_that_are_not_finite(sets, capsys, tmp_path):
     (["--samples", "a", "--reference", "b", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["--samples", "a", "--reference", "b", "--num-workers", "-1"], "--num-workers is -1"),
     (["--samples", "a", "--reference", "b", "--output", "README.md"], "--output README.md exists already"),
-    (["--samples", "a", "--reference", "b", "--output", "no/where.json"], "there is no folder no; make it first"),
+    (["--samples", "a", "--reference", "b", "--output", "no/where.json"], "cannot write no/where.json (No such file"),
+    (["--make-reference", "tests", "--output", "/proc/r.npz"], "cannot write /proc/r.npz"),
     (["--samples", "a", "--reference", "b", "--features", "pixels", "--inception-weights", "w"], "is for --features inc"),
     (["--samples", "a", "--reference", "b"], "--samples a: there is no such file or folder"),
 ])  # fmt: skip

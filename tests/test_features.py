@@ -109,8 +109,9 @@ def test_inception_weights_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pickle.pth")
     for name in ("other.pth", "text.pth", "pickle.pth"):
-        with pytest.raises(ValueError, match=f"{name} holds other weights .* as --inception-weights"):
+        with pytest.raises(ValueError, match=f"{name} holds other weights .* as --inception-weights") as raised:
             load_extractor("inception", CPU, tmp_path / name)
+        assert "weights_only" not in str(raised.value)  # PyTorch's own advice is to do without that safeguard
     with pytest.raises(ValueError, match="cannot read .*missing.pth"):
         load_extractor("inception", CPU, tmp_path / "missing.pth")
 
@@ -168,9 +169,23 @@ def test_a_torchscript_file_gives_features_and_logits(tmp_path):
     rows, (wanted, logits) = extractor(images()), tiny(images())
     assert torch.equal(rows.features, wanted) and torch.equal(rows.logits, logits) and rows.spatial is None
     assert extractor.sha256 == hashlib.sha256((tmp_path / "tiny.ts").read_bytes()).hexdigest()
-    torch.jit.trace(lambda x: x.float().mean(dim=2), images(1)).save(str(tmp_path / "plain.ts"))
+    torch.jit.trace(lambda x: x.float().mean(dim=(2, 3)), images(1)).save(str(tmp_path / "plain.ts"))
     rows = load_extractor(str(tmp_path / "plain.ts"), CPU)(images())
-    assert rows.features.shape == (6, 3 * 12) and rows.logits is None
+    assert rows.features.shape == (6, 3) and rows.logits is None
+
+
+@pytest.mark.parametrize("function, message", [
+    (lambda x: x.float().mean(dim=2), r"gives \(2, 3, 12\) features and None logits for 2 images; wanted are \(2, D\)"),
+    (lambda x: x.float().mean(), r"gives \(\) features"),
+    (lambda x: (x.float().mean(dim=(2, 3)),) * 3, r"cannot be used on uint8 images of 12x12 \(ValueError: too many"),
+    (lambda x: {"features": x.float().mean(dim=(2, 3))}, r"cannot be used on uint8 images of 12x12"),
+    (lambda x: torch.nn.functional.conv2d(x, torch.ones(4, 3, 2, 2)).mean(dim=(2, 3)), r"cannot be used on uint8 images"),
+])  # fmt: skip
+def test_networks_that_give_something_else_are_found_out_on_two_images(tmp_path, function, message):
+    example = images(1).float() if "conv2d" in function.__code__.co_names else images(1)
+    torch.jit.trace(function, example, strict=False).save(str(tmp_path / "odd.ts"))
+    with pytest.raises(ValueError, match=message):
+        load_extractor(str(tmp_path / "odd.ts"), CPU).dimensions((12, 12), CPU)
 
 
 def test_a_timm_classifier_gives_what_timm_computes():
@@ -184,18 +199,29 @@ def test_a_timm_classifier_gives_what_timm_computes():
     assert load_extractor(str(CLASSIFIER), CPU)(images(1, 48)).features.shape == (1, 64)  # brought to its size
 
 
+def test_a_network_without_a_classifier_has_no_logits(tmp_path):
+    from timm.models import save_for_hf
+
+    options = {"stem_width": 8, "stem_type": "", "channels": [8, 8, 8, 8], "num_classes": 0}
+    save_for_hf(timm.create_model("resnet10t", **options), tmp_path / "bare", model_args=options, safe_serialization=True)
+    rows = load_extractor(str(tmp_path / "bare"), CPU)(images(2, 32))
+    assert rows.features.shape == (2, 8) and rows.logits is None
+
+
 def test_pixels_are_grey_levels_from_0_to_1():
     rows = load_extractor("pixels", CPU)(images())
     assert torch.equal(rows.features, images().flatten(1) / 255) and rows.logits is rows.spatial is None
+    assert load_extractor("pixels", CPU).dimensions((5, 4), CPU) == (60, None)
     with pytest.raises(ValueError, match="--features pixels makes 12,288 features of an image of 64x64"):
-        load_extractor("pixels", CPU)(images(1, 64))
+        load_extractor("pixels", CPU).dimensions((64, 64), CPU)
 
 
 def test_features_that_cannot_be_loaded(tmp_path):
     (tmp_path / "text.ts").write_text("nothing")
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     for name, message in {
-        "no": "there is no such file; give inception, pixels",
+        "no": "there is no file no; give inception, pixels",
+        str(CLASSIFIER.parent): "there is no file .*digits/model.safetensors",
         str(tmp_path / "text.ts"): "is no TorchScript file",
         str(tmp_path): "model.safetensors cannot be loaded .* with config.json beside it",
     }.items():

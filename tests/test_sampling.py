@@ -428,15 +428,24 @@ def test_restart_makes_only_what_is_missing(tmp_path, vae, ckpt, monkeypatch):
     assert all(before[p.name] == p.stat().st_mtime_ns for p in folder.glob("*.png") if p.name != "000003.png")
 
 
-def test_foreign_and_damaged_files_in_the_folder(tmp_path, vae, ckpt):
+def refused(capsys, ckpt, vae, folder, *flags):
+    """What sample_ddp.py says when it gives up in the middle of its work."""
+    with pytest.raises(SystemExit) as stopped:
+        many(ckpt, vae, folder, *flags)
+    assert stopped.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_foreign_and_damaged_files_in_the_folder(tmp_path, vae, ckpt, capsys):
     folder, array = many(ckpt, vae, tmp_path)
     npz = tmp_path / f"{folder.name}.npz"
     npz.unlink()
     (folder / "grid.png").write_bytes(b"a picture of somebody")
     victim = folder / "000002.png"
     victim.write_bytes(victim.read_bytes()[:40])
-    with pytest.raises(SystemExit, match="000002.png cannot be read; remove it and run the same command again"):
-        many(ckpt, vae, tmp_path)
+    assert "000002.png cannot be read" in refused(capsys, ckpt, vae, tmp_path)
+    Image.new("RGB", (16, 16)).save(victim)
+    assert "000002.png has the shape (16, 16, 3), others (8, 8, 3); remove it" in refused(capsys, ckpt, vae, tmp_path)
     assert not list(tmp_path.glob("*npz*")) and not list(tmp_path.glob(".*npz*"))
     victim.unlink()
     assert np.array_equal(many(ckpt, vae, tmp_path)[1], array) and (folder / "grid.png").exists()
@@ -562,7 +571,7 @@ def test_another_file_of_labels_gets_another_folder(tmp_path, vae, ckpt):
 @pytest.mark.parametrize("text, message", [
     ("1\n2\n", "has 2 lines, --num-fid-samples is 7; one line per image"),
     ("1\n" * 6 + "12", "12: give a number from 0 to 9 or one of the names digit 0"),
-    ("1\n\n" * 4, "labels.txt: : give a number from 0 to 9"),
+    ("1\n\n" * 4, "labels.txt, line 2: : give a number from 0 to 9"),
     (None, "cannot be read (No such file or directory); give random, balanced, or a file"),
 ])  # fmt: skip
 def test_mistakes_in_a_file_of_labels(tmp_path, capsys, vae, ckpt, text, message):
@@ -697,3 +706,81 @@ def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
             assert np.array_equal(images, array[start : start + 2])
     many(ckpt, vae, tmp_path / "cpu", "--device", "cpu")
     assert not (tmp_path / "cpu" / folder.name).exists()
+
+
+def test_images_that_are_not_finite_are_no_images(tmp_path, vae, ckpt, capsys):
+    """A guidance beyond float32 gives NaN, which as grey levels would be black."""
+    assert "values that are not finite, with --mixed-precision no and --cfg-scale 1e+39" in refused(
+        capsys, ckpt, vae, tmp_path, "--cfg-scale", "1e39"
+    )
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.glob("*.npz"))
+    with pytest.raises(SystemExit):
+        sampled(tmp_path, "--ckpt", ckpt, "--vae", vae, "--cfg-scale", "1e39")
+    assert "values that are not finite" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+
+
+def test_an_npz_that_is_not_whole_is_made_again(tmp_path, vae, ckpt):
+    folder, array = many(ckpt, vae, tmp_path)
+    npz = tmp_path / f"{folder.name}.npz"
+    whole = npz.read_bytes()
+    for damaged in (b"", whole[:-300], b"text"):
+        npz.write_bytes(damaged)
+        many(ckpt, vae, tmp_path)
+        assert npz.read_bytes() == whole
+    before = npz.stat().st_mtime_ns
+    many(ckpt, vae, tmp_path)
+    assert npz.stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_that_changes_while_it_is_read(tmp_path, vae, ckpt, capsys, monkeypatch):
+    mine, load = tmp_path / "mine.safetensors", sample_ddp.load_sampler
+    shutil.copy(ckpt, mine)
+
+    def meanwhile(*args):
+        sampler = load(*args)
+        save_weights(mine, Weights(fill_randomly(DiT(**CONFIG), 9).state_dict(), CONFIG, NAMES))
+        return sampler
+
+    monkeypatch.setattr(sample_ddp, "load_sampler", meanwhile)
+    with pytest.raises(SystemExit):
+        many(str(mine), vae, tmp_path / "s")
+    assert "changed while it was read; give the same command again" in capsys.readouterr().err
+    assert not list((tmp_path / "s").rglob("*.png"))
+
+
+def test_several_processes_want_a_checkpoint_and_no_run_folder(tmp_path, vae, capsys, monkeypatch):
+    path = checkpoint_path(tmp_path / "000-run", 3)
+    path.parent.mkdir(parents=True)
+    state = fill_randomly(DiT(**CONFIG)).state_dict()
+    save_checkpoint(path, {"model": state, "ema": state, "config": CONFIG, "classes": None})
+    monkeypatch.setattr(sample_ddp, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit):
+        many(str(tmp_path / "000-run"), vae, tmp_path / "s")
+    assert f"give the checkpoint itself, {path}" in capsys.readouterr().err
+
+
+def test_a_start_under_other_circumstances_is_told(tmp_path, vae, ckpt, capsys):
+    folder, _ = many(ckpt, vae, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["runs"][0] |= {"threads": 99, "versions": {"torch": "1.0"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    many(ckpt, vae, tmp_path)
+    out = capsys.readouterr().out
+    assert "a start before had other threads (99): images may round otherwise" in out and "other versions" in out
+    assert len(json.loads((folder / "manifest.json").read_text())["runs"]) == 2
+    (folder / "manifest.json").write_text("[]")
+    many(ckpt, vae, tmp_path)
+
+
+def test_the_place_of_the_autoencoder_does_not_matter(tmp_path, vae, ckpt, monkeypatch):
+    folder, _ = many(ckpt, vae, tmp_path)
+    monkeypatch.chdir(Path(vae).parent)
+    assert many(ckpt, Path(vae).name, tmp_path)[0] == folder
+
+
+def test_ctrl_c_is_no_traceback(tmp_path, vae, ckpt, capsys, monkeypatch):
+    monkeypatch.setattr(Sampler, "latents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        many(ckpt, vae, tmp_path)
+    assert stopped.value.code == 130 and "interrupted; the same command goes on" in capsys.readouterr().err

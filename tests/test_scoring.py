@@ -7,6 +7,7 @@ import runpy
 import signal
 
 from accelerate.state import AcceleratorState
+import numpy as np
 from PIL import Image
 import pytest
 import torch
@@ -54,10 +55,11 @@ def test_scores_come_at_their_steps_and_change_nothing_else(images, square, tmp_
     assert same(plain["model"], judged["model"]) and same(plain["ema"], judged["ema"])
     assert plain["log"] == judged["log"]
     found = rows(tmp_path / "judged")
-    assert [row["step"] for row in found] == [3, 6] and list(found[0]) == ["step", *SCORES]
+    assert [row["step"] for row in found] == [3, 6] and list(found[0]) == ["step", *SCORES, "eval_reference", "eval_features"]
     assert found[0]["eval_samples"] == 10 and found[0]["eval_fid"] != found[1]["eval_fid"] and found[0]["eval_sfid"] is None
     assert rows(tmp_path / "plain", "loss")[-1]["loss"] == rows(tmp_path / "judged", "loss")[-1]["loss"]
-    assert "step 0000003: fid " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 0000003: fid " in out and out.count("note: 10 samples are too few for 768 features") == 1
 
 
 def test_scores_are_those_of_sample_ddp_and_evaluate(images, square, tmp_path, capsys):  # noqa: F811
@@ -145,13 +147,48 @@ def test_samples_without_finite_features_do_not_end_a_run(images, square, tmp_pa
 
 
 def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys, monkeypatch):  # noqa: F811
-    def fail(*args):
+    """NaN in the average: neither scores nor previews come of it, and the run goes on."""
+    average = train.whole_average
+
+    def broken(job):
+        network = average(job)
+        network.final_layer.linear.bias.data.fill_(float("nan"))
+        return network
+
+    monkeypatch.setattr(train, "whole_average", broken)
+    assert run(images, tmp_path, "--max-steps", "4", *scored(square), "--sample-every", "4")["step"] == 4
+    out = capsys.readouterr().out
+    assert "step 0000003: not scored (the images that the network draws are not finite)" in out
+    assert "0000004.png was not written (some images have values that are not finite" in out and rows(tmp_path) == []
+
+
+def test_features_that_are_not_finite_are_reported_by_every_process(images, square, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def fail(*args, **kwargs):
         raise ValueError("the features of some image are not finite")
 
-    monkeypatch.setattr(train, "score_samples", fail)
+    monkeypatch.setattr(scoring, "summarize", fail)
     assert run(images, tmp_path, "--max-steps", "4", *scored(square))["step"] == 4
     assert "step 0000003: not scored (the features of some image are not finite)" in capsys.readouterr().out
-    assert rows(tmp_path) == []
+
+
+def test_references_and_features_that_do_not_fit_are_found_at_the_start(images, square, tmp_path, capsys):  # noqa: F811
+    floats = torch.jit.trace(lambda x: torch.nn.functional.avg_pool2d(x, 16).flatten(1), torch.zeros(1, 3, 16, 16))
+    floats.save(str(tmp_path / "floats.ts"))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
+    for reference, features, message in (
+        (tmp_path / "other.npz", "pixels", "has 64 features in its mu and sigma, samples have 768 by --eval-features pixels"),
+        (tmp_path / "other.npz", str(tmp_path / "floats.ts"), "cannot be used on uint8 images of 16x16"),
+    ):
+        flags = ["--eval-every", "2", "--eval-reference", str(reference), "--eval-features", features]
+        with pytest.raises(SystemExit):
+            run(images, tmp_path / "results", "--max-steps", "3", *flags)
+        assert message in capsys.readouterr().err and not (tmp_path / "results").exists()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_scores_that_never_come_are_noted(images, square, tmp_path, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "2", *scored(square))
+    assert "--eval-every 3 is beyond the last step 2: nothing will be scored" in capsys.readouterr().out
 
 
 def test_scores_reach_the_tracker(images, square, tmp_path):  # noqa: F811
@@ -172,7 +209,7 @@ def test_scores_reach_the_tracker(images, square, tmp_path):  # noqa: F811
     (["--eval-every", "0", "--eval-reference", "x"], "--eval-every is 0; it must be at least 1"),
     (["--eval-every", "3", "--eval-reference", "x", "--eval-samples", "3"], "--eval-samples is 3; it must be at least 4"),
     (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "pixels"], "--eval-reference x: there is no such"),
-    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "y"], "--features y: there is no such file"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "y"], "--eval-features y: there is no file y"),
 ])  # fmt: skip
 def test_mistakes_come_before_anything_is_written(images, tmp_path, capsys, flags, message):  # noqa: F811
     with pytest.raises(SystemExit) as stopped:
