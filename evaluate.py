@@ -72,7 +72,9 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error.filename or args.output}: {error.strerror or error}; mend that and give the command again")
+        parser.error(
+            f"{error.filename or args.output}: {error.strerror or error}; mend that and give the command again"
+        )
     accelerator.end_training()
 
 
@@ -149,7 +151,9 @@ def evaluate(args, accelerator):
 def check_samples(samples):
     """What is odd about the samples, as sentences. Raises ValueError if they are not what can be scored."""
     if samples.images is None:
-        raise ValueError(f"--samples {samples.path} has statistics and no images; give a folder of images or an .npz of them")
+        raise ValueError(
+            f"--samples {samples.path} has statistics and no images; give a folder of images or an .npz of them"
+        )
     count, manifest = len(samples.images), Path(samples.path) / "manifest.json"
     wanted = count
     with suppress(OSError, ValueError, KeyError, TypeError):  # a folder of sample_ddp.py says how many there are to be

@@ -55,7 +55,9 @@ class Extractor:
         each, or too much.
         """
         width, height = size
-        images = torch.randint(256, (2, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        images = torch.randint(
+            256, (2, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
         try:
             rows = self(images.to(device))
             shapes = [None if part is None else tuple(part.shape) for part in rows]
@@ -113,8 +115,8 @@ class Inception(torch.nn.Module):
     """The Inception network of 2015, in torch-fidelity's port from TensorFlow, tapped where ADM's evaluation suite taps it.
 
     features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch (here
-    Mixed_6d) after its ReLU, 17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises ValueError if path holds
-    other weights.
+    Mixed_6d) after its ReLU, 17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises
+    ValueError if path holds other weights.
     """
 
     def __init__(self, path):

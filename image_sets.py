@@ -25,12 +25,11 @@ from metrics import NEIGHBOURS, Statistics, Summary
 
 PUBLISHED = 50_000  # samples, of which published scores are
 NEEDS = {  # score → what it needs of both sides
-    "fid": "mu and sigma, or images arr_0", "sfid": "mu_s and sigma_s, or images arr_0",
+    "fid": "mu and sigma, or images alone", "sfid": "mu_s and sigma_s, or images alone",
     "precision": f"more than {NEIGHBOURS} images", "recall": f"more than {NEIGHBOURS} images",
 }  # fmt: skip
 STATISTICS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # what a Summary calls them → ADM's names
 IMAGES = "arr_0"
-DIGEST_BYTES = 32
 
 
 @dataclass
@@ -90,7 +89,9 @@ def open_side(path, flag, image_size=None, share=slice(None)):
         images = ArrayImages(path) if IMAGES in names else None
         made_from = read_made_from(path) if "made_from" in names else None
     except (OSError, zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{flag} {path} cannot be read as an .npz ({error}); give a folder of images or an .npz") from None
+        raise ValueError(
+            f"{flag} {path} cannot be read as an .npz ({error}); give a folder of images or an .npz"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{flag} {path}: {error}") from None
     if not images and not statistics:
@@ -117,9 +118,13 @@ def read_statistics(path, keys):
         mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in keys)
     size = mean.size
     if mean.shape != (size,) or covariance.shape != (size, size):
-        raise ValueError(f"{keys[0]} has the shape {mean.shape}, {keys[1]} {covariance.shape}; wanted are (D,) and (D, D)")
+        raise ValueError(
+            f"{keys[0]} has the shape {mean.shape}, {keys[1]} {covariance.shape}; wanted are (D,) and (D, D)"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{keys[0]} or {keys[1]} has values that are not finite; the file is damaged, fetch or make it again")
+        raise ValueError(
+            f"{keys[0]} or {keys[1]} has values that are not finite; the file is damaged, fetch or make it again"
+        )
     if covariance.diagonal().min() < 0:
         raise ValueError(f"{keys[1]} has variances below 0, so it is no covariance; fetch or make it again")
     return Statistics(mean, covariance)
@@ -253,7 +258,9 @@ def remarks(scores, samples, reference, summaries, features):
     dimension = ours.features.shape[1]
     if count < PUBLISHED:
         notes.append(f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher")
-    few = [(count, "samples")] + ([] if reference.statistics else [(len(reference.images), "reference images")])
+    few = [(count, "samples")]
+    if reference.images and not (reference.statistics or reference.spatial):
+        few.append((len(reference.images), "reference images"))
     for number, what in few:
         if number <= dimension:
             notes.append(
@@ -263,10 +270,12 @@ def remarks(scores, samples, reference, summaries, features):
     lacking = [name for name in NEEDS if scores[name] is None and not (name == "sfid" and ours.spatial is None)]
     if lacking:
         needs = "; ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
-        remaining = ", ".join(name for name, value in scores.items() if value is not None)
+        remaining = ", ".join(name for name, value in scores.items() if value is not None) or "nothing"
         notes.append(f"samples, or the reference {reference.path}, lack something: {needs}. What remains: {remaining}")
     if reference.statistics and not reference.made_from and features != "inception":
-        notes.append(f"{reference.path} does not say of which features its mu and sigma are; taken for those of {features}")
+        notes.append(
+            f"{reference.path} does not say of which features its mu and sigma are; taken for those of {features}"
+        )
     if reference.images and reference.images.size != size:
         notes.append("samples are of {}x{} pixels, the reference of {}x{}".format(*size, *reference.images.size))
     return notes
@@ -286,7 +295,9 @@ def open_array(path, name):
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as file:
             version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
             shape, fortran_order, dtype = read_header(file)
             header = file.tell()
     if info.compress_type != zipfile.ZIP_STORED or fortran_order or dtype.hasobject:
@@ -312,11 +323,15 @@ def write_npz(file, arrays):
                 array = np.asarray(array, order="C")
                 array = (array.shape, array.dtype, [array])
             shape, dtype, rows = array
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                "fortran_order": False,
+                "shape": tuple(shape),
+            }
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:  # an entry without a time
                 np.lib.format.write_array_header_1_0(out, header)
                 size = int(np.prod(shape)) * np.dtype(dtype).itemsize
                 for row in rows:
                     size -= out.write(row.tobytes())
                 if size:
-                    raise ValueError(f"{name} comes out {-size} bytes longer than its shape {tuple(shape)} says")
+                    raise ValueError(f"the rows of {name} do not make up its shape {tuple(shape)}")

@@ -48,7 +48,9 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"{self.count} image(s) have no covariance; give at least 2, and for a score thousands")
         if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
-            raise ValueError("the features of some image are not finite; look at the images, or at the --features network")
+            raise ValueError(
+                "the features of some image are not finite; look at the images, or at the --features network"
+            )
         return Statistics(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
 

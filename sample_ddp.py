@@ -139,9 +139,13 @@ def all_labels(args, sampler):
         lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--labels {args.labels} cannot be read ({reason}); give random, balanced, or a file") from None
+        raise ValueError(
+            f"--labels {args.labels} cannot be read ({reason}); give random, balanced, or a file"
+        ) from None
     if len(lines) < count:
-        raise ValueError(f"--labels {args.labels} has {len(lines)} lines, --num-fid-samples is {count}; one line per image")
+        raise ValueError(
+            f"--labels {args.labels} has {len(lines)} lines, --num-fid-samples is {count}; one line per image"
+        )
     labels = []
     for number, line in enumerate(lines[:count], start=1):
         try:
@@ -159,16 +163,16 @@ def open_folder(args, sampler, labels, device):
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
     decides |= {
         "vae": "see vae_sha256" if Path(args.vae).is_dir() else args.vae,
-        "labels": args.labels if args.labels in ("random", "balanced") else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "labels": args.labels
+        if args.labels in ("random", "balanced")
+        else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "device_type": device.type,
         "network": sampler.network.config,
         "checkpoint_sha256": file_hash(sampler.checkpoint),
         "vae_sha256": vae_hashes(args.vae),
     }
     steps = f"{args.num_sampling_steps}-{args.sampler}"
-    name = (
-        f"{sampler.checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
-    )
+    name = f"{sampler.checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
     folder = Path(args.sample_dir) / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
     options = {key: value for key, value in vars(args).items() if key not in SAID_BY_CHECKPOINT}
     run = {
@@ -195,7 +199,9 @@ def write_manifest(folder, manifest):
         for name in ("threads", "device", "versions"):
             others = {json.dumps(one.get(name)) for one in earlier} - {json.dumps(run[name])}
             if others:
-                print(f"note: a start before had other {name} ({', '.join(sorted(others))}): images may round otherwise")
+                print(
+                    f"note: a start before had other {name} ({', '.join(sorted(others))}): images may round otherwise"
+                )
     manifest = {**manifest, "runs": [*earlier, run]}
     del manifest["run"]
     write_whole(folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
@@ -340,7 +346,9 @@ def read_image(path, shape=None):
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise ValueError(f"{path} cannot be read ({error}); remove it and give the same command again") from None
     if shape not in (None, pixels.shape):
-        raise ValueError(f"{path} has the shape {pixels.shape}, others {shape}; remove it and give the same command again")
+        raise ValueError(
+            f"{path} has the shape {pixels.shape}, others {shape}; remove it and give the same command again"
+        )
     return pixels
 
 

@@ -170,6 +170,12 @@ def test_statistics_alone_leave_some_scores(sets, capsys, tmp_path):
     assert report["reference"]["images"] is None and report["notes"][-1] in err
 
 
+def test_spatial_statistics_alone_leave_nothing(sets, capsys, tmp_path):
+    np.savez(tmp_path / "s.npz", mu_s=np.ones(7), sigma_s=np.eye(7))
+    report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "s.npz", "--features", "pixels")
+    assert set(report["scores"].values()) == {None} and "What remains: nothing" in err
+
+
 def test_a_reference_of_three_images_has_no_third_neighbours(sets, capsys, tmp_path):
     np.savez(tmp_path / "three.npz", pictures(3))
     report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "three.npz", "--features", "pixels")

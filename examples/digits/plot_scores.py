@@ -29,6 +29,8 @@ def main(argv=None):
         rows, floor = read_scores(args.scores), json.loads(args.heldout.read_text(encoding="utf-8"))["scores"]
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"cannot read the scores ({error}); give a metrics.jsonl and what evaluate.py --output wrote")
+    if not rows:
+        parser.error(f"{args.scores} has no scores; give the metrics.jsonl of a run with --eval-every")
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "digits"  # equal numbers, equal file
