@@ -1,7 +1,6 @@
 """sample_ddp.py killed with SIGKILL and started again: the same images, and the same .npz, as if it had been left alone."""
 
 import hashlib
-import io
 import json
 import os
 from pathlib import Path
@@ -9,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 from PIL import Image
@@ -60,9 +60,11 @@ def arm(death, sample_ddp):
             return write_whole(path, write)
 
         def half(file):
-            whole = io.BytesIO()
-            write(whole)
-            file.write(whole.getvalue()[: int(death["share"] * whole.tell())])
+            with tempfile.TemporaryFile() as whole:
+                write(whole)
+                size = whole.tell()
+                whole.seek(0)
+                file.write(whole.read(int(death["share"] * size)))
             file.flush()
             die()
 

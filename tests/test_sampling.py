@@ -659,7 +659,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import sample_ddp
-sample_ddp.pack(Path(sys.argv[1]), int(sys.argv[2]))
+sample_ddp.pack(Path(sys.argv[1]), int(sys.argv[2]), afresh=True)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # kB at most, of this program alone
 """
 
