@@ -80,13 +80,13 @@ def main(argv=None):
                 f"--ckpt {args.ckpt} is a run folder, whose newest checkpoint may change while processes start; give the "
                 f"checkpoint itself, {newest_checkpoint(args.ckpt)}"
             )
-        checkpoint = find_checkpoint(args)
+        checkpoint = find_checkpoint(args) if args.ckpt is not None else None
         before = stamps(checkpoint, args.vae)
         sampler = load_sampler(args, device, checkpoint)
         labels = all_labels(args, sampler)
         folder, manifest = open_folder(args, sampler, labels, device)
         if stamps(checkpoint, args.vae) != before:
-            raise ValueError(f"{checkpoint} or {args.vae} changed while it was read; give the same command again")
+            raise ValueError(f"{args.ckpt} or {args.vae} changed while it was read; give the same command again")
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -121,8 +121,9 @@ def make_all(args, sampler, labels, folder, manifest, device):
 
 
 def stamps(checkpoint, vae):
-    """What changes when the checkpoint, or a file of a local VAE, is replaced or written to."""
-    found = [os.stat(path) for path in (checkpoint, *sorted(Path(vae).glob("*"))) if Path(path).exists()]
+    """What changes when the checkpoint (None: the released one), or a file of a local VAE, is replaced or written to."""
+    paths = [Path(checkpoint)] if checkpoint else []
+    found = [os.stat(path) for path in (*paths, *sorted(Path(vae).glob("*"))) if path.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
@@ -161,11 +162,11 @@ def open_folder(args, sampler, labels, device):
     The folder is the same in every process.
     """
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
+    if Path(args.vae).is_dir():
+        decides["vae"] = "see vae_sha256"
+    if args.labels not in ("random", "balanced"):
+        decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     decides |= {
-        "vae": "see vae_sha256" if Path(args.vae).is_dir() else args.vae,
-        "labels": args.labels
-        if args.labels in ("random", "balanced")
-        else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "device_type": device.type,
         "network": sampler.network.config,
         "checkpoint_sha256": file_hash(sampler.checkpoint),

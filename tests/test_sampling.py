@@ -784,3 +784,10 @@ def test_ctrl_c_is_no_traceback(tmp_path, vae, ckpt, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         many(ckpt, vae, tmp_path)
     assert stopped.value.code == 130 and "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_a_wrong_autoencoder_is_found_before_the_released_weights_are_fetched(tmp_path, vae, capsys, monkeypatch):
+    monkeypatch.setattr("sampling.download_model", lambda name: pytest.fail("a download began"))
+    with pytest.raises(SystemExit):
+        sample_ddp.main(["--vae", str(tmp_path), "--sample-dir", str(tmp_path / "s"), "--device", "cpu"])
+    assert "is a folder without config.json" in capsys.readouterr().err
