@@ -9,6 +9,7 @@ containers and the argparse.Namespace that older training scripts stored.
 
 import argparse
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -257,6 +258,12 @@ def save_weights(path, weights):
     metadata = {"config": json.dumps(weights.config), "classes": json.dumps(weights.classes)}
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     write_whole(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def file_hash(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path, write):

@@ -5,7 +5,6 @@ in turns, and what comes out is in the images' order, whatever the number of pro
 """
 
 from dataclasses import dataclass
-import hashlib
 from importlib.util import find_spec
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from checkpoints import file_hash
 from devices import tf32
 from metrics import Moments, Summary
 
@@ -100,12 +100,6 @@ def load_extractor(name, device, inception_weights=None):
         )
     load = timm_classifier if path.suffix == ".safetensors" else scripted_classifier
     return Extractor(load(path, device), str(name), file_hash(path))
-
-
-def file_hash(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- Inception ----

@@ -19,8 +19,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from checkpoints import file_hash
 from data import center_crop_arr, ignore_signals, list_images, to_rgb
-from features import MANIFOLD_IMAGES, Team, deal, file_hash, summarize
+from features import MANIFOLD_IMAGES, Team, deal, summarize
 from metrics import NEIGHBOURS, Statistics, Summary
 
 PUBLISHED = 50_000  # samples, of which published scores are

@@ -29,9 +29,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from checkpoints import newest_checkpoint
+from checkpoints import file_hash, newest_checkpoint
 from devices import process_device, tf32
-from features import file_hash
 from image_sets import open_array, write_npz
 from sampling import (
     add_sampling_flags, check_sampling_flags, find_checkpoint, label_indices, load_sampler, random_labels,

@@ -791,3 +791,16 @@ def test_a_wrong_autoencoder_is_found_before_the_released_weights_are_fetched(tm
     with pytest.raises(SystemExit):
         sample_ddp.main(["--vae", str(tmp_path), "--sample-dir", str(tmp_path / "s"), "--device", "cpu"])
     assert "is a folder without config.json" in capsys.readouterr().err
+
+
+def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    """Another job that clears up just then must not take it away."""
+    replace = Path.replace
+
+    def replaced_while_another_clears_up(self, target):
+        sample_ddp.remove_leftovers(tmp_path)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced_while_another_clears_up)
+    sample_ddp.write_whole(tmp_path / "000000.png", lambda file: file.write(b"whole"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("000000.png", b"whole")]
