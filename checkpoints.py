@@ -189,6 +189,11 @@ def adapt(weights, network, labels, origin):
     many classes; "drop" it and keep the network's own, but for the null class; or {index: index in the Weights} of those
     to take over. Raises ValueError if anything else does not fit.
     """
+    block = (weights.config or {}).get("block", network.config["block"])
+    if block != network.config["block"]:
+        raise ValueError(
+            f"{origin} has blocks of the design {block}, the new network {network.config['block']}; pass --block {block}"
+        )
     own = network.state_dict()
     tensors = weights.tensors | {"pos_embed": own["pos_embed"]}
     theirs = tensors.pop(LABEL_TABLE, None)

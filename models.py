@@ -5,8 +5,10 @@ The whole network in reading order: modulation, embedders, block, final layer, D
 Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, T = (H/P)·(W/P) tokens, D width.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,24 +86,36 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-def plain_layer_norm(hidden_size):
-    """LayerNorm without weights of its own: adaLN supplies them."""
-    return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+class Modulation(nn.Sequential):
+    """The regression of adaLN: c (N, D) → so many vectors, side by side (N, vectors·D). It starts at zero (section 3.2)."""
+
+    def __init__(self, hidden_size, vectors):
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
 
 
-class DiTBlock(nn.Module):
-    """A transformer block with adaLN-Zero: c gives shift, scale and gate for the attention and for the MLP.
+class Block(nn.Module):
+    """What the block designs share: attention and an MLP, a LayerNorm before each. A design adds how c reaches the tokens.
 
-    DiT.initialize_weights zeroes the Linear in adaLN_modulation: gates start at 0, the block as the identity (section 3.2).
+    own_norms: the LayerNorms have weights, as in any ViT; without, adaLN supplies them.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, own_norms=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=own_norms)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=own_norms)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+
+
+class DiTBlock(Block):
+    """adaLN-Zero: c gives shift, scale and gate for the attention and for the MLP.
+
+    The gates start at 0, and so the block as the identity (section 3.2).
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
-        super().__init__()
-        self.norm1 = plain_layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = plain_layer_norm(hidden_size)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.adaLN_modulation = Modulation(hidden_size, 6)
 
     def forward(self, x, c):
         """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
@@ -110,14 +124,94 @@ class DiTBlock(nn.Module):
         return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
 
 
+class AdaLNBlock(Block):
+    """adaLN: c gives shift and scale, twice, and no gates. It starts as a ViT block, not as the identity."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.adaLN_modulation = Modulation(hidden_size, 4)
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
+        attn_shift, attn_scale, mlp_shift, mlp_scale = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
+        return x + self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+
+
+class AdaLNSingleBlock(Block):
+    """adaLN-single (PixArt-α, Chen et al. 2023, section 2.3): adaLN-Zero with one regression for all blocks, DiT's.
+
+    The block's own part is a table that it adds to the six vectors. It starts as the identity.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and the six vectors c (N, 6·D) that all blocks share → (N, T, D)."""
+        vectors = c + self.scale_shift_table.flatten()  # (N, 6·D)
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
+        x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
+        return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+
+
+class CrossAttentionBlock(Block):
+    """Cross-attention: after the attention among themselves, the tokens attend to the embeddings of t and y."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__(hidden_size, num_heads, mlp_ratio, own_norms=True)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and the sequence c (N, 2, D) → (N, T, D)."""
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), c)
+        return x + self.mlp(self.norm2(x))
+
+
+class InContextBlock(Block):
+    """In-context conditioning: a plain ViT block. The embeddings of t and y are two of its tokens."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__(hidden_size, num_heads, mlp_ratio, own_norms=True)
+
+    def forward(self, x, c):
+        """Tokens x (N, T + 2, D) → (N, T + 2, D); c is not looked at, x has it."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to another sequence (Vaswani et al. 2017, section 3.2), laid out as timm's Attention."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and a sequence c (N, K, D) → (N, T, D)."""
+
+        def heads(vectors):
+            return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or K, D / heads)
+
+        keys, values = self.kv(c).chunk(2, dim=-1)  # (N, K, D) each
+        out = nn.functional.scaled_dot_product_attention(heads(self.q(x)), heads(keys), heads(values))
+        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
 class FinalLayer(nn.Module):
     """The last adaLN (shift and scale, no gate) and the linear map from a token to the pixels of its patch."""
 
     def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
-        self.norm_final = plain_layer_norm(hidden_size)
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = Modulation(hidden_size, 2)
 
     def forward(self, x, c):
         """Tokens x (N, T, D) and condition c (N, D) → patches (N, T, P·P·C_out)."""
@@ -125,10 +219,61 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class ViTFinalLayer(nn.Module):
+    """The last LayerNorm, with weights of its own, and the linear map: for the designs that do not use adaLN."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) → patches (N, T, P·P·C_out); c is not looked at."""
+        return self.linear(self.norm_final(x))
+
+
+def summed(x, embeddings):
+    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → the tokens and c (N, D), the embeddings' sum."""
+    return x, reduce(torch.add, embeddings)
+
+
+def beside(x, embeddings):
+    """The same → the tokens and c (N, 2, D), the embeddings as a sequence."""
+    return x, torch.stack(embeddings, dim=1)
+
+
+def appended(x, embeddings):
+    """The same → the tokens with the embeddings as two more (N, T + 2, D), and no c."""
+    return torch.cat([x, torch.stack(embeddings, dim=1)], dim=1), None
+
+
+class Design(NamedTuple):
+    """How the embeddings of t and y reach the tokens.
+
+    `condition` makes of tokens and embeddings the x and c that blocks and final layer take. With shared_vectors, one
+    regression makes of c so many vectors, and the blocks take these in its place.
+    """
+
+    block: type
+    final_layer: type
+    condition: Callable
+    shared_vectors: int = 0
+
+
+# The designs that the paper compares (section 3.2, figure 5), and PixArt-α's.
+BLOCKS = {
+    "adaln_zero": Design(DiTBlock, FinalLayer, summed),
+    "adaln": Design(AdaLNBlock, FinalLayer, summed),
+    "cross_attention": Design(CrossAttentionBlock, ViTFinalLayer, beside),
+    "in_context": Design(InContextBlock, ViTFinalLayer, appended),
+    "adaln_single": Design(AdaLNSingleBlock, FinalLayer, summed, shared_vectors=6),
+}
+
+
 class DiT(nn.Module):
     """Predicts the noise in a noisy latent and, with learn_sigma, the variance of the reverse step p(x_{t-1} | x_t).
 
-    num_classes=0 makes an unconditional network, called with y=None. `config` holds the arguments, so that
+    `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with y=None. `config` holds the arguments, so that
     DiT(**model.config) is the same network; `null_label` is the label of "no class", None where there is none.
 
     Raises ValueError for sizes that do not fit together.
@@ -136,27 +281,30 @@ class DiT(nn.Module):
 
     def __init__(
         self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True,
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, block="adaln_zero",
     ):  # fmt: skip
         super().__init__()
         self.config = dict(
             input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
             num_heads=num_heads, mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
-            learn_sigma=learn_sigma,
+            learn_sigma=learn_sigma, block=block,
         )  # fmt: skip
         check_sizes(**self.config)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
         self.grad_checkpointing = False  # set it to compute each block again in the backward pass, which saves memory
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.design = BLOCKS[block]
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         num_tokens = (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        shared = self.design.shared_vectors
+        self.shared_modulation = Modulation(hidden_size, shared) if shared else nn.Identity()
+        self.blocks = nn.ModuleList(self.design.block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = self.design.final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     @property
@@ -165,11 +313,17 @@ class DiT(nn.Module):
         return self.y_embedder.null_label if self.y_embedder else None
 
     def initialize_weights(self):
-        """Fill every parameter as the paper does (section 3.2); afterwards each block is the identity, the output 0."""
+        """Fill every parameter as the paper does (section 3.2); afterwards the output is 0.
+
+        With adaln_zero and adaln_single each block is then the identity; in_context, cross_attention and adaln start as
+        ViT blocks do.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         patch_to_token = self.x_embedder.proj
         nn.init.xavier_uniform_(patch_to_token.weight.flatten(1))  # as the Linear (D, C·P·P) that it amounts to
         nn.init.zeros_(patch_to_token.bias)
@@ -180,8 +334,12 @@ class DiT(nn.Module):
         for module in small_normal:
             nn.init.normal_(module.weight, std=0.02)
 
-        for module in [self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))]:
-            nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module[1].weight)
+            elif isinstance(module, AdaLNSingleBlock):
+                nn.init.zeros_(module.scale_shift_table)
 
         table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.input_size // self.patch_size)
         with torch.no_grad():
@@ -194,15 +352,18 @@ class DiT(nn.Module):
         x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
         return x.reshape(n, self.out_channels, side * p, side * p)  # (N, C_out, H, W)
 
-    def embed_condition(self, t, y, force_drop_ids=None):
-        """The condition c (N, D) of steps t and labels y. Raises ValueError if y is missing, or given to a network without classes."""
+    def embed_conditions(self, t, y, force_drop_ids=None):
+        """The embeddings (N, D) of steps t and, if there are classes, of labels y, in a list.
+
+        Raises ValueError if y is missing, or given to a network without classes.
+        """
         if (y is None) != (self.y_embedder is None):
             raise ValueError(
                 f"the network has num_classes={self.num_classes} but y is {'missing' if y is None else 'given'}; "
                 f"pass y={'None' if y is not None else 'labels of shape (N,)'}"
             )
-        c = self.t_embedder(t)
-        return c if y is None else c + self.y_embedder(y, self.training, force_drop_ids)
+        of_t = self.t_embedder(t)
+        return [of_t] if y is None else [of_t, self.y_embedder(y, self.training, force_drop_ids)]
 
     def forward(self, x, t, y=None, force_drop_ids=None):
         """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,) → (N, C_out, H, W).
@@ -213,13 +374,16 @@ class DiT(nn.Module):
         side = self.input_size
         if x.shape[1:] != (self.in_channels, side, side):
             raise ValueError(f"x has shape {tuple(x.shape)}, the network takes (N, {self.in_channels}, {side}, {side})")
-        c = self.embed_condition(t, y, force_drop_ids)  # (N, D)
+        embeddings = self.embed_conditions(t, y, force_drop_ids)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        x, c = self.design.condition(x, embeddings)
+        given = self.shared_modulation(c)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+                x = checkpoint(block, x, given, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
             else:
-                x = block(x, c)
+                x = block(x, given)
+        x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without what in_context appended
         return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
@@ -248,8 +412,10 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
 
 
-def check_sizes(class_dropout_prob, num_classes, mlp_ratio, learn_sigma, **sizes):
+def check_sizes(class_dropout_prob, num_classes, mlp_ratio, learn_sigma, block, **sizes):
     """Raise ValueError for arguments of DiT that do not fit together."""
+    if block not in BLOCKS:
+        raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}")
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")

@@ -26,8 +26,9 @@ from checkpoints import check_whole, list_checkpoints, newest_whole_checkpoint, 
 DECIDING = (
     "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size", "global_seed", "vae", "lr",
     "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "mixed_precision", "flip", "skip_bad_images", "init_from",
-    "init_labels",
+    "init_labels", "block",
 )  # fmt: skip
+LATER = {"block": "adaln_zero"}  # what those of them meant that runs of earlier versions lack
 PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")  # of these, those that may be paths
 
 LOCK_PATIENCE = 5  # seconds: a process that was just killed may not be gone yet
@@ -172,7 +173,7 @@ def differences(folder, args, data):
     """In what a run folder's deciding arguments and data differ from these, comma-separated; "" if in nothing."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        theirs = record["args"]
+        theirs = LATER | record["args"]
         found = [name for name in DECIDING if comparable(name, theirs[name]) != comparable(name, getattr(args, name))]
     except (OSError, ValueError, KeyError, TypeError):
         return "arguments: it has no run.json of this train.py"

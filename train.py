@@ -217,7 +217,9 @@ def build_state(args, space, accelerator, classes, fresh):
     """
     torch.manual_seed(args.global_seed)
     side = space.shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-    network = DiT_models[args.model](input_size=side, in_channels=space.shape.channels, num_classes=args.num_classes)
+    network = DiT_models[args.model](
+        input_size=side, in_channels=space.shape.channels, num_classes=args.num_classes, block=args.block
+    )
     if args.init_from is not None and fresh:
         weights, labels = load_weights(args.init_from), args.init_labels
         if labels not in ("keep", "drop"):
@@ -296,7 +298,7 @@ def introduce(job, lock):
     size = sum(p.numel() for p in state.network.parameters())
     where = f"{processes} process(es) on {job.accelerator.device.type}"
     job.log(
-        f"{args.model}: {size:,} parameters, {len(job.dataset):,} images{classes}, {where}, "
+        f"{args.model}, {args.block}: {size:,} parameters, {len(job.dataset):,} images{classes}, {where}, "
         f"steps {state.step} to {job.last_step}"
     )
     if args.num_classes > len(job.dataset.classes or ()):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from metrics import NEIGHBOURS
-from models import DiT_models
+from models import BLOCKS, DiT_models
 from vae import latent_shape
 
 
@@ -42,6 +42,7 @@ def add_data_flags(add):
 def add_network_flags(add):
     names = ", ".join(DiT_models)
     add("--model", choices=DiT_models, default="DiT-XL/2", metavar="MODEL", help=f"{names} (default: %(default)s)")
+    add("--block", choices=BLOCKS, default="adaln_zero", help="how t and y reach the tokens (default: %(default)s)")
     add("--vae", default="ema", help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)")
     starting = "a new run starts from these weights (EMA); another --image-size or --num-classes is allowed"
     add("--init-from", metavar="CKPT", help=starting)

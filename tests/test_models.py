@@ -75,7 +75,7 @@ def test_factories_build_the_size_in_their_name(size, patch):
     assert (len(model.blocks), model.pos_embed.shape[-1], model.blocks[0].attn.num_heads) == (depth, width, heads)
     assert model.config == dict(
         input_size=32, patch_size=patch, in_channels=4, hidden_size=width, depth=depth, num_heads=heads, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=7, learn_sigma=False,
+        class_dropout_prob=0.1, num_classes=7, learn_sigma=False, block="adaln_zero",
     )  # fmt: skip
 
 

@@ -443,15 +443,19 @@ def test_sampling_from_one_of_several_averages_in_bf16(images, tmp_path, capsys)
 # ---- two processes ----
 
 
-def torchrun(images, results, *flags):  # noqa: F811
-    flags = ["--data-path", str(images), "--results-dir", str(results), *QUICK, "--num-workers", "1", *flags]
+def launch(script, *arguments):
+    """What a script on two processes printed."""
+    command = [*TORCHRUN, *map(str, (script, *arguments))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*TORCHRUN, "train.py", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def torchrun(images, results, *flags):  # noqa: F811
+    out = launch("train.py", "--data-path", images, "--results-dir", results, *QUICK, "--num-workers", "1", *flags)
     (path,) = list((results / sorted(os.listdir(results))[-1]).glob("checkpoints/*.pt"))
-    return torch.load(path, weights_only=True), done.stdout
+    return torch.load(path, weights_only=True), out
 
 
 def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(images, tmp_path):  # noqa: F811

@@ -70,7 +70,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         skip_bad_images=False, latents=None, init_from=None, init_labels="keep", warmup_steps=0, weight_decay=0.0,
         grad_clip=None, max_bad_steps=10, grad_accum=1, grad_checkpointing=False, compile=False, tf32=True, fsdp=False,
         ckpt_minutes=None, keep_last=None, on_save_error="stop", sample_every=None, log_with=None, eval_every=None,
-        eval_samples=10_000, eval_reference=None, eval_features="inception",
+        eval_samples=10_000, eval_reference=None, eval_features="inception", block="adaln_zero",
     )  # fmt: skip
     assert args == wild | ours
 
