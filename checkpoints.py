@@ -179,6 +179,26 @@ def check_fits(network, tensors, origin):
         )
 
 
+def design_of(tensors):
+    """The block design, a key of models.BLOCKS, of the network whose state dict this is."""
+    first = {name.removeprefix("blocks.0."): value for name, value in tensors.items() if name.startswith("blocks.0.")}
+    if "scale_shift_table" in first:
+        return "adaln_single"
+    if "cross_attn.q.weight" in first:
+        return "cross_attention"
+    if "norm1.weight" in first:
+        return "in_context"
+    regression = first.get("adaLN_modulation.1.weight")
+    return "adaln" if regression is not None and len(regression) == 4 * regression.shape[-1] else "adaln_zero"
+
+
+def check_design(network, tensors, origin):
+    """Raise ValueError if the state dict `tensors` from file `origin` has blocks of another design than the network."""
+    theirs, ours = design_of(tensors), network.config["block"]
+    if theirs != ours:
+        raise ValueError(f"{origin} has blocks of the design {theirs}, the network here {ours}; pass --block {theirs}")
+
+
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
@@ -189,11 +209,7 @@ def adapt(weights, network, labels, origin):
     many classes; "drop" it and keep the network's own, but for the null class; or {index: index in the Weights} of those
     to take over. Raises ValueError if anything else does not fit.
     """
-    block = (weights.config or {}).get("block", network.config["block"])
-    if block != network.config["block"]:
-        raise ValueError(
-            f"{origin} has blocks of the design {block}, the new network {network.config['block']}; pass --block {block}"
-        )
+    check_design(network, weights.tensors, origin)
     own = network.state_dict()
     tensors = weights.tensors | {"pos_embed": own["pos_embed"]}
     theirs = tensors.pop(LABEL_TABLE, None)

@@ -87,7 +87,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """The regression of adaLN: c (N, D) → so many vectors, side by side (N, vectors·D). It starts at zero (section 3.2)."""
+    """The regression of adaLN: c (N, D) → so many vectors, side by side (N, vectors·D). It starts at zero."""
 
     def __init__(self, hidden_size, vectors):
         super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
@@ -313,10 +313,11 @@ class DiT(nn.Module):
         return self.y_embedder.null_label if self.y_embedder else None
 
     def initialize_weights(self):
-        """Fill every parameter as the paper does (section 3.2); afterwards the output is 0.
+        """Fill every parameter; afterwards the output is 0.
 
-        With adaln_zero and adaln_single each block is then the identity; in_context, cross_attention and adaln start as
-        ViT blocks do.
+        As the paper has it (sections 3.2 and 4): adaLN-Zero's regressions and the last Linear start at zero, the rest as in
+        a ViT. Other regressions start at zero too, of which the paper says nothing. So with adaln_zero and adaln_single each
+        block is the identity; in_context, cross_attention and adaln start as ViT blocks.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -383,7 +384,7 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, given, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
             else:
                 x = block(x, given)
-        x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without what in_context appended
+        x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without the tokens that in_context appended
         return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from checkpoints import file_hash, newest_checkpoint
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
+from runs import LATER
 from sampling import (
     add_sampling_flags, check_sampling_flags, find_checkpoint, label_indices, load_sampler, random_labels,
 )  # fmt: skip
@@ -167,7 +168,8 @@ def open_folder(args, sampler, labels, device):
         decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     decides |= {
         "device_type": device.type,
-        "network": sampler.network.config,
+        # Folders of default designs keep the name that they had before there were others.
+        "network": {key: value for key, value in sampler.network.config.items() if LATER.get(key) != value},
         "checkpoint_sha256": file_hash(sampler.checkpoint),
         "vae_sha256": vae_hashes(args.vae),
     }

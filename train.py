@@ -28,6 +28,7 @@ from torchvision.utils import make_grid, save_image
 from checkpoints import (
     adapt,
     averages,
+    check_design,
     check_fits,
     checkpoint_path,
     clean_names,
@@ -259,6 +260,7 @@ def take_up(state, checkpoint):
     contents["emas"] = {decay: clean_names(tensors) for decay, tensors in averages(contents).items()}
     for part in ("model", "ema"):
         contents[part] = clean_names(contents[part])
+    check_design(state.network, contents["model"], f"--resume {checkpoint}")
     for tensors in (contents["model"], contents["ema"], *contents["emas"].values()):
         check_fits(state.network, tensors, checkpoint)
     try:

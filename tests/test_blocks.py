@@ -1,14 +1,16 @@
 """The block designs: sizes of the paper's table, networks written once more from torch's own attention, ways to use them."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import SMALL, fill_randomly, randn, small_dit
+from conftest import ROOT, SMALL, fill_randomly, randn, small_dit
 from models import BLOCKS, DiT, DiT_models
 import sample
+import sample_ddp
 from test_models import inputs, parameters_and_macs
 from test_runs import rows
 from test_switches import launch
@@ -347,12 +349,14 @@ def test_two_processes_learn_what_one_does(images, tmp_path):  # noqa: F811
     script = tmp_path / "every_block.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(train.__file__.rsplit('/', 1)[0])!r})\n"
-        "from accelerate.state import AcceleratorState\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from accelerate import Accelerator\n"
+        "import torch\n"
         "import train\n"
+        "Accelerator.end_training = lambda self: None\n"  # processes that have found one another stay together
         "for block in sys.argv[1].split(','):\n"
         "    train.main([*sys.argv[3:], '--block', block, '--results-dir', f'{sys.argv[2]}/{block}'])\n"
-        "    AcceleratorState._reset_state(reset_partial_state=True)\n"
+        "torch.distributed.destroy_process_group()\n"
     )
     flags = ["--data-path", str(images), *QUICK, "--max-steps", "3", "--log-every", "1"]
     launch(script, ",".join(BLOCKS), tmp_path, *flags)
@@ -384,15 +388,57 @@ def test_a_run_from_before_there_were_designs_goes_on(images, tmp_path):  # noqa
 
 
 def test_weights_of_another_design_are_refused_with_its_name(images, tmp_path, capsys):  # noqa: F811
-    run(images, tmp_path, "--max-steps", "1", "--block", "in_context")
-    flags = ["--init-from", str(tmp_path / "000-DiT-Ti-8"), "--results-dir", str(tmp_path / "new")]
-    with pytest.raises(SystemExit):
-        train.main(["--data-path", str(images), *QUICK, "--max-steps", "1", *flags])
-    assert (
-        "has blocks of the design in_context, the new network adaln_zero; pass --block in_context"
-        in capsys.readouterr().err
-    )
+    run(images, tmp_path / "old", "--max-steps", "1", "--block", "in_context")
+    folder = tmp_path / "old" / "000-DiT-Ti-8"
+    for flag in ("--init-from", "--resume"):
+        with pytest.raises(SystemExit):
+            train.main(
+                [
+                    "--data-path",
+                    str(images),
+                    *QUICK,
+                    "--max-steps",
+                    "2",
+                    flag,
+                    str(folder),
+                    "--results-dir",
+                    str(tmp_path / "new"),
+                ]
+            )
+        message = capsys.readouterr().err
+        assert (
+            f"{flag} {folder}" in message
+            and "design in_context, the network here adaln_zero; pass --block in_context" in message
+        )
     assert not (tmp_path / "new").exists()
+
+
+@every_block
+def test_the_design_of_bare_weights_is_seen(block, tmp_path, monkeypatch):
+    network = fill_randomly(DiT_models["DiT-Ti/8"](input_size=16, in_channels=3, num_classes=3, block=block))
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    seen = []
+    monkeypatch.setattr(
+        DiT, "forward_with_cfg", lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k)
+    )
+    sample.main(
+        ["--ckpt", str(tmp_path / "bare.pt"), "--model", "DiT-Ti/8", "--image-size", "16", "--num-classes", "3", "--vae", "none",
+         "--class-labels", "1", "2", "--device", "cpu", "--num-sampling-steps", "1", "--output", str(tmp_path / "x.png")]
+    )  # fmt: skip
+    assert seen[0].config == network.config and same(seen[0].state_dict(), network.state_dict())
+
+
+def test_folders_of_samples_keep_their_names(images, tmp_path):  # noqa: F811
+    """The default design is not in what names a folder: those from before there were others are gone on with."""
+    for block in ("adaln_zero", "adaln"):
+        run(images, tmp_path / block, "--max-steps", "1", "--block", block)
+        sample_ddp.main(
+            ["--ckpt", str(tmp_path / block / "000-DiT-Ti-8"), "--vae", "none", "--device", "cpu", "--num-sampling-steps", "1",
+             "--num-fid-samples", "2", "--per-proc-batch-size", "2", "--cfg-scale", "1", "--sample-dir", str(tmp_path / f"{block}-samples")]
+        )  # fmt: skip
+        (manifest,) = (tmp_path / f"{block}-samples").glob("*/manifest.json")
+        network = json.loads(manifest.read_text())["decides"]["network"]
+        assert network.get("block") == {"adaln_zero": None, "adaln": "adaln"}[block] and network["depth"] == 6
 
 
 def test_an_unknown_block_is_an_error_of_the_door(images, capsys):  # noqa: F811

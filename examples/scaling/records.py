@@ -1,0 +1,50 @@
+"""The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line for each network."""
+
+import json
+
+FIELDS = ("size", "patch", "block", "seed")  # that tell one network from another
+
+
+def read_about(folder):
+    """What study.json says. Raises ValueError if it cannot be read."""
+    path = folder / "study.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        about["plan"]["scored_at"], about["points"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); give a folder that study.py wrote") from None
+    return about
+
+
+def read_rows(folder, about):
+    """The rows of points.jsonl by (size, patch, block, seed). Raises ValueError, naming the line, for one that is damaged."""
+    path, rows = folder / "points.jsonl", {}
+    if not path.exists():
+        return rows
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            key = tuple(row[field] for field in FIELDS)
+            if (
+                list(key) not in about["points"]
+                or [place["step"] for place in row["curve"]] != about["plan"]["scored_at"]
+            ):
+                raise ValueError("it is of another plan")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} is damaged ({error}); delete it, study.py makes it again"
+            ) from None
+        rows[key] = row
+    return rows
+
+
+def read_study(folder):
+    """(the rows of a whole study, what study.json says). Raises ValueError if one is missing or damaged."""
+    about = read_about(folder)
+    rows = read_rows(folder, about)
+    missing = [point for point in about["points"] if tuple(point) not in rows]
+    if missing:
+        raise ValueError(
+            f"the study in {folder} is not finished, {len(missing)} networks are missing; run study.py again"
+        )
+    return list(rows.values()), about

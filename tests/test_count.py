@@ -1,0 +1,149 @@
+"""count.py: the paper's numbers, memory against what real networks keep, and what users get wrong."""
+
+from itertools import accumulate
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from conftest import ROOT, fill_randomly
+import count
+from diffusion import create_diffusion
+from models import BLOCKS, DiT, DiT_models
+from test_blocks import PAPER
+from training import Recipe, draw, new_state, train_step
+
+SMALL = dict(input_size=16, patch_size=2, hidden_size=64, depth=3, num_heads=4, num_classes=10)
+
+
+def printed(capsys, *flags):
+    """The rows that count.py prints, as lists of words."""
+    count.main(list(flags))
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert re.split(r"\s{2,}", header) == list(count.HEADER)
+    return [re.split(r"\s{2,}", row) for row in rows]
+
+
+def test_the_papers_numbers(capsys):
+    rows = printed(capsys, "--model", "DiT-XL/2", "--block", *BLOCKS)
+    assert [row[1] for row in rows] == list(BLOCKS)
+    for row in rows:
+        assert int(row[2].replace(",", "")) / 1e6 == pytest.approx(PAPER[row[1]][0], rel=5e-3)
+        assert float(row[3]) == pytest.approx(PAPER[row[1]][1], rel=5e-3)
+        assert float(row[4]) == pytest.approx(6 * float(row[3]) / 1000, abs=1e-4)
+    assert rows[0][2:5] == ["675,129,632", "118.621", "0.7117"] and rows[0][5:7] == ["2.52 GiB", "12.58 GiB"]
+
+
+def test_other_sizes_of_images(capsys):
+    (row,) = printed(capsys, "--model", "DiT-XL/2", "--image-size", "512")
+    assert row[2] == "676,014,368" and float(row[3]) == pytest.approx(524.5, rel=1e-3)
+    (row,) = printed(capsys, "--model", "DiT-Ti/4", "--vae", "none", "--image-size", "32", "--num-classes", "0")
+    with torch.device("meta"):
+        network = DiT_models["DiT-Ti/4"](input_size=32, in_channels=3, num_classes=0)
+    assert row[2] == f"{sum(p.numel() for p in network.parameters()):,}"
+
+
+def test_one_row_for_each_model_and_block(capsys):
+    rows = printed(capsys, "--model", "DiT-Ti/8", "DiT-Ti/4", "--block", "adaln", "in_context")
+    assert [row[:2] for row in rows] == [
+        ["DiT-Ti/8", "adaln"], ["DiT-Ti/8", "in_context"], ["DiT-Ti/4", "adaln"], ["DiT-Ti/4", "in_context"],
+    ]  # fmt: skip
+    assert len({tuple(row[2:]) for row in rows}) == 4
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_is_kept_is_what_a_real_network_keeps(block, bf16, grad_checkpointing):
+    config = SMALL | {"block": block}
+    network = fill_randomly(DiT(**config)).train()
+    network.grad_checkpointing = grad_checkpointing
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    sizes = []
+    for n in (2, 5):
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                network(torch.randn(n, 4, 16, 16), torch.arange(n), torch.arange(n))
+        sizes.append(sum(size for size, _ in kept.values()))
+    fixed, per_image = count.kept(config, bf16, grad_checkpointing)
+    assert per_image == (sizes[1] - sizes[0]) / 3 > 0 and fixed == sizes[0] - 2 * per_image
+    cost = count.count(config, bf16, grad_checkpointing)
+    assert cost.training == count.TRAINING_BYTES * cost.parameters + fixed
+    assert cost.per_image > per_image if grad_checkpointing else cost.per_image == per_image
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpointing_is_given_one_block_more(bf16):
+    """Against the most that tensors take at any time of a real backward pass, by what the allocator hands out."""
+    config = dict(input_size=32, patch_size=2, hidden_size=64, depth=8, num_heads=4, num_classes=10)
+    network = fill_randomly(DiT(**config)).train()
+    network.grad_checkpointing = True
+    peaks = []
+    for n in (8, 24):
+        x, t, y = torch.randn(n, 4, 32, 32), torch.arange(n), torch.arange(n) % 10
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                out = network(x, t, y)
+            out.float().square().mean().backward()
+        network.zero_grad()
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        peaks.append(max(accumulate(changes)))
+    assert count.count(config, bf16, True).per_image == pytest.approx((peaks[1] - peaks[0]) / 16, rel=0.15)
+
+
+def test_training_state_is_20_bytes_per_parameter():
+    state = new_state(DiT(**SMALL), Recipe())
+    latents, labels = torch.randn(2, 4, 16, 16), torch.tensor([1, 2])
+    taken = []
+    state.opt.register_step_pre_hook(
+        lambda *_: taken.extend(p.grad for p in state.network.parameters() if p.grad is not None)
+    )
+    train_step(state, create_diffusion(""), latents, labels, draw(0, 0, 2, (4, 16, 16), 0.1, 1000, "cpu"))
+    tensors = [*state.network.parameters(), *state.ema.parameters(), *taken]
+    tensors += [v for moments in state.opt.state.values() for v in moments.values() if v.dim()]
+    cost = count.count(SMALL)
+    frozen = 12 * state.network.pos_embed.numel()  # the table has neither gradient nor moments
+    assert cost.weights == sum(p.numel() * 4 for p in state.network.parameters())
+    assert cost.training - frozen == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_checkpointing_keeps_less_and_bf16_about_half(capsys):
+    plain, checkpointed, half = (count.count(SMALL, *flags).per_image for flags in ((), (False, True), (True,)))
+    assert checkpointed < plain / 2 and 0.4 < half / plain < 0.8
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--image-size", "100"], "image size 100 is not a multiple of"),
+    (["--model", "DiT-S/2", "DiT-XXL/2"], "invalid choice: 'DiT-XXL/2'"),
+    (["--block", "adaln-zero"], "invalid choice: 'adaln-zero'"),
+    (["--vae", "no/such/folder"], "no/such/folder"),
+    (["--num-classes", "-1"], "num_classes is -1"),
+])  # fmt: skip
+def test_mistakes_get_one_message(capsys, flags, message, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stopped:
+        count.main(flags)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and message in captured.err and captured.out == ""
+
+
+def test_as_a_script():
+    done = subprocess.run(
+        [sys.executable, "count.py", "--model", "DiT-Ti/1", "--vae", "examples/digits/vae", "--image-size", "32"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "DiT-Ti/1" in done.stdout.splitlines()[1], done.stderr
