@@ -1,8 +1,9 @@
 """The diffusion transformer (DiT) of Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
 
-The whole network in reading order: modulation, embedders, block, final layer, DiT, position table, sizes.
+The whole network in reading order: modulation, embedders, block designs, final layers, DiT, position table, sizes.
 
-Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, T = (H/P)·(W/P) tokens, D width.
+Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, T = (H/P)·(W/P) tokens, D width. Where the
+embeddings of t and y are two tokens or a sequence of two, a network without classes has one, that of t.
 """
 
 from collections.abc import Callable
@@ -156,6 +157,27 @@ class AdaLNSingleBlock(Block):
         return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to another sequence (Vaswani et al. 2017, section 3.2), laid out as timm's Attention."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, c):
+        """Tokens x (N, T, D) and a sequence c (N, K, D) → (N, T, D)."""
+
+        def heads(vectors):
+            return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or K, D / heads)
+
+        keys, values = self.kv(c).chunk(2, dim=-1)  # (N, K, D) each
+        out = nn.functional.scaled_dot_product_attention(heads(self.q(x)), heads(keys), heads(values))
+        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
 class CrossAttentionBlock(Block):
     """Cross-attention: after the attention among themselves, the tokens attend to the embeddings of t and y."""
 
@@ -181,27 +203,6 @@ class InContextBlock(Block):
         """Tokens x (N, T + 2, D) → (N, T + 2, D); c is not looked at, x has it."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to another sequence (Vaswani et al. 2017, section 3.2), laid out as timm's Attention."""
-
-    def __init__(self, hidden_size, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x, c):
-        """Tokens x (N, T, D) and a sequence c (N, K, D) → (N, T, D)."""
-
-        def heads(vectors):
-            return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or K, D / heads)
-
-        keys, values = self.kv(c).chunk(2, dim=-1)  # (N, K, D) each
-        out = nn.functional.scaled_dot_product_attention(heads(self.q(x)), heads(keys), heads(values))
-        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
 class FinalLayer(nn.Module):
@@ -238,12 +239,12 @@ def summed(x, embeddings):
 
 
 def beside(x, embeddings):
-    """The same → the tokens and c (N, 2, D), the embeddings as a sequence."""
+    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → the tokens and c (N, 2, D), the embeddings in a sequence."""
     return x, torch.stack(embeddings, dim=1)
 
 
 def appended(x, embeddings):
-    """The same → the tokens with the embeddings as two more (N, T + 2, D), and no c."""
+    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → these with those as two more (N, T + 2, D), and no c."""
     return torch.cat([x, torch.stack(embeddings, dim=1)], dim=1), None
 
 
@@ -260,7 +261,8 @@ class Design(NamedTuple):
     shared_vectors: int = 0
 
 
-# The designs that the paper compares (section 3.2, figure 5), and PixArt-α's.
+# The designs that the paper compares (section 3.2, figure 5), and PixArt-α's. From weights without a configuration
+# checkpoints.design_of tells which one they are of.
 BLOCKS = {
     "adaln_zero": Design(DiTBlock, FinalLayer, summed),
     "adaln": Design(AdaLNBlock, FinalLayer, summed),
@@ -316,7 +318,7 @@ class DiT(nn.Module):
         """Fill every parameter; afterwards the output is 0.
 
         As the paper has it (sections 3.2 and 4): adaLN-Zero's regressions and the last Linear start at zero, the rest as in
-        a ViT. Other regressions start at zero too, of which the paper says nothing. So with adaln_zero and adaln_single each
+        a ViT. The regressions of adaLN and adaLN-single start at zero as well, of which the papers say nothing. So with adaln_zero and adaln_single each
         block is the identity; in_context, cross_attention and adaln start as ViT blocks.
         """
         for module in self.modules():
@@ -378,12 +380,12 @@ class DiT(nn.Module):
         embeddings = self.embed_conditions(t, y, force_drop_ids)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         x, c = self.design.condition(x, embeddings)
-        given = self.shared_modulation(c)
+        block_condition = self.shared_modulation(c)  # c itself, but (N, 6·D) in adaln_single
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, given, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+                x = checkpoint(block, x, block_condition, use_reentrant=False, preserve_rng_state=False)  # they draw nothing
             else:
-                x = block(x, given)
+                x = block(x, block_condition)
         x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without the tokens that in_context appended
         return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
 

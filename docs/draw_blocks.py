@@ -20,6 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 import models
 
 BATCH = 7  # stands for N; no other size at XL/2 is 7
+WIDE = models.SIZES["XL"]["hidden_size"]
 VECTORS = {6: ("shift", "scale", "gate") * 2, 4: ("shift", "scale") * 2}  # the order in which a Modulation has them
 MIDDLE, RIGHT, PITCH, WIDTH, HEIGHT, LANE, ACROSS = 180, 520, 52, 240, 34, 30, 680  # of the drawing, in pixels
 KINDS = {"Attention": "self-attention", "CrossAttention": "cross-attention", "Mlp": "MLP", "Modulation": "SiLU, Linear"}
@@ -73,7 +74,9 @@ def label(node, module):
     if node.op == "get_attr":
         return node.target, f"{shape_of(node)}   {getattr(module, node.target).numel():,} parameters"
     if node.op == "placeholder":
-        return {"x": "tokens x", "c": "condition c"}[node.target], shape_of(node)
+        shared = node.target == "c" and node.meta["tensor_meta"].shape[-1] != WIDE
+        names = {"x": "tokens x", "c": "six vectors of shared_modulation" if shared else "condition c"}
+        return names[node.target], shape_of(node)
     formulas = {models.modulate: "· (1 + scale) + shift", operator.mul: "· gate", operator.add: "+"}
     return formulas[node.target], shape_of(node)
 

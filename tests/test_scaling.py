@@ -102,7 +102,7 @@ def test_a_study_has_every_network_and_its_figures(tiny, tmp_path, capsys):
         plot.main(["--results", str(tiny), "--output", str(tmp_path / name)])
     assert (tmp_path / "a" / "scaling.svg").read_bytes() == (tmp_path / "b" / "scaling.svg").read_bytes()
     assert Image.open(tmp_path / "a" / "scaling-samples.png").size[0] > 500
-    assert "| M/4 | 51,744 | 0.47 |" in capsys.readouterr().out
+    assert "| M/4 | 51,744 | 0.47 | 5.9" in capsys.readouterr().out
 
 
 def copied(tiny, folder, lines):
@@ -213,7 +213,7 @@ def test_training_depends_on_the_seed(tiny):
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--workers", "0"], "--workers is 0"),
-    ([], "holds a study of another plan"),
+    ([], "holds another study (python examples/scaling/study.py --output OUTPUT --preset tiny on a cpu)"),
     (["--output", str(ROOT / "README.md")], "File exists"),
 ])  # fmt: skip
 def test_mistakes_get_one_message(tiny, flags, message, capsys):
@@ -356,9 +356,15 @@ def test_correlations():
         assert found[seed] == pytest.approx((first, second, {0: -1, 1: -0.5}[seed]))
 
 
-def test_the_frontier_is_what_was_best_for_the_operations_spent():
-    # spent: S 6,000 and 12,000, M 24,000 and 48,000, L 60,000 and 120,000; distances: 9, 7, 11, 2, 30, 2
-    assert plot.compute_frontier(ROWS) == [(6000, "S/2", 9.0), (12000, "S/2", 7.0), (48000, "M/2", 2.0)]
+def test_training_is_compared_at_equal_operations():
+    # spent: S 6,000 and 12,000 (distances 9, 7), M 24,000 and 48,000: nothing in common. M and L (60,000): nothing
+    assert plot.compute_contests(ROWS) == []
+    near = [row("M", 2, 0, 150, (12.0, 3.0)), row("M", 2, 1, 150, (12.0, 3.0)), row("M", 4, 0, 160, (1.0, 1.0))]
+    # M spends 9,000 and 18,000; in the middle of 9,000 to 12,000 S is a part of the way from 9 to 7, M from 12 to 3
+    ((small, large, spent, distance, other),) = plot.compute_contests([*ROWS[:2], *near])
+    assert (small, large) == ("S/2", "M/2") and spent == pytest.approx((9000 * 12000) ** 0.5)
+    way, other_way = (np.log2(spent / start) for start in (6000, 9000))
+    assert distance == pytest.approx(9 * (7 / 9) ** way) and other == pytest.approx(12 * (3 / 12) ** other_way)
 
 
 def test_contests_are_between_a_small_network_and_a_larger_one_that_spends_less():

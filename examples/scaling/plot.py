@@ -34,6 +34,11 @@ def final(row):
     return row["curve"][-1]["distance"]
 
 
+def loss(row):
+    """The mean squared error of the noise, over the steps since the score before the last."""
+    return row["curve"][-1]["mse"]
+
+
 def by_name(rows):
     """{name: its rows, one of each seed}, the networks with most multiply-adds last."""
     rows = sorted((row for row in rows if row["block"] == "adaln_zero"), key=lambda row: (row["macs"], row["seed"]))
@@ -47,35 +52,43 @@ def by_block(rows, compared):
     return dict(sorted(blocks.items(), key=lambda item: np.mean([final(row) for row in item[1]])))
 
 
-def correlations(rows):
-    """{seed: (Pearson's correlation of log multiply-adds with distance, with log distance, Spearman's)} over the sizes."""
+def correlations(rows, value=final):
+    """{seed: (Pearson's correlation of log multiply-adds with a value of a row, with its logarithm, Spearman's)} over the sizes."""
     found = {}
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed and row["block"] == "adaln_zero"]
-        macs, distances = np.log([row["macs"] for row in ours]), np.array([final(row) for row in ours])
+        macs, values = np.log([row["macs"] for row in ours]), np.array([value(row) for row in ours])
         found[seed] = tuple(
             correlation(macs, y).statistic
-            for correlation, y in ((pearsonr, distances), (pearsonr, np.log(distances)), (spearmanr, distances))
+            for correlation, y in ((pearsonr, values), (pearsonr, np.log(values)), (spearmanr, values))
         )
     return found
 
 
-def compute_frontier(rows):
-    """[(training operations, name, distance)]: each point of training at which a network was better than all cheaper ones.
+def training_curve(group):
+    """(training operations, distances) at each score of a network, distances as means over seeds."""
+    spent = [group[0]["training_flops"] * group[0]["batch_size"] * place["step"] for place in group[0]["curve"]]
+    return np.array(spent, dtype=float), np.mean([[place["distance"] for place in row["curve"]] for row in group], axis=0)
 
-    Distances are means over seeds.
+
+def compute_contests(rows):
+    """[(smaller network, larger one, operations, their distances)] for each pair of networks with the same patch size.
+
+    At the same training operations: in the middle of what both were scored at, on lines between the scores in both
+    logarithms. Pairs without such a middle are left out.
     """
-    points = []
-    for key, group in by_name(rows).items():
-        for i, place in enumerate(group[0]["curve"]):
-            spent = group[0]["training_flops"] * group[0]["batch_size"] * place["step"]
-            points.append((spent, key, float(np.mean([row["curve"][i]["distance"] for row in group]))))
-    best, frontier = np.inf, []
-    for point in sorted(points):
-        if point[2] < best:
-            best = point[2]
-            frontier.append(point)
-    return frontier
+    found, curves = [], {key: training_curve(group) for key, group in by_name(rows).items()}
+    for i, (small, (spent, distances)) in enumerate(curves.items()):
+        for large, (more_spent, others) in list(curves.items())[i + 1 :]:
+            low, high = more_spent[0], spent[-1]
+            if small.split("/")[1] == large.split("/")[1] and low < high:
+                middle = np.sqrt(low * high)
+                pair = [
+                    np.exp(np.interp(np.log(middle), np.log(x), np.log(y)))
+                    for x, y in ((spent, distances), (more_spent, others))
+                ]
+                found.append((small, large, float(middle), *map(float, pair)))
+    return found
 
 
 def sampling_points(rows):
@@ -103,26 +116,30 @@ def sampling_contests(rows):
 
 def tables(rows, about):
     """The study's numbers as Markdown."""
-    yield "| network | parameters | MMAC | distance, each seed |\n|---|---|---|---|"
-    for key, group in by_name(rows).items():
-        first, distances = group[0], ", ".join(f"{final(row):.2f}" for row in group)
-        yield f"| {key} | {first['parameters']:,} | {first['macs'] / 1e6:.2f} | {distances} |"
-    yield f"\n| block, at {'/'.join(map(str, about['plan']['compared']))} | parameters | MMAC | distance, each seed |\n|---|---|---|---|"
-    for block, group in by_block(rows, about["plan"]["compared"]).items():
-        first, distances = group[0], ", ".join(f"{final(row):.2f}" for row in group)
-        yield f"| {block} | {first['parameters']:,} | {first['macs'] / 1e6:.2f} | {distances} |"
-    yield "\nCorrelation of log multiply-adds with the distance, with its logarithm, and of their ranks:"
-    for seed, found in correlations(rows).items():
-        yield f"- seed {seed}: {found[0]:.3f}, {found[1]:.3f}, {found[2]:.3f}"
-    yield "\nBest for the training operations spent (GFLOP, network, distance):"
-    for spent, key, value in compute_frontier(rows):
-        yield f"- {spent / 1e9:,.0f}: {key}, {value:.2f}"
+    head = "| parameters | MMAC | distance, each seed | loss, each seed |\n|---|---|---|---|---|"
+    yield f"| network {head}"
+    yield from (table_row(key, group) for key, group in by_name(rows).items())
+    yield f"\n| block, at {'/'.join(map(str, about['plan']['compared']))} {head}"
+    yield from (table_row(block, group) for block, group in by_block(rows, about["plan"]["compared"]).items())
+    for what, value in (("distance", final), ("loss", loss)):
+        yield f"\nCorrelation of log multiply-adds with the {what}, with its logarithm, and of their ranks:\n"
+        for seed, found in correlations(rows, value).items():
+            yield f"- seed {seed}: {found[0]:.3f}, {found[1]:.3f}, {found[2]:.3f}"
+    yield "\nAt equal training operations (GFLOP), the smaller and the larger network of a patch size:\n"
+    for small, large, spent, distance, other in compute_contests(rows):
+        yield f"- {spent / 1e9:,.0f}: {small} {distance:.1f}, {large} {other:.1f}"
     won, pairs = sampling_contests(rows)
     yield (
-        f"\nOf {pairs} pairs in which the network with fewer multiply-adds spends as much on a sample or more, by taking more "
-        f"steps, the other one is better in {won} (first seed)."
+        f"\nTake two networks, the smaller with so many more sampling steps that it spends at least as much on a sample. There are "
+        f"{pairs} such pairs (first seed); the larger network is better in {won}."
     )
-    yield f"As many real patches are at {about['distance_of_real_patches']:.2f}."
+    yield f"\nReal patches, as many as samples, are at {about['distance_of_real_patches']:.2f}."
+
+
+def table_row(key, group):
+    """A network's row: its first seed's size, each seed's results."""
+    distances, losses = ", ".join(f"{final(row):.2f}" for row in group), ", ".join(f"{loss(row):.4f}" for row in group)
+    return f"| {key} | {group[0]['parameters']:,} | {group[0]['macs'] / 1e6:.2f} | {distances} | {losses} |"
 
 
 def draw_blocks(axes, rows, about):
@@ -156,11 +173,8 @@ def draw_sizes(axes, rows, colors):
 
 def draw_compute(axes, rows, colors):
     for key, group in by_name(rows).items():
-        row = group[0]
-        spent = [row["training_flops"] * row["batch_size"] * place["step"] / 1e12 for place in row["curve"]]
-        distances = np.mean([[place["distance"] for place in r["curve"]] for r in group], axis=0)
-        axes.plot(spent, distances, "-" + MARKERS[row["patch"]], color=colors[row["size"]], label=key)
-    axes.set(title="training compute", xlabel="TFLOP spent on training", xscale="log", yscale="log")
+        axes.plot(*training_curve(group), "-" + MARKERS[group[0]["patch"]], color=colors[group[0]["size"]], label=key)
+    axes.set(title="training compute", xlabel="operations spent on training", xscale="log", yscale="log")
 
 
 def draw_sampling(axes, rows, colors):
@@ -202,10 +216,10 @@ def draw_figure(rows, about, path):
 
 
 def draw_samples(rows, folder, path):
-    """Write one sample of each class from each size, the smallest first, all from the same noise."""
+    """Write a real patch of each class, and a sample of each from each size, the smallest first, all from the same noise."""
     from matplotlib.figure import Figure
 
-    names = list(by_name(rows))
+    names = ["real", *by_name(rows)]
     strips = [np.asarray(Image.open(folder / "samples" / f"{key.replace('/', '-')}.png")) for key in names]
     height, width = strips[0].shape
     figure = Figure(figsize=(width * ENLARGED / 100 + 0.6, (height * ENLARGED + 4) * len(names) / 100), dpi=100)

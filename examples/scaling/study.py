@@ -132,6 +132,8 @@ def save_judge(judge, path):
 
 def load_judge(path, device):
     """The Judge in a file. Raises ValueError if it cannot be read."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing, which scored the networks so far; begin again in another --output")
     contents = read_checkpoint(path)
     classifier = Classifier()
     classifier.load_state_dict(contents["classifier"])
@@ -213,10 +215,20 @@ def draw_images(plan, network, steps, indices, labels):
 
 
 def save_samples(plan, network, path):
-    """Write one image of each class, side by side."""
+    """Write one sample of each class, side by side."""
     labels = torch.arange(CLASSES, device=next(network.parameters()).device)
-    images = draw_images(plan, network, DEFAULT_STEPS, range(CLASSES), labels)  # (12, 1, S, S)
-    strip = images.permute(1, 2, 0, 3).flatten(2)[0]  # (S, 12·S)
+    save_strip(draw_images(plan, network, DEFAULT_STEPS, range(CLASSES), labels), path)
+
+
+def save_real(plan, path):
+    """Write one real patch of each class, side by side."""
+    patches, labels = draw_patches(plan.reference, plan.image_size, plan.reduction, REFERENCE)
+    save_strip(torch.stack([patches[labels == label][0] for label in range(CLASSES)]), path)
+
+
+def save_strip(images, path):
+    """Write images uint8 (n, 1, S, S) side by side."""
+    strip = images.permute(1, 2, 0, 3).flatten(2)[0]  # (S, n·S)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda temporary: Image.fromarray(strip.cpu().numpy()).save(temporary, format="png"))
 
@@ -225,8 +237,10 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for points.jsonl, study.json and samples/")
-    presets = "tiny: a trial of seconds; small: for 2 cores; large: for a GPU (default: %(default)s)"
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder for study.json, points.jsonl, judge.pt and samples/"
+    )
+    presets = "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; large: for a GPU (default: %(default)s)"
     parser.add_argument("--preset", choices=PRESETS, default="small", help=presets)
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
     workers = "networks trained at a time (default: as many as there are cores, 1 on a GPU)"
@@ -243,7 +257,9 @@ def open_folder(args, device):
     if not (folder / "study.json").exists():
         if (folder / "points.jsonl").exists():
             raise ValueError(f"{folder} has a points.jsonl without its study.json; choose another --output")
+        print("training the classifier that scores", flush=True)
         judge, told = make_judge(plan, device)
+        save_real(plan, folder / "samples" / "real.png")
         save_judge(judge, folder / "judge.pt")
         points = {"points": [list(point) for point in list_points(plan)]}
         about = json.dumps(describe(args, device) | told | points) + "\n"
@@ -251,7 +267,8 @@ def open_folder(args, device):
     about, now = read_about(folder), json.loads(json.dumps(describe(args, device)))
     for name in ("plan", "device_type"):
         if about.get(name) != now[name]:
-            raise ValueError(f"{folder} holds a study of another {name.replace('_', ' ')}; choose another --output")
+            begun = f"{about.get('command')} on a {about.get('device_type')}"
+            raise ValueError(f"{folder} holds another study ({begun}); go on with that, or choose another --output")
     rows = {Point(*key): row for key, row in read_rows(folder, about).items()}
     return about, load_judge(folder / "judge.pt", device), rows
 
@@ -314,14 +331,16 @@ def main(argv=None):
             if device.type == "cpu":
                 torch.set_num_threads(1)
             study(args, device)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             parser.error(str(error))
+        except OSError as error:
+            parser.error(f"{error.filename or args.output}: {error.strerror}; choose another --output")
         except ModuleNotFoundError as error:
             parser.error(f"{error.name} is not installed; pip install .[digits]")
         except BrokenProcessPool:
             sys.exit("a worker was killed, perhaps for want of memory; the same command goes on, try fewer --workers")
         except KeyboardInterrupt:
-            sys.exit(f"interrupted; the same command goes on from what {args.output / 'points.jsonl'} has")
+            sys.exit("interrupted; the same command goes on, those networks that were under way begin again")
         finally:
             torch.set_num_threads(threads)
 
@@ -332,7 +351,7 @@ def study(args, device):
     about, judge, done = open_folder(args, device)
     points = [Point(*point) for point in about["points"]]
     left = [point for point in points if point not in done]
-    print(f"{len(done)} networks are done, {len(left)} are left", flush=True)
+    print(f"{len(done)} networks are done, {len(left)} are left, those that take long first", flush=True)
     for point, row in run_all(plan, left, judge, device, args.output, args.workers) if left else ():
         done[point] = row
         text = "".join(json.dumps(done[point]) + "\n" for point in points if point in done)
