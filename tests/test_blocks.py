@@ -302,8 +302,8 @@ def test_compiles_with_the_default_backend_and_trains(block):
         out.square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.zero_grad()
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(*gradients):  # waves of the timestep are float32 here too: of an angle of 300, 1e-5 is rounding
+        assert (a - b).norm() < 1e-4 * a.norm()
 
 
 @every_block
