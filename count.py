@@ -13,7 +13,8 @@ One row for each network, whose weights are counted and not made:
                  that backward; what --grad-checkpointing computes again is not in it
   weights        in float32, which is about what sampling takes
   training       weights, gradients, AdamW's two moments and one average, 20 bytes per parameter; with --mixed-precision
-                 bf16 also the copies that autocast keeps. Of several processes each takes 4 bytes more, for exchanging gradients
+                 bf16 also the copies that autocast keeps. Where several processes train, each needs 4 bytes per parameter
+                 more, for exchanging gradients
   per image      what the forward pass keeps of each image of a process's batch for the backward pass; with
                  --grad-checkpointing also what one block computes again. Smaller buffers that come and go, and the
                  autoencoder, are not in it

@@ -275,8 +275,9 @@ BLOCKS = {
 class DiT(nn.Module):
     """Predicts the noise in a noisy latent and, with learn_sigma, the variance of the reverse step p(x_{t-1} | x_t).
 
-    `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with y=None. `config` holds the arguments, so that
-    DiT(**model.config) is the same network; `null_label` is the label of "no class", None where there is none.
+    `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with y=None. `config` holds
+    the arguments, so that DiT(**model.config) is the same network; `null_label` is the label of "no class", None
+    where there is none.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -318,8 +319,8 @@ class DiT(nn.Module):
         """Fill every parameter; afterwards the output is 0.
 
         As the paper has it (sections 3.2 and 4): adaLN-Zero's regressions and the last Linear start at zero, the rest as in
-        a ViT. The regressions of adaLN and adaLN-single start at zero as well, of which the papers say nothing. So with adaln_zero and adaln_single each
-        block is the identity; in_context, cross_attention and adaln start as ViT blocks.
+        a ViT. The regressions of adaLN and adaLN-single start at zero as well, of which the papers say nothing. So with
+        adaln_zero and adaln_single each block is the identity; in_context, cross_attention and adaln start as ViT blocks.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -252,12 +252,8 @@ def build_network(args, weights: Weights, shape):
     with torch.device("meta"):
         if weights.config is None:
             side = shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-            network = DiT_models[args.model](
-                input_size=side,
-                in_channels=shape.channels,
-                num_classes=args.num_classes,
-                block=design_of(weights.tensors),
-            )
+            sizes = dict(input_size=side, in_channels=shape.channels, num_classes=args.num_classes)
+            network = DiT_models[args.model](**sizes, block=design_of(weights.tensors))
         else:
             network = _from_config(weights.config, origin)
             _check_flags(args, network, shape, origin)
@@ -342,9 +338,7 @@ def label_indices(texts, num_classes, classes):
     labels = []
     for text in texts:
         number = int(text) if text.isdecimal() else -1
-        label = (
-            number if 0 <= number < num_classes else names.get(text)
-        )  # a number wins over a name that looks like one
+        label = number if 0 <= number < num_classes else names.get(text)  # a number wins over a name that looks like one
         if label is None:
             some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
             known = f" or one of the names {some}" if names else ""

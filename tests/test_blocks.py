@@ -344,7 +344,8 @@ def test_trained_saved_resumed_and_sampled_without_a_flag(block, images, tmp_pat
     assert (tmp_path / "x.png").stat().st_size > 100
 
 
-def test_two_processes_learn_what_one_does(images, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("more", [[], pytest.param(["--fsdp", "--grad-checkpointing"], marks=pytest.mark.long)])
+def test_two_processes_learn_what_one_does(more, images, tmp_path):  # noqa: F811
     """Every design, in one launch."""
     script = tmp_path / "every_block.py"
     script.write_text(
@@ -359,7 +360,7 @@ def test_two_processes_learn_what_one_does(images, tmp_path):  # noqa: F811
         "torch.distributed.destroy_process_group()\n"
     )
     flags = ["--data-path", str(images), *QUICK, "--max-steps", "3", "--log-every", "1"]
-    launch(script, ",".join(BLOCKS), tmp_path, *flags)
+    launch(script, ",".join(BLOCKS), tmp_path, *flags, *more)
     for block in BLOCKS:
         run(images, tmp_path / "alone", "--block", block, "--max-steps", "3", "--log-every", "1")
         alone, together = (rows(sorted(f.iterdir())[-1]) for f in (tmp_path / "alone", tmp_path / block))

@@ -5,8 +5,9 @@
     python examples/scaling/plot.py --results scaling --output scaling  # the figures
 
 Every network is trained for the same number of steps on the same patches of photographs (patches.py) and scored by the
-Fréchet distance of its samples to real patches. Each one that is finished is a line of OUTPUT/points.jsonl; the same command goes on where it
-was stopped. On CPUs each network has one thread, so that nothing depends on how many are trained at a time.
+Fréchet distance of its samples to real patches. Each one that is finished is a line of OUTPUT/points.jsonl; the same
+command goes on where it was stopped. On CPUs each network has one thread, so that nothing depends on how many are trained at
+a time.
 """
 
 import argparse
@@ -172,15 +173,8 @@ def train_and_score(plan, point, judge, device, folder):
     while state.step < plan.scored_at[-1]:
         drawn = draw_patches(plan.batch_size, plan.image_size, plan.reduction, TRAINING, point.seed, state.step)
         patches, labels = (x.to(device) for x in drawn)
-        draws = draw(
-            point.seed,
-            state.step,
-            plan.batch_size,
-            shape,
-            network.config["class_dropout_prob"],
-            diffusion.num_timesteps,
-            device,
-        )
+        dropout_prob, num_timesteps = network.config["class_dropout_prob"], diffusion.num_timesteps
+        draws = draw(point.seed, state.step, plan.batch_size, shape, dropout_prob, num_timesteps, device)
         if train_step(state, diffusion, from_uint8(patches), labels, draws)["bad"]:
             raise ValueError(f"the loss or gradient of step {state.step} is not finite; lower the plan's lr")
         if state.step in plan.scored_at:
