@@ -203,6 +203,17 @@ def test_two_workers_find_what_one_does(tiny, tmp_path):
     assert results(tmp_path) == results(tiny)
 
 
+@pytest.mark.parametrize("preset", study.PRESETS)
+def test_every_preset_can_be_built(preset):
+    plan = study.PRESETS[preset]
+    assert patches.draw_patches(5, plan.image_size, plan.reduction, patches.REAL)[0].shape[2:] == (plan.image_size,) * 2
+    points = study.list_points(plan)
+    for point in points:
+        with torch.device("meta"):
+            DiT(**point.config(plan))  # refuses sizes that do not fit
+    assert tuple(sorted(plan.scored_at)) == plan.scored_at and (*plan.compared, "adaln_zero", 0) in points
+
+
 def test_training_depends_on_the_seed(tiny):
     rows = results(tiny)
     first, second = (rows["M", 4, "adaln_zero", seed]["curve"][-1] for seed in (0, 1))
