@@ -210,7 +210,7 @@ def test_every_preset_can_be_built(preset):
     points = study.list_points(plan)
     for point in points:
         with torch.device("meta"):
-            DiT(**point.config(plan))  # refuses sizes that do not fit
+            DiT(**study.config_of(plan, point))  # refuses sizes that do not fit
     assert tuple(sorted(plan.scored_at)) == plan.scored_at and (*plan.compared, "adaln_zero", 0) in points
 
 
@@ -396,7 +396,7 @@ def test_committed_numbers_are_of_the_plan_and_the_networks():
     points = {study.Point(*(row[name] for name in study.Point._fields)): row for row in rows}
     assert list(points) == study.list_points(plan) and len(points) == 26
     for point, numbers in points.items():
-        config = point.config(plan)
+        config = study.config_of(plan, point)
         with torch.device("meta"):
             assert numbers["parameters"] == sum(p.numel() for p in DiT(**config).parameters())
         assert numbers["training_flops"] == 6 * numbers["macs"] == training_flops(config)

@@ -1,8 +1,19 @@
 """The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line for each network."""
 
 import json
+from typing import NamedTuple
 
-FIELDS = ("size", "patch", "block", "seed")  # that tell one network from another
+
+class Point(NamedTuple):
+    """One network of a study."""
+
+    size: str
+    patch: int
+    block: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.size}/{self.patch} {self.block}, seed {self.seed}"
 
 
 def read_about(folder):
@@ -17,16 +28,16 @@ def read_about(folder):
 
 
 def read_rows(folder, about):
-    """The rows of points.jsonl by (size, patch, block, seed). Raises ValueError, naming the line, for one that is damaged."""
+    """The rows of points.jsonl by Point. Raises ValueError, naming the line, for one that is damaged."""
     path, rows = folder / "points.jsonl", {}
     if not path.exists():
         return rows
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            key = tuple(row[field] for field in FIELDS)
+            point = Point(*(row[field] for field in Point._fields))
             if (
-                list(key) not in about["points"]
+                list(point) not in about["points"]
                 or [place["step"] for place in row["curve"]] != about["plan"]["scored_at"]
             ):
                 raise ValueError("it is of another plan")
@@ -34,7 +45,7 @@ def read_rows(folder, about):
             raise ValueError(
                 f"line {number} of {path} is damaged ({error}); delete it, study.py makes it again"
             ) from None
-        rows[key] = row
+        rows[point] = row
     return rows
 
 
@@ -42,7 +53,7 @@ def read_study(folder):
     """(the rows of a whole study, what study.json says). Raises ValueError if one is missing or damaged."""
     about = read_about(folder)
     rows = read_rows(folder, about)
-    missing = [point for point in about["points"] if tuple(point) not in rows]
+    missing = [point for point in about["points"] if Point(*point) not in rows]
     if missing:
         raise ValueError(
             f"the study in {folder} is not finished, {len(missing)} networks are missing; run study.py again"

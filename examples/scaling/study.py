@@ -34,7 +34,7 @@ from diffusion import create_diffusion
 from metrics import Moments, Statistics, frechet_distance
 from models import BLOCKS, DiT
 from patches import CLASSES, REAL, REFERENCE, TRAINING, Classifier, draw_patches, train_classifier
-from records import read_about, read_rows
+from records import Point, read_about, read_rows
 from runs import FolderLock
 from sampling import Sampler, random_labels
 from training import Recipe, Window, draw, new_state, train_step, training_flops
@@ -78,24 +78,13 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Point(NamedTuple):
-    """One network of a study."""
-
-    size: str
-    patch: int
-    block: str
-    seed: int
-
-    def config(self, plan):
-        """DiT's arguments."""
-        depth, width, heads = plan.sizes[self.size]
-        return dict(
-            input_size=plan.image_size, patch_size=self.patch, in_channels=1, hidden_size=width, depth=depth,
-            num_heads=heads, num_classes=CLASSES, block=self.block,
-        )  # fmt: skip
-
-    def __str__(self):
-        return f"{self.size}/{self.patch} {self.block}, seed {self.seed}"
+def config_of(plan, point):
+    """DiT's arguments for a network of a plan."""
+    depth, width, heads = plan.sizes[point.size]
+    return dict(
+        input_size=plan.image_size, patch_size=point.patch, in_channels=1, hidden_size=width, depth=depth,
+        num_heads=heads, num_classes=CLASSES, block=point.block,
+    )  # fmt: skip
 
 
 class Judge(NamedTuple):
@@ -109,7 +98,7 @@ def list_points(plan):
     """The Points of a plan, those that take long first."""
     points = [Point(size, patch, "adaln_zero", s) for s in SEEDS for size in plan.sizes for patch in plan.patch_sizes]
     points += [Point(*plan.compared, block, s) for s in SEEDS for block in BLOCKS if block != "adaln_zero"]
-    return sorted(points, key=lambda point: -training_flops(point.config(plan)))
+    return sorted(points, key=lambda point: -training_flops(config_of(plan, point)))
 
 
 def make_judge(plan, device):
@@ -164,7 +153,7 @@ def run_point(plan, point, judge, device, folder):
 
 def train_and_score(plan, point, judge, device, folder):
     """What run_point returns; its ValueErrors say what, but not where."""
-    begun, config = time.monotonic(), point.config(plan)
+    begun, config = time.monotonic(), config_of(plan, point)
     torch.manual_seed(point.seed)
     network = DiT(**config).to(device)
     state = new_state(network, Recipe(lr=plan.lr, ema_decay=(plan.ema_decay,), bf16=plan.bf16))
@@ -263,8 +252,7 @@ def open_folder(args, device):
         if about.get(name) != now[name]:
             begun = f"{about.get('command')} on a {about.get('device_type')}"
             raise ValueError(f"{folder} holds another study ({begun}); go on with that, or choose another --output")
-    rows = {Point(*key): row for key, row in read_rows(folder, about).items()}
-    return about, load_judge(folder / "judge.pt", device), rows
+    return about, load_judge(folder / "judge.pt", device), read_rows(folder, about)
 
 
 def describe(args, device):
