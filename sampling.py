@@ -355,7 +355,7 @@ def check_writable(path):
     probe = path.parent / f".{path.name}.probe"
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process that asks the same may have been quicker
     except OSError as error:
         raise ValueError(
             f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable"

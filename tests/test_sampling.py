@@ -366,6 +366,18 @@ def test_tf32_is_put_back():
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
+def test_two_processes_may_ask_at_once_whether_a_file_can_be_written(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def and_the_other_is_done_first(path):
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", and_the_other_is_done_first)
+    check_writable(tmp_path / "scores.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_checks_leave_no_trace(tmp_path):
     check_writable(tmp_path / "new.png")
     assert not list(tmp_path.iterdir()) and choose_device("cpu").type == "cpu"
