@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 import torch
 
 from devices import choose_device, tf32
-from sampling import (
-    NUM_CLASSES, add_sampling_flags, check_sampling_flags, check_writable, label_indices, load_sampler,
-)  # fmt: skip
+from sampling import check_writable, label_indices, load_sampler
+from sampling_flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 PER_ROW = 4

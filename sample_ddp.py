@@ -33,14 +33,14 @@ from checkpoints import file_hash, newest_checkpoint
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from runs import LATER
-from sampling import (
-    add_sampling_flags, check_sampling_flags, find_checkpoint, label_indices, load_sampler, random_labels,
-)  # fmt: skip
+from sampling import find_checkpoint, label_indices, load_sampler, random_labels
+from sampling_flags import add_sampling_flags, check_sampling_flags
 from vae import vae_hashes
 
 # Flags that change no image, or that the checkpoint answers for.
 SAID_BY_CHECKPOINT = ("model", "image_size", "num_classes", "said")
 INCIDENTAL = ("device", "sample_dir", "ckpt", *SAID_BY_CHECKPOINT)
+NEWER = {"cfg_interval": [0.0, 1.0], "compile": False}  # flags that earlier versions lacked, at what these did
 POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a bar
 # torchrun tells each process its place. They share work by it and speak through files only, so none can time out.
@@ -162,13 +162,14 @@ def open_folder(args, sampler, labels, device):
     The folder is the same in every process.
     """
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
+    # Folders of options and designs that there always were keep their names.
+    decides = {name: value for name, value in decides.items() if NEWER.get(name) != value or name not in NEWER}
     if Path(args.vae).is_dir():
         decides["vae"] = "see vae_sha256"
     if args.labels not in ("random", "balanced"):
         decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     decides |= {
         "device_type": device.type,
-        # Folders of default designs keep the name that they had before there were others.
         "network": {key: value for key, value in sampler.network.config.items() if LATER.get(key) != value},
         "checkpoint_sha256": file_hash(sampler.checkpoint),
         "vae_sha256": vae_hashes(args.vae),

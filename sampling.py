@@ -3,14 +3,18 @@
 Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
 
-from argparse import Action, ArgumentTypeError, BooleanOptionalAction
 from dataclasses import dataclass
+from functools import partial
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from tqdm.auto import tqdm
 
-from checkpoints import Weights, check_fits, design_of, load_weights, newest_checkpoint, weights_choice
+from checkpoints import Weights, check_fits, design_of, load_weights, newest_checkpoint
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from download import download_model, released_name
@@ -19,127 +23,40 @@ from vae import latent_shape, load_vae, to_uint8
 
 TRAINED_STEPS = 1000
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
-MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # what the flags say unless told otherwise
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOOPS = {"ddpm": GaussianDiffusion.p_sample_loop, "ddim": GaussianDiffusion.ddim_sample_loop}
+# Multistep solvers of second order (Lu et al. 2022; Zhao et al. 2023), their steps of equal length in the log of sigma: of
+# diffusers' spacings the one that comes nearest to the exact solution (docs/sampling.md).
+SCHEDULERS = {
+    "dpm++": partial(DPMSolverMultistepScheduler, use_lu_lambdas=True),
+    "unipc": partial(UniPCMultistepScheduler, use_exponential_sigmas=True),
+}
 
 
-def add_sampling_flags(parser, vae, cfg_scale):
-    """Add the flags that decide what is sampled from which network; vae and cfg_scale are their defaults."""
-    network = parser.add_argument_group("network")
-    network.add_argument(
-        "--ckpt", help=f"checkpoint or run folder (default: the released {MODEL}, fetched on first use)"
-    )
-    network.add_argument(
-        "--weights",
-        type=_weights,
-        default="ema",
-        metavar="{ema,raw,ema@DECAY}",
-        help="which of the checkpoint's weights (default: %(default)s)",
-    )
-    network.add_argument(
-        "--vae", default=vae, help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
-    )
-    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    bare = parser.add_argument_group("network, for checkpoints that do not say")
-    bare.add_argument(
-        "--model",
-        action=Said,
-        choices=DiT_models,
-        default=MODEL,
-        metavar="MODEL",
-        help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
-    )
-    bare.add_argument(
-        "--image-size", action=Said, type=int, default=IMAGE_SIZE, help="in pixels (default: %(default)s)"
-    )
-    bare.add_argument(
-        "--num-classes",
-        action=Said,
-        type=int,
-        default=NUM_CLASSES,
-        help="0 for a network without classes (default: %(default)s)",
-    )
-    add_process_flags(parser.add_argument_group("process"), cfg_scale)
+class Solver(NamedTuple):
+    """How many steps a way from noise to data takes unless told otherwise, and how many it can take at most."""
+
+    steps: int
+    most: int
 
 
-def add_process_flags(process, cfg_scale):
-    """Add those of them that say how it is sampled."""
-    process.add_argument(
-        "--num-sampling-steps", type=int, default=250, help=f"1 to {TRAINED_STEPS} (default: %(default)s)"
-    )
-    process.add_argument(
-        "--sampler", choices=LOOPS, default="ddpm", help="ddpm: ancestral sampling; ddim (default: %(default)s)"
-    )
-    process.add_argument(
-        "--eta", type=float, default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)"
-    )
-    process.add_argument(
-        "--cfg-scale", type=float, default=cfg_scale, help="guidance; 1 is none (default: %(default)s)"
-    )
-    process.add_argument(
-        "--cfg-channels", type=_channels, default=3, help="latent channels to guide, or all (default: %(default)s)"
-    )
+SOLVERS = {
+    "ddpm": Solver(250, TRAINED_STEPS),
+    "ddim": Solver(50, TRAINED_STEPS),
+    "dpm++": Solver(20, TRAINED_STEPS - 1),  # one step number is left for the end of the last step
+    "unipc": Solver(20, TRAINED_STEPS - 1),
+}
 
-    process.add_argument(
-        "--mixed-precision",
-        choices=PRECISIONS,
-        default="no",
-        help="the network's; the steps and the VAE stay in float32 (default: %(default)s)",
-    )
-    process.add_argument(
-        "--tf32",
-        action=BooleanOptionalAction,
-        default=True,
-        help="TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)",
-    )
-
-
-class Said(Action):
-    """Stores a flag's value, and in `said` that it was given: at its default it looks like one that was not."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values)
-        namespace.said = {*getattr(namespace, "said", ()), self.dest}
-
-
-def _weights(text):
-    try:
-        return weights_choice(text)
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
-
-
-def _channels(text):
-    if text != "all" and not (text.isdecimal() and int(text) > 0):
-        raise ArgumentTypeError(f"{text!r} is neither a number of channels, 1 or more, nor all")
-    return text if text == "all" else int(text)
-
-
-def check_sampling_flags(args):
-    """Raise ValueError for flags that make no sense whatever the checkpoint."""
-    if not 1 <= args.num_sampling_steps <= TRAINED_STEPS:
-        raise ValueError(f"--num-sampling-steps is {args.num_sampling_steps}; it must be from 1 to {TRAINED_STEPS}")
-    if not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta is {args.eta}; it must be from 0 to 1")
-    if args.eta and args.sampler != "ddim":
-        raise ValueError(f"--eta {args.eta} is for --sampler ddim; {args.sampler} has its own noise")
-    if not np.isfinite(args.cfg_scale):
-        raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
-    seed = getattr(args, "seed", 0) or getattr(args, "global_seed", 0)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"the seed is {seed}; it must be at least 0 and below 2**63")
-    if args.image_size < 1 or args.num_classes < 0:
-        raise ValueError(
-            f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least"
-        )
+# What torch.compile does beyond its defaults. A GPU's graphs are replayed without the CPU; a CPU's weights become constants.
+COMPILE_OPTIONS = {"cuda": {"triton.cudagraphs": True}, "cpu": {"freezing": True}}
 
 
 @dataclass
 class Sampler:
     """A network and a VAE on one device, and how to sample from them.
 
-    `classes` are the class names, None if unknown; `checkpoint` is the file that the network came from, if any.
+    `classes` are the class names, None if unknown; `checkpoint` is the file that the network came from, if any. Guidance is
+    applied at the steps t from cfg_interval[0] to cfg_interval[1] times TRAINED_STEPS (Kynkäänniemi et al. 2024).
     """
 
     network: DiT
@@ -152,9 +69,11 @@ class Sampler:
     cfg_channels: int | str = 3
     mixed_precision: str = "no"
     checkpoint: Path | None = None
+    cfg_interval: tuple = (0.0, 1.0)
 
     def __post_init__(self):
-        self.diffusion = create_diffusion(str(self.num_sampling_steps))
+        check_steps(self.sampler, self.num_sampling_steps)
+        self.diffusion = create_diffusion(str(self.num_sampling_steps) if self.sampler in LOOPS else "")
         side = self.network.input_size
         self.latent = (self.network.in_channels, side, side)
         if self.cfg_scale != 1 and self.network.null_label is None:
@@ -166,30 +85,64 @@ class Sampler:
                 f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all"
             )
 
-    def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
-        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch."""
-        n, conditions = len(noise), {}
-        model, x = self.network, noise
-        if self.network.num_classes:
-            conditions["y"] = labels
+    def predictor(self, labels, steps):
+        """predict(x, t) → what the network makes of x (N, C, h, w), guided inside the interval.
+
+        To be called once for each of `steps`, the step numbers in their order: to look at t would make the CPU wait for a GPU.
+        """
+        low, high = (share * TRAINED_STEPS for share in self.cfg_interval)
+        guided = iter([self.cfg_scale != 1 and low <= step <= high for step in steps])
+        conditions = {"y": labels} if self.network.num_classes else {}
         if self.cfg_scale != 1:
-            null = torch.full_like(labels, self.network.null_label)
-            conditions = dict(
-                y=torch.cat([labels, null]), cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels
-            )  # (2N,)
-            model, x = self.network.forward_with_cfg, torch.cat([noise, noise])  # (2N, C, h, w)
+            both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
         dtype = PRECISIONS[self.mixed_precision]
 
-        def predict(x, t, **conditions):
+        def predict(x, t):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-                return model(x, t, **conditions).to(x.dtype)
+                if next(guided):
+                    x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
+                    out = self.network.forward_with_cfg(x2, t2, both, self.cfg_scale, self.cfg_channels)[: len(x)]
+                else:
+                    out = self.network(x, t, **conditions)
+            return out.to(x.dtype)
+
+        return predict
+
+    def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch.
+
+        dpm++ and unipc draw nothing.
+        """
+        if self.sampler in SCHEDULERS:
+            return self._multistep_latents(labels, noise, progress)
+
+        def doubled(x):  # which other implementations sample, and of which only the first half counts
+            return noise_fn(torch.cat([x, x]))[: len(x)]
 
         extra = {"eta": self.eta} if self.sampler == "ddim" else {}
-        out = LOOPS[self.sampler](
-            self.diffusion, predict, x.shape, x, clip_denoised=self.space.clip_denoised, model_kwargs=conditions,
-            progress=progress, noise_fn=noise_fn, **extra,
+        return LOOPS[self.sampler](
+            self.diffusion, self.predictor(labels, self.diffusion.timestep_map[::-1]), noise.shape, noise,
+            clip_denoised=self.space.clip_denoised, progress=progress,
+            noise_fn=noise_fn if self.cfg_scale == 1 else doubled, **extra,
         )  # fmt: skip
-        return out[:n]
+
+    @torch.no_grad()
+    def _multistep_latents(self, labels, noise, progress):
+        """Latents by one of SCHEDULERS, which is given predictions of x_0, clipped where the space has bounds."""
+        scheduler = SCHEDULERS[self.sampler](
+            trained_betas=self.diffusion.betas, num_train_timesteps=TRAINED_STEPS, prediction_type="sample"
+        )
+        scheduler.set_timesteps(self.num_sampling_steps)
+        scheduler.set_begin_index(0)  # or it looks for its place on the device
+        steps, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()  # sigma = sqrt(1/alpha_bar - 1)
+        predict, x = self.predictor(labels, steps), noise
+        for step, sigma in zip(tqdm(steps, disable=not progress), sigmas):
+            eps = predict(x, torch.full((len(x),), step, device=x.device))[:, : x.shape[1]]  # without the variance
+            x_start = math.sqrt(1 + sigma**2) * x - sigma * eps
+            if self.space.clip_denoised:
+                x_start = x_start.clamp(-1, 1)
+            x = scheduler.step(x_start, step, x).prev_sample
+        return x
 
     def images(self, labels, noise, noise_fn=torch.randn_like, progress=False):
         """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`. Raises ValueError if they are not finite."""
@@ -236,11 +189,43 @@ def load_sampler(args, device, checkpoint=None):
     if args.ckpt is None:
         weights = weights._replace(classes=weights.classes or imagenet_names())
     network = build_network(args, weights, shape).to(device)
-    names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision")
+    names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision", "cfg_interval")
     options = {name: getattr(args, name) for name in names}
     sampler = Sampler(network, None, weights.classes, checkpoint=checkpoint, **options)
+    prepare(network, args.mixed_precision, args.compile)
     sampler.space = load_vae(args.vae, device)
     return sampler
+
+
+def prepare(network, mixed_precision="no", compile=False):
+    """Make a network fast that only samples from here on. Its outputs stay what they are under autocast; compiled, they round
+    otherwise.
+
+    What autocast would cast at each call, the weights of Linear layers and of the patch embedding, is cast once. Raises
+    ValueError where PyTorch cannot compile.
+    """
+    if dtype := PRECISIONS[mixed_precision]:
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(dtype)
+    if compile:
+        device = next(network.parameters()).device
+        options = COMPILE_OPTIONS.get(device.type)
+        try:
+            torch.compile(torch.sin, options=options)(torch.zeros(8, device=device))
+        except Exception as error:  # compilers and PyTorch's back ends have many kinds
+            raise ValueError(
+                f"--compile: PyTorch cannot compile here ({str(error).strip().splitlines()[0]}); leave the flag out"
+            ) from None
+        network.compile(dynamic=False, fullgraph=True, options=options)
+
+
+def check_steps(sampler, steps):
+    """Raise ValueError unless a sampler can take so many steps."""
+    most = SOLVERS[sampler].most
+    if not 1 <= steps <= most:
+        reason = f"; --sampler {sampler} takes at most {most}" if 1 <= steps <= TRAINED_STEPS else ""
+        raise ValueError(f"--num-sampling-steps is {steps}; it must be from 1 to {most}{reason}")
 
 
 def build_network(args, weights: Weights, shape):
@@ -283,7 +268,7 @@ def _check_flags(args, network, shape, origin):
         "image_size": network.input_size * shape.ratio,
         "num_classes": network.num_classes,
     }
-    for name in sorted(getattr(args, "said", ())):
+    for name in sorted(found.keys() & getattr(args, "said", set())):
         if getattr(args, name) != found[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}, but {origin} is of {found[name]}; leave the flag "
@@ -338,7 +323,9 @@ def label_indices(texts, num_classes, classes):
     labels = []
     for text in texts:
         number = int(text) if text.isdecimal() else -1
-        label = number if 0 <= number < num_classes else names.get(text)  # a number wins over a name that looks like one
+        label = (
+            number if 0 <= number < num_classes else names.get(text)
+        )  # a number wins over a name that looks like one
         if label is None:
             some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
             known = f" or one of the names {some}" if names else ""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 import torch
 
-from benchmarks.sides import ratios, write
+from benchmarks.sides import RATIO, ratios, write
 import extract_latents
 import train
 
@@ -73,7 +73,7 @@ def main(argv=None):
     print(f"images and VAE take {found['images and VAE'][0]} times as long as cached latents ({found})")
     write(
         f"cached-latents-{args.model.replace('/', '-')}",
-        {"settings": vars(args), "time as a ratio [median, lowest, highest]": found},
+        {"settings": vars(args), RATIO: found},
     )
 
 

@@ -1,4 +1,6 @@
-"""What the benchmarks share: sides timed in turn, ratios to the first, and a result file that says where it was run."""
+"""What the benchmarks share: sides timed in turn, ratios to the first, the machine's limit, and a result file that says where it
+was run.
+"""
 
 from datetime import date
 import importlib.metadata
@@ -14,19 +16,33 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+RATIO = "time as a ratio [of the medians; quartiles of the rounds' ratios]"
+PRODUCT_SIDES = (1024, 2048, 4096, 8192)  # of the square matrices whose product is the machine's limit
+
+
+def device():
+    """The GPU, if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def alternate(sides, rounds):
-    """{name: seconds of each round} of callables that are called in turn, so that all meet the machine's moods alike."""
+    """{name: seconds of each round} of callables that are called in turn, every other round backwards, so that all meet the
+    machine's moods alike.
+    """
     seconds = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            synchronize()
-            began = time.perf_counter()
-            side()
-            synchronize()
-            seconds[name].append(time.perf_counter() - began)
+    for i in range(rounds):
+        for name in list(sides)[:: -1 if i % 2 else 1]:
+            seconds[name].append(timed(sides[name]))
     return seconds
+
+
+def timed(side):
+    """The seconds that a call takes."""
+    synchronize()
+    began = time.perf_counter()
+    side()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def synchronize():
@@ -36,12 +52,41 @@ def synchronize():
 
 
 def ratios(seconds, base):
-    """{name: (median, lowest, highest) of the rounds' ratios to the base's time in the same round}."""
+    """{name: [ratio of its median time to the base's, lower and upper quartile of the ratios within each round]}."""
     found = {}
     for name, times in seconds.items():
         quotients = [one / other for one, other in zip(times, seconds[base], strict=True)]
-        found[name] = [round(f(quotients), 3) for f in (statistics.median, min, max)]
+        low, _, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else 3 * quotients
+        ratio = statistics.median(times) / statistics.median(seconds[base])
+        found[name] = [round(value, 3) for value in (ratio, low, high)]
     return found
+
+
+def best_product(dtype=torch.float32):
+    """(a call that multiplies two square matrices, its operations): of the size at which this machine does most a second."""
+    best = None
+    for n in PRODUCT_SIDES[: None if torch.cuda.is_available() else -1]:
+        a, b = (torch.randn(n, n, device=device(), dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+
+        def multiply(a=a, b=b, out=out):
+            torch.mm(a, b, out=out)
+
+        multiply()
+        rate = max(2 * n**3 / timed(multiply) for _ in range(3))
+        if best is None or rate > best[0]:
+            best = rate, multiply, 2 * n**3
+    return best[1:]
+
+
+def share_of_limit(seconds, operations, limit):
+    """What share of the matrix product's rate a side reaches: `limit` is (the product's seconds of each round, its operations).
+
+    A ratio of median rates.
+    """
+    product_seconds, product_operations = limit
+    rate = operations / statistics.median(seconds)
+    return round(rate / (product_operations / statistics.median(product_seconds)), 3)
 
 
 def machine():
@@ -51,7 +96,7 @@ def machine():
         (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine()
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     script = Path(sys.argv[0]).resolve()
     program = (
@@ -63,6 +108,14 @@ def machine():
         **{name: importlib.metadata.version(name) for name in ("torch", "timm", "diffusers", "accelerate")},
         "commit": commit, "command": " ".join(["python", *program, *sys.argv[1:]]),
     }  # fmt: skip
+
+
+def table(rows, columns):
+    """Print {name: its values} as a table under these columns."""
+    width = max(map(len, rows))
+    print(f"{'':{width}}  {'  '.join(columns)}")
+    for name, values in rows.items():
+        print(f"{name:{width}}  {'  '.join(f'{value!s:>{len(column)}}' for value, column in zip(values, columns))}")
 
 
 def write(name, result):

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from accelerate import Accelerator
 
-from benchmarks.sides import ROOT, alternate, ratios, write
+from benchmarks.sides import RATIO, ROOT, alternate, ratios, write
 from diffusion import create_diffusion
 from models import DiT_models
 from devices import tf32
@@ -119,7 +119,7 @@ def main(argv=None):
         for name in args.sides:
             print(f"{name:20} time {time[name]}  memory {memory.get(name, '')}")
         settings = {"model": args.model, "batch_size": args.batch_size, "rounds": args.rounds}
-        result = {"time as a ratio [median, lowest, highest]": time, "peak memory as a ratio": memory}
+        result = {RATIO: time, "peak memory as a ratio": memory}
         processes = accelerator.num_processes
         write(
             f"switches-{args.model.replace('/', '-')}-{processes}",

@@ -1,44 +1,12 @@
 """The same numbers as diffusers: its DiT with our weights, its DDPM, its first-order DPM-Solver, which is DDIM."""
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 
+from benchmarks.anchors import Plain, diffusers_twin
 from conftest import randn, small_dit, smooth_eps, smooth_eps_and_v
 from diffusion import create_diffusion
-
-
-def theirs_with_our_weights(ours):
-    """diffusers' model of the same sizes and, tensor by tensor, the same weights; the position table is its own."""
-    c, source = ours.config, ours.state_dict()
-    theirs = DiTTransformer2DModel(
-        num_attention_heads=c["num_heads"], attention_head_dim=c["hidden_size"] // c["num_heads"],
-        in_channels=c["in_channels"], out_channels=2 * c["in_channels"], num_layers=c["depth"],
-        sample_size=c["input_size"], patch_size=c["patch_size"], num_embeds_ada_norm=c["num_classes"], norm_eps=1e-6,
-    )  # fmt: skip
-    names = {
-        "pos_embed.proj": "x_embedder.proj",
-        "proj_out_1": "final_layer.adaLN_modulation.1",
-        "proj_out_2": "final_layer.linear",
-    }
-    target = {}
-    for i, block in enumerate(theirs.transformer_blocks):
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # its default divides by 127, DiT by 128
-        there, here = f"transformer_blocks.{i}", f"blocks.{i}"
-        names |= {
-            f"{there}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-            f"{there}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-            f"{there}.norm1.linear": f"{here}.adaLN_modulation.1", f"{there}.attn1.to_out.0": f"{here}.attn.proj",
-            f"{there}.ff.net.0.proj": f"{here}.mlp.fc1", f"{there}.ff.net.2": f"{here}.mlp.fc2",
-        }  # fmt: skip
-        target[f"{there}.norm1.emb.class_embedder.embedding_table.weight"] = source["y_embedder.embedding_table.weight"]
-        for kind in ("weight", "bias"):
-            for name, third in zip(("to_q", "to_k", "to_v"), source[f"{here}.attn.qkv.{kind}"].chunk(3), strict=True):
-                target[f"{there}.attn1.{name}.{kind}"] = third
-    for there, here in names.items():
-        target |= {f"{there}.{kind}": source[f"{here}.{kind}"] for kind in ("weight", "bias")}
-    theirs.double().eval().load_state_dict(target)  # strict: every weight of theirs is given
-    return theirs
 
 
 @pytest.mark.parametrize("sizes", [
@@ -48,13 +16,15 @@ def theirs_with_our_weights(ours):
 ])  # fmt: skip
 def test_network_equals_that_of_diffusers(sizes):
     ours = small_dit(**sizes)
-    theirs = theirs_with_our_weights(ours)
+    theirs = diffusers_twin(ours)
     x = randn(4, ours.in_channels, ours.input_size, ours.input_size)
     t, y = torch.tensor([0.0, 1.0, 500.5, 999.0]), torch.tensor([0, 3, 6, ours.null_label])
     with torch.no_grad():
         out, expected = ours(x, t, y), theirs(x, t, y).sample
+        plain = Plain(ours)(x, t, y)
     assert expected.abs().max() > 0.1
     assert (out - expected).abs().max() < 1e-10
+    assert (out - plain).abs().max() < 1e-4  # the waves are of float32, whose angles round otherwise
 
 
 # ---- samplers ----
@@ -120,7 +90,7 @@ def test_ddim_equals_first_order_dpm_solver():
 def test_guided_sampling_of_a_network_equals_that_of_diffusers(monkeypatch):
     """The network, its guidance and the sampler at once, against diffusers' network and sampler in float64."""
     steps, scale, ours = 5, 3.0, small_dit()
-    theirs, diffusion = theirs_with_our_weights(ours), create_diffusion(str(steps))
+    theirs, diffusion = diffusers_twin(ours), create_diffusion(str(steps))
     scheduler = ddpm_scheduler(steps, create_diffusion("").alphas_cumprod)
     x_last, *noises = randn(steps + 1, 2, 4, 8, 8)
     labels, null = torch.tensor([1, 8]), torch.full((2,), ours.null_label)

@@ -80,7 +80,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     )
     ours = dict(
         class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3,
-        mixed_precision="no", tf32=True,
+        mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
     )
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
@@ -89,7 +89,8 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True, ckpt=None,
     )  # fmt: skip
     ours = dict(
-        sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no", labels="random"
+        sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no", labels="random",
+        cfg_interval=[0.0, 1.0], compile=False,
     )  # fmt: skip
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]

@@ -23,7 +23,8 @@ import torch
 
 from make_dataset import load_split, reduce
 from devices import choose_device
-from sampling import add_sampling_flags, check_sampling_flags, load_sampler
+from sampling import load_sampler
+from sampling_flags import add_sampling_flags, check_sampling_flags
 
 BATCH = 100
 NEIGHBOURS = 3

@@ -1,0 +1,114 @@
+"""A forward pass against diffusers' network, against its formulas written out, compiled, and against the machine's limit.
+
+    python -m benchmarks.forward                                                     # S/2, B/4, XL/8, XL/2; minutes on a CPU
+    python -m benchmarks.forward --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --rounds 20     # on a GPU
+
+All sides have the same random weights and inputs and take turns in one process. The limit is the machine's best product of two
+square matrices, measured in the same rounds in the precision of the pass; operations are counted by PyTorch.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+
+from benchmarks.anchors import Plain, Twin
+from benchmarks.sides import RATIO, alternate, best_product, device, ratios, share_of_limit, table, write
+from devices import tf32
+from models import DiT, DiT_models
+from sampling import PRECISIONS, prepare
+from training import training_flops
+
+COLUMNS = ("ratio to ours, quartiles", "share of the limit")
+LIMIT = "matrix product"
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["DiT-S/2", "DiT-B/4", "DiT-XL/8", "DiT-XL/2"]
+    parser.add_argument(
+        "--models", nargs="+", choices=DiT_models, default=models, metavar="MODEL", help="(default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="(default: %(default)s)")
+    parser.add_argument(
+        "--no-compile",
+        nargs="*",
+        default=["DiT-XL/2"],
+        metavar="MODEL",
+        help="leave the compiled side out for these (default: %(default)s)",
+    )
+    return parser
+
+
+def random_network(name):
+    """The network with normal weights of standard deviation 0.05, that samples only, on the device."""
+    torch.manual_seed(0)
+    with device():
+        network = DiT_models[name]().eval().requires_grad_(False)
+        for parameter in network.parameters():
+            if parameter is not network.pos_embed:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+def twin_of(network):
+    """Another network of the same class that shares the tensors."""
+    with torch.device("meta"):
+        twin = DiT(**network.config)
+    twin.load_state_dict(network.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure(name, args):
+    """{side: seconds of each round}, and the operations of a pass and of the product, for a model."""
+    network, dtype = random_network(name), PRECISIONS[args.mixed_precision]
+    with device():
+        x = torch.randn(args.batch_size, network.in_channels, network.input_size, network.input_size)
+        t = torch.linspace(0, 999, args.batch_size).round()
+        y = torch.arange(args.batch_size)
+    sides = {"ours": twin_of(network), "diffusers": Twin(network), "written out": Plain(network)}
+    if name not in args.no_compile:
+        sides["ours, compiled"] = twin_of(network)
+    for side, called in sides.items():
+        if side.startswith("ours"):
+            prepare(called, args.mixed_precision, "compiled" in side)
+
+    def call(called):
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            return called(x, t, y)
+
+    outputs = {side: call(called).float() for side, called in sides.items()}
+    product, product_operations = best_product(dtype or torch.float32)
+    calls = {side: partial(call, called) for side, called in sides.items()} | {LIMIT: product}
+    for one in calls.values():
+        one()
+    far = {
+        side: ((out - outputs["ours"]).abs().max() / outputs["ours"].abs().max()).item()
+        for side, out in outputs.items()
+    }
+    operations = training_flops(network.config) // 3 * args.batch_size
+    return alternate(calls, args.rounds), far, operations, product_operations
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    results = {}
+    for name in args.models:
+        with tf32(True):
+            seconds, far, operations, product_operations = measure(name, args)
+        limit = seconds[LIMIT], product_operations
+        found = ratios({side: times for side, times in seconds.items() if side != LIMIT}, "ours")
+        shares = {side: share_of_limit(seconds[side], operations, limit) for side in found}
+        print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
+        table({side: (found[side], shares[side]) for side in found}, COLUMNS)
+        results[name] = {
+            RATIO: found, "share of the limit": shares, "largest difference of the output, relative to its largest value": far,
+        }  # fmt: skip
+        write(f"forward-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Quality against cost of the samplers, on digits: `scores` first, which is long, then `times`, on a machine that does nothing else.
+
+    python -m benchmarks.solvers scores                   # 2,000 samples of each setting; an hour on one CPU core
+    python -m benchmarks.solvers times                    # 100 images of each setting, in turn; minutes
+    python -m benchmarks.plot_solvers                     # docs/solvers.svg and the tables of docs/sampling.md from both
+
+A score is the Fréchet distance to the 1,437 training digits in the features of examples/digits/classifier. Image i of a seed has
+the same label and noise x_T with every sampler. What `scores` has finished it does not do again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.sides import RATIO, RESULTS, ROOT, alternate, device, machine, ratios, table, write
+from checkpoints import load_weights
+from features import deal, load_extractor, summarize
+from metrics import frechet_distance
+from models import DiT
+from sampling import Sampler, random_labels
+from vae import load_vae, to_uint8
+
+DIGITS = ROOT / "examples" / "digits"
+GUIDANCE, INTERVAL = 1.5, (0.3, 0.7)
+BATCH = 100
+
+
+class Setting(NamedTuple):
+    """How digits are sampled."""
+
+    sampler: str
+    steps: int
+    interval: tuple = (0.0, 1.0)
+    guidance: float = GUIDANCE
+
+    def __str__(self):
+        where = "" if self.interval == (0.0, 1.0) else f", guided {self.interval[0]:g} to {self.interval[1]:g}"
+        return f"{self.sampler} {self.steps}{where}" + (", no guidance" if self.guidance == 1 else "")
+
+
+BASE = Setting("ddpm", 250)
+COUNTS = {"ddpm": (250, 50), "ddim": (50, 20, 10), "dpm++": (20, 10), "unipc": (20, 10)}
+SETTINGS = [
+    Setting(sampler, steps, interval)
+    for sampler, counts in COUNTS.items()
+    for steps in counts
+    for interval in ((0.0, 1.0), INTERVAL)
+]  # fmt: skip
+TWICE = [BASE, *(Setting(sampler, 20) for sampler in ("dpm++", "unipc"))]  # with a second seed
+UNGUIDED = [Setting("ddpm", 250, guidance=1.0), Setting("unipc", 20, guidance=1.0)]
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["scores", "times"])
+    parser.add_argument("--samples", type=int, default=2000, help="for each score (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of times (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file for scores (default: benchmarks/results/solvers-scores.json)")
+    return parser
+
+
+def load():
+    """(the digits network, its autoencoder) on the device."""
+    weights = load_weights(DIGITS / "dit.safetensors")
+    network = DiT(**weights.config)
+    network.load_state_dict(weights.tensors)
+    return network.to(device()).eval().requires_grad_(False), load_vae(str(DIGITS / "vae"), device())
+
+
+def make_sampler(network, space, setting):
+    return Sampler(
+        network, space, None, setting.steps, setting.sampler, cfg_scale=setting.guidance, cfg_interval=setting.interval
+    )
+
+
+def real_digits():
+    """The training digits as images uint8 (N, 3, 32, 32)."""
+    sys.path.insert(0, str(DIGITS))
+    from make_dataset import enlarge, load_split
+
+    return torch.from_numpy(np.repeat(enlarge(load_split()[0])[:, None], 3, axis=1))
+
+
+def statistics_of(extractor, images, count):
+    """Mean and covariance of features; images are batches uint8 (n, 3, 32, 32)."""
+    return summarize(extractor, ((batch.to(device()), None) for batch in images), count)[0].statistics
+
+
+def score(sampler, extractor, reference, count, seed):
+    """The Fréchet distance of so many samples to the reference."""
+
+    def images():
+        for indices in deal(count, BATCH):
+            labels = random_labels(seed, indices, sampler.network.num_classes).to(device())
+            latents = sampler.numbered_latents(seed, indices, labels)
+            yield to_uint8(sampler.space.decode(latents)).permute(0, 3, 1, 2)
+
+    return frechet_distance(statistics_of(extractor, images(), count), reference)
+
+
+def scores(args):
+    """Score every setting that the file does not have yet, and write it after each."""
+    path = args.output or RESULTS / "solvers-scores.json"
+    found = json.loads(path.read_text()) if path.exists() else {"samples": args.samples, "runs": [], "scores": {}}
+    if found["samples"] != args.samples:
+        sys.exit(f"{path} is of {found['samples']} samples, not {args.samples}; give another --output")
+    found["runs"].append(machine())
+    network, space = load()
+    extractor = load_extractor(str(DIGITS / "classifier"), device())
+    reference = statistics_of(extractor, (real := real_digits()).split(500), len(real))
+    todo = [(setting, 0) for setting in SETTINGS[::-1] + UNGUIDED[::-1]] + [(setting, 1) for setting in TWICE[::-1]]
+    for setting, seed in todo:
+        name = f"{setting}, seed {seed}"
+        if name not in found["scores"]:
+            distance = score(make_sampler(network, space, setting), extractor, reference, args.samples, seed)
+            found["scores"][name] = round(distance, 4)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, found["scores"][name], flush=True)
+
+
+def times(args):
+    """Time BATCH images, from labels to pixels, with every setting in turn."""
+    network, space = load()
+    labels = (torch.arange(BATCH) % 10).to(device())
+    samplers = {str(setting): make_sampler(network, space, setting) for setting in SETTINGS + UNGUIDED}
+
+    def side(sampler):
+        return lambda: sampler.decode(sampler.numbered_latents(0, range(BATCH), labels)).cpu()
+
+    sides = {name: side(sampler) for name, sampler in samplers.items()}
+    sides["unipc 10"]()
+    found = ratios(alternate(sides, args.rounds), str(BASE))
+    table({name: [values] for name, values in found.items()}, ("ratio to 250 DDPM steps, quartiles",))
+    write("solvers-times", {"settings": {"images": BATCH, "rounds": args.rounds}, RATIO: found})
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    {"scores": scores, "times": times}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
