@@ -107,7 +107,7 @@ def main(argv=None):
         results[name] = {
             RATIO: found, "share of the limit": shares, "largest difference of the output, relative to its largest value": far,
         }  # fmt: skip
-        write(f"forward-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
+    write(f"forward-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
 
 
 if __name__ == "__main__":

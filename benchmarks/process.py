@@ -2,12 +2,13 @@
 
     python -m benchmarks.process
 
-One reverse step and one training loss with a network that does nothing, on a batch of 8 × 4×32×32. The other side has the same
-formulas; but each coefficient is fetched from its float64 table where it is used, copied to the device, cast and spread over
-the batch's shape, as schedule tables in NumPy make one do.
+One reverse step and one training loss with a network that does nothing, on a batch of 8 × 4×32×32. The other sides have the same
+formulas; but each coefficient is fetched from its float64 table where it is used: the table is copied to the device, indexed and
+cast; in "looked up and spread", as is usual where schedule tables live in NumPy, also made a tensor of the batch's shape.
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -21,22 +22,31 @@ SHAPE, STEPS = (8, 4, 32, 32), 250
 class LookedUp(SpacedDiffusion):
     """The process with its tables in NumPy."""
 
+    spread = False
+
     def _at(self, t, x):
-        return Lookup(dict(zip(Coefficients._fields, self._table.T)), t, x)
+        return Lookup(dict(zip(Coefficients._fields, self._table.T)), t, x, self.spread)
 
     def _model_steps(self, t):
         return torch.tensor(self.timestep_map, device=t.device)[t]
 
 
-class Lookup:
-    """Coefficients at steps t (N,) that are fetched when they are asked for, each in x's shape."""
+class LookedUpAndSpread(LookedUp):
+    """The same, its coefficients as large as the batch."""
 
-    def __init__(self, tables, t, x):
-        self.tables, self.t, self.x = tables, t, x
+    spread = True
+
+
+class Lookup:
+    """Coefficients at steps t (N,) that are fetched when they are asked for: (N, 1, ..., 1) beside x, or in x's shape."""
+
+    def __init__(self, tables, t, x, spread):
+        self.tables, self.t, self.x, self.spread = tables, t, x, spread
 
     def __getattr__(self, name):
-        values = torch.from_numpy(self.tables[name]).to(self.t.device)[self.t].to(self.x.dtype)
-        return values.view(-1, *[1] * (self.x.dim() - 1)).expand_as(self.x)
+        values = torch.tensor(self.tables[name], device=self.t.device)[self.t].to(self.x.dtype)
+        values = values.view(-1, *[1] * (self.x.dim() - 1))
+        return values.expand_as(self.x).contiguous() if self.spread else values
 
 
 def main(argv=None):
@@ -45,10 +55,11 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=100, help="steps in each round (default: %(default)s)")
     args = parser.parse_args(argv)
     ours = create_diffusion(str(STEPS))
-    theirs = LookedUp(
+    same = dict(
         use_timesteps=space_timesteps(1000, str(STEPS)), betas=create_diffusion("").betas,
         model_mean_type=ours.model_mean_type, model_var_type=ours.model_var_type, loss_type=ours.loss_type,
     )  # fmt: skip
+    processes = {"ours": ours, "looked up": LookedUp(**same), "looked up and spread": LookedUpAndSpread(**same)}
     x, t = torch.randn(SHAPE, device=device()), torch.arange(SHAPE[0], device=device()) * 30
     output = torch.randn(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], device=device())
     noise, results = torch.randn_like(x), {}
@@ -59,15 +70,16 @@ def main(argv=None):
         "training_losses": lambda process: process.training_losses(lambda *_: output, x, t, noise=noise)["loss"],
     }
     for name, call in calls.items():
-        torch.testing.assert_close(call(ours), call(theirs))
+        for process in processes.values():
+            torch.testing.assert_close(call(ours), call(process))
 
-        def side(process):
+        def side(process, call=call):
             for _ in range(args.repeats):
                 call(process)
 
         with torch.no_grad():
-            seconds = alternate({"tables in NumPy": lambda: side(theirs), "ours": lambda: side(ours)}, args.rounds)
-        results[name] = ratios(seconds, "tables in NumPy")
+            seconds = alternate({key: partial(side, process) for key, process in processes.items()}, args.rounds)
+        results[name] = {f"ours to {key}": ratios(seconds, key)["ours"] for key in list(processes)[1:]}
         print(name)
         table({key: [value] for key, value in results[name].items()}, ("ratio, quartiles",))
     write(f"process-{device().type}", {"settings": vars(args) | {"batch": SHAPE}, RATIO: results})

@@ -4,6 +4,7 @@ was run.
 
 from datetime import date
 import importlib.metadata
+import itertools
 import json
 from pathlib import Path
 import platform
@@ -119,8 +120,9 @@ def table(rows, columns):
 
 
 def write(name, result):
-    """Write benchmarks/results/DATE-NAME.json with the machine's description, and say so."""
+    """Write benchmarks/results/DATE-NAME.json with the machine's description, and say so. A second of a day gets a number."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today()}-{name}.json"
+    names = (f"{date.today()}-{name}{'' if i == 1 else f'-{i}'}.json" for i in itertools.count(1))
+    path = next(RESULTS / one for one in names if not (RESULTS / one).exists())
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")

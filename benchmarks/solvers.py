@@ -79,11 +79,12 @@ def make_sampler(network, space, setting):
 
 
 def real_digits():
-    """The training digits as images uint8 (N, 3, 32, 32)."""
+    """The training digits as images uint8 (N, 3, 32, 32), and their labels (N,)."""
     sys.path.insert(0, str(DIGITS))
     from make_dataset import enlarge, load_split
 
-    return torch.from_numpy(np.repeat(enlarge(load_split()[0])[:, None], 3, axis=1))
+    digits, labels, _, _ = load_split()
+    return torch.from_numpy(np.repeat(enlarge(digits)[:, None], 3, axis=1)), torch.from_numpy(labels)
 
 
 def statistics_of(extractor, images, count):
@@ -112,7 +113,7 @@ def scores(args):
     found["runs"].append(machine())
     network, space = load()
     extractor = load_extractor(str(DIGITS / "classifier"), device())
-    reference = statistics_of(extractor, (real := real_digits()).split(500), len(real))
+    reference = statistics_of(extractor, real_digits()[0].split(500), len(real_digits()[0]))
     todo = [(setting, 0) for setting in SETTINGS[::-1] + UNGUIDED[::-1]] + [(setting, 1) for setting in TWICE[::-1]]
     for setting, seed in todo:
         name = f"{setting}, seed {seed}"

@@ -104,7 +104,7 @@ def main(argv=None):
         print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
         table({side: (found[side], shares[side]) for side in found}, COLUMNS)
         results[name] = {RATIO: found, "share of the limit": shares}
-        write(f"training-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
+    write(f"training-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
 
 
 if __name__ == "__main__":

@@ -163,11 +163,12 @@ class GaussianDiffusion:
         denoised_fn, if given, acts on pred_xstart; clip_denoised then clamps it to [-1, 1].
         Raises ValueError if the network's output does not have x's channels (twice those with a learned variance).
         """
-        output = self._call(model, x, t, model_kwargs)
-        return self._p_mean_variance(self._at(t, x), output, x, clip_denoised, denoised_fn)
+        c = self._at(t, x)
+        p = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
+        return {**p, "variance": self._variance(c, p["log_variance"])}
 
     def _call(self, model, x, t, model_kwargs):
-        """The network's output at steps t, in x's dtype."""
+        """The network's prediction at steps t, and its variance fraction v or None, in x's shape and dtype."""
         output = model(x, self._model_steps(t), **(model_kwargs or {}))
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         want = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
@@ -176,25 +177,27 @@ class GaussianDiffusion:
                 f"the network returned {tuple(output.shape)}, the process needs {want}: "
                 "its learn_sigma must be the one given to create_diffusion"
             )
-        return output.to(x.dtype)
+        output = output.to(x.dtype)
+        return output.chunk(2, dim=1) if learned else (output, None)
 
-    def _p_mean_variance(self, c, output, x, clip_denoised, denoised_fn=None):
-        """p_mean_variance from coefficients c and the network's output."""
-        if self.model_var_type is ModelVarType.LEARNED_RANGE:
-            output, v = output.chunk(2, dim=1)
-            fraction = (v + 1) / 2  # IDDPM eq. 15
-            log_variance = fraction * c.log_betas + (1 - fraction) * c.posterior_log_variance_clipped
-            variance = log_variance.exp()
+    def _p(self, c, prediction, v, x, clip_denoised, denoised_fn=None):
+        """p_mean_variance without the variance, from coefficients c and what the network said."""
+        if v is None:
+            log_variance = c.fixed_log_variance.expand_as(x)
         else:
-            variance, log_variance = c.fixed_variance.expand_as(x), c.fixed_log_variance.expand_as(x)
-
-        x_start = output if self.model_mean_type is ModelMeanType.START_X else _x_start_from_eps(c, x, output)
+            low = c.posterior_log_variance_clipped
+            log_variance = low + (v + 1) / 2 * (c.log_betas - low)  # IDDPM eq. 15
+        x_start = prediction if self.model_mean_type is ModelMeanType.START_X else _x_start_from_eps(c, x, prediction)
         if denoised_fn is not None:
             x_start = denoised_fn(x_start)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
-        mean = _posterior_mean(c, x_start, x)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x_start}
+        return {"mean": _posterior_mean(c, x_start, x), "log_variance": log_variance, "pred_xstart": x_start}
+
+    def _variance(self, c, log_variance):
+        """The variance to this log variance; not always its exponential where it is fixed, see _set_schedule."""
+        learned = self.model_var_type is ModelVarType.LEARNED_RANGE
+        return log_variance.exp() if learned else c.fixed_variance.expand_as(log_variance)
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """The mean moved by variance × gradient of log p(y | x_t), in x's shape (ADM algorithm 1).
@@ -222,9 +225,12 @@ class GaussianDiffusion:
 
         noise_fn(x) gives the step's noise; it is called once, also at t = 0 where no noise is added.
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = noise_fn(x)
-        mean = out["mean"] if cond_fn is None else self.condition_mean(cond_fn, out, x, t, model_kwargs)
+        c = self._at(t, x)
+        out = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
+        noise, mean = noise_fn(x), out["mean"]
+        if cond_fn is not None:
+            out["variance"] = self._variance(c, out["log_variance"])
+            mean = self.condition_mean(cond_fn, out, x, t, model_kwargs)
         std = torch.exp(out["log_variance"] / 2) * _adds_noise(t, x)
         return {"sample": mean + std * noise, "pred_xstart": out["pred_xstart"]}
 
@@ -237,7 +243,7 @@ class GaussianDiffusion:
         eta = 0 is deterministic, eta = 1 has DDPM's posterior variance. noise_fn as in p_sample.
         """
         c = self._at(t, x)
-        out = self._p_mean_variance(c, self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
+        out = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
         before, x_start = c.alphas_cumprod_prev, out["pred_xstart"]
@@ -257,7 +263,7 @@ class GaussianDiffusion:
         if eta != 0:
             raise ValueError(f"eta is {eta}; the way back to noise exists for the deterministic path only, pass eta=0")
         c = self._at(t, x)
-        out = self._p_mean_variance(c, self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
+        out = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
         eps, after = _eps_from_x_start(c, x, out["pred_xstart"]), c.alphas_cumprod_next
@@ -342,19 +348,17 @@ class GaussianDiffusion:
         noise = torch.randn_like(x_start) if noise is None else noise
         c = self._at(t, x_start)
         x_t = _noised(c, x_start, noise)
-        output = self._call(model, x_t, t, model_kwargs)
+        prediction, v = self._call(model, x_t, t, model_kwargs)
 
         if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
-            bound = self._bound(c, output, x_start, x_t, t, clip_denoised=False)["bits"]
+            bound = self._bound(c, prediction, v, x_start, x_t, t, clip_denoised=False)["bits"]
             return {"loss": bound * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else bound}
         if self.loss_type not in (LossType.MSE, LossType.RESCALED_MSE):
             raise NotImplementedError(self.loss_type)
 
-        losses, prediction = {}, output
-        if self.model_var_type is ModelVarType.LEARNED_RANGE:
-            prediction, v = output.chunk(2, dim=1)
-            only_variance = torch.cat([prediction.detach(), v], dim=1)  # (N, 2C, ...)
-            losses["vb"] = self._bound(c, only_variance, x_start, x_t, t, clip_denoised=False)["bits"]
+        losses = {}
+        if v is not None:
+            losses["vb"] = self._bound(c, prediction.detach(), v, x_start, x_t, t, clip_denoised=False)["bits"]
             if self.loss_type is LossType.RESCALED_MSE:
                 losses["vb"] = losses["vb"] * (self.num_timesteps / 1000)
         target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
@@ -362,12 +366,12 @@ class GaussianDiffusion:
         losses["loss"] = losses["mse"] + losses["vb"] if "vb" in losses else losses["mse"]
         return losses
 
-    def _bound(self, c, output, x_start, x_t, t, clip_denoised):
+    def _bound(self, c, prediction, v, x_start, x_t, t, clip_denoised):
         """One term of the variational bound in bits per dim: a dict of bits (N,) and pred_xstart (DDPM eq. 5).
 
         KL between the true posterior and p; at t = 0 the negative log-likelihood of the grey levels in x_start.
         """
-        p = self._p_mean_variance(c, output, x_t, clip_denoised)
+        p = self._p(c, prediction, v, x_t, clip_denoised)
         true_mean = _posterior_mean(c, x_start, x_t)
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, p["mean"], p["log_variance"])
         log_likelihood = discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=p["log_variance"] / 2)
@@ -386,7 +390,7 @@ class GaussianDiffusion:
             t = torch.full((len(x_start),), i, device=x_start.device)
             c, noise = self._at(t, x_start), noise_fn(x_start)
             x_t = _noised(c, x_start, noise)
-            bound = self._bound(c, self._call(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
+            bound = self._bound(c, *self._call(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
             eps = _eps_from_x_start(c, x_t, bound["pred_xstart"])
             terms["vb"].append(bound["bits"])
             terms["xstart_mse"].append(mean_flat((bound["pred_xstart"] - x_start) ** 2))
