@@ -4,7 +4,7 @@ Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -46,9 +46,6 @@ SOLVERS = {
     "dpm++": Solver(20, TRAINED_STEPS - 1),  # one step number is left for the end of the last step
     "unipc": Solver(20, TRAINED_STEPS - 1),
 }
-
-# What torch.compile does beyond its defaults. A GPU's graphs are replayed without the CPU; a CPU's weights become constants.
-COMPILE_OPTIONS = {"cuda": {"triton.cudagraphs": True}, "cpu": {"freezing": True}}
 
 
 @dataclass
@@ -210,14 +207,32 @@ def prepare(network, mixed_precision="no", compile=False):
                 module.to(dtype)
     if compile:
         device = next(network.parameters()).device
-        options = COMPILE_OPTIONS.get(device.type)
         try:
-            torch.compile(torch.sin, options=options)(torch.zeros(8, device=device))
+            torch.compile(torch.sin)(torch.zeros(8, device=device))
         except Exception as error:  # compilers and PyTorch's back ends have many kinds
             raise ValueError(
                 f"--compile: PyTorch cannot compile here ({str(error).strip().splitlines()[0]}); leave the flag out"
             ) from None
-        network.compile(dynamic=False, fullgraph=True, options=options)
+        if device.type == "cpu":
+            network.forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))
+        else:  # each size of batch has a CUDA graph of its own, replayed without the CPU
+            options = {"triton.cudagraphs": True} if device.type == "cuda" else None
+            network.forward = torch.compile(network.forward, dynamic=False, fullgraph=True, options=options)
+
+
+def frozen(forward):
+    """A compiled forward pass with inductor's `freezing`: the weights become constants, packed for oneDNN.
+
+    Not an option of the compilation, since Dynamo asks for the setting before those count. oneDNN is taken for batches of
+    any size only (dynamic=True); for a fixed one it would be MKL, which is slower here.
+    """
+
+    @wraps(forward)
+    def call(*args, **kwargs):
+        with torch._inductor.config.patch(freezing=True):
+            return forward(*args, **kwargs)
+
+    return call
 
 
 def check_steps(sampler, steps):

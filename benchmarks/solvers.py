@@ -22,7 +22,7 @@ from checkpoints import load_weights
 from features import deal, load_extractor, summarize
 from metrics import frechet_distance
 from models import DiT
-from sampling import Sampler, random_labels
+from sampling import Sampler, prepare, random_labels
 from vae import load_vae, to_uint8
 
 DIGITS = ROOT / "examples" / "digits"
@@ -52,7 +52,7 @@ SETTINGS = [
     for interval in ((0.0, 1.0), INTERVAL)
 ]  # fmt: skip
 TWICE = [BASE, *(Setting(sampler, 20) for sampler in ("dpm++", "unipc"))]  # with a second seed
-UNGUIDED = [Setting("ddpm", 250, guidance=1.0), Setting("unipc", 20, guidance=1.0)]
+UNGUIDED = [Setting("unipc", 20, guidance=1.0)]
 
 
 def build_parser():
@@ -64,12 +64,14 @@ def build_parser():
     return parser
 
 
-def load():
+def load(compiled=False):
     """(the digits network, its autoencoder) on the device."""
     weights = load_weights(DIGITS / "dit.safetensors")
     network = DiT(**weights.config)
     network.load_state_dict(weights.tensors)
-    return network.to(device()).eval().requires_grad_(False), load_vae(str(DIGITS / "vae"), device())
+    network.to(device()).eval().requires_grad_(False)
+    prepare(network, compile=compiled)
+    return network, load_vae(str(DIGITS / "vae"), device())
 
 
 def make_sampler(network, space, setting):
@@ -111,7 +113,7 @@ def scores(args):
     if found["samples"] != args.samples:
         sys.exit(f"{path} is of {found['samples']} samples, not {args.samples}; give another --output")
     found["runs"].append(machine())
-    network, space = load()
+    network, space = load(compiled=True)
     extractor = load_extractor(str(DIGITS / "classifier"), device())
     reference = statistics_of(extractor, real_digits()[0].split(500), len(real_digits()[0]))
     todo = [(setting, 0) for setting in SETTINGS[::-1] + UNGUIDED[::-1]] + [(setting, 1) for setting in TWICE[::-1]]
