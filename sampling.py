@@ -87,8 +87,8 @@ class Sampler:
 
         To be called once for each of `steps`, the step numbers in their order: to look at t would make the CPU wait for a GPU.
         """
-        low, high = (share * TRAINED_STEPS for share in self.cfg_interval)
-        guided = iter([self.cfg_scale != 1 and low <= step <= high for step in steps])
+        low, high = self.cfg_interval
+        guided = iter([self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in steps])
         conditions = {"y": labels} if self.network.num_classes else {}
         if self.cfg_scale != 1:
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)

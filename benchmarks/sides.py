@@ -100,9 +100,8 @@ def machine():
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     script = Path(sys.argv[0]).resolve()
-    program = (
-        ["-m", f"benchmarks.{script.stem}"] if script.parent == ROOT / "benchmarks" else [str(script.relative_to(ROOT))]
-    )
+    inside = script.relative_to(ROOT) if ROOT in script.parents else Path(script.name)
+    program = ["-m", f"benchmarks.{script.stem}"] if script.parent == ROOT / "benchmarks" else [str(inside)]
     return {
         "date": str(date.today()), "cpu": cpu, "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
@@ -125,4 +124,4 @@ def write(name, result):
     names = (f"{date.today()}-{name}{'' if i == 1 else f'-{i}'}.json" for i in itertools.count(1))
     path = next(RESULTS / one for one in names if not (RESULTS / one).exists())
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path}")
