@@ -42,7 +42,7 @@ class Solver(NamedTuple):
 
 SOLVERS = {
     "ddpm": Solver(250, TRAINED_STEPS),
-    "ddim": Solver(50, TRAINED_STEPS),
+    "ddim": Solver(250, TRAINED_STEPS),
     "dpm++": Solver(20, TRAINED_STEPS - 1),  # one step number is left for the end of the last step
     "unipc": Solver(20, TRAINED_STEPS - 1),
 }
@@ -70,7 +70,8 @@ class Sampler:
 
     def __post_init__(self):
         check_steps(self.sampler, self.num_sampling_steps)
-        self.diffusion = create_diffusion(str(self.num_sampling_steps) if self.sampler in LOOPS else "")
+        respacing = str(self.num_sampling_steps) if self.sampler in LOOPS else ""
+        self.diffusion = create_diffusion(respacing, learn_sigma=self.network.learn_sigma)
         side = self.network.input_size
         self.latent = (self.network.in_channels, side, side)
         if self.cfg_scale != 1 and self.network.null_label is None:
@@ -81,14 +82,41 @@ class Sampler:
             raise ValueError(
                 f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all"
             )
+        if self.cfg_scale != 1 and not any(self.guided(self.steps())):
+            low, high = self.cfg_interval
+            raise ValueError(
+                f"--cfg-interval {low} {high} holds none of the {self.num_sampling_steps} steps of {self.sampler}, so nothing would "
+                "be guided; widen it, or pass --cfg-scale 1"
+            )
 
-    def predictor(self, labels, steps):
+    def steps(self):
+        """The step numbers at which the network is asked, in order."""
+        if self.sampler in LOOPS:
+            return self.diffusion.timestep_map[::-1]
+        # The nearest to each sigma; diffusers' own are rounded down where its steps are of equal length.
+        sigmas, known = self.scheduler().sigmas[:-1].numpy(), self.diffusion.sqrt_recipm1_alphas_cumprod
+        return np.interp(np.log(sigmas), np.log(known), np.arange(TRAINED_STEPS)).round().astype(int).tolist()
+
+    def guided(self, steps):
+        """For each of these steps, whether it is guided."""
+        low, high = self.cfg_interval
+        return [self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in steps]
+
+    def scheduler(self):
+        """A new scheduler of diffusers for a trajectory, which is to be given predictions of x_0."""
+        scheduler = SCHEDULERS[self.sampler](
+            trained_betas=self.diffusion.betas, num_train_timesteps=TRAINED_STEPS, prediction_type="sample"
+        )
+        scheduler.set_timesteps(self.num_sampling_steps)
+        scheduler.set_begin_index(0)  # or it looks for its place on the device
+        return scheduler
+
+    def predictor(self, labels):
         """predict(x, t) → what the network makes of x (N, C, h, w), guided inside the interval.
 
-        To be called once for each of `steps`, the step numbers in their order: to look at t would make the CPU wait for a GPU.
+        To be called once for each of `steps`, in their order: to look at t would make the CPU wait for a GPU.
         """
-        low, high = self.cfg_interval
-        guided = iter([self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in steps])
+        guided = iter(self.guided(self.steps()))
         conditions = {"y": labels} if self.network.num_classes else {}
         if self.cfg_scale != 1:
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
@@ -118,22 +146,17 @@ class Sampler:
 
         extra = {"eta": self.eta} if self.sampler == "ddim" else {}
         return LOOPS[self.sampler](
-            self.diffusion, self.predictor(labels, self.diffusion.timestep_map[::-1]), noise.shape, noise,
+            self.diffusion, self.predictor(labels), noise.shape, noise,
             clip_denoised=self.space.clip_denoised, progress=progress,
             noise_fn=noise_fn if self.cfg_scale == 1 else doubled, **extra,
         )  # fmt: skip
 
     @torch.no_grad()
     def _multistep_latents(self, labels, noise, progress):
-        """Latents by one of SCHEDULERS, which is given predictions of x_0, clipped where the space has bounds."""
-        scheduler = SCHEDULERS[self.sampler](
-            trained_betas=self.diffusion.betas, num_train_timesteps=TRAINED_STEPS, prediction_type="sample"
-        )
-        scheduler.set_timesteps(self.num_sampling_steps)
-        scheduler.set_begin_index(0)  # or it looks for its place on the device
-        steps, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()  # sigma = sqrt(1/alpha_bar - 1)
-        predict, x = self.predictor(labels, steps), noise
-        for step, sigma in zip(tqdm(steps, disable=not progress), sigmas):
+        """Latents by one of SCHEDULERS, from predictions of x_0 that are clipped where the space has bounds."""
+        scheduler, predict, x = self.scheduler(), self.predictor(labels), noise
+        sigmas = scheduler.sigmas.tolist()  # sqrt(1/alpha_bar - 1), from the host: a step reads nothing back
+        for step, sigma in zip(tqdm(self.steps(), disable=not progress), sigmas):
             eps = predict(x, torch.full((len(x),), step, device=x.device))[:, : x.shape[1]]  # without the variance
             x_start = math.sqrt(1 + sigma**2) * x - sigma * eps
             if self.space.clip_denoised:
@@ -211,7 +234,7 @@ def prepare(network, mixed_precision="no", compile=False):
             torch.compile(torch.sin)(torch.zeros(8, device=device))
         except Exception as error:  # compilers and PyTorch's back ends have many kinds
             raise ValueError(
-                f"--compile: PyTorch cannot compile here ({str(error).strip().splitlines()[0]}); leave the flag out"
+                f"--compile: PyTorch cannot compile here ({(str(error).strip() or repr(error)).splitlines()[0]}); leave the flag out"
             ) from None
         if device.type == "cpu":
             network.forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))

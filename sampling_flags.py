@@ -82,8 +82,8 @@ def add_process_flags(process, cfg_scale):
         nargs=2,
         default=[0.0, 1.0],
         metavar=("LO", "HI"),
-        help=f"guide only at noise levels in this range, as shares of the {TRAINED_STEPS} steps: 0 clean, 1 noise; elsewhere the "
-        "network is evaluated half as often (default: 0 1, everywhere)",
+        help=f"guide only at steps t with LO <= t/{TRAINED_STEPS} <= HI, 0 being clean and 1 noise; elsewhere the network is "
+        "evaluated half as often (default: 0 1, everywhere)",
     )
     process.add_argument(
         "--mixed-precision",
@@ -135,7 +135,8 @@ def check_sampling_flags(args):
     if not 0 <= args.eta <= 1:
         raise ValueError(f"--eta is {args.eta}; it must be from 0 to 1")
     if args.eta and args.sampler != "ddim":
-        raise ValueError(f"--eta {args.eta} is for --sampler ddim; {args.sampler} has its own noise")
+        own = "has its own noise" if args.sampler == "ddpm" else "adds none"
+        raise ValueError(f"--eta {args.eta} is for --sampler ddim; {args.sampler} {own}")
     if not np.isfinite(args.cfg_scale):
         raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
     low, high = args.cfg_interval
