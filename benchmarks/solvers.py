@@ -2,6 +2,7 @@
 
     python -m benchmarks.solvers scores                   # 2,000 samples of each setting; an hour on one CPU core
     python -m benchmarks.solvers times                    # 100 images of each setting, in turn; minutes
+    python -m benchmarks.solvers spacings                 # how near each spacing of diffusers comes to the exact path; a minute
     python -m benchmarks.plot_solvers                     # docs/solvers.svg and the tables of docs/sampling.md from both
 
 A score is the Fréchet distance to the 1,437 training digits in the features of examples/digits/classifier. Image i of a seed has
@@ -9,10 +10,13 @@ the same label and noise x_T with every sampler. What `scores` has finished it d
 """
 
 import argparse
+from functools import partial
+import itertools
 import json
 from pathlib import Path
 import sys
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,12 +26,17 @@ from checkpoints import load_weights
 from features import deal, load_extractor, summarize
 from metrics import frechet_distance
 from models import DiT
-from sampling import Sampler, prepare, random_labels
+from sampling import SCHEDULERS, Sampler, prepare, random_labels
 from vae import load_vae, to_uint8
 
 DIGITS = ROOT / "examples" / "digits"
 GUIDANCE, INTERVAL = 1.5, (0.3, 0.7)
-BATCH = 100
+BATCH, ON_PATHS = 100, 40  # images at a time; images whose paths are compared
+SPACINGS = (
+    None,
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+)  # None: equal lengths in t; the last: in the log of sigma
 
 
 class Setting(NamedTuple):
@@ -57,7 +66,7 @@ UNGUIDED = [Setting("unipc", 20, guidance=1.0)]
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["scores", "times"])
+    parser.add_argument("what", choices=["scores", "times", "spacings"])
     parser.add_argument("--samples", type=int, default=2000, help="for each score (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of times (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="file for scores (default: benchmarks/results/solvers-scores.json)")
@@ -142,9 +151,36 @@ def times(args):
     write("solvers-times", {"settings": {"images": BATCH, "rounds": args.rounds}, RATIO: found})
 
 
+def spacings(args):
+    """The root mean square distance of latents from the exact path's end, 1,000 DDIM steps, for each spacing of steps."""
+    network, space = load()
+    labels = (torch.arange(ON_PATHS) % 10).to(device())
+    found = {}
+    for guidance in (1.0, 4.0):
+        exact = Sampler(network, space, None, 1000, "ddim", cfg_scale=guidance).numbered_latents(
+            0, range(ON_PATHS), labels
+        )
+
+        def far(latents, exact=exact):
+            return round((latents - exact).square().mean().sqrt().item(), 4)
+
+        for steps in (50, 20, 10):
+            ddim = Sampler(network, space, None, steps, "ddim", cfg_scale=guidance)
+            found[f"guidance {guidance:g}, ddim {steps}"] = far(ddim.numbered_latents(0, range(ON_PATHS), labels))
+        for name, steps, spacing in itertools.product(SCHEDULERS, (20, 10, 6), SPACINGS):
+            chosen = {spacing: True} if spacing else {}
+            with patch.dict(SCHEDULERS, {name: partial(SCHEDULERS[name].func, **chosen)}):
+                sampler = Sampler(network, space, None, steps, name, cfg_scale=guidance)
+                latents = sampler.numbered_latents(0, range(ON_PATHS), labels)
+            found[f"guidance {guidance:g}, {name} {steps}, {spacing or 'linspace'}"] = far(latents)
+    for name, distance in found.items():
+        print(f"{name:48} {distance}")
+    write("solvers-spacings", {"distance of latents from the exact path's end": found})
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    {"scores": scores, "times": times}[args.what](args)
+    {"scores": scores, "times": times, "spacings": spacings}[args.what](args)
 
 
 if __name__ == "__main__":
