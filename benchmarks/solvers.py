@@ -60,7 +60,7 @@ SETTINGS = [
     for steps in counts
     for interval in ((0.0, 1.0), INTERVAL)
 ]  # fmt: skip
-TWICE = [BASE, *(Setting(sampler, 20) for sampler in ("dpm++", "unipc"))]  # with a second seed
+TWICE = [BASE, Setting("dpm++", 20), Setting("unipc", 20), Setting("unipc", 10)]  # with a second seed
 UNGUIDED = [Setting("unipc", 20, guidance=1.0)]
 
 
