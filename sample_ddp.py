@@ -4,8 +4,9 @@
     python sample_ddp.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae --num-fid-samples 100
 
 Image i, its label included, depends on --global-seed and i alone, however the work is shared. Images go to
-SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W, 3)), where NAME tells the options and
-ends in a hash of all that decides the content; NAME/manifest.json lists it. The same command goes on where it stopped.
+SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W, 3)), where NAME tells checkpoint,
+guidance, steps, sampler, seed and number, and ends in a hash of these and all else that decides the content (interval, precision,
+VAE …); NAME/manifest.json lists it. The same command goes on where it stopped.
 """
 
 import argparse
@@ -53,7 +54,9 @@ def build_parser():
     )
     run = parser.add_argument_group("run")
     run.add_argument("--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)")
-    batching = "images at a time in each process; another number rounds otherwise (default: %(default)s)"
+    batching = (
+        "images at a time in each process; another number changes images by float rounding (default: %(default)s)"
+    )
     run.add_argument("--per-proc-batch-size", type=int, default=32, help=batching)
     run.add_argument("--sample-dir", default="samples", help="where folder and .npz go (default: %(default)s)")
     run.add_argument("--global-seed", type=int, default=0, help="(default: %(default)s)")

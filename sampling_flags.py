@@ -82,8 +82,8 @@ def add_process_flags(process, cfg_scale):
         nargs=2,
         default=[0.0, 1.0],
         metavar=("LO", "HI"),
-        help=f"guide only at steps t with LO <= t/{TRAINED_STEPS} <= HI, 0 being clean and 1 noise; elsewhere the network is "
-        "evaluated half as often (default: 0 1, everywhere)",
+        help=f"guide only at steps t with LO <= t/{TRAINED_STEPS} <= HI, 0 being clean and 1 noise; elsewhere without "
+        "guidance, on half the batch, at about half the cost (default: 0 1, everywhere)",
     )
     process.add_argument(
         "--mixed-precision",
@@ -100,7 +100,8 @@ def add_process_flags(process, cfg_scale):
     process.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network, on a GPU with CUDA graphs: minutes once, then faster steps; rounds otherwise",
+        help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of every run, so for many images rather "
+        "than one picture; results differ by float rounding",
     )
 
 
@@ -141,7 +142,9 @@ def check_sampling_flags(args):
         raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
     low, high = args.cfg_interval
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"--cfg-interval is {low} {high}; give two shares of the noise levels, 0 <= LO <= HI <= 1")
+        raise ValueError(
+            f"--cfg-interval is {low} {high}; give two shares of the noise levels, t/1000, with 0 <= LO <= HI <= 1"
+        )
     if args.cfg_interval != [0.0, 1.0] and args.cfg_scale == 1:
         raise ValueError(f"--cfg-interval {low} {high} is for guidance, and --cfg-scale 1 is none; pass another scale")
     seed = getattr(args, "seed", 0) or getattr(args, "global_seed", 0)

@@ -1,7 +1,7 @@
 """A forward pass against diffusers' network, against its formulas written out, compiled, and against the machine's limit.
 
     python -m benchmarks.forward                                                     # S/2, B/4, XL/8, XL/2; minutes on a CPU
-    python -m benchmarks.forward --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --rounds 20     # on a GPU
+    python -m benchmarks.forward --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --no-compile    # on a GPU
 
 All sides have the same random weights and inputs and take turns in one process. The limit is the machine's best product of two
 square matrices, measured in the same rounds in the precision of the pass; operations are counted by PyTorch.
@@ -37,7 +37,7 @@ def build_parser():
         nargs="*",
         default=["DiT-XL/2"],
         metavar="MODEL",
-        help="leave the compiled side out for these (default: %(default)s)",
+        help="models whose compiled side is left out; without a model: none (default: %(default)s, slow to compile on a CPU)",
     )
     return parser
 
@@ -80,7 +80,7 @@ def measure(name, args):
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             return called(x, t, y)
 
-    outputs = {side: call(called).float() for side, called in sides.items()}
+    outputs = {side: call(called).float().clone() for side, called in sides.items()}
     product, product_operations = best_product(dtype or torch.float32)
     calls = {side: partial(call, called) for side, called in sides.items()} | {LIMIT: product}
     for one in calls.values():

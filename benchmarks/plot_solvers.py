@@ -10,12 +10,13 @@ from pathlib import Path
 from benchmarks.sides import RATIO, RESULTS, ROOT
 from benchmarks.solvers import BASE, INTERVAL, SETTINGS, UNGUIDED
 
+SCORES = RESULTS / "solvers-scores.json"
 MARKERS = {"ddpm": "o", "ddim": "s", "dpm++": "^", "unipc": "D"}
 
 
-def read(results):
-    """({"setting, seed n": distance}, {setting: time as [ratio, quartiles]}) of a folder; the newest times."""
-    scores = json.loads((results / "solvers-scores.json").read_text())["scores"]
+def read(results, scores):
+    """({"setting, seed n": distance} of a file, {setting: time as [ratio, quartiles]}: the newest of a folder)."""
+    scores = json.loads(scores.read_text())["scores"]
     newest = max(results.glob("*-solvers-times*.json"), key=lambda path: (path.name[:10], len(path.name), path.name))
     return scores, json.loads(newest.read_text())[RATIO]
 
@@ -71,8 +72,11 @@ def main(argv=None):
     parser.add_argument(
         "--output", type=Path, default=ROOT / "docs" / "solvers.svg", help="(default: docs/solvers.svg)"
     )
+    parser.add_argument(
+        "--scores", type=Path, default=SCORES, help="file of benchmarks.solvers (default: the committed one)"
+    )
     args = parser.parse_args(argv)
-    scores, times = read(RESULTS)
+    scores, times = read(RESULTS, args.scores)
     print("\n".join(rows(scores, times)))
     draw(scores, times, args.output)
 

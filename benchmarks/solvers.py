@@ -6,7 +6,8 @@
     python -m benchmarks.plot_solvers                     # docs/solvers.svg and the tables of docs/sampling.md from both
 
 A score is the Fréchet distance to the 1,437 training digits in the features of examples/digits/classifier. Image i of a seed has
-the same label and noise x_T with every sampler. What `scores` has finished it does not do again.
+the same label and noise x_T with every sampler. What `scores` finds in its file it does not do again, and
+benchmarks/results/solvers-scores.json has all of ours: for your own give --output, and that file to plot_solvers --scores.
 """
 
 import argparse
@@ -133,6 +134,7 @@ def scores(args):
             found["scores"][name] = round(distance, 4)
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(name, found["scores"][name], flush=True)
+    print(f"{path} has every setting")
 
 
 def times(args):
