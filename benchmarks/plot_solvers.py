@@ -48,12 +48,10 @@ def draw(scores, times, path):
         everywhere = setting.interval != INTERVAL
         x, y = times[str(setting)][0], scores[f"{setting}, seed 0"]
         color = f"C{list(MARKERS).index(setting.sampler)}"
-        label = setting.sampler if everywhere and setting.steps == 50 or setting.steps == 20 and everywhere else None
         known = axes.get_legend_handles_labels()[1]
-        axes.plot(
-            x, y, MARKERS[setting.sampler], color=color, fillstyle="full" if everywhere else "none", linestyle="",
-            label=label if label not in known else None,
-        )  # fmt: skip
+        label = setting.sampler if everywhere and setting.sampler not in known else None
+        fill = "full" if everywhere else "none"
+        axes.plot(x, y, MARKERS[setting.sampler], color=color, fillstyle=fill, linestyle="", label=label)
         axes.annotate(str(setting.steps), (x, y), textcoords="offset points", xytext=(6, 3), fontsize=8)
     base = [scores[f"{BASE}, seed {seed}"] for seed in (0, 1)]
     axes.axhspan(
