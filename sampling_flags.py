@@ -100,8 +100,8 @@ def add_process_flags(process, cfg_scale):
     process.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of every run, so for many images rather "
-        "than one picture; results differ by float rounding",
+        help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of every run, so for many "
+        "images rather than one picture; results differ by float rounding",
     )
 
 
