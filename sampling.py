@@ -26,7 +26,7 @@ PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOOPS = {"ddpm": GaussianDiffusion.p_sample_loop, "ddim": GaussianDiffusion.ddim_sample_loop}
 # Multistep solvers of second order (Lu et al. 2022; Zhao et al. 2023), their steps of equal length in the log of sigma: of
-# diffusers' spacings the one that comes nearest to the exact solution (docs/sampling.md).
+# diffusers' spacings the one that comes nearest to the exact solution with 20 steps (docs/sampling.md).
 SCHEDULERS = {
     "dpm++": partial(DPMSolverMultistepScheduler, use_lu_lambdas=True),
     "unipc": partial(UniPCMultistepScheduler, use_exponential_sigmas=True),
@@ -82,11 +82,11 @@ class Sampler:
             raise ValueError(
                 f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all"
             )
-        if self.cfg_scale != 1 and not any(self.guided(self.steps())):
+        if self.cfg_scale != 1 and not any(self.guided()):
             low, high = self.cfg_interval
             raise ValueError(
-                f"--cfg-interval {low} {high} holds none of the {self.num_sampling_steps} steps of {self.sampler}, so nothing would "
-                "be guided; widen it, or pass --cfg-scale 1"
+                f"--cfg-interval {low} {high} holds none of the {self.num_sampling_steps} steps of {self.sampler}, so "
+                "nothing would be guided; widen it, or pass --cfg-scale 1"
             )
 
     def steps(self):
@@ -97,10 +97,10 @@ class Sampler:
         sigmas, known = self.scheduler().sigmas[:-1].numpy(), self.diffusion.sqrt_recipm1_alphas_cumprod
         return np.interp(np.log(sigmas), np.log(known), np.arange(TRAINED_STEPS)).round().astype(int).tolist()
 
-    def guided(self, steps):
-        """For each of these steps, whether it is guided."""
+    def guided(self):
+        """For each of the steps, whether it is guided."""
         low, high = self.cfg_interval
-        return [self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in steps]
+        return [self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in self.steps()]
 
     def scheduler(self):
         """A new scheduler of diffusers for a trajectory, which is to be given predictions of x_0."""
@@ -116,7 +116,7 @@ class Sampler:
 
         To be called once for each of `steps`, in their order: to look at t would make the CPU wait for a GPU.
         """
-        guided = iter(self.guided(self.steps()))
+        guided = iter(self.guided())
         conditions = {"y": labels} if self.network.num_classes else {}
         if self.cfg_scale != 1:
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
@@ -233,9 +233,8 @@ def prepare(network, mixed_precision="no", compile=False):
         try:
             torch.compile(torch.sin)(torch.zeros(8, device=device))
         except Exception as error:  # compilers and PyTorch's back ends have many kinds
-            raise ValueError(
-                f"--compile: PyTorch cannot compile here ({(str(error).strip() or repr(error)).splitlines()[0]}); leave the flag out"
-            ) from None
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f"--compile: PyTorch cannot compile here ({reason}); leave the flag out") from None
         if device.type == "cpu":
             network.forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))
         else:  # each size of batch has a CUDA graph of its own, replayed without the CPU
