@@ -13,7 +13,7 @@ from copy import deepcopy
 import torch
 
 from benchmarks.sides import RATIO, alternate, device, ratios, table, write
-from benchmarks.solvers import BATCH, DIGITS, Setting, load, make_sampler, real_digits, score, statistics_of
+from benchmarks.solvers import BATCH, DIGITS, Setting, load, make_sampler, real_digits, real_statistics, score
 from diffusion import create_diffusion
 from features import load_extractor
 from models import DiT
@@ -87,7 +87,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     network, space = load()
     extractor = load_extractor(str(DIGITS / "classifier"), device())
-    reference = statistics_of(extractor, real_digits()[0].split(500), len(real_digits()[0]))
+    reference = real_statistics(extractor)
     labels = (torch.arange(BATCH) % 10).to(device())
 
     def side(depth):

@@ -104,6 +104,12 @@ def statistics_of(extractor, images, count):
     return summarize(extractor, ((batch.to(device()), None) for batch in images), count)[0].statistics
 
 
+def real_statistics(extractor):
+    """Mean and covariance of the training digits' features."""
+    images, _ = real_digits()
+    return statistics_of(extractor, images.split(500), len(images))
+
+
 def score(sampler, extractor, reference, count, seed):
     """The Fréchet distance of so many samples to the reference."""
 
@@ -125,7 +131,7 @@ def scores(args):
     found["runs"].append(machine())
     network, space = load(compiled=True)
     extractor = load_extractor(str(DIGITS / "classifier"), device())
-    reference = statistics_of(extractor, real_digits()[0].split(500), len(real_digits()[0]))
+    reference = real_statistics(extractor)
     todo = [(setting, 0) for setting in SETTINGS[::-1] + UNGUIDED[::-1]] + [(setting, 1) for setting in TWICE[::-1]]
     for setting, seed in todo:
         name = f"{setting}, seed {seed}"
