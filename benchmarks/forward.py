@@ -13,14 +13,13 @@ from functools import partial
 import torch
 
 from benchmarks.anchors import Plain, Twin
-from benchmarks.sides import RATIO, alternate, best_product, device, ratios, share_of_limit, table, write
+from benchmarks.sides import LIMIT, RATIO, alternate, best_product, compare, device, table, write
 from devices import tf32
 from models import DiT, DiT_models
 from sampling import PRECISIONS, prepare
 from training import training_flops
 
 COLUMNS = ("ratio to ours, quartiles", "share of the limit")
-LIMIT = "matrix product"
 
 
 def build_parser():
@@ -99,9 +98,7 @@ def main(argv=None):
     for name in args.models:
         with tf32(True):
             seconds, far, operations, product_operations = measure(name, args)
-        limit = seconds[LIMIT], product_operations
-        found = ratios({side: times for side, times in seconds.items() if side != LIMIT}, "ours")
-        shares = {side: share_of_limit(seconds[side], operations, limit) for side in found}
+        found, shares = compare(seconds, "ours", operations, product_operations)
         print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
         table({side: (found[side], shares[side]) for side in found}, COLUMNS)
         results[name] = {

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 import torch
 
 from benchmarks.anchors import diffusers_twin
-from benchmarks.forward import LIMIT, random_network, twin_of
-from benchmarks.sides import RATIO, ROOT, alternate, best_product, device, ratios, share_of_limit, table, write
+from benchmarks.forward import random_network, twin_of
+from benchmarks.sides import LIMIT, RATIO, ROOT, alternate, best_product, compare, device, table, write
 from devices import tf32
 from models import DiT_models, Modulation
 from sampling import PRECISIONS, Sampler, prepare
@@ -110,8 +110,7 @@ def main(argv=None):
     with tf32(True):
         seconds, memory, product_operations = measure(args)
     operations = training_flops(random_network(args.model).config) // 3 * 2 * args.batch_size * args.steps
-    found = ratios({name: times for name, times in seconds.items() if name != LIMIT}, "ours")
-    shares = {name: share_of_limit(seconds[name], operations, (seconds[LIMIT], product_operations)) for name in found}
+    found, shares = compare(seconds, "ours", operations, product_operations)
     print(f"{args.model}, {args.batch_size} images in {args.steps} guided steps")
     table(
         {name: (found[name], shares[name], memory[name]) for name in found},

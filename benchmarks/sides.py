@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LIMIT = "matrix product"  # the side that is the machine's limit
 RATIO = "time as a ratio [of the medians; quartiles of the rounds' ratios]"
 PRODUCT_SIDES = (1024, 2048, 4096, 8192)  # of the square matrices whose product is the machine's limit
 
@@ -88,6 +89,13 @@ def share_of_limit(seconds, operations, limit):
     product_seconds, product_operations = limit
     rate = operations / statistics.median(seconds)
     return round(rate / (product_operations / statistics.median(product_seconds)), 3)
+
+
+def compare(seconds, base, operations, product_operations):
+    """({side: its ratios to the base}, {side: its share of the limit}) of sides that take turns with LIMIT's product."""
+    limit = seconds[LIMIT], product_operations
+    found = ratios({side: times for side, times in seconds.items() if side != LIMIT}, base)
+    return found, {side: share_of_limit(seconds[side], operations, limit) for side in found}
 
 
 def machine():

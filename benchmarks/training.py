@@ -15,8 +15,8 @@ from copy import deepcopy
 import torch
 
 from benchmarks.anchors import Plain, Twin
-from benchmarks.forward import COLUMNS, LIMIT, random_network
-from benchmarks.sides import RATIO, alternate, best_product, device, ratios, share_of_limit, table, write
+from benchmarks.forward import COLUMNS, random_network
+from benchmarks.sides import LIMIT, RATIO, alternate, best_product, compare, device, table, write
 from devices import tf32
 from diffusion import create_diffusion
 from models import DiT_models
@@ -98,9 +98,7 @@ def main(argv=None):
     for name in args.models:
         with tf32(True):
             seconds, operations, product_operations = measure(name, args)
-        limit = seconds[LIMIT], product_operations
-        found = ratios({side: times for side, times in seconds.items() if side != LIMIT}, "ours")
-        shares = {side: share_of_limit(seconds[side], operations, limit) for side in found}
+        found, shares = compare(seconds, "ours", operations, product_operations)
         print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
         table({side: (found[side], shares[side]) for side in found}, COLUMNS)
         results[name] = {RATIO: found, "share of the limit": shares}
