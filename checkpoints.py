@@ -2,9 +2,10 @@
 
 Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args, step, config (DiT's arguments), classes
 (names in index order, or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
-several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a bare state dict, and a
-.safetensors file with `config` and `classes` as JSON in its metadata. Nothing is ever unpickled beyond tensors, plain
-containers and the argparse.Namespace that older training scripts stored.
+several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a
+bare state dict, a .safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside it, and
+diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and the argparse.Namespace that older training scripts
+stored.
 """
 
 import argparse
@@ -22,33 +23,66 @@ import safetensors
 import safetensors.torch
 import torch
 
+from diffusers_format import config_from_diffusers, from_diffusers, is_diffusers
+
+PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
+OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
+PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod)\."
 )  # left in names by DistributedDataParallel and torch.compile
 
 
 class Weights(NamedTuple):
-    """One set of weights (a state dict on the CPU), with DiT's arguments and class names where the file has them."""
+    """One set of weights (a state dict on the CPU), with DiT's arguments and class names where the file has them.
+
+    `training` is {"step": ..., "args": ...} of the run, where the file has them.
+    """
 
     tensors: dict
     config: dict | None
     classes: list | None
+    training: dict | None = None
+
+
+def weights_file(path):
+    """The file of weights that a path means: itself; a run folder's newest checkpoint; that of a folder with config.json or,
+    written by a pipeline of diffusers, with model_index.json.
+
+    Raises ValueError if there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / "model_index.json").is_file():
+        path = path / "transformer"
+    if not (path / "config.json").is_file():
+        return newest_checkpoint(path)
+    for name in PRETRAINED_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path} has config.json but no weights beside it: none of {', '.join(PRETRAINED_FILES)}")
 
 
 def load_weights(path, which="ema"):
-    """The Weights in a checkpoint file, or in the newest checkpoint of a run folder; `which` is as in weights_choice.
+    """The Weights in a checkpoint file or in a folder as in weights_file; `which` is as in weights_choice.
 
     A file with a single set of weights is taken as the EMA, which is what is published.
     Raises ValueError if the file is missing, broken, unsafe or no checkpoint, or has no such weights.
     """
-    path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
+    path = weights_file(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; give the path of a .pt or .safetensors file")
+        raise ValueError(
+            f"there is no checkpoint {path}; give a .pt or .safetensors file, a run folder, or a folder with config.json"
+        )
+    config = classes = training = None
     if path.suffix == ".safetensors":
         contents, config, classes = _read_safetensors(path)
     else:
         contents = read_checkpoint(path)
         config, classes = contents.get("config"), contents.get("classes")
+        if isinstance(contents.get("args"), dict):
+            training = {"step": contents.get("step"), "args": contents["args"]}
     sets = _weight_sets(contents)
     tensors = sets.get(which)
     if (
@@ -61,7 +95,51 @@ def load_weights(path, which="ema"):
             "a state dict is wanted, or a dict with ema or with model (--weights raw)"
             + (f"; --weights can be {', '.join(sets)}" if "ema@" in "".join(sets) else "")
         )
-    return Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes)
+    weights = Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes, training)
+    beside = path.with_name("config.json")
+    is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
+    return _configured(weights, beside) if is_pretrained and config is None and beside.is_file() else weights
+
+
+def _configured(weights, file):
+    """Weights with what a config.json says, and as ours if it is diffusers'. Raises ValueError if it is of another network."""
+    config = _read_json(file)
+    name = config.get("_class_name", OUR_CLASS)
+    try:
+        if is_diffusers(config):
+            config, pipeline = config_from_diffusers(config), file.parent.parent / "model_index.json"
+            named = _read_json(pipeline) if pipeline.is_file() else {}
+            return Weights(from_diffusers(weights.tensors, config), config, names_of(named))
+        if name != OUR_CLASS:
+            raise ValueError(f"it is of {name}, not of a DiT")
+        arguments = {key: value for key, value in config.items() if key not in ("_class_name", "id2label")}
+        return weights._replace(config=arguments, classes=names_of(config))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def names_of(config):
+    """The class names, in index order, under id2label in a config.json's contents; None if there are none."""
+    try:
+        found = {int(index): name for index, name in (config.get("id2label") or {}).items()}
+        return [found[i] for i in range(len(found))] or None
+    except (AttributeError, KeyError, ValueError):
+        raise ValueError("id2label is not {index: name} with an index from 0 on for each class") from None
+
+
+def id2label(classes):
+    """Class names as config.json and diffusers' pipeline have them."""
+    return {str(i): name for i, name in enumerate(classes)}
+
+
+def _read_json(file):
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} is no configuration: it holds a {type(contents).__name__}")
+    return contents
 
 
 def _weight_sets(contents):
@@ -329,7 +407,10 @@ def newest_checkpoint(run_folder):
     """The newest checkpoint of a run folder. Raises ValueError if it has none."""
     found = list_checkpoints(run_folder)
     if not found:
-        raise ValueError(f"{run_folder} has no checkpoints/SSSSSSS.pt; give a run folder, or a checkpoint file")
+        raise ValueError(
+            f"{run_folder} has no checkpoints/SSSSSSS.pt and no config.json; give a run folder, a checkpoint file, or a folder "
+            "that save_pretrained or a pipeline of diffusers wrote"
+        )
     return found[-1]
 
 

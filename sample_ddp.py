@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from checkpoints import file_hash, newest_checkpoint
+from checkpoints import file_hash, list_checkpoints, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from runs import LATER
@@ -78,10 +78,10 @@ def main(argv=None):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         device = process_device(args.device)
-        if WORLD_SIZE > 1 and args.ckpt is not None and Path(args.ckpt).is_dir():
+        if WORLD_SIZE > 1 and args.ckpt is not None and list_checkpoints(args.ckpt):
             raise ValueError(
                 f"--ckpt {args.ckpt} is a run folder, whose newest checkpoint may change while processes start; give the "
-                f"checkpoint itself, {newest_checkpoint(args.ckpt)}"
+                f"checkpoint itself, {weights_file(args.ckpt)}"
             )
         checkpoint = find_checkpoint(args) if args.ckpt is not None else None
         before = stamps(checkpoint, args.vae)

@@ -14,17 +14,21 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from tqdm.auto import tqdm
 
-from checkpoints import Weights, check_fits, design_of, load_weights, newest_checkpoint
+from checkpoints import Weights, design_of, load_weights, weights_file
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from download import download_model, released_name
+from hub import local_path, network_of
 from models import DiT, DiT_models
 from vae import latent_shape, load_vae, to_uint8
 
 TRAINED_STEPS = 1000
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-LOOPS = {"ddpm": GaussianDiffusion.p_sample_loop, "ddim": GaussianDiffusion.ddim_sample_loop}
+LOOPS = {
+    "ddpm": GaussianDiffusion.p_sample_loop_progressive,
+    "ddim": GaussianDiffusion.ddim_sample_loop_progressive,
+}
 # Multistep solvers of second order (Lu et al. 2022; Zhao et al. 2023), their steps of equal length in the log of sigma: of
 # diffusers' spacings the one that comes nearest to the exact solution with 20 steps (docs/sampling.md).
 SCHEDULERS = {
@@ -133,36 +137,49 @@ class Sampler:
 
         return predict
 
-    def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
-        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch.
+    def trajectory(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+        """Yields for each of `steps` a dict: `t`, the step; `sample`, the latents (N, C, h, w) after it; `pred_xstart`, the
+        clean ones that it predicted.
 
-        dpm++ and unipc draw nothing.
+        Arguments as for `latents`.
         """
         if self.sampler in SCHEDULERS:
-            return self._multistep_latents(labels, noise, progress)
+            yield from self._multistep(labels, noise, progress)
+            return
 
         def doubled(x):  # which other implementations sample, and of which only the first half counts
             return noise_fn(torch.cat([x, x]))[: len(x)]
 
         extra = {"eta": self.eta} if self.sampler == "ddim" else {}
-        return LOOPS[self.sampler](
+        loop = LOOPS[self.sampler](
             self.diffusion, self.predictor(labels), noise.shape, noise,
             clip_denoised=self.space.clip_denoised, progress=progress,
             noise_fn=noise_fn if self.cfg_scale == 1 else doubled, **extra,
         )  # fmt: skip
+        for t, out in zip(self.steps(), loop, strict=True):
+            yield {"t": t, "sample": out["sample"], "pred_xstart": out["pred_xstart"]}
 
-    @torch.no_grad()
-    def _multistep_latents(self, labels, noise, progress):
-        """Latents by one of SCHEDULERS, from predictions of x_0 that are clipped where the space has bounds."""
+    def _multistep(self, labels, noise, progress):
+        """The trajectory by one of SCHEDULERS, from predictions of x_0 that are clipped where the space has bounds."""
         scheduler, predict, x = self.scheduler(), self.predictor(labels), noise
         sigmas = scheduler.sigmas.tolist()  # sqrt(1/alpha_bar - 1), from the host: a step reads nothing back
-        for step, sigma in zip(tqdm(self.steps(), disable=not progress), sigmas):
-            eps = predict(x, torch.full((len(x),), step, device=x.device))[:, : x.shape[1]]  # without the variance
-            x_start = math.sqrt(1 + sigma**2) * x - sigma * eps
-            if self.space.clip_denoised:
-                x_start = x_start.clamp(-1, 1)
-            x = scheduler.step(x_start, step, x).prev_sample
-        return x
+        for t, sigma in zip(tqdm(self.steps(), disable=not progress), sigmas):
+            with torch.no_grad():
+                eps = predict(x, torch.full((len(x),), t, device=x.device))[:, : x.shape[1]]  # without the variance
+                x_start = math.sqrt(1 + sigma**2) * x - sigma * eps
+                if self.space.clip_denoised:
+                    x_start = x_start.clamp(-1, 1)
+                x = scheduler.step(x_start, t, x).prev_sample
+            yield {"t": t, "sample": x, "pred_xstart": x_start}
+
+    def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch.
+
+        dpm++ and unipc draw nothing.
+        """
+        for out in self.trajectory(labels, noise, noise_fn, progress):
+            last = out["sample"]
+        return last
 
     def images(self, labels, noise, noise_fn=torch.randn_like, progress=False):
         """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`. Raises ValueError if they are not finite."""
@@ -186,13 +203,14 @@ class Sampler:
 
 
 def find_checkpoint(args):
-    """The checkpoint file that --ckpt means: itself, the newest of a run folder, or the released one, fetched if need be.
+    """The file of weights that --ckpt means, as in checkpoints.weights_file and for names on the hub, or the released one. What
+    is not here is fetched.
 
     Raises ValueError if there is none.
     """
     if args.ckpt is None:
         return download_model(released_name(args.model, args.image_size, args.num_classes))
-    return newest_checkpoint(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt)
+    return weights_file(local_path(args.ckpt))
 
 
 def load_sampler(args, device, checkpoint=None):
@@ -206,12 +224,10 @@ def load_sampler(args, device, checkpoint=None):
         shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
     checkpoint = checkpoint or find_checkpoint(args)
     weights = load_weights(checkpoint, args.weights)
-    if args.ckpt is None:
-        weights = weights._replace(classes=weights.classes or imagenet_names())
     network = build_network(args, weights, shape).to(device)
     names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision", "cfg_interval")
     options = {name: getattr(args, name) for name in names}
-    sampler = Sampler(network, None, weights.classes, checkpoint=checkpoint, **options)
+    sampler = Sampler(network, None, class_names(args, weights), checkpoint=checkpoint, **options)
     prepare(network, args.mixed_precision, args.compile)
     sampler.space = load_vae(args.vae, device)
     return sampler
@@ -271,24 +287,15 @@ def build_network(args, weights: Weights, shape):
     Raises ValueError if a flag contradicts the configuration, or the weights or the VAE do not fit.
     """
     origin = args.ckpt or "the released checkpoint"
+    if weights.config is not None:
+        network = network_of(weights, origin)
+        _check_flags(args, network, shape, origin)
+        return network
+    side = shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
+    sizes = dict(input_size=side, in_channels=shape.channels, num_classes=args.num_classes)
     with torch.device("meta"):
-        if weights.config is None:
-            side = shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-            sizes = dict(input_size=side, in_channels=shape.channels, num_classes=args.num_classes)
-            network = DiT_models[args.model](**sizes, block=design_of(weights.tensors))
-        else:
-            network = _from_config(weights.config, origin)
-            _check_flags(args, network, shape, origin)
-    check_fits(network, weights.tensors, origin)
-    network.load_state_dict(weights.tensors, assign=True)
-    return network.float().eval().requires_grad_(False)
-
-
-def _from_config(config, origin):
-    try:
-        return DiT(**config)
-    except TypeError as error:
-        raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
+        config = DiT_models[args.model](**sizes, block=design_of(weights.tensors)).config
+    return network_of(weights._replace(config=config), origin)
 
 
 def _check_flags(args, network, shape, origin):
@@ -311,6 +318,11 @@ def _check_flags(args, network, shape, origin):
                 f"--{name.replace('_', '-')} is {getattr(args, name)}, but {origin} is of {found[name]}; leave the flag "
                 "out, the checkpoint says it itself"
             )
+
+
+def class_names(args, weights):
+    """The class names that a checkpoint has; the released ones do not say that they have ImageNet's. None if unknown."""
+    return weights.classes or (imagenet_names() if args.ckpt is None else None)
 
 
 def imagenet_names():

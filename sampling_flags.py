@@ -13,9 +13,18 @@ MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # unless told otherwise
 
 def add_sampling_flags(parser, vae, cfg_scale):
     """Add the flags that decide what is sampled from which network; vae and cfg_scale are their defaults."""
+    network = add_network_flags(parser, vae)
+    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    add_process_flags(parser.add_argument_group("process"), cfg_scale)
+
+
+def add_network_flags(parser, vae):
+    """Add those of them that say which network; vae is that flag's default. Returns their argument group."""
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--ckpt", help=f"checkpoint or run folder (default: the released {MODEL}, fetched on first use)"
+        "--ckpt",
+        help="checkpoint file (.pt, .safetensors), run folder, folder with config.json, pipeline of diffusers, or OWNER/NAME of "
+        f"one of the last two on the Hugging Face hub (default: the released {MODEL}, fetched on first use)",
     )
     network.add_argument(
         "--weights",
@@ -27,7 +36,6 @@ def add_sampling_flags(parser, vae, cfg_scale):
     network.add_argument(
         "--vae", default=vae, help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
     )
-    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     bare = parser.add_argument_group("network, for checkpoints that do not say")
     bare.add_argument(
         "--model",
@@ -47,7 +55,7 @@ def add_sampling_flags(parser, vae, cfg_scale):
         default=NUM_CLASSES,
         help="0 for a network without classes (default: %(default)s)",
     )
-    add_process_flags(parser.add_argument_group("process"), cfg_scale)
+    return network
 
 
 def add_process_flags(process, cfg_scale):

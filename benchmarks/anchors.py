@@ -4,40 +4,20 @@ from diffusers import DiTTransformer2DModel
 import torch
 import torch.nn.functional as F
 
+from diffusers_format import OWN, config_to_diffusers, to_diffusers
+
 
 def diffusers_twin(network):
     """diffusers' network of the same sizes and, tensor by tensor, the same weights; its position table is its own.
 
     For adaLN-Zero with classes and label dropout.
     """
-    c, source = network.config, network.state_dict()
-    twin = DiTTransformer2DModel(
-        num_attention_heads=c["num_heads"], attention_head_dim=c["hidden_size"] // c["num_heads"],
-        in_channels=c["in_channels"], out_channels=network.out_channels, num_layers=c["depth"],
-        sample_size=c["input_size"], patch_size=c["patch_size"], num_embeds_ada_norm=c["num_classes"], norm_eps=1e-6,
-    )  # fmt: skip
-    names = {
-        "pos_embed.proj": "x_embedder.proj",
-        "proj_out_1": "final_layer.adaLN_modulation.1",
-        "proj_out_2": "final_layer.linear",
-    }
-    target = {}
-    for i, block in enumerate(twin.transformer_blocks):
+    config = config_to_diffusers(network.config, null_label=network.null_label)
+    twin = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
+    for block in twin.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # its default divides by 127, DiT by 128
-        there, here = f"transformer_blocks.{i}", f"blocks.{i}"
-        names |= {
-            f"{there}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-            f"{there}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-            f"{there}.norm1.linear": f"{here}.adaLN_modulation.1", f"{there}.attn1.to_out.0": f"{here}.attn.proj",
-            f"{there}.ff.net.0.proj": f"{here}.mlp.fc1", f"{there}.ff.net.2": f"{here}.mlp.fc2",
-        }  # fmt: skip
-        target[f"{there}.norm1.emb.class_embedder.embedding_table.weight"] = source["y_embedder.embedding_table.weight"]
-        for kind in ("weight", "bias"):
-            for name, third in zip(("to_q", "to_k", "to_v"), source[f"{here}.attn.qkv.{kind}"].chunk(3), strict=True):
-                target[f"{there}.attn1.{name}.{kind}"] = third
-    for there, here in names.items():
-        target |= {f"{there}.{kind}": source[f"{here}.{kind}"] for kind in ("weight", "bias")}
-    twin.to(source["pos_embed"]).eval().load_state_dict(target)  # strict: every weight of theirs is given
+    tensors = to_diffusers(network.state_dict(), network.config, null_label=network.null_label)
+    twin.to(network.pos_embed).eval().load_state_dict(tensors)  # strict: every weight of theirs is given
     return twin
 
 

@@ -83,7 +83,7 @@ def test_loading_a_namespace_leaves_no_permission_behind(tmp_path):
 def test_bare_state_dict_counts_as_the_ema(tmp_path, kind):
     path = saved(tmp_path / "a.pt", state_dict(2.0), kind)
     assert_same(load_weights(path).tensors, state_dict(2.0))
-    assert load_weights(path)[1:] == (None, None)
+    assert load_weights(path)[1:] == (None, None, None)
     with pytest.raises(ValueError, match="a.pt holds no 'raw' weights.*final_layer.linear.bias"):
         load_weights(path, "raw")
 
@@ -119,7 +119,7 @@ def test_safetensors_without_our_metadata(tmp_path, metadata):
 def test_safetensors_with_our_metadata(tmp_path, config, classes):
     metadata = {"config": json.dumps(config), "classes": json.dumps(classes), "format": "pt"}
     safetensors.torch.save_file(state_dict(2.0), tmp_path / "a.safetensors", metadata)
-    assert load_weights(tmp_path / "a.safetensors")[1:] == (config, classes)
+    assert load_weights(tmp_path / "a.safetensors")[1:] == (config, classes, None)
 
 
 def test_saved_weights_come_back(tmp_path):
@@ -199,7 +199,7 @@ def test_run_folder_stands_for_its_newest_checkpoint(tmp_path):
 def test_folder_without_checkpoints(tmp_path):
     assert list_checkpoints(tmp_path) == []
     for call in (load_weights, newest_checkpoint):
-        with pytest.raises(ValueError, match=f"{tmp_path} has no checkpoints/.*give a run folder, or a"):
+        with pytest.raises(ValueError, match=f"{tmp_path} has no checkpoints/.*give a run folder, a checkpoint file, or a"):
             call(tmp_path)
 
 
@@ -221,7 +221,7 @@ def refusals(path, contents_by_case, suffix=""):
 
 @pytest.mark.parametrize("name", ["gone.pt", "gone.safetensors", "gone"])
 def test_missing_file(tmp_path, name):
-    with pytest.raises(ValueError, match=f"there is no checkpoint {tmp_path / name}; give the path of"):
+    with pytest.raises(ValueError, match=f"there is no checkpoint {tmp_path / name}; give a .pt or .safetensors file, a run folder, or a folder with config.json"):
         load_weights(tmp_path / name)
 
 

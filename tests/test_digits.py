@@ -9,15 +9,12 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import load_weights, save_checkpoint
-from conftest import ROOT, fill_randomly
-from models import DiT
+from conftest import ROOT
 
 EXAMPLE = ROOT / "examples" / "digits"
 sys.path.insert(0, str(EXAMPLE))
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
 
-import export  # noqa: E402
 import judge  # noqa: E402
 import make_dataset  # noqa: E402
 import plot_scores  # noqa: E402
@@ -134,19 +131,6 @@ def test_autoencoder_script_trains_saves_and_overwrites_nothing(tmp_path, capsys
         with pytest.raises(SystemExit):
             train_vae.main(wrong)
         assert message in capsys.readouterr().err
-
-
-def test_exported_checkpoint_is_the_ema_with_its_configuration(tmp_path, capsys):
-    config = dict(input_size=4, patch_size=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
-    states = [fill_randomly(DiT(**config), seed).state_dict() for seed in (0, 1)]
-    save_checkpoint(tmp_path / "a.pt", {"model": states[0], "ema": states[1], "config": config, "classes": ["x"] * 10})
-    export.main([str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors")])
-    weights = load_weights(tmp_path / "a.safetensors")
-    assert weights.config == config and weights.classes == ["x"] * 10
-    assert all(torch.equal(weights.tensors[name], states[1][name]) for name in states[1])
-    for wrong in (["a.pt", "a.safetensors"], ["missing.pt", "b.safetensors"]):
-        with pytest.raises(SystemExit):
-            export.main([str(tmp_path / name) for name in wrong])
 
 
 # ---- scores ----

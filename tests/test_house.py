@@ -12,7 +12,7 @@ from conftest import ROOT
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 PRODUCT_FILES = ROOT_FILES + sorted((ROOT / "diffusion").glob("*.py"))
 ROOMS = {path.stem for path in ROOT_FILES} | {"diffusion"}
-DOORS = {"train", "sample", "sample_ddp", "download", "extract_latents", "evaluate", "count"} & ROOMS
+DOORS = {"train", "sample", "sample_ddp", "download", "extract_latents", "evaluate", "count", "export"} & ROOMS
 IMPORTABLE_DOORS = {"download"}  # also the room that turns a checkpoint's name into a path
 
 # Outside libraries with few homes.

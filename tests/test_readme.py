@@ -14,6 +14,7 @@ from conftest import ROOT
 import count
 import download
 import evaluate
+import export
 import extract_latents
 import sample
 import sample_ddp
@@ -23,6 +24,7 @@ import train
 DOORS = {
     "train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download,
     "extract_latents.py": extract_latents, "evaluate.py": evaluate, "count.py": count,
+    "export.py": export,
 }  # fmt: skip
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
 TEXT = "\n".join(page.read_text() for page in PAGES)

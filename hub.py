@@ -1,0 +1,203 @@
+"""Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers, both ways.
+
+A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under id2label) and a model card,
+`README.md`. Reading is checkpoints.load_weights' task; here are the hub's names, and what writes.
+"""
+
+from contextlib import contextmanager
+import json
+from pathlib import Path
+import re
+import shutil
+
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+import torch
+
+from checkpoints import OUR_CLASS, PRETRAINED, Weights, check_fits, id2label, load_weights, save_weights
+from diffusers_format import OWN, config_to_diffusers, to_diffusers
+from models import DiT
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["config.json", PRETRAINED, "model_index.json", "transformer/*"]  # what is needed of a repository
+TRAINED_STEPS = 1000
+
+
+def local_path(name):
+    """The path of a checkpoint file or folder; for the hub's OWNER/NAME that is no path here, of its copy, fetched if need be.
+
+    Raises ValueError if it cannot be had.
+    """
+    path = Path(name)
+    if path.exists() or not HUB_NAME.fullmatch(str(name)) or path.suffix in (".pt", ".safetensors"):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{name} is no file or folder here, and cannot be fetched from the hub ({reason})") from None
+
+
+def network_of(weights, origin):
+    """The network of Weights that have a configuration, in float32 and for evaluation.
+
+    Raises ValueError, naming `origin`, if the two do not fit.
+    """
+    with torch.device("meta"):
+        try:
+            network = DiT(**weights.config)
+        except TypeError as error:
+            raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
+    check_fits(network, weights.tensors, origin)
+    network.load_state_dict(weights.tensors, assign=True)
+    return network.float().eval().requires_grad_(False)
+
+
+def load_pretrained(name, which="ema", config=None):
+    """(network, class names or None) of a checkpoint: a folder or file as in checkpoints.load_weights, or the hub's OWNER/NAME.
+
+    The network is in float32, for evaluation, without gradients; for training call `.train().requires_grad_(True)` and then
+    `pos_embed.requires_grad_(False)`. `config` are DiT's arguments for a file that does not carry them. Raises ValueError if
+    it cannot be loaded.
+    """
+    weights = load_weights(local_path(name), which)
+    config = weights.config or config
+    if config is None:
+        raise ValueError(f"{name} does not say how its network is built; pass config, DiT's arguments")
+    return network_of(weights._replace(config=config), name), weights.classes
+
+
+def save_pretrained(network, folder, classes=None, training=None, vae=None):
+    """Write a network as a pretrained folder: weights, config.json and model card.
+
+    For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder. Raises ValueError if the
+    folder has files already, or cannot be written.
+    """
+    with _new_folder(folder) as partial:
+        tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+        save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
+        names = {"id2label": id2label(classes)} if classes else {}
+        contents = {"_class_name": OUR_CLASS, **network.config, **names}
+        (partial / "config.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card(network, classes, training, vae), encoding="utf-8")
+
+
+def export_diffusers(network, space, folder, classes=None):
+    """Write a network and the LatentSpace behind which it was trained as a pipeline of diffusers, with a DDIM scheduler.
+
+    `load_exported` loads it and gives our numbers; DiTPipeline.from_pretrained loads it as well, and is a little off (see
+    there). Raises ValueError for a network or space that diffusers' pipeline cannot have, and as save_pretrained.
+    """
+    if getattr(space, "autoencoder", None) is None:
+        raise ValueError("diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported")
+    if space.shift:
+        raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
+    config = config_to_diffusers(network.config)
+    transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
+    transformer.register_to_config(**config)
+    transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))  # strict: every weight of theirs is given
+    scheduler = DDIMScheduler(
+        num_train_timesteps=TRAINED_STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
+        set_alpha_to_one=True, timestep_spacing="leading",
+    )  # fmt: skip
+    with _new_folder(folder) as partial:
+        DiTPipeline(transformer.eval(), space.autoencoder, scheduler).save_pretrained(partial)
+        if classes:  # the pipeline reads them and does not write them
+            index = partial / "model_index.json"
+            contents = json.loads(index.read_text(encoding="utf-8")) | {"id2label": id2label(classes)}
+            index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def load_exported(folder):
+    """The DiTPipeline in a folder, or on the hub, with the timestep frequencies of a DiT.
+
+    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises OSError or
+    ValueError, diffusers', if it cannot be loaded.
+    """
+    pipeline = DiTPipeline.from_pretrained(folder)
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return pipeline
+
+
+def import_diffusers(folder):
+    """(network, class names or None) of a DiT in diffusers' format: a pipeline's folder, its transformer/, or OWNER/NAME.
+
+    Its autoencoder is the folder's vae/. Raises ValueError if it is no DiT, or its blocks have embedders of their own.
+    """
+    return load_pretrained(folder)
+
+
+@contextmanager
+def _new_folder(folder):
+    """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already; give another name")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise ValueError(f"cannot write {folder} ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+CARD = """---
+library_name: pytorch
+pipeline_tag: {task}
+tags:
+- dit
+- diffusion
+---
+
+# {title}
+
+A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), {parameters:,} parameters, that makes
+{what}.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from hub import load_pretrained
+
+network, classes = load_pretrained("OWNER/NAME")   # or a path to this folder
+```
+
+```bash
+python sample.py --ckpt OWNER/NAME --vae {vae}
+```
+
+## Data, evaluation, licence
+
+To be filled in by whoever publishes this: what it was trained on, how good its samples are and how that was measured, what it
+must not be used for, and under which licence it is given.
+"""
+
+
+def model_card(network, classes=None, training=None, vae=None):
+    """A model card in Markdown, filled with what the network and its checkpoint say."""
+    config, args = network.config, (training or {}).get("args") or {}
+    rows = {key.replace("_", " "): value for key, value in config.items()}
+    if training:
+        shown = ("model", "image_size", "global_batch_size", "lr", "ema_decay", "mixed_precision", "global_seed")
+        rows |= {"training steps": training.get("step")} | {key.replace("_", " "): args[key] for key in shown if key in args}
+    if classes:
+        rows["classes"] = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
+    vae = vae or args.get("vae", "VAE")
+    return CARD.format(
+        title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
+        task="unconditional-image-generation" if not config["num_classes"] else "other",
+        what=f"images of {config['num_classes']} classes" if config["num_classes"] else "images",
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )  # fmt: skip

@@ -1,0 +1,370 @@
+"""hub.py, export.py and diffusers_format.py: folders that others read, the same numbers there, and what cannot be exported."""
+
+import json
+import subprocess
+import sys
+
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+import huggingface_hub.constants
+import numpy as np
+from PIL import Image
+import pytest
+import safetensors.torch
+import torch
+
+from checkpoints import PRETRAINED, Weights, load_weights, save_checkpoint, save_weights, weights_file
+from conftest import ROOT, fill_randomly, randn
+import diffusers_format
+from diffusion import create_diffusion
+import export
+import hub
+from models import DiT
+import sample
+from sampling import Sampler
+from vae import PixelSpace, load_vae, to_uint8
+
+CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=3, num_heads=2, num_classes=10)
+NAMES = [f"digit {i}" for i in range(10)]
+DIGITS = ROOT / "examples" / "digits"
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A folder with an autoencoder of ratio 2 and random weights."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[4, 8],
+        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=8, scaling_factor=0.7,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def network(**changes):
+    """A small DiT with random weights that only samples."""
+    return fill_randomly(DiT(**{**CONFIG, **changes})).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def exported(vae, tmp_path_factory):
+    """A pipeline's folder, written from network()."""
+    folder = tmp_path_factory.mktemp("exported") / "pipeline"
+    hub.export_diffusers(network(), load_vae(vae), folder, NAMES)
+    return folder
+
+
+def inputs(ours, null_label):
+    """x, t and labels with a null one, for ours and for diffusers."""
+    x, t = randn(4, ours.in_channels, 4, 4).float(), torch.tensor([0, 1, 500, 999])
+    return x, t, torch.tensor([0, 3, 9, ours.null_label]), torch.tensor([0, 3, 9, null_label])
+
+
+# ---- diffusers ----
+
+@pytest.mark.parametrize("changes", [{}, dict(learn_sigma=False, num_classes=1000), dict(patch_size=1, num_classes=1)])
+def test_exported_network_gives_our_numbers(tmp_path, vae, changes):
+    ours = network(**changes)
+    hub.export_diffusers(ours, load_vae(vae), tmp_path / "p")
+    pipeline = hub.load_exported(tmp_path / "p")
+    x, t, here, there = inputs(ours, 1000)
+    here, there = here.clamp(max=ours.null_label), torch.where(here >= ours.num_classes, 1000, there)
+    with torch.no_grad():
+        expected, out = ours(x, t, here), pipeline.transformer(x, t, there).sample
+    assert expected.abs().max() > 0.1
+    assert (out - expected).abs().max() < 1e-5
+
+
+def test_stock_pipeline_is_off_which_is_why_load_exported_exists(exported):
+    ours, stock = network(), DiTPipeline.from_pretrained(exported).transformer
+    x, t, here, there = inputs(ours, 1000)
+    with torch.no_grad():
+        gap = (stock(x, t, there).sample - ours(x, t, here)).abs().max()
+    assert 1e-4 < gap < 1e-1
+
+
+def ours_as_the_pipeline_does_it(ours, space, labels, noise, steps, scale):
+    """Images uint8 (N, H, W, 3) by 'ddimN' steps from noise, with all channels guided."""
+    diffusion = create_diffusion(f"ddim{steps}", learn_sigma=ours.learn_sigma)
+    y = torch.cat([labels, torch.full_like(labels, ours.null_label)])
+    latents = diffusion.ddim_sample_loop(
+        ours.forward_with_cfg, (2 * len(noise), *noise.shape[1:]), torch.cat([noise, noise]), clip_denoised=False,
+        model_kwargs=dict(y=y, cfg_scale=scale, cfg_channels="all"),
+    )  # fmt: skip
+    return to_uint8(space.decode(latents[: len(noise)]))
+
+
+def theirs(pipeline, labels, noise, steps, scale, monkeypatch):
+    """The pipeline's images from that noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **kwargs: noise.clone())
+    images = pipeline(labels.tolist(), scale, num_inference_steps=steps, output_type="pt").images  # in [0, 1]
+    return to_uint8(2 * images - 1)
+
+
+def grey_levels(a, b):
+    return (a.float() - b.float()).abs().mean().item()
+
+
+def test_pipeline_draws_our_pictures_of_digits(tmp_path, monkeypatch):
+    ours, classes = hub.load_pretrained(DIGITS / "dit.safetensors")
+    space = load_vae(str(DIGITS / "vae"))
+    hub.export_diffusers(ours, space, tmp_path / "p", classes)
+    assert hub.load_exported(tmp_path / "p").get_label_ids(["3", "7"]) == [3, 7]
+    labels, noise = torch.arange(10), randn(10, *Sampler(ours, space, classes).latent).float()
+    expected = ours_as_the_pipeline_does_it(ours, space, labels, noise, 20, 1.5)
+    assert expected.float().std() > 50  # pictures of digits, not grey
+    images = theirs(hub.load_exported(tmp_path / "p"), labels, noise, 20, 1.5, monkeypatch)
+    assert grey_levels(images, expected) < 0.05
+    stock = theirs(DiTPipeline.from_pretrained(tmp_path / "p"), labels, noise, 20, 1.5, monkeypatch)
+    gap = grey_levels(stock, expected)
+    text = (ROOT / "README.md").read_text()
+    said = float(text.split("grey levels of 255")[0].rsplit(maxsplit=1)[-1])  # the README's figure is this one
+    assert abs(gap - said) < 0.1 * said
+
+
+def test_import_undoes_export(exported):
+    ours, (back, classes) = network(), hub.import_diffusers(exported)
+    assert back.config == ours.config and classes == NAMES
+    state = back.state_dict()
+    assert state.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+    assert load_weights(exported / "transformer").classes == NAMES  # the folder within is as good
+
+
+@pytest.fixture
+def stock_folder(tmp_path):
+    """The folder of a network that diffusers made itself, every block with the first one's embedders."""
+    torch.manual_seed(0)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        num_embeds_ada_norm=1000, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    first, *others = theirs.transformer_blocks
+    for block in others:
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    theirs.save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock", theirs
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_import_of_a_folder_that_diffusers_made(stock_folder, older):
+    folder, theirs = stock_folder
+    if older:  # another class name, and weights that torch.save wrote
+        config = json.loads((folder / "config.json").read_text()) | {"_class_name": "Transformer2DModel"}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+        torch.save(theirs.state_dict(), folder / "diffusion_pytorch_model.bin")
+    ours, classes = hub.import_diffusers(folder)
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    x, t, here, there = inputs(ours, 1000)
+    assert ours.null_label == 1000 and classes is None
+    with torch.no_grad():
+        expected = theirs(x, t, there).sample
+        assert (ours(x, t, here) - expected).abs().max() < 1e-5 < 0.1 < expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["class_embedder.embedding_table.weight", "timestep_embedder.linear_2.bias"])
+def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
+    folder, _ = stock_folder
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors[f"transformer_blocks.1.norm1.emb.{name}"][0] += 1e-3
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"config.json: its blocks have embedders of their own \(transformer_blocks.1.*{name}"):
+        hub.import_diffusers(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"activation_fn": "geglu"}, "is no DiT: activation_fn 'geglu'"),
+    ({"out_channels": 5}, "is no DiT: out_channels 5 for 4 in_channels"),
+    ({"num_layers": 3}, "lack transformer_blocks.2"),
+    ({"_class_name": "AutoencoderKL"}, "config.json: it is of AutoencoderKL, not of a DiT"),
+    ({diffusers_format.OWN: dict(CONFIG, depth=9)}, "contradicts itself: depth"),
+    ({diffusers_format.OWN: dict(CONFIG, depth=2, num_classes=1001, mlp_ratio=4.0, learn_sigma=True, block="adaln_zero")},
+     "contradicts itself: num_classes"),
+])  # fmt: skip
+def test_import_refuses_what_is_no_dit(stock_folder, change, message):
+    folder, _ = stock_folder
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        hub.import_diffusers(folder)
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(num_classes=1001), "it has 1001 classes, and label 1000 stands for none there"),
+    (dict(num_classes=0), "it has no classes"),
+    (dict(class_dropout_prob=0.0), "it was trained without label dropout"),
+    (dict(block="adaln_single"), "its blocks are of the design adaln_single"),
+    (dict(mlp_ratio=2.0), "its mlp_ratio is 2.0"),
+])  # fmt: skip
+def test_export_refuses_what_the_pipeline_cannot_be(tmp_path, vae, changes, reason):
+    with pytest.raises(ValueError, match=f"diffusers' DiT cannot be this network: {reason}"):
+        hub.export_diffusers(network(**changes), load_vae(vae), tmp_path / "p")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_pixels_and_shifted_latents(tmp_path, vae):
+    with pytest.raises(ValueError, match="this network makes pixels"):
+        hub.export_diffusers(network(in_channels=3), PixelSpace(), tmp_path / "p")
+    space = load_vae(vae)
+    space.shift = 0.1
+    with pytest.raises(ValueError, match="shifted by 0.1"):
+        hub.export_diffusers(network(), space, tmp_path / "p")
+
+
+# ---- pretrained folders ----
+
+def test_load_pretrained_undoes_save_pretrained(tmp_path):
+    ours = network(block="adaln", num_classes=3)
+    hub.save_pretrained(ours, tmp_path / "a" / "dit", ["a", "b", "é"])
+    assert sorted(p.name for p in (tmp_path / "a" / "dit").iterdir()) == ["README.md", "config.json", PRETRAINED]
+    back, classes = hub.load_pretrained(tmp_path / "a" / "dit")
+    assert back.config == ours.config and classes == ["a", "b", "é"] and not back.training and not back.pos_embed.requires_grad
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
+    config = json.loads((tmp_path / "a" / "dit" / "config.json").read_text())
+    assert config == {"_class_name": "DiT", **ours.config, "id2label": {"0": "a", "1": "b", "2": "é"}}
+
+
+def test_card_says_what_the_checkpoint_says():
+    training = {"step": 1234, "args": {"model": "DiT-Ti/1", "lr": 1e-3, "vae": "some/vae", "results_dir": "/home/me"}}
+    card = hub.model_card(network(), NAMES, training)
+    for said in ("# DiT-Ti/1", "| training steps | 1234 |", "| lr | 0.001 |", "--vae some/vae", "10 classes", "| depth | 3 |",
+                 f"{sum(p.numel() for p in network().parameters()):,} parameters", "digit 0, digit 1"):  # fmt: skip
+        assert said in card
+    assert "/home/me" not in card
+    assert "that makes\nimages.\n" in hub.model_card(network(num_classes=0))
+
+
+def test_config_beside_any_safetensors_file(tmp_path):
+    ours = network()
+    safetensors.torch.save_file(ours.state_dict(), tmp_path / "mine.safetensors")
+    assert load_weights(tmp_path / "mine.safetensors").config is None
+    (tmp_path / "config.json").write_text(json.dumps({**ours.config, "id2label": dict(enumerate(NAMES))}))
+    weights = load_weights(tmp_path / "mine.safetensors")
+    assert weights.config == ours.config and weights.classes == NAMES
+    save_weights(tmp_path / "says.safetensors", Weights(ours.state_dict(), ours.config, ["its own"]))
+    assert load_weights(tmp_path / "says.safetensors").classes == ["its own"]  # what a file says itself counts more
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "cannot read .*config.json"), ("[]", "config.json is no configuration: it holds a list"),
+    (json.dumps({**CONFIG, "id2label": {"1": "a"}}), "config.json: id2label is not"),
+    (json.dumps({**CONFIG, "id2label": ["a"]}), "config.json: id2label is not"),
+    (json.dumps({**CONFIG, "depht": 3}), "a configuration that this version does not know .*depht"),
+    (json.dumps({**CONFIG, "depth": 2}), "is of another configuration: blocks.2"),
+])  # fmt: skip
+def test_broken_configurations(tmp_path, text, message):
+    hub.save_pretrained(network(), tmp_path / "dit")
+    safetensors.torch.save_file(network().state_dict(), tmp_path / "dit" / PRETRAINED)  # without metadata
+    (tmp_path / "dit" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        hub.load_pretrained(tmp_path / "dit")
+
+
+def test_folders_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has config.json but no weights beside it: none of model.safetensors"):
+        weights_file(tmp_path)
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "dit").mkdir()
+    hub.save_pretrained(network(), tmp_path / "dit")  # an empty folder may be filled
+    before = (tmp_path / "dit" / PRETRAINED).stat()
+    with pytest.raises(ValueError, match="dit exists already; give another name"):
+        hub.save_pretrained(network(), tmp_path / "dit")
+    assert (tmp_path / "dit" / PRETRAINED).stat() == before
+    monkeypatch.setattr(hub, "model_card", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hub.save_pretrained(network(), tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["dit"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write .*(Not a directory|File exists)"):
+        hub.save_pretrained(network(), tmp_path / "file" / "dit")
+
+
+# ---- the hub ----
+
+@pytest.fixture
+def offline_cache(tmp_path, monkeypatch):
+    """The hub's cache with me/dit in it, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = "0" * 40
+    hub.save_pretrained(network(), tmp_path / "models--me--dit" / "snapshots" / revision, NAMES)
+    (tmp_path / "models--me--dit" / "refs").mkdir()
+    (tmp_path / "models--me--dit" / "refs" / "main").write_text(revision)
+
+
+def test_name_on_the_hub(offline_cache, monkeypatch, tmp_path):
+    ours, classes = hub.load_pretrained("me/dit")
+    assert ours.config == network().config and classes == NAMES
+    monkeypatch.chdir(tmp_path)
+    hub.save_pretrained(network(depth=1), tmp_path / "me" / "dit")
+    assert hub.load_pretrained("me/dit")[0].config["depth"] == 1  # a folder here counts more
+
+
+def test_name_that_the_hub_does_not_give(offline_cache):
+    with pytest.raises(ValueError, match="me/other is no file or folder here, and cannot be fetched from the hub"):
+        hub.load_pretrained("me/other")
+    for path in ("me/dit.pt", "a/b/c", "dit"):
+        with pytest.raises(ValueError, match=f"there is no checkpoint {path}"):
+            hub.load_pretrained(path)
+
+
+def test_weights_without_a_configuration(tmp_path):
+    save_checkpoint(tmp_path / "bare.pt", network().state_dict())
+    with pytest.raises(ValueError, match="bare.pt does not say how its network is built; pass config"):
+        hub.load_pretrained(tmp_path / "bare.pt")
+    assert hub.load_pretrained(tmp_path / "bare.pt", config=CONFIG)[0].config == network().config
+
+
+# ---- the doors ----
+
+def picture(tmp_path, *flags):
+    sample.main(["--output", str(tmp_path / "out.png"), "--steps", "2", "--device", "cpu", *map(str, flags)])
+    return np.asarray(Image.open(tmp_path / "out.png"))
+
+
+def test_every_form_gives_the_same_picture(tmp_path, vae, exported):
+    ours = network()
+    raw = fill_randomly(DiT(**CONFIG), seed=1).state_dict()
+    training = dict(ema=ours.state_dict(), model=raw, step=3, config=ours.config, classes=NAMES, args={"model": "mine"})
+    save_checkpoint(tmp_path / "run.pt", training)
+    expected = picture(tmp_path, "--ckpt", tmp_path / "run.pt", "--vae", vae)
+    export.main(["--ckpt", str(tmp_path / "run.pt"), "--vae", vae, "--output", str(tmp_path / "hub")])
+    assert "| training steps | 3 |" in (tmp_path / "hub" / "README.md").read_text()
+    for form, ckpt in {"diffusers": tmp_path / "hub", "safetensors": tmp_path / "diffusers"}.items():
+        export.main(["--ckpt", str(ckpt), "--vae", vae, "--format", form, "--output", str(tmp_path / form)])
+    (tmp_path / "safetensors").rename(tmp_path / "one.safetensors")
+    for ckpt in (tmp_path / "hub", tmp_path / "diffusers", tmp_path / "one.safetensors", exported, exported / "transformer"):
+        assert np.array_equal(picture(tmp_path, "--ckpt", ckpt, "--vae", vae), expected)
+    assert np.array_equal(picture(tmp_path, "--ckpt", exported, "--vae", exported / "vae"), expected)
+
+
+def test_export_says_what_is_wrong(tmp_path, vae, capsys):
+    hub.save_pretrained(network(), tmp_path / "dit")
+    hub.save_pretrained(network(num_classes=0), tmp_path / "none")
+    ours = ["--ckpt", str(tmp_path / "dit"), "--vae", vae]
+    for flags, message in [
+        ([*ours, "--output", str(tmp_path / "dit")], "dit exists already; give another name"),
+        ([*ours, "--output", str(tmp_path / "a"), "--weights", "raw"], "no 'raw' weights"),
+        ([*ours, "--output", str(tmp_path / "a"), "--format", "onnx"], "invalid choice: 'onnx'"),
+        ([*ours, "--output", str(tmp_path / "a"), "--model", "DiT-S/2"], "--model is DiT-S/2, but"),
+        (["--ckpt", str(tmp_path / "none"), "--vae", vae, "--format", "diffusers", "--output", str(tmp_path / "a")], "no classes"),
+        (["--ckpt", str(tmp_path / "gone"), "--vae", vae, "--output", str(tmp_path / "a")], "there is no checkpoint"),
+    ]:  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            export.main(flags)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and "Traceback" not in error
+        assert not (tmp_path / "a").exists()
+
+
+def test_export_as_a_script(tmp_path):
+    command = [sys.executable, "export.py", "--ckpt", DIGITS / "dit.safetensors", "--vae", DIGITS / "vae", "--output", tmp_path / "dit"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'dit'}\n", done.stderr
+    assert hub.load_pretrained(tmp_path / "dit")[0].config["hidden_size"] == 128
