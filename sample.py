@@ -3,42 +3,44 @@
     python sample.py                                                     # the released XL/2, ImageNet at 256 pixels
     python sample.py --image-size 512 --seed 1 --class-labels 207 88
     python sample.py --ckpt results/000-DiT-XL-2 --vae ema --sampler ddim --num-sampling-steps 50
-    python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae --class-labels 3 1 4
+    python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae --class-labels 3 1 4 --trajectory 314.gif
 
 A checkpoint of this project says itself how its network is built; for others --model, --image-size and --num-classes do.
 """
 
 import argparse
-from io import BytesIO
+from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 import torch
 
 from devices import choose_device, tf32
+from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory
 from sampling import check_writable, label_indices, load_sampler
 from sampling_flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
-PER_ROW = 4
-LEAST_TILE = 96  # smaller images are enlarged in the picture by a whole factor, so that their labels can be read
-MARGIN, FONT_SIZE = 4, 12
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    picture = parser.add_argument_group("picture")
-    picture.add_argument(
+    group = parser.add_argument_group("picture")
+    group.add_argument(
         "--class-labels",
         nargs="+",
         metavar="LABEL",
         help="numbers, else names if the checkpoint knows them (default: eight classes)",
     )
-    picture.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    picture.add_argument(
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument(
         "--output", default="sample.png", help="file to write, replaced if it exists (default: %(default)s)"
+    )
+    group.add_argument(
+        "--trajectory",
+        metavar="FILE",
+        help="also write how the images came about, as what the network takes for the clean image at up to "
+        f"{GIF_MOMENTS} steps: FILE.gif is an animation, another ending a strip of {STRIP_MOMENTS}; replaced if it exists",
     )
     add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
     return parser
@@ -49,29 +51,42 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         check_sampling_flags(args)
-        check_output(args.output)
+        check_output("--output", args.output)
+        if args.trajectory:
+            check_output("--trajectory", args.trajectory)
+            if Path(args.trajectory).resolve() == Path(args.output).resolve():
+                raise ValueError(f"--trajectory and --output are both {args.output}; give two files")
         device = choose_device(args.device)
         sampler = load_sampler(args, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     except ValueError as error:
         parser.error(str(error))
+    shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
     try:
         with tf32(args.tf32):
-            images = sample(sampler, labels, args.seed, device)
+            images, frames = sample(sampler, labels, args.seed, device, shown)
     except ValueError as error:
         parser.exit(1, f"sample.py: error: {error}\n")
-    picture(images, captions(labels, sampler.network.num_classes, sampler.classes)).save(args.output)
+    texts = captions(labels, sampler.network.num_classes, sampler.classes)
+    save(picture(images, texts), args.output, settings(args, labels))
     print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
+    if args.trajectory:
+        save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)
+        print(f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps")
 
 
-def check_output(path):
+def settings(args, labels):
+    """What the picture depends on, to be written into it."""
+    return {key: value for key, value in vars(args).items() if key != "said"} | {"class_labels": labels}
+
+
+def check_output(flag, path):
     """Raise ValueError unless a picture can be written at path, in the format that its ending names."""
-    check_writable(path)
-    ending = "." + path.rsplit(".", 1)[-1].lower() if "." in path else ""
     try:
-        Image.new("RGB", (1, 1)).save(BytesIO(), format=Image.registered_extensions()[ending])
-    except (KeyError, OSError):
-        raise ValueError(f"--output {path}: {ending or 'no ending'} is not an image format; use .png")
+        check_writable(path)
+        ending(path)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def parse_labels(given, num_classes, classes):
@@ -91,38 +106,18 @@ def parse_labels(given, num_classes, classes):
         raise ValueError(f"--class-labels {error}") from None
 
 
-def sample(sampler, labels, seed, device):
-    """Images, a uint8 array (N, H, W, 3), from torch's generator seeded with `seed` just before the first draw."""
+def sample(sampler, labels, seed, device, shown=()):
+    """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps with the indices in `shown`.
+
+    From torch's generator, seeded with `seed` just before the first draw.
+    """
     torch.manual_seed(seed)
     noise = torch.randn(len(labels), *sampler.latent, device=device)
-    return sampler.images(torch.tensor(labels, device=device), noise, progress=True).cpu().numpy()
-
-
-def captions(labels, num_classes, classes):
-    """What to write under each image: the class name where it is known, else its number; nothing without classes."""
-    if num_classes == 0:
-        return [""] * len(labels)
-    return [classes[i] if classes and i < len(classes) else str(i) for i in labels]
-
-
-def picture(images, texts):
-    """A PIL image of uint8 images (N, H, W, 3), four to a row, each with its text below."""
-    height, width = images.shape[1:3]
-    factor = -(-LEAST_TILE // width) if width < LEAST_TILE else 1
-    height, width, strip = height * factor, width * factor, (FONT_SIZE + MARGIN if any(texts) else 0)
-    columns, rows = min(PER_ROW, len(images)), -(-len(images) // PER_ROW)
-    size = (columns * (width + MARGIN) + MARGIN, rows * (height + strip + MARGIN) + MARGIN)
-    canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(FONT_SIZE)
-    pen = ImageDraw.Draw(canvas)
-    for i, (pixels, text) in enumerate(zip(np.asarray(images), texts)):
-        left = MARGIN + i % PER_ROW * (width + MARGIN)
-        top = MARGIN + i // PER_ROW * (height + strip + MARGIN)
-        canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        while font.getlength(text) > width and len(text) > 1:
-            text = text[:-2] + "…"
-        text = " ".join(text.split())
-        pen.text((left + width / 2, top + height + 1), text, fill="black", font=font, anchor="mt")
-    return canvas
+    frames = []
+    for i, out in enumerate(sampler.trajectory(torch.tensor(labels, device=device), noise, progress=True)):
+        if i in shown:
+            frames.append((out["t"], sampler.decode(out["pred_xstart"]).cpu().numpy()))
+    return sampler.decode(out["sample"]).cpu().numpy(), frames
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from image_sets import open_array
 from models import DiT, DiT_models
 import sample
 import sample_ddp
+from pictures import FONT_SIZE, LEAST_TILE, MARGIN, captions, picture
 from sampling import ImageNoise, Sampler, build_network, check_writable, random_labels
 from vae import PixelSpace, load_vae, to_uint8
 
@@ -80,7 +81,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     )
     ours = dict(
         class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3,
-        mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
+        mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False, trajectory=None,
     )
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
@@ -116,11 +117,11 @@ def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt)
                 model_kwargs=dict(y=y, cfg_scale=4.0),
             )["sample"]
     tiles = to_uint8(load_vae(vae).decode(z[:2])).numpy()
-    factor = sample.LEAST_TILE // 8
+    factor = LEAST_TILE // 8
     for i, tile in enumerate(tiles):
-        left = sample.MARGIN + i * (96 + sample.MARGIN)
+        left = MARGIN + i * (96 + MARGIN)
         assert np.array_equal(
-            got[sample.MARGIN : sample.MARGIN + 96, left : left + 96], tile.repeat(factor, 0).repeat(factor, 1)
+            got[MARGIN : MARGIN + 96, left : left + 96], tile.repeat(factor, 0).repeat(factor, 1)
         )
 
 
@@ -173,15 +174,15 @@ def test_guided_channels_matter(tmp_path, vae, ckpt):
 def test_grid_has_four_to_a_row_and_a_caption_under_each():
     images = np.zeros((6, 128, 128, 3), np.uint8)
     plain, labelled = (
-        sample.picture(images, [""] * 6),
-        sample.picture(images, ["a tench or two, quite a long name indeed"] * 6),
+        picture(images, [""] * 6),
+        picture(images, ["a tench or two, quite a long name indeed"] * 6),
     )
     assert plain.size == (4 * 132 + 4, 2 * 132 + 4)
-    assert labelled.size == (4 * 132 + 4, 2 * (132 + sample.FONT_SIZE + sample.MARGIN) + 4)
-    strip = np.asarray(labelled)[4 + 128 : 4 + 128 + sample.FONT_SIZE, :132]
+    assert labelled.size == (4 * 132 + 4, 2 * (132 + FONT_SIZE + MARGIN) + 4)
+    strip = np.asarray(labelled)[4 + 128 : 4 + 128 + FONT_SIZE, :132]
     assert (strip < 100).any()
     between = np.asarray(labelled)[4 + 128 :, 132:136]  # the margin between columns stays clear of long names
-    assert (between[: sample.FONT_SIZE] == 255).all()
+    assert (between[: FONT_SIZE] == 255).all()
 
 
 def test_default_labels_and_names():
@@ -190,7 +191,7 @@ def test_default_labels_and_names():
     assert sample.parse_labels(None, 3, None) == [0, 1, 2]
     assert sample.parse_labels(["digit 7", "0"], 10, NAMES) == [7, 0]
     assert sample.parse_labels(["1", "10"], 3, ["1", "10", "2"]) == [1, 1]  # an index first, then a name
-    assert sample.captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and sample.captions([7], 10, None) == ["7"]
+    assert captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and captions([7], 10, None) == ["7"]
 
 
 def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):

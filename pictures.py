@@ -1,0 +1,80 @@
+"""Images as people look at them: a labelled picture, an animation or a strip of how it came about, with its settings inside.
+
+Images are uint8 arrays (N, H, W, 3).
+"""
+
+from io import BytesIO
+import json
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+PER_ROW = 4
+LEAST_TILE = 96  # smaller images are enlarged in the picture by a whole factor, so that their labels can be read
+MARGIN, FONT_SIZE = 4, 12
+GIF_MOMENTS, STRIP_MOMENTS = 30, 8  # of a trajectory: how many are shown in an animation, how many in a strip
+FRAME_MS, LAST_FRAME_MS = 120, 2000
+SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
+
+
+def captions(labels, num_classes, classes):
+    """What to write under each image: the class name where it is known, else its number; nothing without classes."""
+    if num_classes == 0:
+        return [""] * len(labels)
+    return [classes[i] if classes and i < len(classes) else str(i) for i in labels]
+
+
+def picture(images, texts, per_row=PER_ROW):
+    """A PIL image of images (N, H, W, 3), so many to a row, each with its text below."""
+    height, width = images.shape[1:3]
+    factor = -(-LEAST_TILE // width) if width < LEAST_TILE else 1
+    height, width, strip = height * factor, width * factor, (FONT_SIZE + MARGIN if any(texts) else 0)
+    columns, rows = min(per_row, len(images)), -(-len(images) // per_row)
+    size = (columns * (width + MARGIN) + MARGIN, rows * (height + strip + MARGIN) + MARGIN)
+    canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(FONT_SIZE)
+    pen = ImageDraw.Draw(canvas)
+    for i, (pixels, text) in enumerate(zip(np.asarray(images), texts)):
+        left = MARGIN + i % per_row * (width + MARGIN)
+        top = MARGIN + i // per_row * (height + strip + MARGIN)
+        canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        while font.getlength(text) > width and len(text) > 1:
+            text = text[:-2] + "…"
+        text = " ".join(text.split())
+        pen.text((left + width / 2, top + height + 1), text, fill="black", font=font, anchor="mt")
+    return canvas
+
+
+def ending(path):
+    """The format that a file's name asks for: its ending, with the dot. Raises ValueError if it is none for images."""
+    found = "." + str(path).rsplit(".", 1)[-1].lower() if "." in str(path) else ""
+    try:
+        Image.new("RGB", (1, 1)).save(BytesIO(), format=Image.registered_extensions()[found])
+    except (KeyError, OSError):
+        raise ValueError(f"{path}: {found or 'no ending'} is not an image format; use .png") from None
+    return found
+
+
+def save(canvas, path, settings):
+    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS."""
+    entries = PngImagePlugin.PngInfo()
+    entries.add_text(SETTINGS, json.dumps(settings, default=str))
+    canvas.save(path, **({"pnginfo": entries} if ending(path) == ".png" else {}))
+
+
+def moments(steps, path):
+    """Which of so many steps are shown in the file `path`: their indices, evenly spread from the first to the last."""
+    shown = min(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
+    return sorted(set(np.linspace(0, steps - 1, shown).round().astype(int).tolist()))
+
+
+def save_trajectory(frames, path, texts):
+    """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a strip, an image per row."""
+    if ending(path) == ".gif":
+        pictures = [picture(images, texts) for _, images in frames]
+        times = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        return
+    times = [f"t = {t}" for t, _ in frames[:-1]]
+    rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)
+    below = [text for name in texts for text in [*times, name]]
+    picture(rows.reshape(-1, *rows.shape[2:]), below, per_row=len(frames)).save(path)
