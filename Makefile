@@ -5,11 +5,11 @@ DIGITS = demo/digits
 VAE = examples/digits/vae
 DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-steps 50 --cfg-scale 1.5
 
-.PHONY: demo test test-long
+.PHONY: demo lint test test-long
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate]"
+	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,lint]"
 	touch $@
 
 # Digits from the committed weights; then a network trained from scratch for two minutes, and digits from that.
@@ -21,6 +21,11 @@ demo: .venv/installed
 	  --model DiT-Ti/1 --image-size 32 --num-classes 10 --no-flip --global-batch-size 64 \
 	  --max-steps 1300 --lr 2e-3 --ema-decay 0.99 --num-workers 1
 	$(BIN)/python sample.py --ckpt $$(ls -d demo/results/* | tail -1) $(DEMO_FLAGS) --output demo/two-minutes.png
+
+# Style, and that what calls what with which types holds together.
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/mypy
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -33,7 +33,7 @@ class Twin(torch.nn.Module):
         )
 
     def forward(self, x, t, y, force_drop_ids=None):
-        """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,) → (N, C_out, H, W); labels of force_drop_ids 1 are dropped."""
+        """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,), dropped where force_drop_ids is 1 → (N, C_out, H, W)."""
         if force_drop_ids is not None:
             y = torch.where(force_drop_ids == 1, self.null_label, y)
         return self.theirs(x, t, y).sample

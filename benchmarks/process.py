@@ -2,9 +2,10 @@
 
     python -m benchmarks.process
 
-One reverse step and one training loss with a network that does nothing, on a batch of 8 × 4×32×32. The other sides have the same
-formulas; but each coefficient is fetched from its float64 table where it is used: the table is copied to the device, indexed and
-cast; in "looked up and spread", as is usual where schedule tables live in NumPy, also made a tensor of the batch's shape.
+One reverse step and one training loss with a network that does nothing, on a batch of 8 × 4×32×32. The other sides have the
+same formulas; but each coefficient is fetched from its float64 table where it is used: the table is copied to the device,
+indexed and cast; in "looked up and spread", as is usual where schedule tables live in NumPy, also made a tensor of the
+batch's shape.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""What the benchmarks share: sides timed in turn, ratios to the first, the machine's limit, and a result file that says where it
-was run.
+"""What the benchmarks share: sides timed in turn, ratios to the first, the machine's limit, and a result file that says where
+it was run.
 """
 
 from datetime import date

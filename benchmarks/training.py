@@ -3,10 +3,10 @@
     python -m benchmarks.training                                                    # S/2, B/4; minutes on a CPU
     python -m benchmarks.training --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --compile     # on a GPU
 
-Forward, backward, AdamW and moving average on random latents. "ours" is train.py's step; "diffusers" is that step with diffusers'
-network; "written out" is a loop as one writes it first: AdamW as it comes, the average parameter by parameter, nothing reported.
-All take turns in one process. The limit is the machine's best product of two square matrices in the same rounds; operations are
-three times those of the forward pass.
+Forward, backward, AdamW and moving average on random latents. "ours" is train.py's step; "diffusers" is that step with
+diffusers' network; "written out" is a loop as one writes it first: AdamW as it comes, the average parameter by parameter,
+nothing reported. All take turns in one process. The limit is the machine's best product of two square matrices in the same
+rounds; operations are three times those of the forward pass.
 """
 
 import argparse

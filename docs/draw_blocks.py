@@ -122,7 +122,10 @@ def draw(block):
         "rect{fill:#f4f6fa;stroke:#456} path{fill:none;stroke:#456} text{font:11px sans-serif;text-anchor:middle;fill:#223} "
         ".what{font-weight:bold} .name{fill:#456}"
     )
-    tip = '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8"/></marker>'
+    tip = (
+        '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0,0 L8,4 L0,8"/></marker>'
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {ACROSS} {height:g}" width="{ACROSS}" height="{height:g}">'
         f"<title>{block}: a block of DiT-XL/2 at 256 pixels</title><style>{style}</style><defs>{tip}</defs>"
@@ -137,7 +140,8 @@ def arrow(given, name, node, place):
     (x, y), (to_x, to_y) = place[given], place[node]
     if x != to_x:
         bend = RIGHT - WIDTH / 2 - LANE
-        text = f'<text x="{(bend + MIDDLE + WIDTH / 2) / 2:g}" y="{to_y - 4 + 13 * (name == "scale"):g}" class="name">{name}</text>'
+        text_x, text_y = (bend + MIDDLE + WIDTH / 2) / 2, to_y - 4 + 13 * (name == "scale")
+        text = f'<text x="{text_x:g}" y="{text_y:g}" class="name">{name}</text>'
         return path((x - WIDTH / 2, y), (bend, y), (bend, to_y), (to_x + WIDTH / 2, to_y)) + text
     if to_y - y > PITCH * 1.5:
         outwards = -1 if x == MIDDLE else 1

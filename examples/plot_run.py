@@ -2,8 +2,8 @@
 
     python examples/plot_run.py results/000-DiT-XL-2 --output run.png        # pip install matplotlib
 
-Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient norm, images per second; with
---eval-every also the scores.
+Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient norm, images per second;
+with --eval-every also the scores.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from models import BLOCKS, DiT_models
 from test_models import parameters_and_macs
 
 sys.path.insert(0, str(ROOT / "docs"))
-import draw_blocks  # noqa: E402
+import draw_blocks
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 

@@ -423,8 +423,9 @@ def test_the_design_of_bare_weights_is_seen(block, tmp_path, monkeypatch):
         DiT, "forward_with_cfg", lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k)
     )
     sample.main(
-        ["--ckpt", str(tmp_path / "bare.pt"), "--model", "DiT-Ti/8", "--image-size", "16", "--num-classes", "3", "--vae", "none",
-         "--class-labels", "1", "2", "--device", "cpu", "--num-sampling-steps", "1", "--output", str(tmp_path / "x.png")]
+        ["--ckpt", str(tmp_path / "bare.pt"), "--model", "DiT-Ti/8", "--image-size", "16", "--num-classes", "3",
+         "--vae", "none", "--class-labels", "1", "2", "--device", "cpu", "--num-sampling-steps", "1",
+         "--output", str(tmp_path / "x.png")]
     )  # fmt: skip
     assert seen[0].config == network.config and same(seen[0].state_dict(), network.state_dict())
 
@@ -435,7 +436,8 @@ def test_folders_of_samples_keep_their_names(images, tmp_path):  # noqa: F811
         run(images, tmp_path / block, "--max-steps", "1", "--block", block)
         sample_ddp.main(
             ["--ckpt", str(tmp_path / block / "000-DiT-Ti-8"), "--vae", "none", "--device", "cpu", "--num-sampling-steps", "1",
-             "--num-fid-samples", "2", "--per-proc-batch-size", "2", "--cfg-scale", "1", "--sample-dir", str(tmp_path / f"{block}-samples")]
+             "--num-fid-samples", "2", "--per-proc-batch-size", "2", "--cfg-scale", "1",
+             "--sample-dir", str(tmp_path / f"{block}-samples")]
         )  # fmt: skip
         (manifest,) = (tmp_path / f"{block}-samples").glob("*/manifest.json")
         network = json.loads(manifest.read_text())["decides"]["network"]

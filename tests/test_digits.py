@@ -186,7 +186,8 @@ def test_classifier_script_trains_saves_and_overwrites_nothing(tmp_path, capsys)
     assert "epoch 1: loss" in out and "of the held-out digits are right" in out
     rows = load_extractor(str(tmp_path / "classifier"), torch.device("cpu"))(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert rows.features.shape == (2, 64) and rows.logits.shape == (2, 10)
-    for wrong, message in ((flags, "exists already"), ([*flags[:3], str(tmp_path / "n"), "--data-path", "no"], "no/train is not")):
+    elsewhere = [*flags[:3], str(tmp_path / "n"), "--data-path", "no"]
+    for wrong, message in ((flags, "exists already"), (elsewhere, "no/train is not")):
         with pytest.raises(SystemExit):
             train_classifier.main(wrong)
         assert message in capsys.readouterr().err

@@ -21,7 +21,7 @@ from kill_campaign import RUN, STEPS, end, fingerprint, launcher, start, step_re
 sys.path.insert(0, str(ROOT / "examples" / "digits"))
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
 
-import make_dataset  # noqa: E402
+import make_dataset
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

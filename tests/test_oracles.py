@@ -110,5 +110,3 @@ def test_guided_sampling_of_a_network_equals_that_of_diffusers(monkeypatch):
         noise_fn=lambda x: next(draws),
     )  # fmt: skip
     assert (out[:2] - x).abs().max() < 1e-10 * x.abs().max()
-
-

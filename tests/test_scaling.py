@@ -87,7 +87,7 @@ def test_a_study_has_every_network_and_its_figures(tiny, tmp_path, capsys):
     assert set(rows) == {
         (s, p, "adaln_zero", seed) for s in plan.sizes for p in plan.patch_sizes for seed in (0, 1)
     } | {(*plan.compared, block, seed) for block in BLOCKS for seed in (0, 1)}
-    for (size, patch, block, seed), row in rows.items():
+    for (_, _, block, seed), row in rows.items():
         assert [place["step"] for place in row["curve"]] == list(plan.scored_at)
         assert all(np.isfinite(place["distance"]) and place["mse"] > 0.3 for place in row["curve"])
         steps = [place["steps"] for place in row["by_sampling_steps"]]

@@ -74,7 +74,7 @@ def grey(one, other):
 
 
 def second_order_by_the_paper(eps, x, n):
-    """Data of x_T = x by DPM-Solver++(2M), algorithm 2 of Lu et al. 2022, in float64: n equal steps of lambda, the last to x_0."""
+    """Data of x_T = x by DPM-Solver++(2M), algorithm 2 of Lu et al. 2022, in float64: n equal steps of lambda, then x_0."""
     half_log_snr = np.log(ABAR / (1 - ABAR)) / 2
     lambdas = np.linspace(half_log_snr[-1], half_log_snr[0], n)
     steps = np.interp(-lambdas, -half_log_snr, np.arange(1000)).round().astype(int)
@@ -366,7 +366,8 @@ def test_flags_reach_the_network(monkeypatch):
         and not compiled
     )
     fast, compiled = loaded(
-        monkeypatch, "--cfg-interval", "0.2", "0.7", "--mixed-precision", "bf16", "--compile", "--sampler", "unipc", "--steps", "9"
+        monkeypatch, "--cfg-interval", "0.2", "0.7", "--mixed-precision", "bf16", "--compile", "--sampler", "unipc",
+        "--steps", "9",
     )  # fmt: skip
     assert (fast.cfg_interval, fast.sampler, fast.num_sampling_steps) == ([0.2, 0.7], "unipc", 9)
     assert fast.mixed_precision == "bf16" and fast.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16

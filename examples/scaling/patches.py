@@ -71,7 +71,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(size, reduction, steps, device):
-    """(a Classifier for evaluation, the share of 2,000 patches, drawn anew, whose class it finds); the same each time on CPUs."""
+    """(a Classifier for evaluation, the share of 2,000 patches, drawn anew, whose class it finds); on CPUs always the same."""
     torch.manual_seed(0)
     model = Classifier().to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)

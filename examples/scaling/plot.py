@@ -53,7 +53,7 @@ def by_block(rows, compared):
 
 
 def correlations(rows, value=final):
-    """{seed: (Pearson's correlation of log multiply-adds with a value of a row, with its logarithm, Spearman's)} over the sizes."""
+    """{seed: (Pearson's correlation of log multiply-adds with a row's value, with its log, Spearman's)} over the sizes."""
     found = {}
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed and row["block"] == "adaln_zero"]
@@ -130,8 +130,8 @@ def tables(rows, about):
         yield f"- {spent / 1e9:,.0f}: {small} {distance:.1f}, {large} {other:.1f}"
     won, pairs = sampling_contests(rows)
     yield (
-        f"\nTake two networks, the smaller with so many more sampling steps that it spends at least as much on a sample. There are "
-        f"{pairs} such pairs (first seed); the larger network is better in {won}."
+        f"\nTake two networks, the smaller with so many more sampling steps that it spends at least as much on a sample. There "
+        f"are {pairs} such pairs (first seed); the larger network is better in {won}."
     )
     yield f"\nReal patches, as many as samples, are at {about['distance_of_real_patches']:.2f}."
 
@@ -167,7 +167,8 @@ def draw_sizes(axes, rows, colors):
     found = list(correlations(rows).values())
     linear, ranks = (", ".join(f"{one[i]:.2f}" for one in found) for i in (0, 2))
     axes.set(
-        title=f"size: correlation {linear}; of ranks {ranks}", xlabel="million multiply-adds of an image", xscale="log", yscale="log"
+        title=f"size: correlation {linear}; of ranks {ranks}", xlabel="million multiply-adds of an image",
+        xscale="log", yscale="log",
     )  # fmt: skip
 
 
@@ -191,7 +192,8 @@ def draw_sampling(axes, rows, colors):
             label=key,
         )
     axes.set(
-        title=f"sampling compute: {', '.join(map(str, steps))} steps", xlabel="GFLOP spent on a sample", xscale="log", yscale="log"
+        title=f"sampling compute: {', '.join(map(str, steps))} steps", xlabel="GFLOP spent on a sample",
+        xscale="log", yscale="log",
     )  # fmt: skip
 
 

@@ -223,7 +223,9 @@ def build_parser():
     parser.add_argument(
         "--output", required=True, type=Path, help="folder for study.json, points.jsonl, judge.pt and samples/"
     )
-    presets = "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; large: for a GPU (default: %(default)s)"
+    presets = (
+        "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; large: for a GPU (default: %(default)s)"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="small", help=presets)
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
     workers = "networks trained at a time (default: as many as there are cores, 1 on a GPU)"
