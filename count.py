@@ -46,7 +46,7 @@ class Cost(NamedTuple):
     per_image: int
 
 
-def count(config, bf16=False, grad_checkpointing=False):
+def count(config: dict, bf16: bool = False, grad_checkpointing: bool = False) -> Cost:
     """The Cost of the DiT with these arguments. Raises ValueError if they do not fit together."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiT(**config).parameters())
@@ -57,15 +57,15 @@ def count(config, bf16=False, grad_checkpointing=False):
     return Cost(parameters, flops // 6, flops, 4 * parameters, TRAINING_BYTES * parameters + copies, per_image)
 
 
-def kept(config, bf16, grad_checkpointing):
+def kept(config: dict, bf16: bool, grad_checkpointing: bool) -> tuple[int, int]:
     """Bytes that a forward pass keeps for the backward pass: (whatever the batch, for each of its images)."""
     one, two = (kept_for_backward(config, n, bf16, grad_checkpointing) for n in (1, 2))
     return 2 * one - two, two - one
 
 
-def kept_for_backward(config, batch_size, bf16, grad_checkpointing):
+def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpointing: bool) -> int:
     """Bytes that a forward pass in training keeps for the backward pass, counted on tensors without contents."""
-    kept = {}
+    kept: dict[int, torch.Tensor] = {}
     with FakeTensorMode():
         network = DiT(**config).train()
         network.grad_checkpointing = grad_checkpointing
@@ -85,7 +85,7 @@ def kept_for_backward(config, batch_size, bf16, grad_checkpointing):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -110,7 +110,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

@@ -1,19 +1,20 @@
 """Which device a process works on, and how exact its float32 is there."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 import os
 
 import torch
 
 
-def process_device(name):
+def process_device(name: str | None) -> torch.device:
     """choose_device for one process of several: by default, and for "cuda", the GPU of its rank on this machine."""
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return choose_device(name)
 
 
-def choose_device(name):
+def choose_device(name: str | None) -> torch.device:
     """The torch device called `name`; the GPU, if there is one, for None. Raises ValueError if there is no such device."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -28,7 +29,7 @@ def choose_device(name):
 
 
 @contextmanager
-def tf32(enabled):
+def tf32(enabled: bool) -> Iterator[None]:
     """Within it, float32 matrix products and convolutions on NVIDIA GPUs use TF32 or not; afterwards as before."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if enabled else "highest")

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import load_weights
@@ -33,7 +34,7 @@ PATIENCE = 30  # seconds that a silent server is waited for
 BLOCK = 1 << 20
 
 
-def find_model(model_name):
+def find_model(model_name: str) -> dict[str, Tensor]:
     """The state dict (EMA where there is one) of a released checkpoint, fetched if need be, or of a local file.
 
     Raises ValueError if it cannot be had, or is no checkpoint.
@@ -41,7 +42,7 @@ def find_model(model_name):
     return load_weights(download_model(model_name) if model_name in pretrained_models else model_name).tensors
 
 
-def released_name(model, image_size, num_classes):
+def released_name(model: str, image_size: int, num_classes: int) -> str:
     """The released file for these flags. Raises ValueError if none was released."""
     for name, entry in RELEASED.items():
         if entry == (model, image_size) and num_classes == 1000:
@@ -53,7 +54,7 @@ def released_name(model, image_size, num_classes):
     )
 
 
-def download_model(model_name, folder=FOLDER, base_url=BASE_URL):
+def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str = BASE_URL) -> Path:
     """The path of a released checkpoint in the folder, fetched if it is not there yet.
 
     Any number of processes may ask at once: one fetches, the others wait for it.
@@ -76,7 +77,7 @@ def download_model(model_name, folder=FOLDER, base_url=BASE_URL):
     return path
 
 
-def fetch(url, path):
+def fetch(url: str, path: Path) -> None:
     """Download url to path by way of path.partial, going on after interruptions. Raises ValueError if that fails."""
     partial = path.with_name(path.name + ".partial")
     failures, size, most = 0, None, _length(partial)
@@ -153,7 +154,7 @@ def _check(partial, size, url):
         raise ValueError(f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again")
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     released = ", ".join(RELEASED)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{released}, or DiT-XL/2 for both (the default)")
@@ -161,7 +162,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     wanted = []

@@ -23,8 +23,10 @@ import numpy as np
 import torch
 
 from checkpoints import write_whole
-from features import MANIFOLD_IMAGES, Team, load_extractor, spread, summarize
-from image_sets import STATISTICS, hash_of, open_side, read_batches, remarks, summarize_reference, write_npz
+from features import MANIFOLD_IMAGES, Extractor, Team, load_extractor, spread, summarize
+from image_sets import (
+    STATISTICS, Side, Streamed, hash_of, open_side, read_batches, remarks, summarize_reference, write_npz,
+)  # fmt: skip
 from metrics import NEIGHBOURS, SPLIT, score
 from sampling import check_writable
 
@@ -32,7 +34,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)  # others wait this long while one fetch
 LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         usage="%(prog)s --samples PATH --reference PATH [flags; --help lists them]",
@@ -59,7 +61,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -78,7 +80,7 @@ def main(argv=None):
     accelerator.end_training()
 
 
-def check_arguments(args):
+def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together and numbers out of range, before anything is loaded."""
     if args.make_reference:
         if args.samples or args.reference or not args.output:
@@ -95,8 +97,8 @@ def check_arguments(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    for name, there in {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.items():
-        if args.device == name and not there():
+    for name, there in {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.items():
+        if args.device == name and not there:
             raise ValueError(f"--device {name}: PyTorch sees none here; leave the flag out or pass --device cpu")
     if args.output and Path(args.output).exists():
         raise ValueError(f"--output {args.output} exists already; remove it or give another name")
@@ -104,7 +106,7 @@ def check_arguments(args):
         check_writable(args.output)
 
 
-def begin(args, accelerator):
+def begin(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Extractor, Team, dict]:
     """(the Extractor, the Team, the flags that loaders take); one process of each machine fetches what must be fetched."""
     with accelerator.local_main_process_first():
         extractor = load_extractor(args.features, accelerator.device, args.inception_weights)
@@ -112,18 +114,19 @@ def begin(args, accelerator):
     return extractor, team, dict(team=team, num_workers=args.num_workers)
 
 
-def evaluate(args, accelerator):
+def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Print the scores and all that belongs to them, in the first process. Raises ValueError for what cannot be compared."""
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     samples, reference = (open_side(getattr(args, name), f"--{name}", share=mine) for name in ("samples", "reference"))
     beside = check_samples(samples)
+    assert samples.images is not None  # which check_samples looks at
     reference.check_kind(args.features)
     extractor, team, reading = begin(args, accelerator)
     reference.check_features(extractor, samples.images.size, accelerator.device)
     batches = read_batches(samples.images, args.batch_size, accelerator.device, **reading)
     ours, digests = summarize(extractor, batches, len(samples.images), with_logits=True, team=team)
     theirs, reference_hash = summarize_reference(reference, extractor, accelerator.device, args.batch_size, **reading)
-    if not accelerator.is_main_process:
+    if ours is None or theirs is None or digests is None:  # not the first process
         return
     scores, of_samples = score(ours, theirs), (len(samples.images), samples.images.size)
     report = {
@@ -131,7 +134,11 @@ def evaluate(args, accelerator):
         "notes": beside + remarks(scores, of_samples, reference, (ours, theirs), extractor.name),
         "samples": describe(samples, hash_of(digests)),
         "reference": describe(reference, reference_hash),
-        "features": {"name": extractor.name, "sha256": extractor.sha256, "dimension": len(ours.statistics.mean)},
+        "features": {
+            "name": extractor.name,
+            "sha256": extractor.sha256,
+            "dimension": ours.statistics and len(ours.statistics.mean),
+        },
         "settings": {
             "neighbours": NEIGHBOURS,
             "reference_images_in_precision_and_recall": 0 if theirs.features is None else len(theirs.features),
@@ -148,7 +155,7 @@ def evaluate(args, accelerator):
         write_whole(Path(args.output), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
-def check_samples(samples):
+def check_samples(samples: Side) -> list[str]:
     """What is odd about the samples, as sentences. Raises ValueError if they are not what can be scored."""
     if samples.images is None:
         raise ValueError(
@@ -171,7 +178,7 @@ def check_samples(samples):
     return notes
 
 
-def describe(side, pixels):
+def describe(side: Side, pixels: str | None) -> dict:
     """What a report says of a Side whose images have this hash."""
     images = side.images
     return {
@@ -183,7 +190,7 @@ def describe(side, pixels):
     }
 
 
-def installed(name):
+def installed(name: str) -> str | None:
     """The version of a package, None if it is not installed."""
     try:
         return version(name)
@@ -191,25 +198,26 @@ def installed(name):
         return None
 
 
-def make_reference(args, accelerator):
+def make_reference(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Write the statistics of all images below a folder, and some of the images, as ADM's reference files have them.
 
     Raises ValueError if an image cannot be read or does not fit.
     """
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     side = open_side(args.make_reference, "--make-reference", args.image_size, mine)
+    assert side.images is not None  # it is a folder
     extractor, team, reading = begin(args, accelerator)
     extractor.dimensions(side.images.size, accelerator.device)  # which finds out whether it can be used
     summary, pixels = summarize_reference(side, extractor, accelerator.device, args.batch_size, **reading)
     if not accelerator.is_main_process:
         return
-    arrays = {}
+    arrays: dict[str, np.ndarray | Streamed] = {}
     for name, keys in STATISTICS.items():
         if getattr(summary, name) is not None:
             arrays |= dict(zip(keys, getattr(summary, name)))
     width, height = side.images.size
     chosen = spread(len(side.images), MANIFOLD_IMAGES)
-    rows = (side.images[i][0].numpy().transpose(1, 2, 0) for i in chosen)
+    rows = (side.images[i][0].numpy().transpose(1, 2, 0) for i in chosen)  # type: ignore[union-attr]  # all were read above
     made_from = describe(side, pixels) | {"features": extractor.name, "features_sha256": extractor.sha256}
     arrays |= {"arr_0": ((len(chosen), height, width, 3), np.uint8, rows), "made_from": np.array(json.dumps(made_from))}
 

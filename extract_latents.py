@@ -23,9 +23,9 @@ import torch
 from tqdm.auto import tqdm
 
 from checkpoints import write_whole
-from data import ImageDataset, list_images, make_loader
+from data import ImageDataset, Listing, list_images, make_loader
 from devices import process_device, tf32
-from vae import from_uint8, latent_shape, load_vae, vae_hashes
+from vae import LatentSpace, from_uint8, latent_shape, load_vae, vae_hashes
 
 CHUNK = 64  # images that are encoded, written and checksummed together
 POLL_SECONDS = 1
@@ -33,7 +33,7 @@ POLL_SECONDS = 1
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -57,7 +57,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -67,11 +67,13 @@ def main(argv=None):
                 parser.exit(
                     1, f"extract_latents.py: error: {'; '.join(damaged)}; remove the folder and make it again\n"
                 )
-            return print(f"{args.verify}: every checksum is right")
+            print(f"{args.verify}: every checksum is right")
+            return
         check_arguments(args)
         device = process_device(args.device)
         listing = list_images(args.data_path, args.num_classes)
         space = load_vae(args.vae, device)
+        assert isinstance(space, LatentSpace)  # check_arguments refuses pixels
         folder = Path(args.output)
         plan = describe(args, listing, space)
         open_folder(folder, plan)
@@ -87,7 +89,7 @@ def main(argv=None):
         parser.exit(1, f"extract_latents.py: error: {error}\n")
 
 
-def check_arguments(args):
+def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for missing flags and for sizes that do not fit."""
     for name in ("data_path", "output"):
         if getattr(args, name) is None:
@@ -100,18 +102,19 @@ def check_arguments(args):
     latent_shape(args.vae).side(args.image_size)
 
 
-def describe(args, listing, space):
+def describe(args: argparse.Namespace, listing: Listing, space: LatentSpace) -> dict:
     """What decides the content of the cache, as manifest.json and, until it is there, plan.json have it."""
     side = space.shape.side(args.image_size)
     return {
         "images": len(listing.paths), "flip": args.flip, "shape": [2, space.shape.channels, side, side],
-        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae, "vae_sha256": vae_hashes(args.vae), "channels": space.shape.channels,
+        "dtype": args.latents_dtype, "image_size": args.image_size, "vae": args.vae,
+        "vae_sha256": vae_hashes(args.vae), "channels": space.shape.channels,
         "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift, "classes": listing.classes,
         "skip_bad_images": args.skip_bad_images, "files_sha256": listing.hash(args.data_path), "chunk": CHUNK,
     }  # fmt: skip
 
 
-def open_folder(folder, plan):
+def open_folder(folder: Path, plan: dict) -> None:
     """Make the folder with its plan and an array to fill, in the first process while the others wait for it.
 
     Raises ValueError if it holds latents of another plan, or cannot be made.
@@ -139,7 +142,7 @@ def open_folder(folder, plan):
         raise ValueError(f"{folder / 'moments.npy'} has lost its length; remove the folder and make it again")
 
 
-def array_layout(plan):
+def array_layout(plan: dict) -> tuple[bytes, int, int]:
     """(header, size of the file, bytes of an image) of moments.npy."""
     shape, dtype = (plan["images"], 1 + plan["flip"], *plan["shape"]), np.dtype(plan["dtype"])
     header = BytesIO()
@@ -148,7 +151,7 @@ def array_layout(plan):
     return header.getvalue(), len(header.getvalue()) + plan["images"] * row, row
 
 
-def make_array(path, plan):
+def make_array(path: Path, plan: dict) -> None:
     """Write an .npy file of the right size, empty as yet; its disk space is taken at once where the system can do that."""
     header, size, _ = array_layout(plan)
     with open(path, "wb") as file:
@@ -159,15 +162,17 @@ def make_array(path, plan):
         file.truncate(size)
 
 
-def chunk_path(folder, number):
+def chunk_path(folder: Path, number: int) -> Path:
     return folder / "chunks" / f"{number:07d}.json"
 
 
-def encode_share(args, listing, space, folder, plan, device):
+def encode_share(
+    args: argparse.Namespace, listing: Listing, space: LatentSpace, folder: Path, plan: dict, device: torch.device
+) -> None:
     """Encode and write the chunks that this process is to do and that are not there yet. Raises ValueError, OSError."""
     count = plan["images"]
     starts = [s for s in range(0, count, CHUNK)[RANK::WORLD_SIZE] if not chunk_path(folder, s // CHUNK).exists()]
-    keys = [[(i, f) for i in range(s, min(s + CHUNK, count)) for f in range(1 + plan["flip"])] for s in starts]
+    keys = [[(i, bool(f)) for i in range(s, min(s + CHUNK, count)) for f in range(1 + plan["flip"])] for s in starts]
     dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
     loader = make_loader(dataset, keys, args.num_workers, pin_memory=device.type == "cuda")
     header, _, row = array_layout(plan)
@@ -193,7 +198,7 @@ def encode_share(args, listing, space, folder, plan, device):
             write_whole(chunk_path(folder, start // CHUNK), lambda temporary: temporary.write_text(json.dumps(done)))
 
 
-def finish(folder, plan):
+def finish(folder: Path, plan: dict) -> None:
     """Wait for every chunk, then write labels.npy and, last, manifest.json."""
     wanted = [chunk_path(folder, number) for number in range(-(-plan["images"] // CHUNK))]
     while not {path.name for path in wanted} <= set(os.listdir(folder / "chunks")):
@@ -217,7 +222,7 @@ def finish(folder, plan):
     write_whole(folder / "manifest.json", lambda temporary: temporary.write_text(text))
 
 
-def verify(folder):
+def verify(folder: Path) -> list[str]:
     """What is wrong with a finished folder, a list of sentences. Raises ValueError if it is not finished."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())

@@ -4,6 +4,7 @@ An extractor is called with images uint8 (n, 3, H, W) and returns Rows, float32.
 in turns, and what comes out is in the images' order, whatever the number of processes.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 import json
@@ -15,6 +16,7 @@ import warnings
 from safetensors.torch import load_file
 import timm
 import torch
+from torch import Tensor
 import torch.nn.functional as F
 
 from checkpoints import file_hash
@@ -29,26 +31,26 @@ MANIFOLD_IMAGES = 10_000  # of a folder as reference, for precision and recall; 
 class Rows(NamedTuple):
     """Features (n, D), spatial features (n, S) and logits (n, K) of n images; None for what an extractor does not have."""
 
-    features: torch.Tensor
-    spatial: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+    features: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @dataclass
 class Extractor:
     """extract(images) → Rows, and what a report says of it: a name and the SHA-256 of its weights, if it has any."""
 
-    extract: object
+    extract: Callable[[Tensor], Rows]
     name: str
     sha256: str | None = None
 
     @torch.no_grad()
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> Rows:
         """Rows of images uint8 (n, 3, H, W), float32 without TF32."""
         with tf32(False):
-            return Rows(*(None if part is None else part.float() for part in self.extract(images)))
+            return Rows._make(None if part is None else part.float() for part in self.extract(images))
 
-    def dimensions(self, size, device):
+    def dimensions(self, size: tuple[int, int], device: torch.device | str) -> tuple[int, int | None]:
         """How many features, and how many spatial ones (None: it has none), an image of size (width, height) has.
 
         Tries it on two images of noise. Raises ValueError if it does not take them, gives something else than a row for
@@ -61,26 +63,27 @@ class Extractor:
         try:
             rows = self(images.to(device))
             shapes = [None if part is None else tuple(part.shape) for part in rows]
+            features, spatial, logits = shapes
         except Exception as error:  # whatever a user's network raises
             reason = str(error).strip().splitlines()[-1:] or [""]
             raise ValueError(
                 f"--features {self.name} cannot be used on uint8 images of {width}x{height} ({type(error).__name__}: "
                 f"{reason[0]}); it must return features (n, D), or a pair of features and logits (n, K)"
             ) from None
-        if any(shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes):
+        if features is None or any(shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes):
             raise ValueError(
-                f"--features {self.name} gives {shapes[0]} features and {shapes[2]} logits for 2 images; wanted are (2, D) and "
+                f"--features {self.name} gives {features} features and {logits} logits for 2 images; wanted are (2, D) and "
                 "(2, K), or features alone"
             )
-        if shapes[0][1] > MOST_FEATURES:
+        if features[1] > MOST_FEATURES:
             raise ValueError(
-                f"--features {self.name} makes {shapes[0][1]:,} features of an image of {width}x{height}; their covariance "
+                f"--features {self.name} makes {features[1]:,} features of an image of {width}x{height}; their covariance "
                 f"would be too large (at most {MOST_FEATURES:,}); pass inception or a classifier"
             )
-        return shapes[0][1], shapes[1] and shapes[1][1]
+        return features[1], spatial[1] if spatial else None
 
 
-def load_extractor(name, device, inception_weights=None):
+def load_extractor(name: str, device: torch.device | str, inception_weights: Path | str | None = None) -> Extractor:
     """The Extractor for "inception", "pixels" or a path: a TorchScript file, or .safetensors with timm's config.json beside.
 
     inception_weights is a local file; None fetches torch-fidelity's. Raises ValueError if it cannot be had.
@@ -113,7 +116,7 @@ class Inception(torch.nn.Module):
     ValueError if path holds other weights.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -132,12 +135,12 @@ class Inception(torch.nn.Module):
     def _tap(self, module, args, output):
         self.tapped = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (n, 17·17·7)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Rows:
         features, logits = self.trunk(images)
         return Rows(features, self.tapped, logits)
 
 
-def fetch_inception():
+def fetch_inception() -> Path:
     """The path of torch-fidelity's Inception weights in torch's own cache, fetched if they are not there.
 
     Raises ValueError if the file cannot be had.
@@ -162,7 +165,7 @@ def fetch_inception():
 # ---- classifiers ----
 
 
-def scripted_classifier(path, device):
+def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
     """A TorchScript module, called with images uint8 (n, 3, H, W), that returns features (n, D), or those and logits (n, K).
 
     Raises ValueError if the file is none.
@@ -183,7 +186,7 @@ def scripted_classifier(path, device):
     return extract
 
 
-def timm_classifier(path, device):
+def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
     """A timm classifier with the config.json that timm wrote beside it: its features before the classifier, and its logits.
 
     Images are brought to its input size and normalised as config.json says. Raises ValueError if they do not fit together.
@@ -223,10 +226,10 @@ class Team(NamedTuple):
 
     rank: int = 0
     world_size: int = 1
-    gather: object = list
+    gather: Callable[[list[Tensor]], list[Tensor]] = list
 
 
-def deal(count, batch_size, team=Team()):
+def deal(count: int, batch_size: int, team: Team = Team()) -> Iterator[list[int]]:
     """Lists of batch_size image indices for this process, as many lists in every process, which take turns.
 
     Past the end the last image stands again and again: `summarize` leaves these out.
@@ -236,19 +239,25 @@ def deal(count, batch_size, team=Team()):
         yield [min(i, count - 1) for i in range(first, first + batch_size)]
 
 
-def spread(count, kept):
+def spread(count: int, kept: int) -> list[int]:
     """`kept` indices of `count`, or all if there are no more, evenly spread."""
     kept = min(count, kept)
     return [i * count // kept for i in range(kept)]
 
 
-def summarize(extractor, batches, count, keep=None, with_logits=False, team=Team()):
+def summarize(
+    extractor: Extractor, batches: Iterable[tuple[Tensor, Tensor | None]], count: int, keep: int | None = None,
+    with_logits: bool = False, team: Team = Team(),
+) -> tuple[Summary | None, Tensor | None]:  # fmt: skip
     """(the Summary of `count` images, their digests uint8 (count, 32) or None), in the first process; (None, None) elsewhere.
 
     Images come in the batches of `deal`, as (images uint8 (n, 3, H, W) on the extractor's device, digests uint8 (n, 32) or
     None). `keep` is how many images' features are kept (default: all). Raises ValueError for features that are not finite.
     """
-    moments, spatial, features, logits, digests, begun = Moments(), Moments(), [], [], [], 0
+    moments, spatial, begun = Moments(), Moments(), 0
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    digests: list[Tensor] = []
     wanted = torch.tensor(spread(count, count if keep is None else keep))
     for images, digest in batches:
         rows = extractor(images)._asdict() | {"digests": digest}

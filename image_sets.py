@@ -4,24 +4,27 @@ An .npz of images has them as uint8 `arr_0` (N, H, W, 3). A reference file may h
 Inception's features, mu_s and sigma_s, those of the spatial ones, and in `arr_0` some images for precision and recall.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 import zipfile
 import zlib
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from checkpoints import file_hash
 from data import center_crop_arr, ignore_signals, list_images, to_rgb
-from features import MANIFOLD_IMAGES, Team, deal, summarize
+from features import MANIFOLD_IMAGES, Extractor, Team, deal, summarize
 from metrics import NEIGHBOURS, Statistics, Summary
 
 PUBLISHED = 50_000  # samples, of which published scores are
@@ -32,29 +35,32 @@ NEEDS = {  # score → what it needs of both sides
 STATISTICS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # what a Summary calls them → ADM's names
 IMAGES = "arr_0"
 
+Item = tuple[Tensor | None, Tensor | str]  # an image, or a batch, and digests; or None and what is wrong
+Streamed = tuple[tuple[int, ...], type | np.dtype, Iterable[np.ndarray]]  # an array: shape, dtype, rows one at a time
+
 
 @dataclass
 class Side:
     """One of the two sides of a comparison: its images (None if it has none), and the statistics that stand in its file."""
 
     path: str
-    images: Dataset | None
+    images: "FolderImages | ArrayImages | None"
     statistics: Statistics | None = None
     spatial: Statistics | None = None
     sha256: str | None = None  # of the file, where statistics come from it
     made_from: dict | None = None  # what --make-reference wrote of itself
 
-    def check_kind(self, features, sha256=None):
+    def check_kind(self, features: str, sha256: str | None = None) -> None:
         """Raise ValueError if a reference file says that it was made with other features than those of this name and hash."""
         made = self.made_from or {"features": features, "features_sha256": sha256}
         kinds = [name if name in ("inception", "pixels") else "a network" for name in (made["features"], features)]
         if kinds[0] != kinds[1] or (sha256 and made["features_sha256"] != sha256):
             raise ValueError(
-                f"{self.path} was made with --features {made['features']}, or with other weights of it, and not with {features}; "
-                "pass those, or make it again with --make-reference"
+                f"{self.path} was made with --features {made['features']}, or with other weights of it, and not with "
+                f"{features}; pass those, or make it again with --make-reference"
             )
 
-    def check_features(self, extractor, size, device):
+    def check_features(self, extractor: Extractor, size: tuple[int, int], device: torch.device | str) -> None:
         """Raise ValueError unless these, as a reference, can be compared by the extractor with images of a size (W, H)."""
         self.check_kind(extractor.name, extractor.sha256)
         ours = extractor.dimensions(size, device)
@@ -64,12 +70,13 @@ class Side:
             for found, what in ((stored and len(stored.mean), f"{keys[0]} and {keys[1]}"), (images, "images")):
                 if found and samples and found != samples:
                     raise ValueError(
-                        f"{self.path} has {found} features in its {what}, samples have {samples} by --features {extractor.name}: "
-                        "it is of other features, or of other image sizes; make it again with --make-reference"
+                        f"{self.path} has {found} features in its {what}, samples have {samples} by "
+                        f"--features {extractor.name}: it is of other features, or of other image sizes; make it again "
+                        "with --make-reference"
                     )
 
 
-def open_side(path, flag, image_size=None, share=slice(None)):
+def open_side(path: Path | str, flag: str, image_size: int | None = None, share: slice = slice(None)) -> Side:
     """The Side at a path, a folder or an .npz; flag is what the user gave it as, for messages.
 
     image_size brings a folder's images to that size as training does; without it they must be RGB of one size, which is
@@ -102,7 +109,7 @@ def open_side(path, flag, image_size=None, share=slice(None)):
     return Side(str(path), images, sha256=file_hash(path) if statistics else None, made_from=made_from, **statistics)
 
 
-def read_made_from(path):
+def read_made_from(path: Path | str) -> dict | None:
     """What --make-reference wrote of itself into an .npz, a dict; None if that is somebody else's."""
     with np.load(path) as file, suppress(ValueError):
         made = json.loads(str(file["made_from"]))
@@ -111,7 +118,7 @@ def read_made_from(path):
     return None
 
 
-def read_statistics(path, keys):
+def read_statistics(path: Path | str, keys: tuple[str, str]) -> Statistics:
     """Statistics from an .npz under these keys. Raises ValueError if they are damaged or do not fit together."""
     with np.load(path) as file:
         if not set(keys) <= set(file.files):
@@ -134,7 +141,9 @@ def read_statistics(path, keys):
 class FolderImages(Dataset):
     """All images below a folder, in the order of their paths. Items are (uint8 (3, H, W), digest) or (None, what is wrong)."""
 
-    def __init__(self, folder, flag, image_size=None, share=slice(None)):
+    def __init__(
+        self, folder: Path | str, flag: str, image_size: int | None = None, share: slice = slice(None)
+    ) -> None:
         try:
             self.paths = list_images(folder, num_classes=0).paths
         except ValueError as error:
@@ -163,15 +172,14 @@ class FolderImages(Dataset):
             )
         return size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Item:
         try:
             with Image.open(self.paths[i]) as image:
-                if self.image_size:
-                    image = center_crop_arr(to_rgb(image), self.image_size)
-                pixels = np.array(image)  # (H, W, 3)
+                cropped = center_crop_arr(to_rgb(image), self.image_size) if self.image_size else image
+                pixels = np.array(cropped)  # (H, W, 3)
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
             return None, f"{self.paths[i]} cannot be read ({error}); remove it or make it again"
         return item(pixels)
@@ -185,7 +193,7 @@ class ArrayImages(Dataset):
 
     folders = 1
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str) -> None:
         self.path = path
         self.array = open_array(path, IMAGES)
         shape, dtype = self.array.shape, self.array.dtype
@@ -193,34 +201,37 @@ class ArrayImages(Dataset):
             raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
         self.size = (shape[2], shape[1])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Item:
         return item(np.array(self.array[i]))
 
-    def __getstate__(self):  # a worker process maps the file itself rather than being sent what is in it
+    def __getstate__(self) -> dict:  # a worker process maps the file itself rather than being sent what is in it
         return vars(self) | {"array": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         vars(self).update(state, array=open_array(state["path"], IMAGES))
 
 
-def item(pixels):
+def item(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """(uint8 (3, H, W), SHA-256 of the pixels, uint8 (32,)) of an image (H, W, 3)."""
     digest = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8).copy()
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(digest)
 
 
-def collate(items):
+def collate(items: list[Item]) -> Item:
     """(images (n, 3, H, W), digests (n, 32)), or (None, what is wrong with the first bad one)."""
     for image, reason in items:
         if image is None:
             return None, reason
-    return tuple(torch.stack(column) for column in zip(*items))
+    images, digests = (torch.stack(column) for column in zip(*items))
+    return images, digests
 
 
-def read_batches(images, batch_size, device, team=Team(), num_workers=0):
+def read_batches(
+    images: FolderImages | ArrayImages, batch_size: int, device: torch.device, team: Team = Team(), num_workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's batches of a set of images, as `features.summarize` takes them. Raises ValueError for a damaged image."""
     loader = DataLoader(
         images, batch_sampler=list(deal(len(images), batch_size, team)), num_workers=num_workers, collate_fn=collate,
@@ -232,7 +243,9 @@ def read_batches(images, batch_size, device, team=Team(), num_workers=0):
         yield batch.to(device, non_blocking=True), digests.to(device, non_blocking=True)
 
 
-def summarize_reference(side, extractor, device, batch_size, team=Team(), num_workers=0):
+def summarize_reference(
+    side: Side, extractor: Extractor, device: torch.device, batch_size: int, team: Team = Team(), num_workers: int = 0
+) -> tuple[Summary | None, str | None]:
     """(the Summary of a reference, the hash of its images or None) in the first process; (None, None) elsewhere.
 
     Statistics that stand in its file come before those of its images; of a folder's images, MANIFOLD_IMAGES are kept for
@@ -243,19 +256,23 @@ def summarize_reference(side, extractor, device, batch_size, team=Team(), num_wo
     batches = read_batches(side.images, batch_size, device, team, num_workers)
     keep = MANIFOLD_IMAGES if isinstance(side.images, FolderImages) else None
     summary, digests = summarize(extractor, batches, len(side.images), keep, team=team)
-    if team.rank:
+    if summary is None or digests is None:  # not the first process
         return None, None
     if side.statistics or side.spatial:
         summary.statistics, summary.spatial = side.statistics, side.spatial
     return summary, hash_of(digests)
 
 
-def remarks(scores, samples, reference, summaries, features):
+def remarks(
+    scores: dict[str, float | None], samples: tuple[int, tuple[int, int]], reference: Side,
+    summaries: tuple[Summary, Summary], features: str,
+) -> list[str]:  # fmt: skip
     """What a reader of the scores must know, as sentences.
 
     samples is (how many, their size (W, H)), reference the Side, summaries those of both, features the extractor's name.
     """
     (count, size), (ours, _), notes = samples, summaries, []
+    assert ours.features is not None  # of samples they are kept
     dimension = ours.features.shape[1]
     if count < PUBLISHED:
         notes.append(f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher")
@@ -282,7 +299,7 @@ def remarks(scores, samples, reference, summaries, features):
     return notes
 
 
-def hash_of(digests):
+def hash_of(digests: Tensor) -> str:
     """One SHA-256, in hexadecimal, for images with these digests (N, 32), in their order: equal pixels, equal hash."""
     return hashlib.sha256(digests.numpy().tobytes()).hexdigest()
 
@@ -290,7 +307,7 @@ def hash_of(digests):
 # ---- .npz files of any size ----
 
 
-def open_array(path, name):
+def open_array(path: Path | str, name: str) -> np.ndarray:
     """An array of an .npz, mapped from the file where it is not compressed. Raises ValueError, KeyError or OSError."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
@@ -313,7 +330,7 @@ def open_array(path, name):
     return np.memmap(path, dtype, "r", offset, shape)
 
 
-def write_npz(file, arrays):
+def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray | Streamed]) -> None:
     """Write arrays, a dict of name → array, to an open file as an .npz without compression; equal arrays, equal bytes.
 
     Instead of an array, (shape, dtype, rows) may stand, whose rows are taken one at a time: they need not fit in memory.

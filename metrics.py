@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT = 5000  # consecutive images that one Inception Score is taken of
@@ -27,13 +28,16 @@ class Moments:
     Batches leave only rounding behind: about 1e-15, relative to the rows' spread.
     """
 
-    def __init__(self):
-        self.count, self.mean, self.scatter = 0, None, None
+    mean: Tensor  # (D,), this and the next from the first batch on
+    scatter: Tensor  # (D, D)
 
-    def add(self, rows):
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
         """Take in rows (n, D), n at least 1; the sums stay on the rows' device, or on the CPU where that has no float64."""
         rows = rows.to("cpu" if rows.device.type == "mps" else rows.device).double()
-        if self.mean is None:
+        if not self.count:
             self.mean = torch.zeros(rows.shape[1], dtype=rows.dtype, device=rows.device)
             self.scatter = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)  # (D, D)
         mean, total = rows.mean(dim=0), self.count + len(rows)
@@ -43,7 +47,7 @@ class Moments:
         self.mean += shift * (len(rows) / total)
         self.count = total
 
-    def statistics(self):
+    def statistics(self) -> Statistics:
         """The Statistics of all rows so far. Raises ValueError if there are fewer than two, or some were not finite."""
         if self.count < 2:
             raise ValueError(f"{self.count} image(s) have no covariance; give at least 2, and for a score thousands")
@@ -54,7 +58,7 @@ class Moments:
         return Statistics(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
 
-def frechet_distance(a, b):
+def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The Fréchet distance of two Gaussians with these Statistics: |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2·(Σ₁Σ₂)^½), at least 0.
 
     Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ the last trace is the sum of the singular values of R₁ᵀR₂, which holds for
@@ -73,7 +77,7 @@ def _root(covariance):
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def inception_score(logits):
+def inception_score(logits: Tensor) -> float:
     """exp of the mean KL divergence of p(y|x) from p(y), for each SPLIT consecutive images, averaged (Salimans et al. 2016)."""
     scores = []
     for part in logits.split(SPLIT):
@@ -83,11 +87,11 @@ def inception_score(logits):
     return torch.stack(scores).mean().item()
 
 
-def precision_and_recall(samples, reference, k=NEIGHBOURS):
+def precision_and_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """The shares of samples near the reference, and of the reference near samples (Kynkäänniemi et al. 2019).
 
-    Near a set is what lies within the distance of one of its members to that one's k-th neighbour. Features are (N, D) and (M, D),
-    in float32. Raises ValueError for k images or fewer.
+    Near a set is what lies within the distance of one of its members to that one's k-th neighbour. Features are (N, D) and
+    (M, D), in float32. Raises ValueError for k images or fewer.
     """
     for side in (samples, reference):
         if len(side) <= k:
@@ -130,20 +134,25 @@ class Summary:
 
     statistics: Statistics | None = None
     spatial: Statistics | None = None
-    features: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+    features: Tensor | None = None
+    logits: Tensor | None = None
 
 
-def score(samples, reference):
+def score(samples: Summary, reference: Summary) -> dict[str, float | None]:
     """fid, sfid, inception_score, precision and recall of two Summaries, as a dict; None for those that lack something."""
-    have = {name: getattr(samples, name) is not None and getattr(reference, name) is not None for name in vars(samples)}
-    precision = recall = None
-    if have["features"] and min(len(samples.features), len(reference.features)) > NEIGHBOURS:
-        precision, recall = precision_and_recall(samples.features, reference.features)
+    precision: float | None = None
+    recall: float | None = None
+    if samples.features is not None and reference.features is not None:
+        if min(len(samples.features), len(reference.features)) > NEIGHBOURS:
+            precision, recall = precision_and_recall(samples.features, reference.features)
     return {
-        "fid": frechet_distance(samples.statistics, reference.statistics) if have["statistics"] else None,
-        "sfid": frechet_distance(samples.spatial, reference.spatial) if have["spatial"] else None,
+        "fid": _distance_of(samples.statistics, reference.statistics),
+        "sfid": _distance_of(samples.spatial, reference.spatial),
         "inception_score": inception_score(samples.logits) if samples.logits is not None else None,
         "precision": precision,
         "recall": recall,
     }
+
+
+def _distance_of(a: Statistics | None, b: Statistics | None) -> float | None:
+    return None if a is None or b is None else frechet_distance(a, b)

@@ -9,17 +9,17 @@ embeddings of t and y are two tokens or a sequence of two, a network without cla
 from collections.abc import Callable
 from functools import partial, reduce
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.layers.attention import Attention
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def modulate(x, shift, scale):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) scaled by 1 + scale and moved by shift, both (N, D) and the same for every token."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
@@ -27,7 +27,7 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """A step number, whole or fractional, as a vector: sines and cosines of it (in float32), then a two-layer MLP."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
         super().__init__()
         self.frequency_embedding_size = frequency_embedding_size
         self.mlp = nn.Sequential(
@@ -35,7 +35,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     @staticmethod
-    def timestep_embedding(t, dim, max_period=10000):
+    def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
         """t (N,) → (N, dim) float32: the cosines of t·max_period^(-i/half), i < half = dim // 2, then the sines.
 
         An odd dim gets a last column of zeros.
@@ -46,10 +46,10 @@ class TimestepEmbedder(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 2·half)
         return nn.functional.pad(waves, (0, dim % 2))  # (N, dim)
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         """t (N,) → (N, D)."""
         waves = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]  # mypy does not see a Linear
 
 
 class LabelEmbedder(nn.Module):
@@ -59,13 +59,13 @@ class LabelEmbedder(nn.Module):
     table has no such row.
     """
 
-    def __init__(self, num_classes, hidden_size, dropout_prob):
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
         self.null_label = num_classes if dropout_prob > 0 else None
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
-    def token_drop(self, labels, force_drop_ids=None):
+    def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         """Labels (N,), the null label in place of those drawn, or of those whose entry in force_drop_ids (N,) is 1.
 
         Raises ValueError if the model was built without dropout and so has no null label.
@@ -80,7 +80,7 @@ class LabelEmbedder(nn.Module):
             drop = force_drop_ids == 1
         return torch.where(drop, self.null_label, labels)
 
-    def forward(self, labels, train, force_drop_ids=None):
+    def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
         """labels (N,) → (N, D); labels are dropped at random if train, and as force_drop_ids says wherever it is given."""
         if force_drop_ids is not None or (train and self.null_label is not None):
             labels = self.token_drop(labels, force_drop_ids)
@@ -90,7 +90,7 @@ class LabelEmbedder(nn.Module):
 class Modulation(nn.Sequential):
     """The regression of adaLN: c (N, D) → so many vectors, side by side (N, vectors·D). It starts at zero."""
 
-    def __init__(self, hidden_size, vectors):
+    def __init__(self, hidden_size: int, vectors: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
 
 
@@ -100,7 +100,7 @@ class Block(nn.Module):
     own_norms: the LayerNorms have weights, as in any ViT; without, adaLN supplies them.
     """
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, own_norms=False):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, own_norms: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=own_norms)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
@@ -114,11 +114,11 @@ class DiTBlock(Block):
     The gates start at 0, and so the block as the identity (section 3.2).
     """
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.adaLN_modulation = Modulation(hidden_size, 6)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
@@ -128,11 +128,11 @@ class DiTBlock(Block):
 class AdaLNBlock(Block):
     """adaLN: c gives shift and scale, twice, and no gates. It starts as a ViT block, not as the identity."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.adaLN_modulation = Modulation(hidden_size, 4)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
         attn_shift, attn_scale, mlp_shift, mlp_scale = self.adaLN_modulation(c).chunk(4, dim=1)
         x = x + self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
@@ -145,11 +145,11 @@ class AdaLNSingleBlock(Block):
     The block's own part is a table that it adds to the six vectors. It starts as the identity.
     """
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and the six vectors c (N, 6·D) that all blocks share → (N, T, D)."""
         vectors = c + self.scale_shift_table.flatten()  # (N, 6·D)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
@@ -160,14 +160,14 @@ class AdaLNSingleBlock(Block):
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens to another sequence (Vaswani et al. 2017, section 3.2), laid out as timm's Attention."""
 
-    def __init__(self, hidden_size, num_heads):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and a sequence c (N, K, D) → (N, T, D)."""
 
         def heads(vectors):
@@ -181,12 +181,12 @@ class CrossAttention(nn.Module):
 class CrossAttentionBlock(Block):
     """Cross-attention: after the attention among themselves, the tokens attend to the embeddings of t and y."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(hidden_size, num_heads, mlp_ratio, own_norms=True)
         self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and the sequence c (N, 2, D) → (N, T, D)."""
         x = x + self.attn(self.norm1(x))
         x = x + self.cross_attn(self.norm_cross(x), c)
@@ -196,10 +196,10 @@ class CrossAttentionBlock(Block):
 class InContextBlock(Block):
     """In-context conditioning: a plain ViT block. The embeddings of t and y are two of its tokens."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(hidden_size, num_heads, mlp_ratio, own_norms=True)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
         """Tokens x (N, T + 2, D) → (N, T + 2, D); c is not looked at, x has it."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -208,13 +208,13 @@ class InContextBlock(Block):
 class FinalLayer(nn.Module):
     """The last adaLN (shift and scale, no gate) and the linear map from a token to the pixels of its patch."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = Modulation(hidden_size, 2)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and condition c (N, D) → patches (N, T, P·P·C_out)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
@@ -223,27 +223,27 @@ class FinalLayer(nn.Module):
 class ViTFinalLayer(nn.Module):
     """The last LayerNorm, with weights of its own, and the linear map: for the designs that do not use adaLN."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
         """Tokens x (N, T, D) → patches (N, T, P·P·C_out); c is not looked at."""
         return self.linear(self.norm_final(x))
 
 
-def summed(x, embeddings):
+def summed(x: Tensor, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → the tokens and c (N, D), the embeddings' sum."""
     return x, reduce(torch.add, embeddings)
 
 
-def beside(x, embeddings):
-    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → the tokens and c (N, 2, D), the embeddings in a sequence."""
+def beside(x: Tensor, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → tokens and c (N, 2, D), the embeddings in a sequence."""
     return x, torch.stack(embeddings, dim=1)
 
 
-def appended(x, embeddings):
+def appended(x: Tensor, embeddings: list[Tensor]) -> tuple[Tensor, None]:
     """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → these with those as two more (N, T + 2, D), and no c."""
     return torch.cat([x, torch.stack(embeddings, dim=1)], dim=1), None
 
@@ -255,9 +255,9 @@ class Design(NamedTuple):
     regression makes of c so many vectors, and the blocks take these in its place.
     """
 
-    block: type
-    final_layer: type
-    condition: Callable
+    block: type[Block]
+    final_layer: type[FinalLayer] | type[ViTFinalLayer]
+    condition: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
     shared_vectors: int = 0
 
 
@@ -283,11 +283,12 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, block="adaln_zero",
-    ):  # fmt: skip
+        self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
+        num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1, num_classes: int = 1000,
+        learn_sigma: bool = True, block: str = "adaln_zero",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
             num_heads=num_heads, mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
             learn_sigma=learn_sigma, block=block,
@@ -311,11 +312,11 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     @property
-    def null_label(self):
+    def null_label(self) -> int | None:
         """The label that means "no class", or None if the network has none."""
         return self.y_embedder.null_label if self.y_embedder else None
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Fill every parameter; afterwards the output is 0.
 
         As the paper has it (sections 3.2 and 4): adaLN-Zero's regressions and the last Linear start at zero, the rest as in
@@ -325,7 +326,7 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         patch_to_token = self.x_embedder.proj
@@ -336,12 +337,12 @@ class DiT(nn.Module):
         if self.y_embedder:
             small_normal.append(self.y_embedder.embedding_table)
         for module in small_normal:
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.get_parameter("weight"), std=0.02)
 
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
             if isinstance(module, Modulation):
-                nn.init.zeros_(module[1].weight)
+                nn.init.zeros_(module[1].get_parameter("weight"))
             elif isinstance(module, AdaLNSingleBlock):
                 nn.init.zeros_(module.scale_shift_table)
 
@@ -349,14 +350,14 @@ class DiT(nn.Module):
         with torch.no_grad():
             self.pos_embed.copy_(torch.from_numpy(table))
 
-    def unpatchify(self, x):
+    def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (N, T, P·P·C_out) → (N, C_out, H, W); tokens run row by row, channels are innermost."""
         n, p, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
         x = x.reshape(n, side, side, p, p, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
         return x.reshape(n, self.out_channels, side * p, side * p)  # (N, C_out, H, W)
 
-    def embed_conditions(self, t, y, force_drop_ids=None):
+    def embed_conditions(self, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None = None) -> list[Tensor]:
         """The embeddings (N, D) of steps t and, if there are classes, of labels y, in a list.
 
         Raises ValueError if y is missing, or given to a network without classes.
@@ -367,9 +368,9 @@ class DiT(nn.Module):
                 f"pass y={'None' if y is not None else 'labels of shape (N,)'}"
             )
         of_t = self.t_embedder(t)
-        return [of_t] if y is None else [of_t, self.y_embedder(y, self.training, force_drop_ids)]
+        return [of_t] if self.y_embedder is None else [of_t, self.y_embedder(y, self.training, force_drop_ids)]
 
-    def forward(self, x, t, y=None, force_drop_ids=None):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
         """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,) → (N, C_out, H, W).
 
         The output is the predicted noise and, with learn_sigma, C more channels: the fraction v in [-1, 1] (not
@@ -390,7 +391,9 @@ class DiT(nn.Module):
         x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without the tokens that in_context appended
         return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | str = 3
+    ) -> Tensor:
         """The output (2N, C_out, H, W) with the noise guided: null + cfg_scale·(cond - null) (Ho & Salimans 2022, eq. 6).
 
         The batch is doubled: labels y (2N,) hold N labels and then N null labels, steps t (2N,) the same N twice; both
@@ -416,7 +419,9 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
 
 
-def check_sizes(class_dropout_prob, num_classes, mlp_ratio, learn_sigma, block, **sizes):
+def check_sizes(
+    class_dropout_prob: float, num_classes: int, mlp_ratio: float, learn_sigma: bool, block: str, **sizes: int
+) -> None:
     """Raise ValueError for arguments of DiT that do not fit together."""
     if block not in BLOCKS:
         raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}")
@@ -438,7 +443,7 @@ def check_sizes(class_dropout_prob, num_classes, mlp_ratio, learn_sigma, block, 
         raise ValueError(f"num_classes is {num_classes}; give the number of classes, or 0 for none")
 
 
-def get_2d_sincos_pos_embed(embed_dim, grid_size):
+def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int) -> np.ndarray:
     """The frozen position table, a float64 array (grid_size², embed_dim), tokens row by row.
 
     The first half of the columns encodes the token's column in the grid, the second half its row; each half holds sines
@@ -456,7 +461,7 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size):
 
 
 # Ti is ours, for CPUs and lessons; the others are the paper's Table 1.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(depth=6, hidden_size=128, num_heads=4),
     "S": dict(depth=12, hidden_size=384, num_heads=6),
     "B": dict(depth=12, hidden_size=768, num_heads=12),

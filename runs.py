@@ -5,6 +5,8 @@ RESULTS_DIR/NNN-MODEL/ holds run.json (the arguments, and a hash of the data), l
 checkpoints/SSSSSSS.pt. All of this is the business of the main process.
 """
 
+import argparse
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 import fcntl
 import json
@@ -15,7 +17,8 @@ import signal
 import socket
 import sys
 import time
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 import uuid
 
 from tqdm.auto import tqdm
@@ -42,7 +45,7 @@ class Start(NamedTuple):
     folder: Path | None = None
 
 
-def find_start(args, data, lock):
+def find_start(args: argparse.Namespace, data: str, lock: "FolderLock") -> Start:
     """The Start that --resume asks for, its folder locked; `data` is a hash of what the run learns from.
 
     Raises ValueError if --resume leads to no whole checkpoint, or another process writes in the folder.
@@ -78,7 +81,7 @@ def find_start(args, data, lock):
     return Start(f"a new run from {path}, {why}", path)
 
 
-def newest_equal_run(args, data, lock):
+def newest_equal_run(args: argparse.Namespace, data: str, lock: "FolderLock") -> Start:
     """The Start of the newest run in --results-dir that decides the same, else of a new one."""
     seen = []
     for _, folder in sorted(run_folders(args.results_dir), reverse=True):
@@ -96,7 +99,7 @@ def newest_equal_run(args, data, lock):
     return Start(f"a new run: {why} ({'; '.join(seen[:3]) or 'there is none'})")
 
 
-def go_on(folder):
+def go_on(folder: Path) -> Start:
     """The Start at the newest whole checkpoint of a locked folder; damaged newer ones are renamed, half-written removed.
 
     A run without any starts over from where it began. Raises ValueError if there are some and none is whole, OSError if
@@ -120,7 +123,7 @@ def go_on(folder):
     return Start(f"going on from {checkpoint}{notes}", checkpoint, folder)
 
 
-def new_folder(args, data, lock, checkpoint=None):
+def new_folder(args: argparse.Namespace, data: str, lock: "FolderLock", checkpoint: Path | None = None) -> Path:
     """A new run's folder, locked and numbered from 000, which appears complete with its run.json.
 
     checkpoint is the one that the run begins with, if any. Raises ValueError if it cannot be made.
@@ -152,24 +155,24 @@ def new_folder(args, data, lock, checkpoint=None):
     return folder
 
 
-def begun_at(folder):
+def begun_at(folder: Path) -> Path | None:
     """The path that a run was told to begin at by --resume, None if it was told none."""
     told = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("resume")
     return Path(told) if told else None
 
 
-def run_id(folder):
+def run_id(folder: Path) -> str:
     """The name that no other run has, for trackers."""
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))["id"]
 
 
-def run_folders(results_dir):
+def run_folders(results_dir: Path | str) -> list[tuple[int, Path]]:
     """(number, folder) for each folder in results_dir that is named as runs are."""
     folders = [p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal()]
     return [(int(p.name.split("-")[0]), p) for p in folders]
 
 
-def differences(folder, args, data):
+def differences(folder: Path, args: argparse.Namespace, data: str) -> str:
     """In what a run folder's deciding arguments and data differ from these, comma-separated; "" if in nothing."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -184,7 +187,7 @@ def differences(folder, args, data):
     )
 
 
-def comparable(name, value):
+def comparable(name: str, value: Any) -> Any:
     """The value of an argument, a path in the same form whatever the working folder."""
     is_path = name in PATHS and value is not None and Path(value).exists()
     return str(Path(value).resolve()) if is_path else value
@@ -196,14 +199,15 @@ class FolderLock:
     It is an flock, so the system takes it back from a process that was killed.
     """
 
-    def __init__(self):
-        self.handle, self.note = None, ""
+    def __init__(self) -> None:
+        self.handle: int | None = None
+        self.note = ""
         os.register_at_fork(after_in_child=self._forget)  # a loader's worker may outlive us and must not hold it
 
-    def __enter__(self):
+    def __enter__(self) -> "FolderLock":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _forget(self):
@@ -213,25 +217,25 @@ class FolderLock:
 
     release = _forget
 
-    def take(self, folder):
+    def take(self, folder: Path) -> None:
         """Take the folder's lock. Raises ValueError, naming host and process, if another holds it."""
-        self.handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = self.handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         patience = time.monotonic() + LOCK_PATIENCE
-        while not self._try():
+        while not self._try(handle):
             if time.monotonic() > patience:
-                holder = os.pread(self.handle, 300, 0).decode(errors="replace").strip() or "another process"
+                holder = os.pread(handle, 300, 0).decode(errors="replace").strip() or "another process"
                 self.release()
                 raise ValueError(
                     f"{folder} is being written by {holder}; wait until that ends or stop it, then give the same "
                     "command again"
                 )
             time.sleep(0.1)
-        os.ftruncate(self.handle, 0)
-        os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-    def _try(self):
+    def _try(self, handle):
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:  # some network file systems
@@ -245,7 +249,7 @@ class RunLog:
     Rows beyond the step that a run goes on from are cut: they will be written again.
     """
 
-    def __init__(self, folder, is_main, step, last_step):
+    def __init__(self, folder: Path, is_main: bool, step: int, last_step: int) -> None:
         self.file = self.metrics = None
         if is_main:
             cut_rows(folder / "metrics.jsonl", step)
@@ -253,7 +257,7 @@ class RunLog:
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
         self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if is_main else True)
 
-    def __call__(self, line):
+    def __call__(self, line: str) -> None:
         """Write a line, with the time."""
         if self.file:
             line = line.encode(errors="backslashreplace").decode()  # names of files may be no valid text
@@ -264,19 +268,19 @@ class RunLog:
             with self.survived():
                 self.file.write(stamped + "\n")
 
-    def row(self, values):
+    def row(self, values: dict) -> None:
         """Write a dict as a line of metrics.jsonl."""
         if self.metrics:
             with self.survived():
                 self.metrics.write(json.dumps(values) + "\n")
 
-    def sync(self):
+    def sync(self) -> None:
         """Bring the rows to disk: a checkpoint stands for all that is before it."""
         if self.metrics:
             self.metrics.flush()
             os.fsync(self.metrics.fileno())
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()
         for file in (self.file, self.metrics):
             if file:
@@ -284,7 +288,7 @@ class RunLog:
                     file.close()
 
     @contextmanager
-    def survived(self):
+    def survived(self) -> Iterator[None]:
         """Within it, a full disk is told on the console, if that takes it, and no more: lines may be lost, the run is not."""
         try:
             yield
@@ -296,18 +300,18 @@ class RunLog:
 class Meter:
     """Steps, and the seconds that they took, since the last log line in this process; and when it `saved` last."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps, self.started = 0, time.monotonic()
         self.saved = self.started
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Within it, time does not count."""
         began = time.monotonic()
         yield
         self.started += time.monotonic() - began
 
-    def steps_per_second(self):
+    def steps_per_second(self) -> float:
         """Since the last call, or the beginning."""
         now = time.monotonic()
         rate = self.steps / max(now - self.started, 1e-9)
@@ -318,31 +322,32 @@ class Meter:
 class StopSignals:
     """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`, for the loop to stop at a good moment."""
 
-    def __init__(self):
-        self.received, self.before = None, {}
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignals":
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self.before[number] = signal.signal(number, self.note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number, _):
+    def note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
         if number == signal.SIGINT:  # a second one stops at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def has_row(folder, step, name):
+def has_row(folder: Path, step: int, name: str) -> bool:
     """Whether a run's metrics.jsonl has `name` for a step."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return any(row["step"] == step and name in row for row in map(json.loads, lines))
 
 
-def cut_rows(path, step):
+def cut_rows(path: Path, step: int) -> None:
     """Leave in a file of JSON lines those with a "step" up to this one, and none that was cut short."""
     if not path.exists():
         return
@@ -356,6 +361,6 @@ def cut_rows(path, step):
     write_whole(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
 
-def disk_space(folder):
+def disk_space(folder: Path) -> str:
     """The free space where a folder is, in GB, for a message."""
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"

@@ -1,12 +1,17 @@
 """How good a network's samples are while it trains: the same scores as evaluate.py, from the moving average's weights."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from features import Extractor, Team, deal, summarize
 from image_sets import Side, open_side, remarks, summarize_reference
 from metrics import Summary, score
+from models import DiT
 from sampling import Sampler, random_labels
-from vae import to_uint8
+from vae import Space, to_uint8
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 1.0  # quick, and in published scores near 250 DDPM steps
 
@@ -21,12 +26,15 @@ class Judge(NamedTuple):
     extractor: Extractor
     side: Side
     reference: Summary | None
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     batch_size: int
     team: Team
 
 
-def load_judge(reference, extractor, image_size, count, batch_size, device, team, num_workers):
+def load_judge(
+    reference: Path | str, extractor: Extractor, image_size: int, count: int, batch_size: int, device: torch.device,
+    team: Team, num_workers: int,
+) -> Judge:  # fmt: skip
     """The Judge, for samples of image_size, by a reference as evaluate.py takes it. Raises ValueError if it does not fit."""
     side = open_side(reference, "--eval-reference", share=slice(team.rank, None, team.world_size))
     side.check_features(extractor, (image_size, image_size), device)
@@ -34,7 +42,9 @@ def load_judge(reference, extractor, image_size, count, batch_size, device, team
     return Judge(extractor, side, summary, count, batch_size, team)
 
 
-def score_samples(judge, network, space, seed, device, any_process):
+def score_samples(
+    judge: Judge, network: DiT, space: Space, seed: int, device: torch.device, any_process: Callable[..., bool]
+) -> tuple[dict[str, float | None] | None, list[str] | None]:
     """(the scores, as of metrics.score, of samples from a network; remarks on them) in the first process; else (None, None).
 
     Image i depends on (seed, i) alone and nothing is drawn from torch's generators. any_process(flag, if None: whether to
@@ -63,7 +73,7 @@ def score_samples(judge, network, space, seed, device, any_process):
         raise Stopped
     if failure:
         raise failure
-    if samples is None:
+    if samples is None or judge.reference is None:  # not the first process
         return None, None
     scores, side = score(samples, judge.reference), judge.side
     size = (network.input_size * space.shape.ratio,) * 2

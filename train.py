@@ -3,7 +3,8 @@
     python train.py --data-path imagenet/train                               # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py --data-path imagenet/train          # eight; the global batch stays 256
     torchrun --nproc_per_node=8 train.py --latents imagenet-latents --mixed-precision bf16 --compile --resume auto
-    python train.py --data-path digits/train --num-classes 10 --model DiT-Ti/1 --image-size 32 --vae examples/digits/vae --no-flip
+    python train.py --data-path digits/train --num-classes 10 --no-flip --model DiT-Ti/1 --image-size 32 \
+      --vae examples/digits/vae
 
 Each run gets a folder results/NNN-MODEL with log.txt, metrics.jsonl and checkpoints/SSSSSSS.pt. The same seed gives the
 same run on any number of processes and workers, up to float rounding; with --resume auto the same command goes on where a
@@ -11,6 +12,7 @@ run stopped, however it stopped. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint f
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -19,10 +21,13 @@ from pathlib import Path
 import signal
 import sys
 import time
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from checkpoints import (
@@ -40,7 +45,9 @@ from checkpoints import (
     save_checkpoint,
     write_whole,
 )
-from data import CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch
+from data import (
+    BadImage, CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch,
+)  # fmt: skip
 from devices import tf32
 from diffusion import create_diffusion
 from features import Team, load_extractor
@@ -51,10 +58,11 @@ from runs import (
 from sampling import preview
 from scoring import Judge, Stopped, load_judge, score_samples
 from training import (
-    Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded, update_ema, warm_up,
+    Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded,
+    update_ema, warm_up,
 )  # fmt: skip
 from train_flags import build_parser, check_arguments
-from vae import LatentShape, LatentSpace, from_uint8, load_vae, vae_hashes
+from vae import LatentShape, LatentSpace, Space, from_uint8, load_vae, vae_hashes
 
 # main, and what others import from here
 __all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
@@ -63,9 +71,9 @@ METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # others wait this long while one downloads a VAE or writes a checkpoint
 
 
-def once(accelerator, function, *args):
+def once(accelerator: Accelerator, function: Callable, *args: Any) -> Any:
     """What function(*args) returns in the main process, in every process; its ValueError is raised in every process."""
-    result = [None]
+    result: list[Any] = [None]
     if accelerator.is_main_process:
         try:
             result = [function(*args)]
@@ -73,10 +81,10 @@ def once(accelerator, function, *args):
             result = [error]
         except OSError as error:
             result = [ValueError(f"{error.filename or ''}: {error.strerror}; check that it exists and is allowed")]
-    result = broadcast_object_list(result)[0]
-    if isinstance(result, ValueError):
-        raise result
-    return result
+    answer = broadcast_object_list(result)[0]
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
 
 
 @dataclass
@@ -89,17 +97,18 @@ class Job:
     args: argparse.Namespace
     accelerator: Accelerator
     state: TrainState
-    space: object
-    dataset: torch.utils.data.Dataset
+    space: Space
+    dataset: ImageDataset | CachedLatents
     last_step: int
-    start: Start
+    why: str  # the run starts where it does
+    folder: Path
     flops: int
     resumed: dict  # what the checkpoint says of the processes that wrote it; empty for none
     judge: Judge | None  # of --eval-every
     log: RunLog
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     args = parser.parse_args(argv)
     with FolderLock() as lock, tf32(args.tf32):
@@ -123,7 +132,7 @@ def main(argv=None):
             sys.exit(128 + signal.SIGINT)
 
 
-def prepare(args, lock):
+def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
     """The Job that the arguments ask for. Raises ValueError for whatever is wrong with them; then nothing was written."""
     check_arguments(args)
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -145,27 +154,29 @@ def prepare(args, lock):
     last_step = args.epochs * steps_per_epoch(len(dataset), args.global_batch_size)
     last_step = min(last_step, args.max_steps or last_step)
     space = load_space(args, accelerator, dataset)
-    start = once(accelerator, find_start, args, data, lock)
+    start: Start = once(accelerator, find_start, args, data, lock)
     state = build_state(args, space, accelerator, dataset.classes, fresh=start.checkpoint is None)
     resumed = take_up(state, start.checkpoint) if start.checkpoint else {}
     judge = prepare_judge(args, accelerator) if args.eval_every else None
-    if start.folder is None:
+    folder = start.folder
+    if folder is None:
         if state.step >= last_step:
             raise ValueError(f"--resume {args.resume} is at step {state.step}, the last would be {last_step}; raise it")
-        start = start._replace(folder=once(accelerator, new_folder, args, data, lock, start.checkpoint))
-    if start.checkpoint and start.checkpoint.parent.parent != start.folder:
+        folder = once(accelerator, new_folder, args, data, lock, start.checkpoint)
+    if start.checkpoint and start.checkpoint.parent.parent != folder:
         state.bad_in_a_row, state.window = 0, Window()  # a new run's own, whatever it begins from
-    log = RunLog(start.folder, accelerator.is_main_process, state.step, last_step)
+    log = RunLog(folder, accelerator.is_main_process, state.step, last_step)
     if args.log_with:
-        start_tracker(args, accelerator, start, state.step)
+        start_tracker(args, accelerator, folder, state.step)
     flops = training_flops(state.network.config)
-    return Job(args, accelerator, state, space, dataset, last_step, start, flops, resumed, judge, log)
+    return Job(args, accelerator, state, space, dataset, last_step, start.why, folder, flops, resumed, judge, log)
 
 
-def load_data(args, accelerator):
+def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageDataset | CachedLatents, str]:
     """(the data set, a hash of what it holds). Raises ValueError if --data-path or --latents do not fit the arguments."""
     listing = once(accelerator, list_images, args.data_path, args.num_classes) if args.data_path is not None else None
     if args.latents is None:
+        assert listing is not None  # check_arguments refuses a run without either
         return ImageDataset(listing, args.image_size, args.skip_bad_images), listing.hash(args.data_path)
     cached = CachedLatents(args.latents)
     manifest, wrong = cached.manifest, []
@@ -187,16 +198,16 @@ def load_data(args, accelerator):
     return cached, cached.hash
 
 
-def load_space(args, accelerator, dataset):
+def load_space(args: argparse.Namespace, accelerator: Accelerator, dataset: ImageDataset | CachedLatents) -> Space:
     """Pixels ↔ latents, on this process's device; without the autoencoder where latents are cached and never decoded."""
     if args.latents is not None and args.sample_every is None and args.eval_every is None:
-        manifest = dataset.manifest
+        manifest = dataset.manifest  # type: ignore[union-attr]  # with --latents it is CachedLatents
         return LatentSpace(LatentShape(manifest["channels"], manifest["ratio"]), manifest["scale"], manifest["shift"])
     with accelerator.local_main_process_first():  # one process of each machine fetches it if that is needed
         return load_vae(args.vae, accelerator.device)
 
 
-def prepare_judge(args, accelerator):
+def prepare_judge(args: argparse.Namespace, accelerator: Accelerator) -> Judge:
     """The Judge that --eval-reference and its like ask for. Raises ValueError if there can be none."""
     team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
     batch_size = args.global_batch_size // team.world_size // args.grad_accum
@@ -211,7 +222,9 @@ def prepare_judge(args, accelerator):
         raise ValueError(str(error).replace("--features", "--eval-features")) from None
 
 
-def build_state(args, space, accelerator, classes, fresh):
+def build_state(
+    args: argparse.Namespace, space: Space, accelerator: Accelerator, classes: list[str] | None, fresh: bool
+) -> TrainState:
     """A TrainState at step 0, the same in every process; if it is to stay at that (fresh), from --init-from.
 
     Raises ValueError if sizes, or --init-from, do not fit.
@@ -247,7 +260,7 @@ def build_state(args, space, accelerator, classes, fresh):
     return state
 
 
-def take_up(state, checkpoint):
+def take_up(state: TrainState, checkpoint: Path) -> dict:
     """Load a training checkpoint into the state; what it says of the processes that wrote it.
 
     Raises ValueError if it is no training checkpoint, or of another network.
@@ -270,13 +283,13 @@ def take_up(state, checkpoint):
     return contents["rng"] if isinstance(contents.get("rng"), dict) else {}
 
 
-def start_tracker(args, accelerator, start, step):
+def start_tracker(args: argparse.Namespace, accelerator: Accelerator, folder: Path, step: int) -> None:
     """Begin or go on with the tracker's own record of the run; what it holds beyond `step` is passed over.
 
     Raises ValueError if it cannot start.
     """
-    accelerator.project_configuration.logging_dir = str(start.folder)
-    run = {"id": run_id(start.folder), "name": start.folder.name, "resume": "allow", "dir": str(start.folder)}
+    accelerator.project_configuration.logging_dir = str(folder)
+    run = {"id": run_id(folder), "name": folder.name, "resume": "allow", "dir": str(folder)}
     try:
         accelerator.init_trackers(
             "tensorboard" if args.log_with == "tensorboard" else "dit",
@@ -289,10 +302,10 @@ def start_tracker(args, accelerator, start, step):
         ) from error
 
 
-def introduce(job, lock):
+def introduce(job: Job, lock: FolderLock) -> None:
     """Log what is about to be done."""
     args, state, processes = job.args, job.state, job.accelerator.num_processes
-    job.log(f"{job.start.why}; folder {job.start.folder}")
+    job.log(f"{job.why}; folder {job.folder}")
     if lock.note:
         job.log(f"note: {lock.note}")
     job.log(f"arguments: {vars(args)}")
@@ -319,7 +332,7 @@ def introduce(job, lock):
         job.log(f"step {state.step}: the run is at its last step already; raise --epochs or --max-steps to go on")
 
 
-def train(job, signals):
+def train(job: Job, signals: StopSignals) -> None:
     """The loop, from state.step to last_step: steps, log lines, checkpoints, previews."""
     args, accelerator, state, log = job.args, job.accelerator, job.state, job.log
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -337,7 +350,7 @@ def train(job, signals):
     if world > 1:
         share = args.global_batch_size // world // args.grad_accum
         warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
-    if evaluation_due(job) and not once(accelerator, has_row, job.start.folder, state.step, "eval_samples"):
+    if evaluation_due(job) and not once(accelerator, has_row, job.folder, state.step, "eval_samples"):
         with meter.paused():
             if not save_scores(job, signals):  # for which the run was stopped the last time
                 return log("stopped while scoring; nothing is lost")
@@ -362,7 +375,7 @@ def train(job, signals):
     log("done")
 
 
-def keep_records(job, report, signals, meter, skipped):
+def keep_records(job: Job, report: dict[str, float], signals: StopSignals, meter: Meter, skipped: "Skipped") -> bool:
     """What is due after a step with this report: log line, checkpoint, preview, scores. Whether to stop then."""
     args, step = job.args, job.state.step
     stop, last = bool(report["stop"]), step == job.last_step
@@ -383,7 +396,7 @@ def keep_records(job, report, signals, meter, skipped):
     return stop
 
 
-def check_readable(job, batch, bad):
+def check_readable(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
     """Leave the program, naming the file, if an image could not be read and none may stand in for it."""
     if batch is None or (bad and not job.args.skip_bad_images):
         message = f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images"
@@ -391,15 +404,16 @@ def check_readable(job, batch, bad):
         sys.exit(f"train.py: error: {message}")
 
 
-def to_latents(space, batch, noise):
+def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
     """Scaled latents (n, C, h, w), drawn with noise, from images uint8 (n, 3, S, S) or moments (n, 2, C, h, w)."""
     if batch.dtype == torch.uint8:
         return space.encode(from_uint8(batch), noise)
+    assert isinstance(space, LatentSpace)  # check_arguments refuses pixels with --latents
     mean, std = batch.float().unbind(dim=1)
     return space.draw(mean, std, noise)
 
 
-def guard(job, indices):
+def guard(job: Job, indices: np.ndarray) -> None:
     """Log a step that was skipped, with its samples; leave the program, saving nothing, after --max-bad-steps in a row."""
     state = job.state
     job.log(
@@ -409,12 +423,12 @@ def guard(job, indices):
     if state.bad_in_a_row >= job.args.max_bad_steps:
         job.log(
             f"stopped after {state.bad_in_a_row} such steps in a row, no checkpoint saved: look at these samples, or begin "
-            f"a new run with --resume {job.start.folder} and a lower --lr or a --grad-clip"
+            f"a new run with --resume {job.folder} and a lower --lr or a --grad-clip"
         )
         sys.exit(1)
 
 
-def log_window(job, meter):
+def log_window(job: Job, meter: Meter) -> None:
     """Write the means over the window since the last log line, and begin a new one."""
     args, state = job.args, job.state
     means = state.window.means(args.global_batch_size)
@@ -433,7 +447,7 @@ def log_window(job, meter):
     state.window = Window()
 
 
-def track(job, values):
+def track(job: Job, values: dict[str, float | None]) -> None:
     """Send what values there are, but the step, to the tracker, if there is one."""
     if job.args.log_with:
         known = {name: value for name, value in values.items() if value is not None and name != "step"}
@@ -443,7 +457,7 @@ def track(job, values):
             job.log(f"--log-with {job.args.log_with} did not take the metrics ({error.strerror})")
 
 
-def as_text(value):
+def as_text(value: float | None) -> str:
     """A number with four digits, or that there is none: every step of the window was skipped."""
     return "none" if value is None else f"{value:.4f}"
 
@@ -451,23 +465,25 @@ def as_text(value):
 class Skipped:
     """The unreadable images that were skipped: those met `here`, by this process, and those reported so far, by any."""
 
-    def __init__(self, log):
-        self.here, self.reported, self.log = set(), set(), log
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+        self.here: set[BadImage] = set()
+        self.reported: set[BadImage] = set()
 
-    def report(self):
+    def report(self) -> None:
         """Log those that are new since the last report, counted, from all processes, each of which calls this."""
         for path, reason in sorted(set(gather_object(list(self.here))) - self.reported):
-            self.reported.add((path, reason))
+            self.reported.add(BadImage(path, reason))
             self.log(f"skipped unreadable image {path} ({reason}), {len(self.reported)} so far")
         self.here.clear()
 
 
-def save(job, must):
+def save(job: Job, must: bool) -> None:
     """Write the checkpoint of the current step, in the main process, while the others wait.
 
     Where that fails, leave the program or go on, as --on-save-error says; leave it if the run `must` have this one.
     """
-    args, accelerator, folder = job.args, job.accelerator, job.start.folder
+    args, accelerator, folder = job.args, job.accelerator, job.folder
     contents, failure = None, None
     if accelerator.is_main_process or args.fsdp:
         keep = accelerator.is_main_process
@@ -494,7 +510,7 @@ def save(job, must):
             job.log(f"could not delete {error.filename} ({error.strerror})")
 
 
-def whole_average(job):
+def whole_average(job: Job) -> DiT:
     """The network with the main average's weights, whole in every process."""
     state = job.state
     if not job.args.fsdp:
@@ -505,12 +521,12 @@ def whole_average(job):
     return network
 
 
-def evaluation_due(job):
+def evaluation_due(job: Job) -> bool:
     """Whether scores are to be taken at this step."""
     return job.judge is not None and job.state.step > 0 and job.state.step % job.args.eval_every == 0
 
 
-def save_scores(job, signals):
+def save_scores(job: Job, signals: StopSignals) -> bool:
     """Score samples of the main average and write the scores to log, metrics and tracker.
 
     False if a signal in any process broke it off: then the next start takes them.
@@ -521,6 +537,7 @@ def save_scores(job, signals):
         flag = torch.as_tensor(signals.received is not None if flag is None else flag, device=accelerator.device)
         return bool(accelerator.reduce(flag.float(), reduction="sum") > 0)
 
+    assert job.judge is not None  # evaluation_due looks at that
     try:
         network = whole_average(job)
         scores, notes = score_samples(job.judge, network, job.space, args.global_seed, accelerator.device, any_process)
@@ -536,17 +553,17 @@ def save_scores(job, signals):
         track(job, row)
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items() if value is not None)
         job.log(f"step {step:07d}: {told}; {args.eval_samples} samples, {time.monotonic() - began:.0f} s")
-        for note in notes if step == args.eval_every else []:
+        for note in (notes or []) if step == args.eval_every else []:
             job.log(f"note: {note}")
     accelerator.wait_for_everyone()
     return True
 
 
-def save_preview(job):
+def save_preview(job: Job) -> None:
     """Write previews/SSSSSSS.png from the main average, for noise and labels that are the same each time."""
     state, network = job.state, whole_average(job)
     if job.accelerator.is_main_process:
-        path = job.start.folder / "previews" / f"{state.step:07d}.png"
+        path = job.folder / "previews" / f"{state.step:07d}.png"
         try:
             images = preview(network, job.space, job.args.global_seed, job.accelerator.device).permute(0, 3, 1, 2)
             grid = make_grid(images.cpu().float() / 255, nrow=4)
@@ -555,7 +572,7 @@ def save_preview(job):
         except ValueError as error:
             job.log(f"{path} was not written ({error})")
         except OSError as error:
-            job.log(f"{path} was not written ({error.strerror}; {disk_space(job.start.folder)}); going on without")
+            job.log(f"{path} was not written ({error.strerror}; {disk_space(job.folder)}); going on without")
     job.accelerator.wait_for_everyone()
 
 

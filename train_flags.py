@@ -1,6 +1,7 @@
 """The flags of train.py, and what can be wrong with them before anything is loaded."""
 
 import argparse
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -10,7 +11,7 @@ from models import BLOCKS, DiT_models
 from vae import latent_shape
 
 
-def build_parser(description=None):
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of train.py's command line; its usage is one line, so that an error is not buried below it."""
     parser = argparse.ArgumentParser(
         description=description,
@@ -29,7 +30,7 @@ def build_parser(description=None):
     return parser
 
 
-def add_data_flags(add):
+def add_data_flags(add: Callable) -> None:
     add("--data-path", help="folder with one folder of images per class; required unless --latents is given")
     add("--latents", metavar="DIR", help="folder that extract_latents.py wrote: no image is read, no VAE run")
     add("--image-size", type=int, default=256, help="pixels along each side, after the crop (default: %(default)s)")
@@ -39,7 +40,7 @@ def add_data_flags(add):
     add("--skip-bad-images", action="store_true", help=skipping)
 
 
-def add_network_flags(add):
+def add_network_flags(add: Callable) -> None:
     names = ", ".join(DiT_models)
     add("--model", choices=DiT_models, default="DiT-XL/2", metavar="MODEL", help=f"{names} (default: %(default)s)")
     add("--block", choices=BLOCKS, default="adaln_zero", help="how t and y reach the tokens (default: %(default)s)")
@@ -50,7 +51,7 @@ def add_network_flags(add):
     add("--init-labels", metavar="{keep,drop,FILE}", default="keep", help=labels)
 
 
-def add_recipe_flags(add):
+def add_recipe_flags(add: Callable) -> None:
     add("--epochs", type=int, default=1400, help="passes over the data (default: %(default)s)")
     add("--max-steps", type=int, help="stop after this many steps, if that comes before --epochs")
     add("--global-batch-size", type=int, default=256, help="samples per step, all processes (default: %(default)s)")
@@ -67,7 +68,7 @@ def add_recipe_flags(add):
     add("--max-bad-steps", type=int, default=10, help=bad)
 
 
-def add_speed_flags(add):
+def add_speed_flags(add: Callable) -> None:
     add("--grad-accum", type=int, default=1, help="parts that a batch is run in, to save memory (default: %(default)s)")
     checkpointing = "compute activations again in the backward pass: less memory, slower"
     add("--grad-checkpointing", action="store_true", help=checkpointing)
@@ -77,7 +78,7 @@ def add_speed_flags(add):
     add("--fsdp", action="store_true", help="split weights, averages and optimizer over the processes (FSDP2)")
 
 
-def add_run_flags(add):
+def add_run_flags(add: Callable) -> None:
     add("--results-dir", default="results", help="where run folders are made (default: %(default)s)")
     resuming = "auto: the newest run with equal arguments, else a new one; or a checkpoint or run folder"
     add("--resume", metavar="{auto,PATH}", help=resuming)
@@ -94,7 +95,7 @@ def add_run_flags(add):
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
 
 
-def add_evaluation_flags(add):
+def add_evaluation_flags(add: Callable) -> None:
     scoring = "steps between scores (FID and others) of samples from the EMA weights: 50 DDIM steps, no guidance"
     add("--eval-every", type=int, metavar="N", help=scoring)
     add("--eval-samples", type=int, default=10_000, help="how many are sampled for a score (default: %(default)s)")
@@ -103,7 +104,7 @@ def add_evaluation_flags(add):
     add("--eval-features", default="inception", metavar="{inception,pixels,PATH}", help=features)
 
 
-def check_arguments(args):
+def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range and sizes that do not fit, before anything is loaded."""
     if args.data_path is None and args.latents is None:
         raise ValueError("--data-path is missing; give a folder of images, or --latents")
@@ -131,7 +132,7 @@ def check_arguments(args):
         latent_shape(args.vae).side(args.image_size, DiT_models[args.model].keywords["patch_size"])
 
 
-def check_surroundings(args):
+def check_surroundings(args: argparse.Namespace) -> None:
     """Raise ValueError for a device or a tracker that is not there, and for flags that need another."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; leave the flag out or pass --device cpu")

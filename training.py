@@ -4,18 +4,21 @@ Every random number of a step is drawn for the whole global batch from a generat
 takes its share. So a step's randomness depends on neither the number of processes nor on how the run got there.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion import GaussianDiffusion
 from models import DiT
 
 QUARTERS = 4  # of the steps t, for which the mean squared error is also told apart
@@ -33,12 +36,12 @@ class Recipe(NamedTuple):
     lr: float = 1e-4
     warmup_steps: int = 0
     weight_decay: float = 0.0
-    ema_decay: tuple = (0.9999,)
+    ema_decay: tuple[float, ...] = (0.9999,)
     grad_clip: float | None = None
     grad_accum: int = 1
     bf16: bool = False
 
-    def rate(self, step):
+    def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: constant after a linear rise over warmup_steps."""
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
@@ -46,15 +49,15 @@ class Recipe(NamedTuple):
 class Window:
     """Sums over the steps since the last log line, as Python floats; equal in every process."""
 
-    def __init__(self, sums=(0.0,) * (len(SUMS) + 2)):
+    def __init__(self, sums: Sequence[float] = (0.0,) * (len(SUMS) + 2)) -> None:
         self.sums = list(sums)  # SUMS, then gradient norms, then good steps
 
-    def add(self, report):
+    def add(self, report: dict[str, float]) -> None:
         """Take in the report of a good step."""
         values = [*(report[name] for name in SUMS), report["gradient_norm"], 1.0]
         self.sums = [old + new for old, new in zip(self.sums, values, strict=True)]
 
-    def means(self, batch_size):
+    def means(self, batch_size: int) -> dict[str, float | None]:
         """Name → mean over samples (gradient_norm: over steps); None where there was no sample."""
         *sums, norms, steps = self.sums
         totals = dict(zip(SUMS, sums, strict=True)) | {"gradient_norm": norms}
@@ -70,9 +73,9 @@ class TrainState:
     `model` is the network as it is called in training, wrapped for several processes. `emas` maps decays to averages.
     """
 
-    network: torch.nn.Module
-    model: torch.nn.Module
-    emas: dict
+    network: DiT
+    model: nn.Module
+    emas: dict[float, DiT]
     opt: torch.optim.Optimizer
     recipe: Recipe
     step: int = 0
@@ -81,11 +84,11 @@ class TrainState:
     window: Window = field(default_factory=Window)
 
     @property
-    def ema(self):
+    def ema(self) -> DiT:
         """The main moving average, of the first decay."""
         return self.emas[self.recipe.ema_decay[0]]
 
-    def to_checkpoint(self, args, classes, processes, keep=True):
+    def to_checkpoint(self, args: dict, classes: list[str] | None, processes: int, keep: bool = True) -> dict:
         """The dict that a checkpoint file holds (checkpoints.py says what is in it). Sharded tensors are put together:
         then every process must call it, and those that do not keep it get None for each.
         """
@@ -103,11 +106,11 @@ class TrainState:
             contents["emas"] = {decay: ema.state_dict() for decay, ema in list(self.emas.items())[1:]}
         return unsharded(contents, keep)
 
-    def load_checkpoint(self, contents):
+    def load_checkpoint(self, contents: dict) -> None:
         """Take up network, averages, optimizer, step and log window from such a dict, whose `emas` has every average.
 
-        The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its `ema`. Raises ValueError if the optimizer's part
-        is not of this network.
+        The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its `ema`. Raises ValueError
+        if the optimizer's part is not of this network.
         """
         load_tensors(self.network, contents["model"])
         for decay, ema in self.emas.items():
@@ -134,12 +137,17 @@ class TrainState:
             group.update(own)
 
 
-def new_state(network, recipe, wrap=lambda network: network, shard=lambda network: network):
+def new_state(
+    network: DiT,
+    recipe: Recipe,
+    wrap: Callable[[DiT], nn.Module] = lambda network: network,
+    shard: Callable[[DiT], DiT] = lambda network: network,
+) -> TrainState:
     """A TrainState at step 0, each average equal to the network.
 
     shard(network) splits a network's tensors over processes, in place; wrap(network) returns the model to call.
     """
-    emas = {decay: shard(requires_grad(deepcopy(network).eval(), False)) for decay in recipe.ema_decay}
+    emas = {decay: shard(deepcopy(network).eval().requires_grad_(False)) for decay in recipe.ema_decay}
     network = shard(network.train())
     trained = [p for p in network.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
@@ -149,13 +157,16 @@ def new_state(network, recipe, wrap=lambda network: network, shard=lambda networ
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples: t (n,), drop (n,), and two noises (n, C, h, w)."""
 
-    t: torch.Tensor
-    drop: torch.Tensor
-    vae_noise: torch.Tensor
-    noise: torch.Tensor
+    t: Tensor
+    drop: Tensor
+    vae_noise: Tensor
+    noise: Tensor
 
 
-def draw(seed, step, global_batch_size, latent, dropout_prob, num_timesteps, device, rank=0, world_size=1):
+def draw(
+    seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float, num_timesteps: int,
+    device: torch.device | str, rank: int = 0, world_size: int = 1,
+) -> Draws:  # fmt: skip
     """The Draws of process `rank` at a step; latent is the shape (C, h, w) of one sample.
 
     Drawn from one generator for the global batch, in the order drop, t, vae_noise, noise. A device's generator is its
@@ -163,7 +174,7 @@ def draw(seed, step, global_batch_size, latent, dropout_prob, num_timesteps, dev
     """
     word = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator = torch.Generator(device).manual_seed(word)
-    on = dict(generator=generator, device=device)
+    on: dict[str, Any] = dict(generator=generator, device=device)
     drop = (torch.rand(global_batch_size, **on) < dropout_prob).long()
     t = torch.randint(num_timesteps, (global_batch_size,), **on)
     vae_noise = torch.randn(global_batch_size, *latent, **on)
@@ -172,7 +183,10 @@ def draw(seed, step, global_batch_size, latent, dropout_prob, num_timesteps, dev
     return Draws(*(values[rank * share : (rank + 1) * share] for values in (t, drop, vae_noise, noise)))
 
 
-def train_step(state, diffusion, latents, labels, draws, reduce=lambda values: values, stop=False, save=False):
+def train_step(
+    state: TrainState, diffusion: GaussianDiffusion, latents: Tensor, labels: Tensor, draws: Draws,
+    reduce: Callable[[Tensor], Tensor] = lambda values: values, stop: bool = False, save: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """One step of AdamW on this process's latents (n, C, h, w) and labels (n,), and one of the moving averages.
 
     reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite, every one leaves
@@ -187,8 +201,7 @@ def train_step(state, diffusion, latents, labels, draws, reduce=lambda values: v
     for i, part in enumerate(parts):
         with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
             sums += backward(state, diffusion, share, *part)
-    parameters = [p for p in state.network.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None]))
     flags = torch.zeros(len(FLAGS), device=latents.device)
     if stop:
         flags[0].fill_(1)
@@ -199,7 +212,7 @@ def train_step(state, diffusion, latents, labels, draws, reduce=lambda values: v
     report = dict(zip((*FLAGS, *SUMS, "gradient_norm"), values, strict=True))
     if not report["bad"]:
         if state.recipe.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, state.recipe.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(state.network.parameters(), state.recipe.grad_clip, norm)
         for group in state.opt.param_groups:
             group["lr"] = state.recipe.rate(state.step)
         state.opt.step()
@@ -213,7 +226,10 @@ def train_step(state, diffusion, latents, labels, draws, reduce=lambda values: v
     return report
 
 
-def backward(state, diffusion, share, latents, labels, t, drop, noise):
+def backward(
+    state: TrainState, diffusion: GaussianDiffusion, share: int, latents: Tensor, labels: Tensor, t: Tensor,
+    drop: Tensor, noise: Tensor,
+) -> Tensor:  # fmt: skip
     """Add the gradient of a part of a process's share to the network's; the part's SUMS (len(SUMS),) on the device."""
     condition = {}
     if state.network.num_classes:
@@ -233,7 +249,7 @@ def backward(state, diffusion, share, latents, labels, t, drop, noise):
     return torch.cat([totals, mse @ quarter, quarter.sum(dim=0)])  # (len(SUMS),)
 
 
-def warm_up(state, diffusion, latents):
+def warm_up(state: TrainState, diffusion: GaussianDiffusion, latents: Tensor) -> None:
     """Run the model forward and back once, on as many latents (n, C, h, w) as a process has, and leave nothing behind.
 
     DistributedDataParallel sums gradients in the order of its first backward pass, that pass itself in another. After this
@@ -244,13 +260,13 @@ def warm_up(state, diffusion, latents):
     state.opt.zero_grad(set_to_none=True)
 
 
-def no_reduction(model):
+def no_reduction(model: nn.Module) -> AbstractContextManager:
     """A context in which gradients are not yet shared between processes, where the model can do that."""
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    return getattr(model, "no_sync", nullcontext)()
 
 
 @torch.no_grad()
-def update_ema(ema_model, model, decay=0.9999):
+def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
     """ema = decay·ema + (1 - decay)·model for every trained parameter, in bulk; buffers are copied, frozen tables left."""
     pairs = [(e, p) for e, p in zip(ema_model.parameters(), model.parameters(), strict=True) if p.requires_grad]
     averages, values = ([own_part(tensor) for tensor in column] for column in zip(*pairs))
@@ -259,12 +275,12 @@ def update_ema(ema_model, model, decay=0.9999):
         average.copy_(value)
 
 
-def requires_grad(model, flag=True):
+def requires_grad(model: nn.Module, flag: bool = True) -> nn.Module:
     """The model, each of its parameters now taking gradients or not."""
     return model.requires_grad_(flag)
 
 
-def training_flops(config):
+def training_flops(config: dict) -> int:
     """Floating-point operations (2 per multiply-add) that training on one latent takes: forward, and twice that backward.
 
     Counted on the network with this configuration; what gradient checkpointing computes again is not in it.
@@ -279,32 +295,33 @@ def training_flops(config):
 # ---- networks whose tensors are split over processes (FSDP2) ----
 
 
-def shard_network(network, device_type, processes):
+def shard_network(network: DiT, device_type: str, processes: int) -> DiT:
     """The network, its tensors now split over the processes; each block is put together when it is its turn."""
     mesh = init_device_mesh(device_type, (processes,))
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
-def whole(tensor):
+def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from all processes, if it is split."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor):
+def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, if it is split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(parameter, tensor):
+def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor split as the parameter is, where it has its shape."""
     if isinstance(parameter, DTensor) and torch.is_tensor(tensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
 
 
-def unsharded(contents, keep=True):
+def unsharded(contents: Any, keep: bool = True) -> Any:
     """A tree of dicts and lists with every split tensor put together, on the CPU; None for it in a process that does not
     keep it.
     """
@@ -318,7 +335,7 @@ def unsharded(contents, keep=True):
     return full.cpu() if keep else None
 
 
-def load_tensors(network, tensors):
+def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load a state dict of whole tensors into a network that may be split."""
     own = network.state_dict()
     network.load_state_dict({name: sharded_like(own[name], tensor) for name, tensor in tensors.items()})

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 
 class LatentShape(NamedTuple):
@@ -19,7 +20,7 @@ class LatentShape(NamedTuple):
     channels: int
     ratio: int
 
-    def side(self, image_size, patch_size=1):
+    def side(self, image_size: int, patch_size: int = 1) -> int:
         """The side of the latents of image_size pixels. Raises ValueError if patches do not fill them exactly."""
         unit = self.ratio * patch_size
         if image_size < 1 or image_size % unit:
@@ -42,7 +43,7 @@ HUB_SHAPE = LatentShape(channels=4, ratio=8)
 PIXELS_AT_ONCE = 8 * 256 * 256  # what one call of the autoencoder sees: 8 images of 256 px, 2 of 512 px
 
 
-def latent_shape(name):
+def latent_shape(name: str) -> LatentShape:
     """The LatentShape of a VAE, its weights not loaded: "ema", "mse", "none" (pixels), a local folder, or a hub id.
 
     Raises ValueError if there is no such VAE.
@@ -62,7 +63,7 @@ def latent_shape(name):
         raise ValueError(_cannot_load(name, error)) from error
 
 
-def load_vae(name, device="cpu"):
+def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
     """The VAE called `name` on the device: a PixelSpace for "none", else a LatentSpace. Names as in latent_shape.
 
     Raises ValueError, with the reason, if it cannot be loaded or its weights are not complete.
@@ -85,7 +86,7 @@ def load_vae(name, device="cpu"):
     return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
 
 
-def vae_hashes(name):
+def vae_hashes(name: str) -> dict[str, str]:
     """File name → SHA-256 for a VAE in a local folder; nothing for others, whose names say what they are."""
     files = [path for path in sorted(Path(name).glob("*")) if path.is_file()]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -114,26 +115,30 @@ class LatentSpace:
 
     clip_denoised = False  # latents have no range to clip predictions to
 
-    def __init__(self, shape, scale, shift=0.0, autoencoder=None):
+    def __init__(
+        self, shape: LatentShape, scale: float, shift: float = 0.0, autoencoder: AutoencoderKL | None = None
+    ) -> None:
         self.shape, self.scale, self.shift, self.autoencoder = shape, scale, shift, autoencoder
 
     @torch.no_grad()
-    def moments(self, images):
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled, both (N, C, h, w)."""
+        assert self.autoencoder is not None  # whoever has stored moments does not ask for them
         posteriors = [self.autoencoder.encode(part).latent_dist for part in images.split(_chunk(images, 1))]
         return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
-    def draw(self, mean, std, noise):
+    def draw(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A latent (N, C, h, w) from the posterior with these moments, scaled as the network sees it."""
         return (mean + std * noise - self.shift) * self.scale
 
-    def encode(self, images, noise):
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] and standard normal noise (N, C, h, w) → scaled latents (N, C, h, w)."""
         return self.draw(*self.moments(images), noise)
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1], a fixed number of pixels at a time."""
+        assert self.autoencoder is not None
         latents = latents / self.scale + self.shift
         return torch.cat(
             [self.autoencoder.decode(part).sample for part in latents.split(_chunk(latents, self.shape.ratio))]
@@ -146,13 +151,16 @@ class PixelSpace:
     shape = PIXELS
     clip_denoised = True  # pixels lie in [-1, 1]
 
-    def encode(self, images, noise):
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """The images themselves; there is no posterior to draw from."""
         return images
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """The latents themselves."""
         return latents
+
+
+Space = LatentSpace | PixelSpace
 
 
 def _chunk(x, ratio):
@@ -160,11 +168,11 @@ def _chunk(x, ratio):
     return max(1, PIXELS_AT_ONCE // (x.shape[-1] * x.shape[-2] * ratio**2))
 
 
-def from_uint8(images):
+def from_uint8(images: Tensor) -> Tensor:
     """Grey levels uint8 (N, 3, H, W) → float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-def to_uint8(images):
+def to_uint8(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) in about [-1, 1] → grey levels uint8 (N, H, W, 3), on the same device."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,5 +1,7 @@
 """Gaussian diffusion: `create_diffusion` makes the process that DiT is trained and sampled with."""
 
+from collections.abc import Sequence
+
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import get_named_beta_schedule
@@ -12,9 +14,10 @@ __all__ = [
 
 
 def create_diffusion(
-    timestep_respacing, noise_schedule="linear", use_kl=False, sigma_small=False, predict_xstart=False,
-    learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000,
-):  # fmt: skip
+    timestep_respacing: str | int | Sequence[int] | None, noise_schedule: str = "linear", use_kl: bool = False,
+    sigma_small: bool = False, predict_xstart: bool = False, learn_sigma: bool = True,
+    rescale_learned_sigmas: bool = False, diffusion_steps: int = 1000,
+) -> SpacedDiffusion:  # fmt: skip
     """The process as a SpacedDiffusion: all steps with "" or None, fewer with "250", "ddim50" or "10,15,20".
 
     Raises ValueError for a respacing or schedule that does not exist and for options that contradict one another.

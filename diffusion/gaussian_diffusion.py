@@ -8,11 +8,13 @@ called as model(x_t, steps, **model_kwargs); with a learned variance it returns 
 """
 
 from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 import enum
 import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .likelihood import discretized_gaussian_log_likelihood, normal_kl
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
@@ -64,12 +66,16 @@ SCHEDULE = (
     "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
     "posterior_mean_coef2",
 )  # fmt: skip
-Coefficients = namedtuple("Coefficients", (*SCHEDULE, "log_betas", "fixed_variance", "fixed_log_variance"))
+COLUMNS = (*SCHEDULE, "log_betas", "fixed_variance", "fixed_log_variance")
+Coefficients = namedtuple("Coefficients", COLUMNS)  # type: ignore[misc]  # mypy wants the names written out
 
 WITHOUT_FLOAT64 = {"mps"}  # device types
 
+Model = Callable[..., Tensor]  # called as model(x_t, steps, **model_kwargs); a cond_fn is called alike
+TensorMap = Callable[[Tensor], Tensor]
 
-def mean_flat(x):
+
+def mean_flat(x: Tensor) -> Tensor:
     """The mean over all axes but the first, (N,)."""
     return x.flatten(1).mean(dim=1)
 
@@ -80,7 +86,10 @@ class GaussianDiffusion:
     Raises ValueError for betas outside (0, 1) and for types that are not of the enumerations above.
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type):
+    def __init__(
+        self, *, betas: Sequence[float] | np.ndarray, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
+        loss_type: LossType,
+    ) -> None:  # fmt: skip
         for value, kind in ((model_mean_type, ModelMeanType), (model_var_type, ModelVarType), (loss_type, LossType)):
             if not isinstance(value, kind):
                 raise ValueError(f"{value!r} is no {kind.__name__}; choose one of {', '.join(k.name for k in kind)}")
@@ -90,7 +99,7 @@ class GaussianDiffusion:
             raise ValueError(f"betas must be a non-empty sequence of numbers above 0 and below 1; got {betas}")
         self.num_timesteps = len(betas)
         self._set_schedule(betas)
-        self._tables = {}  # device → every coefficient at every step, (T, K)
+        self._tables: dict[torch.device, Tensor] = {}  # device → every coefficient at every step, (T, K)
 
     def _set_schedule(self, betas):
         """Everything that depends on the betas alone, float64, as attributes named as in SCHEDULE."""
@@ -137,19 +146,19 @@ class GaussianDiffusion:
 
     # ---- q: adding noise, and its posterior ----
 
-    def q_mean_variance(self, x_start, t):
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_t | x_start), each in x_start's shape (DDPM eq. 4)."""
         c = self._at(t, x_start)
         variance = c.sqrt_one_minus_alphas_cumprod**2  # 1 - alpha_bar would lose digits at small t
         spread = variance.expand_as(x_start), c.log_one_minus_alphas_cumprod.expand_as(x_start)
         return c.sqrt_alphas_cumprod * x_start, *spread
 
-    def q_sample(self, x_start, t, noise=None):
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t for x_start noised to step t, with standard normal noise (drawn if None), in x_start's shape (DDPM eq. 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return _noised(self._at(t, x_start), x_start, noise)
 
-    def q_posterior_mean_variance(self, x_start, x_t, t):
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_start), in x_t's shape (DDPM eq. 6 and 7)."""
         c = self._at(t, x_t)
         spread = c.posterior_variance.expand_as(x_t), c.posterior_log_variance_clipped.expand_as(x_t)
@@ -157,7 +166,10 @@ class GaussianDiffusion:
 
     # ---- p: the way back that the network defines ----
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def p_mean_variance(
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, denoised_fn: TensorMap | None = None,
+        model_kwargs: dict | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """What the network makes of p(x_{t-1} | x_t): a dict of mean, variance, log_variance, pred_xstart, in x's shape.
 
         denoised_fn, if given, acts on pred_xstart; clip_denoised then clamps it to [-1, 1].
@@ -167,7 +179,7 @@ class GaussianDiffusion:
         p = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
         return {**p, "variance": self._variance(c, p["log_variance"])}
 
-    def _call(self, model, x, t, model_kwargs):
+    def _call(self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> tuple[Tensor, Tensor | None]:
         """The network's prediction at steps t, and its variance fraction v or None, in x's shape and dtype."""
         output = model(x, self._model_steps(t), **(model_kwargs or {}))
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
@@ -178,7 +190,10 @@ class GaussianDiffusion:
                 "its learn_sigma must be the one given to create_diffusion"
             )
         output = output.to(x.dtype)
-        return output.chunk(2, dim=1) if learned else (output, None)
+        if not learned:
+            return output, None
+        prediction, v = output.chunk(2, dim=1)
+        return prediction, v
 
     def _p(self, c, prediction, v, x, clip_denoised, denoised_fn=None):
         """p_mean_variance without the variance, from coefficients c and what the network said."""
@@ -199,7 +214,9 @@ class GaussianDiffusion:
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         return log_variance.exp() if learned else c.fixed_variance.expand_as(log_variance)
 
-    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+    def condition_mean(
+        self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: dict | None = None
+    ) -> Tensor:
         """The mean moved by variance × gradient of log p(y | x_t), in x's shape (ADM algorithm 1).
 
         cond_fn(x, steps, **model_kwargs) returns that gradient; it sees the step numbers that the network sees.
@@ -207,7 +224,9 @@ class GaussianDiffusion:
         gradient = cond_fn(x, self._model_steps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
-    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+    def condition_score(
+        self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: dict | None = None
+    ) -> dict[str, Tensor]:
         """p_mean_var with mean and pred_xstart after the gradient moved the predicted noise (ADM algorithm 2)."""
         c = self._at(t, x)
         gradient = cond_fn(x, self._model_steps(t), **(model_kwargs or {}))
@@ -218,9 +237,9 @@ class GaussianDiffusion:
     # ---- one step back, or forth ----
 
     def p_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, *,
-        noise_fn=torch.randn_like,
-    ):  # fmt: skip
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, denoised_fn: TensorMap | None = None,
+        cond_fn: Model | None = None, model_kwargs: dict | None = None, *, noise_fn: TensorMap = torch.randn_like,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """One ancestral step: a dict of sample, drawn from p(x_{t-1} | x_t), and pred_xstart, in x's shape (DDPM alg. 2).
 
         noise_fn(x) gives the step's noise; it is called once, also at t = 0 where no noise is added.
@@ -235,9 +254,10 @@ class GaussianDiffusion:
         return {"sample": mean + std * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0, *,
-        noise_fn=torch.randn_like,
-    ):  # fmt: skip
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, denoised_fn: TensorMap | None = None,
+        cond_fn: Model | None = None, model_kwargs: dict | None = None, eta: float = 0.0, *,
+        noise_fn: TensorMap = torch.randn_like,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """One DDIM step: a dict of sample and pred_xstart, in x's shape (DDIM eq. 12 and 16).
 
         eta = 0 is deterministic, eta = 1 has DDPM's posterior variance. noise_fn as in p_sample.
@@ -254,8 +274,9 @@ class GaussianDiffusion:
         return {"sample": mean + _adds_noise(t, x) * sigma * noise, "pred_xstart": x_start}
 
     def ddim_reverse_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
-    ):
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, denoised_fn: TensorMap | None = None,
+        cond_fn: Model | None = None, model_kwargs: dict | None = None, eta: float = 0.0,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """One DDIM step towards noise: a dict of sample (x_{t+1}) and pred_xstart, in x's shape.
 
         Raises ValueError unless eta is 0: only the deterministic path can be walked backwards.
@@ -275,18 +296,20 @@ class GaussianDiffusion:
     # ---- whole trajectories ----
 
     def p_sample_loop(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-        device=None, progress=False, *, noise_fn=torch.randn_like,
-    ):  # fmt: skip
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
+        denoised_fn: TensorMap | None = None, cond_fn: Model | None = None, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False, *, noise_fn: TensorMap = torch.randn_like,
+    ) -> Tensor:  # fmt: skip
         """Samples of the given shape by ancestral sampling over all steps; arguments as for p_sample_loop_progressive."""
         return _last(self.p_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn=noise_fn
         ))["sample"]  # fmt: skip
 
     def p_sample_loop_progressive(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-        device=None, progress=False, *, noise_fn=torch.randn_like,
-    ):  # fmt: skip
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
+        denoised_fn: TensorMap | None = None, cond_fn: Model | None = None, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False, *, noise_fn: TensorMap = torch.randn_like,
+    ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
         """Yields p_sample's dict after each step, T-1 first.
 
         noise is x_T; if None, noise_fn is called for it, on `device` (by default that of the network's parameters).
@@ -296,9 +319,11 @@ class GaussianDiffusion:
         yield from self._loop(self.p_sample, model, shape, noise, device, progress, noise_fn, options)
 
     def ddim_sample_loop(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-        device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
-    ):  # fmt: skip
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
+        denoised_fn: TensorMap | None = None, cond_fn: Model | None = None, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False, eta: float = 0.0, *,
+        noise_fn: TensorMap = torch.randn_like,
+    ) -> Tensor:  # fmt: skip
         """Samples of the given shape by DDIM over all steps; arguments as for ddim_sample_loop_progressive."""
         return _last(self.ddim_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta,
@@ -306,9 +331,11 @@ class GaussianDiffusion:
         ))["sample"]  # fmt: skip
 
     def ddim_sample_loop_progressive(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-        device=None, progress=False, eta=0.0, *, noise_fn=torch.randn_like,
-    ):  # fmt: skip
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
+        denoised_fn: TensorMap | None = None, cond_fn: Model | None = None, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False, eta: float = 0.0, *,
+        noise_fn: TensorMap = torch.randn_like,
+    ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
         """Yields ddim_sample's dict after each step, T-1 first.
 
         Arguments as for p_sample_loop_progressive; eta as in ddim_sample.
@@ -339,7 +366,9 @@ class GaussianDiffusion:
 
     # ---- losses and likelihood ----
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+    def training_losses(
+        self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The losses of a batch at steps t, a dict of tensors (N,): loss, and for the MSE types mse.
 
         With a learned variance the MSE types add vb, the bound in bits per dim, whose gradient reaches the variance
@@ -379,23 +408,26 @@ class GaussianDiffusion:
         return {"bits": nats / math.log(2), "pred_xstart": p["pred_xstart"]}
 
     @torch.no_grad()
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, *, noise_fn=torch.randn_like):
+    def calc_bpd_loop(
+        self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: dict | None = None, *,
+        noise_fn: TensorMap = torch.randn_like,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The variational bound on -log2 p(x_start) per dimension, term by term: a dict of tensors.
 
         total_bpd (N,); prior_bpd (N,), KL(q(x_T | x_start) ‖ N(0, 1)); and for each step, T-1 in column 0: vb (N, T),
         xstart_mse (N, T) of pred_xstart, mse (N, T) of the noise that pred_xstart implies.
         """
-        terms = {"vb": [], "xstart_mse": [], "mse": []}
+        series: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for i in self._steps_down():
             t = torch.full((len(x_start),), i, device=x_start.device)
             c, noise = self._at(t, x_start), noise_fn(x_start)
             x_t = _noised(c, x_start, noise)
             bound = self._bound(c, *self._call(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
             eps = _eps_from_x_start(c, x_t, bound["pred_xstart"])
-            terms["vb"].append(bound["bits"])
-            terms["xstart_mse"].append(mean_flat((bound["pred_xstart"] - x_start) ** 2))
-            terms["mse"].append(mean_flat((eps - noise) ** 2))
-        terms = {name: torch.stack(values, dim=1) for name, values in terms.items()}  # (N, T)
+            series["vb"].append(bound["bits"])
+            series["xstart_mse"].append(mean_flat((bound["pred_xstart"] - x_start) ** 2))
+            series["mse"].append(mean_flat((eps - noise) ** 2))
+        terms = {name: torch.stack(values, dim=1) for name, values in series.items()}  # (N, T)
 
         last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, last)
@@ -437,6 +469,6 @@ def _choose_device(device, noise, model):
 
 
 def _last(dicts):
-    for last in dicts:
+    for last in dicts:  # noqa: B007 (the loop is for what it leaves behind)
         pass
     return last

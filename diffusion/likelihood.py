@@ -3,20 +3,21 @@
 import math
 
 import torch
+from torch import Tensor
 
 HALF_BIN = 1 / 255  # half the distance between two of the 256 grey levels on [-1, 1]
 LEAST_PROBABILITY = 1e-12
 EDGE = 0.999  # beyond it lies only the outermost bin
 
 
-def normal_kl(mean1, logvar1, mean2, logvar2):
+def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
     """KL(N(mean1, e^logvar1) ‖ N(mean2, e^logvar2)), broadcast over tensors; each argument a tensor or a number."""
     mean1, logvar1, mean2, logvar2 = as_tensors(mean1, logvar1, mean2, logvar2)
     log_ratio = logvar2 - logvar1
     return (log_ratio + torch.exp(-log_ratio) + (mean1 - mean2) ** 2 * torch.exp(-logvar2) - 1) / 2
 
 
-def as_tensors(*values):
+def as_tensors(*values: Tensor | float) -> list[Tensor]:
     """The values, numbers made 0-d tensors on the CPU, which mix with tensors of any device without a copy."""
     if not any(torch.is_tensor(v) for v in values):
         raise ValueError("give at least one tensor; all arguments are numbers")
@@ -24,12 +25,12 @@ def as_tensors(*values):
     return [v if torch.is_tensor(v) else torch.tensor(float(v), dtype=dtype) for v in values]
 
 
-def approx_standard_normal_cdf(x):
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
     """An approximation of the standard normal distribution function, off by less than 3e-4 (the one inside tanh-GELU)."""
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
     """Log-probability of each grey level in x under a Gaussian cut into 256 bins on [-1, 1], the outermost open-ended.
 
     x, means and log_scales (log of the standard deviation) have one shape, which is also the result's.

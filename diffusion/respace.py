@@ -1,6 +1,8 @@
 """Sampling in fewer steps than the network was trained on (IDDPM section 4)."""
 
+from collections.abc import Iterable, Sequence
 import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch
 from .gaussian_diffusion import GaussianDiffusion
 
 
-def space_timesteps(num_timesteps, section_counts):
+def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int] | None) -> set[int]:
     """The original steps to keep, a set of integers below num_timesteps.
 
     section_counts says how many to keep in each of equally long sections, as a list, a comma-separated string or one
@@ -23,7 +25,8 @@ def space_timesteps(num_timesteps, section_counts):
         return _even_stride(num_timesteps, section_counts)
     counts = _parse_counts(section_counts)
     length, longer = divmod(num_timesteps, len(counts))
-    kept, start = set(), 0
+    kept: set[int] = set()
+    start = 0
     for i, count in enumerate(counts):
         size = length + (i < longer)
         if not 1 <= count <= size:
@@ -85,7 +88,7 @@ class SpacedDiffusion(GaussianDiffusion):
     GaussianDiffusion's arguments for the original process. Raises ValueError for no steps or steps that it lacks.
     """
 
-    def __init__(self, use_timesteps, **kwargs):
+    def __init__(self, use_timesteps: Iterable[int], **kwargs: Any) -> None:
         original = np.array(kwargs.pop("betas"), dtype=np.float64)
         self.use_timesteps, self.original_num_steps = set(use_timesteps), len(original)
         self.timestep_map = sorted(self.use_timesteps)
@@ -93,7 +96,7 @@ class SpacedDiffusion(GaussianDiffusion):
             raise ValueError(f"steps to keep must be some of 0 to {len(original) - 1}; got {self.timestep_map}")
         kept = np.cumprod(1 - original)[self.timestep_map]
         super().__init__(betas=1 - kept / np.concatenate([[1.0], kept[:-1]]), **kwargs)
-        self._maps = {}  # device → timestep_map as a tensor (T,)
+        self._maps: dict[torch.device, torch.Tensor] = {}  # device → timestep_map as a tensor (T,)
 
     def _model_steps(self, t):
         if t.device not in self._maps:

@@ -1,11 +1,12 @@
 """Noise schedules: a name and a number of steps → the betas, float64."""
 
+from collections.abc import Callable
 import math
 
 import numpy as np
 
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
     """The betas of a named schedule, a float64 array (num_diffusion_timesteps,).
 
     "linear": from 1e-4 to 0.02 over 1,000 steps (Ho et al. 2020, section 4); for another number of steps both ends are
@@ -28,7 +29,9 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     raise ValueError(f"unknown noise schedule {schedule_name!r}; known are 'linear' and 'squaredcos_cap_v2'")
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
     """The betas (num_diffusion_timesteps,) whose products of 1 - beta follow alpha_bar, a function on [0, 1].
 
     No beta exceeds max_beta, which keeps the end of the schedule from becoming singular.

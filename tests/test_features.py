@@ -188,6 +188,11 @@ def test_networks_that_give_something_else_are_found_out_on_two_images(tmp_path,
         load_extractor(str(tmp_path / "odd.ts"), CPU).dimensions((12, 12), CPU)
 
 
+def test_logits_without_features_are_found_out():
+    with pytest.raises(ValueError, match=r"gives None features and \(2, 5\) logits for 2 images; wanted are"):
+        Extractor(lambda images: Rows(None, None, torch.zeros(2, 5)), "odd").dimensions((12, 12), CPU)
+
+
 def test_a_timm_classifier_gives_what_timm_computes():
     config = json.loads((CLASSIFIER / "config.json").read_text())
     model = timm.create_model("resnet10t", checkpoint_path=CLASSIFIER / "model.safetensors", **config["model_args"]).eval()
