@@ -4,11 +4,12 @@ Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args,
 (names in index order, or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
 several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a
 bare state dict, a .safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside it, and
-diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and the argparse.Namespace that older training scripts
-stored.
+diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and the argparse.Namespace that older training
+scripts stored.
 """
 
 import argparse
+from collections.abc import Callable, Iterable
 import errno
 import hashlib
 import json
@@ -16,14 +17,16 @@ import os
 from pathlib import Path
 import pickle
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
-from diffusers_format import config_from_diffusers, from_diffusers, is_diffusers
+from diffusers_format import Tensors, config_from_diffusers, from_diffusers, is_diffusers
+from models import DiT
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
 OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
@@ -39,13 +42,13 @@ class Weights(NamedTuple):
     `training` is {"step": ..., "args": ...} of the run, where the file has them.
     """
 
-    tensors: dict
+    tensors: Tensors
     config: dict | None
-    classes: list | None
+    classes: list[str] | None
     training: dict | None = None
 
 
-def weights_file(path):
+def weights_file(path: Path | str) -> Path:
     """The file of weights that a path means: itself; a run folder's newest checkpoint; that of a folder with config.json or,
     written by a pipeline of diffusers, with model_index.json.
 
@@ -64,7 +67,7 @@ def weights_file(path):
     raise ValueError(f"{path} has config.json but no weights beside it: none of {', '.join(PRETRAINED_FILES)}")
 
 
-def load_weights(path, which="ema"):
+def load_weights(path: Path | str, which: str = "ema") -> Weights:
     """The Weights in a checkpoint file or in a folder as in weights_file; `which` is as in weights_choice.
 
     A file with a single set of weights is taken as the EMA, which is what is published.
@@ -118,7 +121,7 @@ def _configured(weights, file):
         raise ValueError(f"{file}: {error}") from None
 
 
-def names_of(config):
+def names_of(config: dict) -> list[str] | None:
     """The class names, in index order, under id2label in a config.json's contents; None if there are none."""
     try:
         found = {int(index): name for index, name in (config.get("id2label") or {}).items()}
@@ -127,7 +130,7 @@ def names_of(config):
         raise ValueError("id2label is not {index: name} with an index from 0 on for each class") from None
 
 
-def id2label(classes):
+def id2label(classes: Iterable[str]) -> dict[str, str]:
     """Class names as config.json and diffusers' pipeline have them."""
     return {str(i): name for i, name in enumerate(classes)}
 
@@ -151,7 +154,7 @@ def _weight_sets(contents):
     return {name: tensors for name, tensors in sets.items() if tensors is not None}
 
 
-def averages(contents):
+def averages(contents: dict) -> dict[float, Tensors]:
     """{decay: state dict} of every moving average in a training checkpoint, the main one first."""
     args = contents.get("args")
     decays = args.get("ema_decay") if isinstance(args, dict) else None
@@ -159,7 +162,7 @@ def averages(contents):
     return first | (contents.get("emas") or {})
 
 
-def weights_choice(text):
+def weights_choice(text: str) -> str:
     """What --weights may name: "ema", "raw", or "ema@DECAY" for one of several averages. Raises ValueError for others."""
     if text in ("ema", "raw"):
         return text
@@ -169,7 +172,7 @@ def weights_choice(text):
     return f"ema@{float(decay)}"
 
 
-def read_checkpoint(path, mmap=False):
+def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
     """The dict in a file that torch.save wrote, tensors on the CPU; with mmap they are read when they are used.
 
     Raises ValueError if the file is cut short or no such file, holds something else, or wants to run code.
@@ -194,12 +197,13 @@ def read_checkpoint(path, mmap=False):
     return contents
 
 
-def check_whole(path):
+def check_whole(path: Path | str) -> None:
     """Raise ValueError unless every part of a checkpoint file has the checksum that it was written with.
 
     torch.load does not look at them: it takes a file in which a bit has changed. Raises OSError if the file cannot be read,
     which says nothing of what is in it.
     """
+    damaged: str | Exception | None
     with open(path, "rb") as file:
         try:
             damaged = zipfile.ZipFile(file).testzip()
@@ -235,12 +239,12 @@ def _read_safetensors(path):
         raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
 
 
-def clean_names(tensors):
+def clean_names(tensors: Tensors) -> Tensors:
     """The state dict with the names that the bare network gives its tensors."""
     return {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
 
 
-def check_fits(network, tensors, origin):
+def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None:
     """Raise ValueError, naming keys and shapes, unless the state dict `tensors` from file `origin` fits the network."""
     want = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -257,7 +261,7 @@ def check_fits(network, tensors, origin):
         )
 
 
-def design_of(tensors):
+def design_of(tensors: Tensors) -> str:
     """The block design, a key of models.BLOCKS, of the network whose state dict this is."""
     first = {name.removeprefix("blocks.0."): value for name, value in tensors.items() if name.startswith("blocks.0.")}
     if "scale_shift_table" in first:
@@ -270,7 +274,7 @@ def design_of(tensors):
     return "adaln" if regression is not None and len(regression) == 4 * regression.shape[-1] else "adaln_zero"
 
 
-def check_design(network, tensors, origin):
+def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
     """Raise ValueError if the state dict `tensors` from file `origin` has blocks of another design than the network."""
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
@@ -280,7 +284,7 @@ def check_design(network, tensors, origin):
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
-def adapt(weights, network, labels, origin):
+def adapt(weights: Weights, network: DiT, labels: str | dict[int, int], origin: Path | str) -> Tensors:
     """The tensors of Weights made to fit a network of another image size or of other classes, to train it further.
 
     The position table is the network's own, for it is a function of the size. labels: "keep" the label table, for as
@@ -295,7 +299,8 @@ def adapt(weights, network, labels, origin):
         table = own[LABEL_TABLE].clone()
         if theirs is not None and theirs.shape[1:] == table.shape[1:]:
             classes = (weights.config or {}).get("num_classes", len(theirs) - 1)
-            pairs = {i: i for i in range(classes)} if labels == "keep" else {} if labels == "drop" else labels
+            same = {i: i for i in range(classes)} if labels == "keep" else {}
+            pairs = labels if isinstance(labels, dict) else same
             if labels == "keep" and classes != network.num_classes:
                 raise ValueError(
                     f"{origin} has {classes} classes, the new network {network.num_classes}; pass --init-labels drop, or a "
@@ -310,7 +315,7 @@ def adapt(weights, network, labels, origin):
     return tensors
 
 
-def read_label_map(path, classes, weights):
+def read_label_map(path: Path | str, classes: tuple[list[str] | None, int], weights: Weights) -> dict[int, int]:
     """{index: index in the Weights} from a JSON file {label: label there}: indices, else class names.
 
     Raises ValueError, naming the label, for one that does not exist.
@@ -339,7 +344,7 @@ def read_label_map(path, classes, weights):
     }
 
 
-def save_checkpoint(path, contents):
+def save_checkpoint(path: Path | str, contents: dict) -> None:
     """Write a dict for torch.save so that `path` either is whole or does not exist, also after a crash.
 
     Raises OSError, with the reason, if it cannot be written.
@@ -352,20 +357,20 @@ def save_checkpoint(path, contents):
     write_whole(Path(path), write)
 
 
-def save_weights(path, weights):
+def save_weights(path: Path, weights: Weights) -> None:
     """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at all."""
     metadata = {"config": json.dumps(weights.config), "classes": json.dumps(weights.classes)}
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     write_whole(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
-def file_hash(path):
+def file_hash(path: Path | str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path, write):
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
 
     Raises OSError if the disk refuses.
@@ -378,7 +383,7 @@ def write_whole(path, write):
         _to_disk(path.parent)
     except Exception as error:
         temporary.unlink(missing_ok=True)
-        reason = error
+        reason: BaseException | None = error
         while reason and not isinstance(reason, OSError):  # torch.save hides the disk's answer behind its own
             reason = reason.__context__
         raise (reason or error) from None
@@ -392,18 +397,18 @@ def _to_disk(path):
         os.close(handle)
 
 
-def checkpoint_path(run_folder, step):
+def checkpoint_path(run_folder: Path | str, step: int) -> Path:
     """Where a run keeps its checkpoint of a step."""
     return Path(run_folder) / "checkpoints" / f"{step:07d}.pt"
 
 
-def list_checkpoints(run_folder):
+def list_checkpoints(run_folder: Path | str) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
     folder = Path(run_folder) / "checkpoints"
     return sorted((p for p in folder.glob("*.pt") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
 
-def newest_checkpoint(run_folder):
+def newest_checkpoint(run_folder: Path | str) -> Path:
     """The newest checkpoint of a run folder. Raises ValueError if it has none."""
     found = list_checkpoints(run_folder)
     if not found:
@@ -414,9 +419,9 @@ def newest_checkpoint(run_folder):
     return found[-1]
 
 
-def newest_whole_checkpoint(run_folder):
+def newest_whole_checkpoint(run_folder: Path | str) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint of a run folder that is not damaged, else None; what is wrong with each newer one)."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(list_checkpoints(run_folder)):
         try:
             check_whole(path)
@@ -426,7 +431,7 @@ def newest_whole_checkpoint(run_folder):
     return None, complaints
 
 
-def prune_checkpoints(run_folder, keep):
+def prune_checkpoints(run_folder: Path | str, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of a run folder."""
     for path in list_checkpoints(run_folder)[:-keep]:
         path.unlink()

@@ -1,14 +1,15 @@
 """diffusers' DiTTransformer2DModel ↔ our DiT: tensors and configurations, without diffusers itself.
 
-The two compute the same, but diffusers keeps an embedder of t and y in every block, the attention's regression in three parts and
-the position table out of the file, and its pipeline takes label 1000 for "no class". So an exported label table has 1,001 rows,
-with the null class in the last, and the configuration of the network that it came from is kept under OWN.
+The two compute the same, but diffusers keeps an embedder of t and y in every block, the attention's regression in three parts
+and the position table out of the file, and its pipeline takes label 1000 for "no class". So an exported label table has 1,001
+rows, with the null class in the last, and the configuration of the network that it came from is kept under OWN.
 """
 
 import torch
 
 from models import get_2d_sincos_pos_embed
 
+Tensors = dict[str, torch.Tensor]  # a state dict
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in folders older than the first
 OWN = "_dit"  # diffusers leaves entries that begin so alone
 NULL_LABEL = 1000  # DiTPipeline's
@@ -31,12 +32,12 @@ TABLE, OUR_TABLE = "norm1.emb.class_embedder.embedding_table.weight", "y_embedde
 PARTS = [f"attn1.{part}" for part in ("to_q", "to_k", "to_v")]
 
 
-def is_diffusers(config):
+def is_diffusers(config: dict) -> bool:
     """Whether a config.json's contents are of diffusers' DiT."""
     return config.get("_class_name") in CLASSES and config.get("norm_type", "ada_norm_zero") == "ada_norm_zero"
 
 
-def config_to_diffusers(config, null_label=NULL_LABEL):
+def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
     """DiTTransformer2DModel's arguments for DiT's, under OWN DiT's themselves; null_label is the null class's row there.
 
     Raises ValueError, with the reason, for a network that diffusers' class or its pipeline cannot be.
@@ -63,7 +64,7 @@ def config_to_diffusers(config, null_label=NULL_LABEL):
     }  # fmt: skip
 
 
-def to_diffusers(tensors, config, null_label=NULL_LABEL):
+def to_diffusers(tensors: Tensors, config: dict, null_label: int = NULL_LABEL) -> Tensors:
     """The state dict of diffusers' network for that of a DiT with this configuration; null_label as in config_to_diffusers."""
     null, own_table = config["num_classes"], tensors[OUR_TABLE]
     table = own_table.new_zeros(null_label + 1, own_table.shape[1])  # (1001, D), zero where there is no class
@@ -81,7 +82,7 @@ def to_diffusers(tensors, config, null_label=NULL_LABEL):
     return theirs | {f"{name}.{kind}": tensors[f"{ours}.{kind}"] for name, ours in pairs.items() for kind in ("weight", "bias")}
 
 
-def config_from_diffusers(config):
+def config_from_diffusers(config: dict) -> dict:
     """DiT's arguments for a config.json of diffusers' DiT, whoever wrote it.
 
     Raises ValueError for one that our network cannot be.
@@ -111,7 +112,7 @@ def config_from_diffusers(config):
     return own
 
 
-def from_diffusers(tensors, config):
+def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
     """The state dict of the DiT with this configuration for that of diffusers' network.
 
     Raises ValueError if tensors are missing, or if the blocks differ in an embedder, of which a DiT has one.

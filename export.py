@@ -19,7 +19,7 @@ from vae import latent_shape, load_vae
 FORMATS = ("hub", "diffusers", "safetensors")
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -36,7 +36,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -46,7 +46,7 @@ def main(argv=None):
     print(f"wrote {args.output}")
 
 
-def write(args):
+def write(args: argparse.Namespace) -> None:
     """Write what the flags ask for. Raises ValueError, or OSError where the disk refuses."""
     if Path(args.output).exists():
         raise ValueError(f"--output {args.output} exists already; give another name")

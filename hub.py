@@ -4,6 +4,7 @@ A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, cla
 `README.md`. Reading is checkpoints.load_weights' task; here are the hub's names, and what writes.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 import json
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 from checkpoints import OUR_CLASS, PRETRAINED, Weights, check_fits, id2label, load_weights, save_weights
 from diffusers_format import OWN, config_to_diffusers, to_diffusers
 from models import DiT
+from vae import LatentSpace, Space
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["config.json", PRETRAINED, "model_index.json", "transformer/*"]  # what is needed of a repository
 TRAINED_STEPS = 1000
 
 
-def local_path(name):
+def local_path(name: Path | str) -> Path:
     """The path of a checkpoint file or folder; for the hub's OWNER/NAME that is no path here, of its copy, fetched if need be.
 
     Raises ValueError if it cannot be had.
@@ -39,11 +41,12 @@ def local_path(name):
         raise ValueError(f"{name} is no file or folder here, and cannot be fetched from the hub ({reason})") from None
 
 
-def network_of(weights, origin):
+def network_of(weights: Weights, origin: Path | str) -> DiT:
     """The network of Weights that have a configuration, in float32 and for evaluation.
 
     Raises ValueError, naming `origin`, if the two do not fit.
     """
+    assert weights.config is not None
     with torch.device("meta"):
         try:
             network = DiT(**weights.config)
@@ -54,7 +57,9 @@ def network_of(weights, origin):
     return network.float().eval().requires_grad_(False)
 
 
-def load_pretrained(name, which="ema", config=None):
+def load_pretrained(
+    name: Path | str, which: str = "ema", config: dict | None = None
+) -> tuple[DiT, list[str] | None]:
     """(network, class names or None) of a checkpoint: a folder or file as in checkpoints.load_weights, or the hub's OWNER/NAME.
 
     The network is in float32, for evaluation, without gradients; for training call `.train().requires_grad_(True)` and then
@@ -68,7 +73,9 @@ def load_pretrained(name, which="ema", config=None):
     return network_of(weights._replace(config=config), name), weights.classes
 
 
-def save_pretrained(network, folder, classes=None, training=None, vae=None):
+def save_pretrained(
+    network: DiT, folder: Path | str, classes: list[str] | None = None, training: dict | None = None, vae: str | None = None
+) -> None:
     """Write a network as a pretrained folder: weights, config.json and model card.
 
     For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder. Raises ValueError if the
@@ -83,13 +90,13 @@ def save_pretrained(network, folder, classes=None, training=None, vae=None):
         (partial / "README.md").write_text(model_card(network, classes, training, vae), encoding="utf-8")
 
 
-def export_diffusers(network, space, folder, classes=None):
+def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None) -> None:
     """Write a network and the LatentSpace behind which it was trained as a pipeline of diffusers, with a DDIM scheduler.
 
     `load_exported` loads it and gives our numbers; DiTPipeline.from_pretrained loads it as well, and is a little off (see
     there). Raises ValueError for a network or space that diffusers' pipeline cannot have, and as save_pretrained.
     """
-    if getattr(space, "autoencoder", None) is None:
+    if not isinstance(space, LatentSpace):
         raise ValueError("diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported")
     if space.shift:
         raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
@@ -109,7 +116,7 @@ def export_diffusers(network, space, folder, classes=None):
             index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def load_exported(folder):
+def load_exported(folder: Path | str) -> DiTPipeline:
     """The DiTPipeline in a folder, or on the hub, with the timestep frequencies of a DiT.
 
     diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises OSError or
@@ -121,7 +128,7 @@ def load_exported(folder):
     return pipeline
 
 
-def import_diffusers(folder):
+def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
     """(network, class names or None) of a DiT in diffusers' format: a pipeline's folder, its transformer/, or OWNER/NAME.
 
     Its autoencoder is the folder's vae/. Raises ValueError if it is no DiT, or its blocks have embedders of their own.
@@ -130,7 +137,7 @@ def import_diffusers(folder):
 
 
 @contextmanager
-def _new_folder(folder):
+def _new_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -185,7 +192,9 @@ must not be used for, and under which licence it is given.
 """
 
 
-def model_card(network, classes=None, training=None, vae=None):
+def model_card(
+    network: DiT, classes: list[str] | None = None, training: dict | None = None, vae: str | None = None
+) -> str:
     """A model card in Markdown, filled with what the network and its checkpoint say."""
     config, args = network.config, (training or {}).get("args") or {}
     rows = {key.replace("_", " "): value for key, value in config.items()}

@@ -3,8 +3,10 @@
 Images are uint8 arrays (N, H, W, 3).
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -17,14 +19,14 @@ FRAME_MS, LAST_FRAME_MS = 120, 2000
 SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
 
 
-def captions(labels, num_classes, classes):
+def captions(labels: Sequence[int], num_classes: int, classes: list[str] | None) -> list[str]:
     """What to write under each image: the class name where it is known, else its number; nothing without classes."""
     if num_classes == 0:
         return [""] * len(labels)
     return [classes[i] if classes and i < len(classes) else str(i) for i in labels]
 
 
-def picture(images, texts, per_row=PER_ROW):
+def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) -> Image.Image:
     """A PIL image of images (N, H, W, 3), so many to a row, each with its text below."""
     height, width = images.shape[1:3]
     factor = -(-LEAST_TILE // width) if width < LEAST_TILE else 1
@@ -44,7 +46,7 @@ def picture(images, texts, per_row=PER_ROW):
     return canvas
 
 
-def ending(path):
+def ending(path: Path | str) -> str:
     """The format that a file's name asks for: its ending, with the dot. Raises ValueError if it is none for images."""
     found = "." + str(path).rsplit(".", 1)[-1].lower() if "." in str(path) else ""
     try:
@@ -54,25 +56,28 @@ def ending(path):
     return found
 
 
-def save(canvas, path, settings):
+def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
     """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS."""
+    if ending(path) != ".png":
+        canvas.save(path)
+        return
     entries = PngImagePlugin.PngInfo()
     entries.add_text(SETTINGS, json.dumps(settings, default=str))
-    canvas.save(path, **({"pnginfo": entries} if ending(path) == ".png" else {}))
+    canvas.save(path, pnginfo=entries)
 
 
-def moments(steps, path):
+def moments(steps: int, path: Path | str) -> list[int]:
     """Which of so many steps are shown in the file `path`: their indices, evenly spread from the first to the last."""
     shown = min(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
     return sorted(set(np.linspace(0, steps - 1, shown).round().astype(int).tolist()))
 
 
-def save_trajectory(frames, path, texts):
+def save_trajectory(frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]) -> None:
     """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a strip, an image per row."""
     if ending(path) == ".gif":
         pictures = [picture(images, texts) for _, images in frames]
-        times = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
         return
     times = [f"t = {t}" for t, _ in frames[:-1]]
     rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)

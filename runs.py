@@ -74,9 +74,10 @@ def find_start(args: argparse.Namespace, data: str, lock: "FolderLock") -> Start
             lock.take(folder_begun)
             return go_on(folder_begun)
     if path.is_dir():
-        path, complaints = newest_whole_checkpoint(folder)
-        if path is None:
+        whole, complaints = newest_whole_checkpoint(folder)
+        if whole is None:
             raise ValueError(f"--resume {args.resume}: {'; '.join(complaints)}; no other checkpoint is there")
+        path = whole
     check_whole(path)
     return Start(f"a new run from {path}, {why}", path)
 

@@ -9,19 +9,21 @@ A checkpoint of this project says itself how its network is built; for others --
 """
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from devices import choose_device, tf32
 from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory
-from sampling import check_writable, label_indices, load_sampler
+from sampling import Sampler, check_writable, label_indices, load_sampler
 from sampling_flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -46,7 +48,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -75,12 +77,12 @@ def main(argv=None):
         print(f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps")
 
 
-def settings(args, labels):
+def settings(args: argparse.Namespace, labels: list[int]) -> dict:
     """What the picture depends on, to be written into it."""
     return {key: value for key, value in vars(args).items() if key != "said"} | {"class_labels": labels}
 
 
-def check_output(flag, path):
+def check_output(flag: str, path: str) -> None:
     """Raise ValueError unless a picture can be written at path, in the format that its ending names."""
     try:
         check_writable(path)
@@ -89,7 +91,7 @@ def check_output(flag, path):
         raise ValueError(f"{flag}: {error}") from None
 
 
-def parse_labels(given, num_classes, classes):
+def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] | None) -> list[int]:
     """The class indices for --class-labels, numbers or names, or the default ones.
 
     Raises ValueError for a label that the network does not have.
@@ -106,7 +108,9 @@ def parse_labels(given, num_classes, classes):
         raise ValueError(f"--class-labels {error}") from None
 
 
-def sample(sampler, labels, seed, device, shown=()):
+def sample(
+    sampler: Sampler, labels: list[int], seed: int, device: torch.device, shown: Collection[int] = ()
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps with the indices in `shown`.
 
     From torch's generator, seeded with `seed` just before the first draw.

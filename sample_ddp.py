@@ -5,14 +5,15 @@
 
 Image i, its label included, depends on --global-seed and i alone, however the work is shared. Images go to
 SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W, 3)), where NAME tells checkpoint,
-guidance, steps, sampler, seed and number, and ends in a hash of these and all else that decides the content (interval, precision,
-VAE …); NAME/manifest.json lists it. The same command goes on where it stopped.
+guidance, steps, sampler, seed and number, and ends in a hash of these and all else that decides the content (interval,
+precision, VAE …); NAME/manifest.json lists it. The same command goes on where it stopped.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from datetime import datetime, timezone
+from datetime import datetime, UTC
 import fcntl
 from functools import partial
 import glob
@@ -23,10 +24,12 @@ from pathlib import Path
 import platform
 import sys
 import time
+from typing import Any, BinaryIO
 import zipfile
 
 import numpy as np
 import torch
+from torch import Tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -34,7 +37,7 @@ from checkpoints import file_hash, list_checkpoints, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from runs import LATER
-from sampling import find_checkpoint, label_indices, load_sampler, random_labels
+from sampling import Sampler, find_checkpoint, label_indices, load_sampler, random_labels
 from sampling_flags import add_sampling_flags, check_sampling_flags
 from vae import vae_hashes
 
@@ -48,7 +51,7 @@ TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a ba
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -69,7 +72,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -103,7 +106,9 @@ def main(argv=None):
         parser.exit(130, "sample_ddp.py: interrupted; the same command goes on\n")
 
 
-def make_all(args, sampler, labels, folder, manifest, device):
+def make_all(
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, manifest: dict, device: torch.device
+) -> None:
     """Sample this process's share; in the first process, also wait for the others and pack.
 
     Raises OSError where the disk refuses, ValueError for images that are not finite or damaged.
@@ -123,14 +128,14 @@ def make_all(args, sampler, labels, folder, manifest, device):
         print(f"{count} images in {folder} and {folder}.npz")
 
 
-def stamps(checkpoint, vae):
+def stamps(checkpoint: Path | None, vae: str) -> list[tuple[int, int, int]]:
     """What changes when the checkpoint (None: the released one), or a file of a local VAE, is replaced or written to."""
     paths = [Path(checkpoint)] if checkpoint else []
     found = [os.stat(path) for path in (*paths, *sorted(Path(vae).glob("*"))) if path.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
-def all_labels(args, sampler):
+def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
     """The label of every image, int64 (N,), as --labels says. Raises ValueError for a file that does not fit."""
     count, classes = args.num_fid_samples, sampler.network.num_classes
     if args.labels == "random":
@@ -159,7 +164,9 @@ def all_labels(args, sampler):
     return torch.tensor(labels)
 
 
-def open_folder(args, sampler, labels, device):
+def open_folder(
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, device: torch.device
+) -> tuple[Path, dict]:
     """(the folder for these options, what is to stand in its manifest.json). Raises ValueError if it cannot be made.
 
     The folder is the same in every process.
@@ -171,18 +178,20 @@ def open_folder(args, sampler, labels, device):
         decides["vae"] = "see vae_sha256"
     if args.labels not in ("random", "balanced"):
         decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    checkpoint = sampler.checkpoint
+    assert checkpoint is not None  # load_sampler says which
     decides |= {
         "device_type": device.type,
         "network": {key: value for key, value in sampler.network.config.items() if LATER.get(key) != value},
-        "checkpoint_sha256": file_hash(sampler.checkpoint),
+        "checkpoint_sha256": file_hash(checkpoint),
         "vae_sha256": vae_hashes(args.vae),
     }
     steps = f"{args.num_sampling_steps}-{args.sampler}"
-    name = f"{sampler.checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
+    name = f"{checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
     folder = Path(args.sample_dir) / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
     options = {key: value for key, value in vars(args).items() if key not in SAID_BY_CHECKPOINT}
     run = {
-        "started": datetime.now(timezone.utc).isoformat(), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
+        "started": datetime.now(UTC).isoformat(), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}, "seconds": None,
     }  # fmt: skip
@@ -192,10 +201,10 @@ def open_folder(args, sampler, labels, device):
         (folder / ".probe").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --sample-dir") from None
-    return folder, {"decides": decides, "options": options | {"ckpt": str(sampler.checkpoint)}, "run": run}
+    return folder, {"decides": decides, "options": options | {"ckpt": str(checkpoint)}, "run": run}
 
 
-def write_manifest(folder, manifest):
+def write_manifest(folder: Path, manifest: dict) -> None:
     """Write manifest.json, this start beside those before it, and say if they were made under other circumstances."""
     run, earlier = manifest["run"], []
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -213,17 +222,17 @@ def write_manifest(folder, manifest):
     write_whole(folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
 
-def image_path(folder, i):
+def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:06d}.png"
 
 
-def images_there(folder, count):
+def images_there(folder: Path, count: int) -> set[int]:
     """The indices, of `count`, whose images are in the folder."""
     names = set(os.listdir(folder))
     return {i for i in range(count) if image_path(folder, i).name in names}
 
 
-def write_whole(path, write):
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) and give the file its name when it is complete; processes do not disturb each other."""
     temporary = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.partial")
     try:
@@ -237,7 +246,7 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, name="*"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left half-written of this name; what is being written is locked by its process."""
     for path in folder.glob(f".{name}.*.partial"):
         with suppress(OSError), open(path, "r+b") as file:
@@ -245,7 +254,9 @@ def remove_leftovers(folder, name="*"):
             path.unlink()
 
 
-def sample_share(args, sampler, labels, folder, device):
+def sample_share(
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, device: torch.device
+) -> None:
     """Sample and write the images that this process is to make and that are not there yet.
 
     The work is cut into chunks of consecutive images, dealt to the processes in turn; a chunk with an image missing is
@@ -272,20 +283,21 @@ class Finisher:
     writes only.
     """
 
-    def __init__(self, sampler, folder, device):
-        self.sampler, self.folder, self.pending = sampler, folder, None
+    def __init__(self, sampler: Sampler, folder: Path, device: torch.device) -> None:
+        self.sampler, self.folder = sampler, folder
+        self.pending: Future | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1)
 
-    def __enter__(self):
+    def __enter__(self) -> "Finisher":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self.wait()
         self.thread.shutdown()
 
-    def take(self, latents, indices, missing):
+    def take(self, latents: Tensor, indices: range, missing: list[int]) -> None:
         """Begin with a chunk of latents when the one before is done; of its images, write those that are missing."""
         if self.stream is None:
             latents = self.sampler.decode(latents)
@@ -295,22 +307,22 @@ class Finisher:
             latents.record_stream(self.stream)  # whose memory must not be used anew before
         self.pending = self.thread.submit(self.finish, latents, indices, missing)
 
-    def wait(self):
+    def wait(self) -> None:
         """Return when nothing is being worked on; an error there is raised here."""
         if self.pending is not None:
             self.pending.result()
 
-    def finish(self, latents, indices, missing):
+    def finish(self, latents: Tensor, indices: range, missing: list[int]) -> None:
         """Write the missing images of a chunk, from latents, or on a CPU from images."""
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             images = self.sampler.decode(latents) if self.stream else latents
-            images = images.cpu().numpy()
+            pixels = images.cpu().numpy()
         for i in missing:
-            image = Image.fromarray(images[i - indices.start])
+            image = Image.fromarray(pixels[i - indices.start])
             write_whole(image_path(self.folder, i), partial(image.save, format="PNG"))
 
 
-def wait_for_all(folder, count):
+def wait_for_all(folder: Path, count: int) -> None:
     """Return when every image is there."""
     told = time.monotonic()
     while missing := count - len(images_there(folder, count)):
@@ -320,7 +332,7 @@ def wait_for_all(folder, count):
         time.sleep(POLL_SECONDS)
 
 
-def pack(folder, count, afresh):
+def pack(folder: Path, count: int, afresh: bool) -> None:
     """Write the images, one at a time, to FOLDER.npz as ADM's evaluation suite reads them.
 
     One that is there already and whole is left alone, unless it is to be written afresh. Raises ValueError for a damaged
@@ -344,7 +356,7 @@ def pack(folder, count, afresh):
     write_whole(target, write)
 
 
-def read_image(path, shape=None):
+def read_image(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """The pixels (H, W, 3) of a PNG. Raises ValueError if it is damaged, or of another shape than this."""
     try:
         with Image.open(path) as image:

@@ -3,24 +3,27 @@
 Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
 
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import Weights, design_of, load_weights, weights_file
 from diffusion import create_diffusion
-from diffusion.gaussian_diffusion import GaussianDiffusion
+from diffusion.gaussian_diffusion import GaussianDiffusion, TensorMap
 from download import download_model, released_name
 from hub import local_path, network_of
 from models import DiT, DiT_models
-from vae import latent_shape, load_vae, to_uint8
+from vae import LatentShape, PixelSpace, Space, latent_shape, load_vae, to_uint8
 
 TRAINED_STEPS = 1000
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
@@ -61,8 +64,8 @@ class Sampler:
     """
 
     network: DiT
-    space: object
-    classes: list | None
+    space: Space
+    classes: list[str] | None
     num_sampling_steps: int = 250
     sampler: str = "ddpm"
     eta: float = 0.0
@@ -70,9 +73,9 @@ class Sampler:
     cfg_channels: int | str = 3
     mixed_precision: str = "no"
     checkpoint: Path | None = None
-    cfg_interval: tuple = (0.0, 1.0)
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_steps(self.sampler, self.num_sampling_steps)
         respacing = str(self.num_sampling_steps) if self.sampler in LOOPS else ""
         self.diffusion = create_diffusion(respacing, learn_sigma=self.network.learn_sigma)
@@ -82,7 +85,7 @@ class Sampler:
             raise ValueError(
                 f"--cfg-scale {self.cfg_scale}: the network has no null class to guide against; pass --cfg-scale 1"
             )
-        if self.cfg_channels != "all" and self.cfg_channels > max(3, self.network.in_channels):
+        if isinstance(self.cfg_channels, int) and self.cfg_channels > max(3, self.network.in_channels):
             raise ValueError(
                 f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all"
             )
@@ -93,7 +96,7 @@ class Sampler:
                 "nothing would be guided; widen it, or pass --cfg-scale 1"
             )
 
-    def steps(self):
+    def steps(self) -> list[int]:
         """The step numbers at which the network is asked, in order."""
         if self.sampler in LOOPS:
             return self.diffusion.timestep_map[::-1]
@@ -101,12 +104,12 @@ class Sampler:
         sigmas, known = self.scheduler().sigmas[:-1].numpy(), self.diffusion.sqrt_recipm1_alphas_cumprod
         return np.interp(np.log(sigmas), np.log(known), np.arange(TRAINED_STEPS)).round().astype(int).tolist()
 
-    def guided(self):
+    def guided(self) -> list[bool]:
         """For each of the steps, whether it is guided."""
         low, high = self.cfg_interval
         return [self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in self.steps()]
 
-    def scheduler(self):
+    def scheduler(self) -> DPMSolverMultistepScheduler | UniPCMultistepScheduler:
         """A new scheduler of diffusers for a trajectory, which is to be given predictions of x_0."""
         scheduler = SCHEDULERS[self.sampler](
             trained_betas=self.diffusion.betas, num_train_timesteps=TRAINED_STEPS, prediction_type="sample"
@@ -115,7 +118,7 @@ class Sampler:
         scheduler.set_begin_index(0)  # or it looks for its place on the device
         return scheduler
 
-    def predictor(self, labels):
+    def predictor(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """predict(x, t) → what the network makes of x (N, C, h, w), guided inside the interval.
 
         To be called once for each of `steps`, in their order: to look at t would make the CPU wait for a GPU.
@@ -123,6 +126,7 @@ class Sampler:
         guided = iter(self.guided())
         conditions = {"y": labels} if self.network.num_classes else {}
         if self.cfg_scale != 1:
+            assert self.network.null_label is not None  # __post_init__ looks at that
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
         dtype = PRECISIONS[self.mixed_precision]
 
@@ -137,7 +141,9 @@ class Sampler:
 
         return predict
 
-    def trajectory(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+    def trajectory(
+        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like, progress: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Yields for each of `steps` a dict: `t`, the step; `sample`, the latents (N, C, h, w) after it; `pred_xstart`, the
         clean ones that it predicted.
 
@@ -150,7 +156,7 @@ class Sampler:
         def doubled(x):  # which other implementations sample, and of which only the first half counts
             return noise_fn(torch.cat([x, x]))[: len(x)]
 
-        extra = {"eta": self.eta} if self.sampler == "ddim" else {}
+        extra: dict[str, Any] = {"eta": self.eta} if self.sampler == "ddim" else {}
         loop = LOOPS[self.sampler](
             self.diffusion, self.predictor(labels), noise.shape, noise,
             clip_denoised=self.space.clip_denoised, progress=progress,
@@ -172,7 +178,9 @@ class Sampler:
                 x = scheduler.step(x_start, t, x).prev_sample
             yield {"t": t, "sample": x, "pred_xstart": x_start}
 
-    def latents(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+    def latents(
+        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like, progress: bool = False
+    ) -> Tensor:
         """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch.
 
         dpm++ and unipc draw nothing.
@@ -181,17 +189,19 @@ class Sampler:
             last = out["sample"]
         return last
 
-    def images(self, labels, noise, noise_fn=torch.randn_like, progress=False):
+    def images(
+        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like, progress: bool = False
+    ) -> Tensor:
         """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`. Raises ValueError if they are not finite."""
         return self.decode(self.latents(labels, noise, noise_fn, progress))
 
-    def numbered_latents(self, seed, indices, labels):
+    def numbered_latents(self, seed: int, indices: Sequence[int], labels: Tensor) -> Tensor:
         """Latents (N, C, h, w) of the images with these indices, each of which depends on (seed, index) and its label alone."""
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
         return self.latents(labels, noise, noise_fn)
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """Images uint8 (N, H, W, 3) of latents (N, C, h, w), on their device. Raises ValueError if they are not finite."""
         images = self.space.decode(latents)
         if not images.isfinite().all():
@@ -202,7 +212,7 @@ class Sampler:
         return to_uint8(images)
 
 
-def find_checkpoint(args):
+def find_checkpoint(args: Namespace) -> Path:
     """The file of weights that --ckpt means, as in checkpoints.weights_file and for names on the hub, or the released one. What
     is not here is fetched.
 
@@ -213,7 +223,7 @@ def find_checkpoint(args):
     return weights_file(local_path(args.ckpt))
 
 
-def load_sampler(args, device, checkpoint=None):
+def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None = None) -> Sampler:
     """The Sampler that the flags ask for, of this checkpoint if one is given. What can be wrong is found before the VAE's
     weights are loaded.
 
@@ -227,13 +237,12 @@ def load_sampler(args, device, checkpoint=None):
     network = build_network(args, weights, shape).to(device)
     names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision", "cfg_interval")
     options = {name: getattr(args, name) for name in names}
-    sampler = Sampler(network, None, class_names(args, weights), checkpoint=checkpoint, **options)
+    sampler = Sampler(network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint, **options)
     prepare(network, args.mixed_precision, args.compile)
-    sampler.space = load_vae(args.vae, device)
-    return sampler
+    return replace(sampler, space=load_vae(args.vae, device))
 
 
-def prepare(network, mixed_precision="no", compile=False):
+def prepare(network: DiT, mixed_precision: str = "no", compile: bool = False) -> None:
     """Make a network fast that only samples from here on. Its outputs stay what they are under autocast; compiled, they round
     otherwise.
 
@@ -252,13 +261,14 @@ def prepare(network, mixed_precision="no", compile=False):
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(f"--compile: PyTorch cannot compile here ({reason}); leave the flag out") from None
         if device.type == "cpu":
-            network.forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))
+            forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))
         else:  # each size of batch has a CUDA graph of its own, replayed without the CPU
-            options = {"triton.cudagraphs": True} if device.type == "cuda" else None
-            network.forward = torch.compile(network.forward, dynamic=False, fullgraph=True, options=options)
+            options: dict[str, Any] | None = {"triton.cudagraphs": True} if device.type == "cuda" else None
+            forward = torch.compile(network.forward, dynamic=False, fullgraph=True, options=options)
+        network.forward = forward  # type: ignore[method-assign]
 
 
-def frozen(forward):
+def frozen(forward: Callable) -> Callable:
     """A compiled forward pass with inductor's `freezing`: the weights become constants, packed for oneDNN.
 
     Not an option of the compilation, since Dynamo asks for the setting before those count. oneDNN is taken for batches of
@@ -273,7 +283,7 @@ def frozen(forward):
     return call
 
 
-def check_steps(sampler, steps):
+def check_steps(sampler: str, steps: int) -> None:
     """Raise ValueError unless a sampler can take so many steps."""
     most = SOLVERS[sampler].most
     if not 1 <= steps <= most:
@@ -281,7 +291,7 @@ def check_steps(sampler, steps):
         raise ValueError(f"--num-sampling-steps is {steps}; it must be from 1 to {most}{reason}")
 
 
-def build_network(args, weights: Weights, shape):
+def build_network(args: Namespace, weights: Weights, shape: LatentShape) -> DiT:
     """The network with these weights, in float32 and for evaluation, from its own configuration or else from the flags.
 
     Raises ValueError if a flag contradicts the configuration, or the weights or the VAE do not fit.
@@ -320,12 +330,12 @@ def _check_flags(args, network, shape, origin):
             )
 
 
-def class_names(args, weights):
+def class_names(args: Namespace, weights: Weights) -> list[str] | None:
     """The class names that a checkpoint has; the released ones do not say that they have ImageNet's. None if unknown."""
     return weights.classes or (imagenet_names() if args.ckpt is None else None)
 
 
-def imagenet_names():
+def imagenet_names() -> list[str]:
     """The names of the 1,000 ImageNet classes in index order, as torchvision has them."""
     from torchvision.models import ResNet18_Weights
 
@@ -338,12 +348,12 @@ class ImageNoise:
     Called with x (N, ...), or with a doubled batch (2N, ...), it returns the N images' next draws, twice if doubled.
     """
 
-    def __init__(self, seed, indices, device):
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str) -> None:
         # Neighbouring words, not hashes: two images of a run cannot share one, and CPU generators use 32 bits of it.
         base = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
         self.generators = [torch.Generator(device).manual_seed((base + i) % 2**64) for i in indices]
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         n = len(self.generators)
         if len(x) not in (n, 2 * n):
             raise ValueError(f"noise for {n} images was asked for a batch of {len(x)}; it must be as many, or twice")
@@ -353,7 +363,7 @@ class ImageNoise:
         return drawn if len(x) == n else torch.cat([drawn, drawn])
 
 
-def preview(network, space, seed, device):
+def preview(network: DiT, space: Space, seed: int, device: torch.device | str) -> Tensor:
     """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same noise for the same seed."""
     scale = PREVIEW_GUIDANCE if network.null_label is not None else 1.0
     sampler = Sampler(network, space, None, PREVIEW_STEPS, "ddim", cfg_scale=scale)
@@ -361,12 +371,12 @@ def preview(network, space, seed, device):
     return sampler.decode(sampler.numbered_latents(seed, range(PREVIEW_IMAGES), labels))
 
 
-def random_labels(seed, indices, num_classes):
+def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor:
     """A uniformly drawn label for each image index, int64 (N,), that depends on (seed, index) alone."""
     return torch.tensor([np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64)
 
 
-def label_indices(texts, num_classes, classes):
+def label_indices(texts: Iterable[str], num_classes: int, classes: list[str] | None) -> list[int]:
     """The class indices for labels that a user wrote, numbers or else names. Raises ValueError for one that there is not."""
     names = {name: i for i, name in enumerate(classes or [])}
     labels = []
@@ -383,7 +393,7 @@ def label_indices(texts, num_classes, classes):
     return labels
 
 
-def check_writable(path):
+def check_writable(path: Path | str) -> None:
     """Raise ValueError unless a file can be written at path."""
     path = Path(path)
     if path.is_dir():

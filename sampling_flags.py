@@ -1,6 +1,7 @@
 """The flags of sample.py and sample_ddp.py that say what is sampled from which network, and how."""
 
-from argparse import Action, ArgumentTypeError, BooleanOptionalAction
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _ArgumentGroup
+from typing import Any
 
 import numpy as np
 
@@ -11,20 +12,20 @@ from sampling import PRECISIONS, SOLVERS, TRAINED_STEPS, check_steps
 MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # unless told otherwise
 
 
-def add_sampling_flags(parser, vae, cfg_scale):
+def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
     """Add the flags that decide what is sampled from which network; vae and cfg_scale are their defaults."""
     network = add_network_flags(parser, vae)
     network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     add_process_flags(parser.add_argument_group("process"), cfg_scale)
 
 
-def add_network_flags(parser, vae):
+def add_network_flags(parser: ArgumentParser, vae: str) -> _ArgumentGroup:
     """Add those of them that say which network; vae is that flag's default. Returns their argument group."""
     network = parser.add_argument_group("network")
     network.add_argument(
         "--ckpt",
-        help="checkpoint file (.pt, .safetensors), run folder, folder with config.json, pipeline of diffusers, or OWNER/NAME of "
-        f"one of the last two on the Hugging Face hub (default: the released {MODEL}, fetched on first use)",
+        help="checkpoint file (.pt, .safetensors), run folder, folder with config.json, pipeline of diffusers, or OWNER/NAME "
+        f"of one of the last two on the Hugging Face hub (default: the released {MODEL}, fetched on first use)",
     )
     network.add_argument(
         "--weights",
@@ -58,7 +59,7 @@ def add_network_flags(parser, vae):
     return network
 
 
-def add_process_flags(process, cfg_scale):
+def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
     """Add those of them that say how it is sampled."""
     process.add_argument(
         "--sampler",
@@ -116,7 +117,9 @@ def add_process_flags(process, cfg_scale):
 class Said(Action):
     """Stores a flag's value, and in `said` that it was given: at its default it looks like one that was not."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
         setattr(namespace, self.dest, values)
         namespace.said = {*getattr(namespace, "said", ()), self.dest}
 
@@ -134,7 +137,7 @@ def _channels(text):
     return text if text == "all" else int(text)
 
 
-def check_sampling_flags(args):
+def check_sampling_flags(args: Namespace) -> None:
     """Set the number of steps to the sampler's own if none was given. Raises ValueError for flags that make no sense whatever
     the checkpoint.
     """

@@ -484,7 +484,8 @@ def save(job: Job, must: bool) -> None:
     Where that fails, leave the program or go on, as --on-save-error says; leave it if the run `must` have this one.
     """
     args, accelerator, folder = job.args, job.accelerator, job.folder
-    contents, failure = None, None
+    contents: dict = {}
+    failure = None
     if accelerator.is_main_process or args.fsdp:
         keep = accelerator.is_main_process
         contents = job.state.to_checkpoint(vars(args), job.dataset.classes, accelerator.num_processes, keep)

@@ -221,7 +221,7 @@ def refusals(path, contents_by_case, suffix=""):
 
 @pytest.mark.parametrize("name", ["gone.pt", "gone.safetensors", "gone"])
 def test_missing_file(tmp_path, name):
-    with pytest.raises(ValueError, match=f"there is no checkpoint {tmp_path / name}; give a .pt or .safetensors file, a run folder, or a folder with config.json"):
+    with pytest.raises(ValueError, match=f"there is no checkpoint {tmp_path / name}; give a .pt or"):
         load_weights(tmp_path / name)
 
 

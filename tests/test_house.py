@@ -45,13 +45,6 @@ def named(path):
     return path.relative_to(ROOT).as_posix()
 
 
-# Files whose public names are still without type hints. Empty when all have them.
-NOT_YET_ANNOTATED = {
-    "app.py", "checkpoints.py", "diffusers_format.py", "export.py", "hub.py", "pictures.py", "sample.py", "sample_ddp.py",
-    "sampling.py", "sampling_flags.py",
-}  # fmt: skip
-
-
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -196,8 +189,6 @@ def without_hints(node):
 
 @pytest.mark.parametrize("path", PRODUCT_FILES, ids=named)
 def test_public_names_have_type_hints(path):
-    if named(path) in NOT_YET_ANNOTATED:
-        pytest.skip("not annotated yet")
     bare = {name: without_hints(node) for name, node in public_functions(parse(path).body)}
     assert not {name: what for name, what in bare.items() if what}
 

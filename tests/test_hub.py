@@ -171,7 +171,7 @@ def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
     tensors = safetensors.torch.load_file(file)
     tensors[f"transformer_blocks.1.norm1.emb.{name}"][0] += 1e-3
     safetensors.torch.save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"config.json: its blocks have embedders of their own \(transformer_blocks.1.*{name}"):
+    with pytest.raises(ValueError, match=rf"config.json: its blocks have embedders of their own \(.*blocks.1.*{name}"):
         hub.import_diffusers(folder)
 
 
@@ -348,12 +348,13 @@ def test_export_says_what_is_wrong(tmp_path, vae, capsys):
     hub.save_pretrained(network(), tmp_path / "dit")
     hub.save_pretrained(network(num_classes=0), tmp_path / "none")
     ours = ["--ckpt", str(tmp_path / "dit"), "--vae", vae]
+    none = ["--ckpt", str(tmp_path / "none"), "--vae", vae]
     for flags, message in [
         ([*ours, "--output", str(tmp_path / "dit")], "dit exists already; give another name"),
         ([*ours, "--output", str(tmp_path / "a"), "--weights", "raw"], "no 'raw' weights"),
         ([*ours, "--output", str(tmp_path / "a"), "--format", "onnx"], "invalid choice: 'onnx'"),
         ([*ours, "--output", str(tmp_path / "a"), "--model", "DiT-S/2"], "--model is DiT-S/2, but"),
-        (["--ckpt", str(tmp_path / "none"), "--vae", vae, "--format", "diffusers", "--output", str(tmp_path / "a")], "no classes"),
+        ([*none, "--output", str(tmp_path / "a"), "--format", "diffusers"], "no classes"),
         (["--ckpt", str(tmp_path / "gone"), "--vae", vae, "--output", str(tmp_path / "a")], "there is no checkpoint"),
     ]:  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
@@ -364,7 +365,8 @@ def test_export_says_what_is_wrong(tmp_path, vae, capsys):
 
 
 def test_export_as_a_script(tmp_path):
-    command = [sys.executable, "export.py", "--ckpt", DIGITS / "dit.safetensors", "--vae", DIGITS / "vae", "--output", tmp_path / "dit"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    flags = ["--ckpt", DIGITS / "dit.safetensors", "--vae", DIGITS / "vae", "--output", tmp_path / "dit"]
+    command = [sys.executable, "export.py", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'dit'}\n", done.stderr
     assert hub.load_pretrained(tmp_path / "dit")[0].config["hidden_size"] == 128

@@ -10,7 +10,9 @@ import torch
 from conftest import ROOT, fill_randomly, randn
 from hub import save_pretrained
 from models import DiT
-from pictures import FRAME_MS, GIF_MOMENTS, LAST_FRAME_MS, SETTINGS, STRIP_MOMENTS, captions, moments, picture, save, save_trajectory
+from pictures import (
+    FRAME_MS, GIF_MOMENTS, LAST_FRAME_MS, SETTINGS, STRIP_MOMENTS, captions, moments, picture, save, save_trajectory,
+)  # fmt: skip
 import sample
 from sampling import SOLVERS, Sampler
 from vae import PixelSpace
