@@ -326,23 +326,24 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.get_parameter("bias"))
+                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         patch_to_token = self.x_embedder.proj
         nn.init.xavier_uniform_(patch_to_token.weight.flatten(1))  # as the Linear (D, C·P·P) that it amounts to
         nn.init.zeros_(patch_to_token.bias)
 
-        small_normal = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        small_normal: list[Any] = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         if self.y_embedder:
             small_normal.append(self.y_embedder.embedding_table)
         for module in small_normal:
-            nn.init.normal_(module.get_parameter("weight"), std=0.02)
+            nn.init.normal_(module.weight, std=0.02)
 
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
             if isinstance(module, Modulation):
-                nn.init.zeros_(module[1].get_parameter("weight"))
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
             elif isinstance(module, AdaLNSingleBlock):
                 nn.init.zeros_(module.scale_shift_table)
 

@@ -17,7 +17,7 @@ import torch
 
 from devices import choose_device, tf32
 from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory
-from sampling import Sampler, check_writable, label_indices, load_sampler
+from sampling import Sampler, check_writable, label_indices, load_sampler, readable
 from sampling_flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             images, frames = sample(sampler, labels, args.seed, device, shown)
     except ValueError as error:
         parser.exit(1, f"sample.py: error: {error}\n")
-    texts = captions(labels, sampler.network.num_classes, sampler.classes)
+    texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
     save(picture(images, texts), args.output, settings(args, labels))
     print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
     if args.trajectory:

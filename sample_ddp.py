@@ -37,7 +37,7 @@ from checkpoints import file_hash, list_checkpoints, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from runs import LATER
-from sampling import Sampler, find_checkpoint, label_indices, load_sampler, random_labels
+from sampling import Sampler, find_checkpoint, label_index, label_names, load_sampler, random_labels
 from sampling_flags import add_sampling_flags, check_sampling_flags
 from vae import vae_hashes
 
@@ -155,10 +155,10 @@ def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
         raise ValueError(
             f"--labels {args.labels} has {len(lines)} lines, --num-fid-samples is {count}; one line per image"
         )
-    labels = []
+    labels, names = [], label_names(sampler.classes)
     for number, line in enumerate(lines[:count], start=1):
         try:
-            labels += label_indices([line.strip()], classes, sampler.classes)
+            labels.append(label_index(line.strip(), classes, names))
         except ValueError as error:
             raise ValueError(f"--labels {args.labels}, line {number}: {error}") from None
     return torch.tensor(labels)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 import math
 from pathlib import Path
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -342,6 +343,17 @@ def imagenet_names() -> list[str]:
     return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
 
 
+def readable(classes: list[str] | None) -> list[str] | None:
+    """Class names for people: those of ImageNet's folders, such as n02099601, in words ("golden retriever")."""
+    if not classes or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return classes
+    from timm.data import ImageNetInfo
+
+    known = ImageNetInfo("imagenet-22k")
+    synsets = set(known.label_names())
+    return [known.label_name_to_description(name) if name in synsets else name for name in classes]
+
+
 class ImageNoise:
     """Normal noise in which image i of the run depends on (seed, i) alone: a noise_fn for the steps and loops.
 
@@ -378,19 +390,24 @@ def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor
 
 def label_indices(texts: Iterable[str], num_classes: int, classes: list[str] | None) -> list[int]:
     """The class indices for labels that a user wrote, numbers or else names. Raises ValueError for one that there is not."""
-    names = {name: i for i, name in enumerate(classes or [])}
-    labels = []
-    for text in texts:
-        number = int(text) if text.isdecimal() else -1
-        label = (
-            number if 0 <= number < num_classes else names.get(text)
-        )  # a number wins over a name that looks like one
-        if label is None:
-            some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
-            known = f" or one of the names {some}" if names else ""
-            raise ValueError(f"{text}: give a number from 0 to {num_classes - 1}{known}")
-        labels.append(label)
-    return labels
+    names = label_names(classes)
+    return [label_index(text, num_classes, names) for text in texts]
+
+
+def label_names(classes: list[str] | None) -> dict[str, int]:
+    """{name: index} of every name that a class may be called by."""
+    return {name: i for written in (readable(classes), classes) for i, name in enumerate(written or [])}
+
+
+def label_index(text: str, num_classes: int, names: dict[str, int]) -> int:
+    """The class index for a label that a user wrote; a number wins over a name that looks like one. Raises ValueError."""
+    number = int(text) if text.isdecimal() else -1
+    label = number if 0 <= number < num_classes else names.get(text)
+    if label is None:
+        some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
+        known = f" or one of the names {some}" if names else ""
+        raise ValueError(f"{text}: give a number from 0 to {num_classes - 1}{known}")
+    return label
 
 
 def check_writable(path: Path | str) -> None:

@@ -26,7 +26,7 @@ from models import DiT, DiT_models
 import sample
 import sample_ddp
 from pictures import FONT_SIZE, LEAST_TILE, MARGIN, captions, picture
-from sampling import ImageNoise, Sampler, build_network, check_writable, random_labels
+from sampling import ImageNoise, Sampler, build_network, check_writable, label_indices, random_labels, readable
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
@@ -192,6 +192,15 @@ def test_default_labels_and_names():
     assert sample.parse_labels(["digit 7", "0"], 10, NAMES) == [7, 0]
     assert sample.parse_labels(["1", "10"], 3, ["1", "10", "2"]) == [1, 1]  # an index first, then a name
     assert captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and captions([7], 10, None) == ["7"]
+
+
+def test_folder_names_of_imagenet_are_shown_and_understood_as_words():
+    synsets = ["n02099601", "n03445777"]
+    assert readable(synsets) == ["golden retriever", "golf ball"]
+    assert label_indices(["golf ball", "n02099601", "1"], 2, synsets) == [1, 0, 1]
+    assert readable(["n00000000"]) == ["n00000000"]
+    for classes in (None, NAMES, [*synsets, "my sofa"]):
+        assert readable(classes) == classes
 
 
 def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):
