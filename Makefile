@@ -1,15 +1,16 @@
-# The two commands of the README. Each makes .venv on its first use.
+# The commands of the README. Each makes .venv on its first use.
 PYTHON ?= python3
 BIN = .venv/bin
 DIGITS = demo/digits
 VAE = examples/digits/vae
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-steps 50 --cfg-scale 1.5
 
-.PHONY: demo lint test test-long
+.PHONY: demo page lint test test-long browser
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,notebook,lint]"
+	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,demo,notebook,lint]"
 	touch $@
 
 # Digits from the committed weights; then a network trained from scratch for two minutes, and digits from that.
@@ -22,6 +23,10 @@ demo: .venv/installed
 	  --max-steps 1300 --lr 2e-3 --ema-decay 0.99 --num-workers 1
 	$(BIN)/python sample.py --ckpt $$(ls -d demo/results/* | tail -1) $(DEMO_FLAGS) --output demo/two-minutes.png
 
+# A page for sampling, at http://127.0.0.1:7860, with the committed weights.
+page: .venv/installed
+	$(BIN)/python app.py
+
 # Style, and that what calls what with which types holds together.
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -30,6 +35,12 @@ lint: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# What takes longer: the demo itself, its time and the digits that it learns to draw.
-test-long: .venv/installed
+# What takes longer: the demo itself, its time and the digits that it learns to draw; the page in a browser.
+test-long: .venv/installed browser
 	$(BIN)/python -m pytest -m long
+
+# Chromium and what drives it. Chromium comes from the system, which keeps it up to date.
+browser: .venv/installed
+	$(BIN)/pip install --quiet ".[browser]"
+	command -v chromium || { $(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium; } || \
+	  { echo "make test-long: no chromium, and apt-get cannot install it; put one into the PATH by other means" >&2; exit 1; }

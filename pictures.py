@@ -66,10 +66,22 @@ def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
     canvas.save(path, pnginfo=entries)
 
 
+def spread(steps: int, most: int) -> list[int]:
+    """The indices of at most `most` of so many steps, evenly spread from the first to the last."""
+    return sorted(set(np.linspace(0, steps - 1, min(steps, most)).round().astype(int).tolist()))
+
+
 def moments(steps: int, path: Path | str) -> list[int]:
     """Which of so many steps are shown in the file `path`: their indices, evenly spread from the first to the last."""
-    shown = min(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
-    return sorted(set(np.linspace(0, steps - 1, shown).round().astype(int).tolist()))
+    return spread(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
+
+
+def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:
+    """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts: a row for each image, its last frame named."""
+    times = [f"t = {t}" for t, _ in frames[:-1]]
+    rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)
+    below = [text for name in texts for text in [*times, name]]
+    return picture(rows.reshape(-1, *rows.shape[2:]), below, per_row=len(frames))
 
 
 def save_trajectory(frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]) -> None:
@@ -79,7 +91,4 @@ def save_trajectory(frames: list[tuple[int | None, np.ndarray]], path: Path | st
         durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
         return
-    times = [f"t = {t}" for t, _ in frames[:-1]]
-    rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)
-    below = [text for name in texts for text in [*times, name]]
-    picture(rows.reshape(-1, *rows.shape[2:]), below, per_row=len(frames)).save(path)
+    strip(frames, texts).save(path)

@@ -19,13 +19,18 @@ def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> No
     add_process_flags(parser.add_argument_group("process"), cfg_scale)
 
 
-def add_network_flags(parser: ArgumentParser, vae: str) -> _ArgumentGroup:
-    """Add those of them that say which network; vae is that flag's default. Returns their argument group."""
+def add_network_flags(
+    parser: ArgumentParser, vae: str | None, without: str = f"the released {MODEL}, fetched on first use"
+) -> _ArgumentGroup:
+    """Add those of them that say which network; vae is that flag's default, `without` says what is used without --ckpt.
+
+    Returns their argument group.
+    """
     network = parser.add_argument_group("network")
     network.add_argument(
         "--ckpt",
         help="checkpoint file (.pt, .safetensors), run folder, folder with config.json, pipeline of diffusers, or OWNER/NAME "
-        f"of one of the last two on the Hugging Face hub (default: the released {MODEL}, fetched on first use)",
+        f"of one of the last two on the Hugging Face hub (default: {without})",
     )
     network.add_argument(
         "--weights",

@@ -12,7 +12,7 @@ from conftest import ROOT
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 PRODUCT_FILES = ROOT_FILES + sorted((ROOT / "diffusion").glob("*.py"))
 ROOMS = {path.stem for path in ROOT_FILES} | {"diffusion"}
-DOORS = {"train", "sample", "sample_ddp", "download", "extract_latents", "evaluate", "count", "export"} & ROOMS
+DOORS = {"train", "sample", "sample_ddp", "download", "extract_latents", "evaluate", "count", "export", "app"} & ROOMS
 IMPORTABLE_DOORS = {"download"}  # also the room that turns a checkpoint's name into a path
 
 # Outside libraries with few homes.
@@ -20,6 +20,7 @@ HOMES = {
     "diffusers": {"vae", "sampling", "hub"},
     "torch_fidelity": {"features"},
     "accelerate": {"train", "sample_ddp", "extract_latents", "evaluate"},
+    "gradio": {"app"},
 }
 
 # Names that other people's code imports.

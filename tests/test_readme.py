@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
+import app
 from conftest import ROOT
 import count
 import download
@@ -23,8 +24,8 @@ import train
 
 DOORS = {
     "train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download,
-    "extract_latents.py": extract_latents, "evaluate.py": evaluate, "count.py": count,
-    "export.py": export,
+    "extract_latents.py": extract_latents, "evaluate.py": evaluate, "count.py": count, "export.py": export,
+    "app.py": app,
 }  # fmt: skip
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
 TEXT = "\n".join(page.read_text() for page in PAGES)
