@@ -130,10 +130,11 @@ def read_seed(text):
     return int(text)
 
 
-def check_whole(name, number):
-    """Raise ValueError unless a visitor gave a whole number; its bounds are the page's business."""
+def whole(name, number):
+    """The number that a visitor gave, as an int; its bounds are the page's business. Raises ValueError if it is not whole."""
     if number % 1:
         raise ValueError(f"{name} is {number}; it must be a whole number.")
+    return int(number)
 
 
 def chosen_labels(classes, count, num_classes):
@@ -173,8 +174,7 @@ def answer(base, args, device, classes, count, guidance, solver, steps, seed):
 
     Raises ValueError for choices that make no sense.
     """
-    check_whole("How many images", count)
-    check_whole("Steps", steps)
+    count, steps = whole("How many images", count), whole("Steps", steps)
     seed, labels = read_seed(seed), chosen_labels(classes, count, base.network.num_classes)
     sampler = replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps)
     chosen = {
