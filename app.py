@@ -8,18 +8,26 @@ Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 import socket
 from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+from PIL import Image
 import torch
 
 from devices import choose_device, tf32
+from models import DiT
 from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, picture, save, spread, strip
-from sampling import SOLVERS, ImageNoise, load_sampler
+from sampling import SOLVERS, ImageNoise, Sampler, load_sampler, readable
 from sampling_flags import add_network_flags, check_sampling_flags
+
+if TYPE_CHECKING:
+    import gradio  # which is slow to import, and need not be there
 
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "digits"
 DIGITS, DIGITS_VAE = str(EXAMPLE / "dit.safetensors"), str(EXAMPLE / "vae")
@@ -35,7 +43,7 @@ HELP = (
 )
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -60,7 +68,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -83,7 +91,7 @@ def main(argv=None):
         page.block_thread()
 
 
-def check_port(host, port):
+def check_port(host: str, port: int) -> None:
     """Raise ValueError unless a server can listen there."""
     try:
         if not 0 < port < 2**16:
@@ -98,7 +106,7 @@ def check_port(host, port):
         ) from None
 
 
-def choose_network(args):
+def choose_network(args: argparse.Namespace) -> None:
     """Set --ckpt and --vae to the digits' if there is no --ckpt, and --ckpt to None, load_sampler's word for it, if RELEASED.
 
     Raises ValueError for an autoencoder without a checkpoint.
@@ -116,13 +124,13 @@ def choose_network(args):
 # ---- from choices to pictures ----
 
 
-def class_choices(network, classes):
+def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, int]]:
     """[(text, class index)] to search in: the number and the name, the number alone if there is no other name."""
     texts = captions(range(network.num_classes), network.num_classes, classes)
     return [(text if text == str(i) else f"{i}: {text}", i) for i, text in enumerate(texts)]
 
 
-def read_seed(text):
+def read_seed(text: str) -> int:
     """The seed that a visitor wrote. Raises ValueError if it is none."""
     text = text.strip()
     if not text.isdecimal() or len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
@@ -130,14 +138,14 @@ def read_seed(text):
     return int(text)
 
 
-def whole(name, number):
+def whole(name: str, number: float) -> int:
     """The number that a visitor gave, as an int; its bounds are the page's business. Raises ValueError if it is not whole."""
     if number % 1:
         raise ValueError(f"{name} is {number}; it must be a whole number.")
     return int(number)
 
 
-def chosen_labels(classes, count, num_classes):
+def chosen_labels(classes: list[int], count: int, num_classes: int) -> list[int]:
     """The class indices of `count` images, for which the chosen classes take turns. Raises ValueError if none is chosen."""
     if num_classes == 0:
         return [0] * count  # placeholders: the network is not given them
@@ -146,13 +154,15 @@ def chosen_labels(classes, count, num_classes):
     return [classes[i % len(classes)] for i in range(count)]
 
 
-def draw(sampler, labels, seed, device):
+def draw(
+    sampler: Sampler, labels: list[int], seed: int, device: torch.device
+) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:
     """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS steps, and at the end
     (steps, picture of the images, strip of how the first STRIP_ROWS came about).
 
     Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError as Sampler.decode.
     """
-    texts = captions(labels, sampler.network.num_classes, sampler.classes)
+    texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
     noise_fn = ImageNoise(seed, range(len(labels)), device)
     noise = noise_fn(torch.empty(len(labels), *sampler.latent, device=device))
     steps, frames = len(sampler.steps()), []
@@ -168,40 +178,44 @@ def draw(sampler, labels, seed, device):
     yield steps, picture(images, texts), strip([*frames[:-1], (None, images[:STRIP_ROWS])], texts[:STRIP_ROWS])
 
 
-def answer(base, args, device, classes, count, guidance, solver, steps, seed):
+def answer(
+    base: Sampler, args: argparse.Namespace, device: torch.device, classes: list[int], count: float, guidance: float,
+    solver: str, steps: float, seed: str,
+) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
     """draw for a visitor's choices, of a base Sampler; yields (status, picture, strip, PNG file), the last two None before
     the end. At the end the picture is that file too, which is gone when the generator goes on.
 
     Raises ValueError for choices that make no sense.
     """
     count, steps = whole("How many images", count), whole("Steps", steps)
-    seed, labels = read_seed(seed), chosen_labels(classes, count, base.network.num_classes)
+    number, labels = read_seed(seed), chosen_labels(classes, count, base.network.num_classes)
     sampler = replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps)
     chosen = {
         "cfg_scale": guidance,
         "sampler": solver,
         "num_sampling_steps": steps,
-        "seed": seed,
+        "seed": number,
         "class_labels": labels,
     }
-    for done, drawn, rows in draw(sampler, labels, seed, device):
+    for done, drawn, rows in draw(sampler, labels, number, device):
         if rows is None:
             yield f"Step {done} of {steps}", drawn, None, None
     with TemporaryDirectory() as folder:
-        path = str(Path(folder) / f"dit-seed-{seed}.png")
+        path = str(Path(folder) / f"dit-seed-{number}.png")
         save(drawn, path, settings(args) | chosen)
-        yield f"Seed {seed}", path, rows, path
+        yield f"Seed {number}", path, rows, path
 
 
-def settings(args):
-    """What a picture depends on beside a visitor's choices, to be written into it."""
-    return {key: value for key, value in vars(args).items() if key not in ("host", "port", "said")}
+def settings(args: argparse.Namespace) -> dict:
+    """What a picture depends on beside a visitor's choices, to be written into it; not where files lie on this machine."""
+    names = {"ckpt": Path(args.ckpt or RELEASED).name, "vae": Path(args.vae).name}
+    return {key: value for key, value in vars(args).items() if key not in ("host", "port", "said")} | names
 
 
 # ---- the page ----
 
 
-def build_page(sampler, args, device):
+def build_page(sampler: Sampler, args: argparse.Namespace, device: torch.device) -> "gradio.Blocks":
     """The page, a gradio.Blocks that does not run yet."""
     import gradio as gr
 
@@ -236,20 +250,21 @@ def build_page(sampler, args, device):
     return page
 
 
-def page_theme():
+def page_theme() -> "gradio.themes.Default":
     """Gradio's look in the fonts of the visitor's system, so that nothing is fetched from elsewhere."""
     import gradio as gr
 
     return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-def controls(gr, sampler):
+def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
     """The inputs in the order of `answer`, and the button, in the part of the page that is being built."""
     network = sampler.network
     total, has_classes, guidable = network.num_classes, network.num_classes > 0, network.null_label is not None
     classes = gr.Dropdown(
-        class_choices(network, sampler.classes), value=sorted({i * total // COUNT for i in range(COUNT)}) if total else [],
-        multiselect=True, visible=has_classes, label="Classes", info="type a name or number to search",
+        class_choices(network, readable(sampler.classes)), multiselect=True,
+        value=sorted({i * total // COUNT for i in range(COUNT)}) if total else [],
+        visible=has_classes, label="Classes", info="type a name or number to search",
     )  # fmt: skip
     count = gr.Slider(1, MOST_IMAGES, COUNT, step=1, label="How many images")
     guidance = gr.Slider(

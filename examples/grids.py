@@ -24,7 +24,7 @@ import torch
 from devices import choose_device, tf32
 from models import DiT
 from pictures import captions, ending, picture, save
-from sampling import check_writable, label_indices, load_sampler, prepare
+from sampling import check_writable, label_indices, load_sampler, prepare, readable
 from sampling_flags import add_network_flags, add_process_flags, check_sampling_flags
 
 DIGITS = ROOT / "examples" / "digits"
@@ -94,7 +94,7 @@ def main(argv=None):
 
 
 def check_grid_flags(args):
-    """Fill in what is the digits' unless told otherwise. Raises ValueError for flags that make no sense whatever the network."""
+    """Fill in what is the digits' unless told otherwise. Raises ValueError for flags that make no sense for any network."""
     if (args.ckpt is None) != (args.vae is None):
         raise ValueError(
             "--ckpt and --vae go together, a network and the autoencoder that it was trained with; pass both"
@@ -161,7 +161,7 @@ def classes_of(sampler, given):
         labels = label_indices(given, sampler.network.num_classes, sampler.classes)
     except ValueError as error:
         raise ValueError(f"--class-labels {error}") from None
-    return labels, captions(labels, sampler.network.num_classes, sampler.classes)
+    return labels, captions(labels, sampler.network.num_classes, readable(sampler.classes))
 
 
 def draw(sampler, seed, indices, labels):

@@ -14,7 +14,7 @@ from models import DiT
 from sampling import load_sampler
 
 sys.path.insert(0, str(ROOT / "examples"))
-import grids  # noqa: E402
+import grids
 
 CONFIG = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
 NAMES = ["zero", "one", "two", "three"]
