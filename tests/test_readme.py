@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import time
+import tomllib
 
 from PIL import Image
 import pytest
@@ -28,6 +29,7 @@ DOORS = {
     "app.py": app,
 }  # fmt: skip
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+README = (ROOT / "README.md").read_text()
 TEXT = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = (ROOT / "examples" / "train.slurm").read_text()
 
@@ -58,11 +60,37 @@ def test_python_in_the_readme_runs():
     assert names["network"].null_label == 1000 and names["diffusion"].num_timesteps == 250
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_links_lead_to_files(page):
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    targets = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if not link.startswith("http")]
+    targets = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose) if not link.startswith("http")]
     assert targets and all((page.parent / target).exists() for target in targets)
+
+
+def headings(page):
+    """What a link to a part of a page may name, as GitHub makes it of headings."""
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page):
+    for target, heading in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert heading in headings(page.parent / target if target else page), f"{target}#{heading}"
+
+
+def test_every_file_has_its_line_in_contributing():
+    rows = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    folders = ["diffusion/", "tests/", "examples/", "benchmarks/", "docs/"]
+    assert set(rows) >= {*folders, *(path.name for path in ROOT.glob("*.py"))} and len(set(rows)) == len(rows)
+
+
+def test_every_extra_has_its_line_in_the_readme():
+    table = README.split("| extra |")[1].split("\n\n")[0]
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
+    assert set(named) >= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 
 
 def test_make_targets_exist():
