@@ -1,7 +1,7 @@
 """Every command in the README, docs/ and examples/ is run, on digits, or at least parsed by the parser of its script.
 
-A command is run unless a rule in NEEDS says what it lacks here; so one that is new and fits no rule is run. Pages are run from top
-to bottom, as a user would, in a copy of the repository that has nothing but its files.
+A command is run unless a rule in NEEDS says what it lacks here; so one that is new and fits no rule is run. Pages are run
+from top to bottom, as a user would, in a copy of the repository that has nothing but its files.
 """
 
 import importlib
@@ -45,9 +45,19 @@ LEAVES = {
     "README.md": [],
     "docs/architecture.md": [],
     "docs/evaluation.md": ["samples/*.npz"],
-    "docs/migrating.md": ["digits-hub/README.md", "digits-pipeline/model_index.json", "digits-back.safetensors", "sample.png"],
+    "docs/migrating.md": [
+        "digits-hub/README.md",
+        "digits-pipeline/model_index.json",
+        "digits-back.safetensors",
+        "sample.png",
+    ],
     "docs/own-data.md": ["digits-runs/*/previews/0000040.png", "digits-runs/sample.png", "digits-samples/*.npz"],
-    "examples/digits/README.md": ["sample.png", "digits-vae/config.json", "digits-dit.safetensors", "digits-classifier/*"],
+    "examples/digits/README.md": [
+        "sample.png",
+        "digits-vae/config.json",
+        "digits-dit.safetensors",
+        "digits-classifier/*",
+    ],
 }
 LIMIT = 300  # seconds for one command
 
@@ -72,7 +82,7 @@ def need(command):
 
 
 def parse(command):
-    """Have each part of a command read by the parser that will read it when it is run. Raises AssertionError for one unknown."""
+    """Have each part of a command read by the parser that reads it when it is run. Raises AssertionError for one unknown."""
     for part in command.split(" && "):
         words = shlex.split(part)
         script = next((i for i, word in enumerate(words) if word in DOORS or word.startswith("benchmarks.")), None)

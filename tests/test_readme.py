@@ -71,7 +71,8 @@ def test_links_lead_to_files(page):
 
 def headings(page):
     """What a link to a part of a page may name, as GitHub makes it of headings."""
-    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)}
+    found = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
