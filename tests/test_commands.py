@@ -15,6 +15,7 @@ import sys
 import tomllib
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 from conftest import ROOT
@@ -169,6 +170,19 @@ def test_commands_run_one_after_the_other(page, copy):
             made = re.search(r"samples/(\S+)\.npz", output)  # which sample_ddp.py said, for a page that calls it NAME
             output += run(f"{command.replace('NAME', made[1]) if made else command} {shorter}", copy)
     assert output and all(list(copy.glob(name)) for name in LEAVES[named(page)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_blocks_are_of_kinds_that_are_looked_at(page):
+    """Commands stand in bash blocks; Python runs, with networks that hold no weights."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for kind, text in blocks:
+        assert kind in ("bash", "python") or (
+            not kind and not re.search(r"^\W*(python|torchrun|pip|make) ", text, re.MULTILINE)
+        )
+        if kind == "python":
+            with torch.device("meta"):
+                exec(text, {})
 
 
 def test_the_rules_are_all_needed():
