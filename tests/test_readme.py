@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 import time
 import tomllib
 
@@ -115,3 +116,14 @@ def test_demo_draws_digits_within_six_minutes():
     found = judged(sorted((ROOT / "demo" / "results").iterdir())[-1], 500)
     print(f"make demo took {seconds:.0f} s; {found}")
     assert found["agreement with the asked-for class"] >= 0.9
+
+
+@pytest.mark.long
+def test_every_extra_can_be_installed():
+    """As far as `pip install --dry-run` tells; it needs a package index."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert len(extras) >= 7
+    for extra in extras:
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", f".[{extra}]"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "does not provide the extra" not in done.stderr, f"{extra}\n{done.stderr}"
