@@ -132,7 +132,7 @@ def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, in
 
 def read_seed(text: str) -> int:
     """The seed that a visitor wrote. Raises ValueError if it is none."""
-    text = text.strip()
+    text = str(text).strip()
     if not text.isdecimal() or len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
         raise ValueError(f"The seed is {text[:40]!r}; it must be a whole number from 0 to 2^63 - 1, such as 0.")
     return int(text)
@@ -140,7 +140,7 @@ def read_seed(text: str) -> int:
 
 def whole(name: str, number: float) -> int:
     """The number that a visitor gave, as an int; its bounds are the page's business. Raises ValueError if it is not whole."""
-    if number % 1:
+    if not isinstance(number, (int, float)) or number % 1:
         raise ValueError(f"{name} is {number}; it must be a whole number.")
     return int(number)
 
@@ -149,8 +149,10 @@ def chosen_labels(classes: list[int], count: int, num_classes: int) -> list[int]
     """The class indices of `count` images, for which the chosen classes take turns. Raises ValueError if none is chosen."""
     if num_classes == 0:
         return [0] * count  # placeholders: the network is not given them
-    if not classes:
+    if not isinstance(classes, list) or not classes:
         raise ValueError("No class is chosen: search for one by its name or number.")
+    if not all(type(label) is int and 0 <= label < num_classes for label in classes):
+        raise ValueError(f"The classes are {classes}; give a list of whole numbers from 0 to {num_classes - 1}.")
     return [classes[i % len(classes)] for i in range(count)]
 
 
@@ -188,6 +190,8 @@ def answer(
     Raises ValueError for choices that make no sense.
     """
     count, steps = whole("How many images", count), whole("Steps", steps)
+    if not isinstance(guidance, (int, float)) or solver not in SOLVERS:
+        raise ValueError(f"Guidance is {guidance} and the solver {solver}; give a number, and one of {', '.join(SOLVERS)}.")
     number, labels = read_seed(seed), chosen_labels(classes, count, base.network.num_classes)
     sampler = replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps)
     chosen = {
@@ -271,9 +275,9 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
         1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance", info="1 is none"
     )
     solver = gr.Dropdown(list(SOLVERS), value=SOLVER, label="Solver")
-    steps = gr.Slider(1, SOLVERS[SOLVER].most, SOLVERS[SOLVER].steps, step=1, label="Steps")
+    steps = gr.Slider(1, max(one.most for one in SOLVERS.values()), SOLVERS[SOLVER].steps, step=1, label="Steps")
     seed = gr.Textbox("0", label="Seed", max_lines=1)
-    solver.change(lambda name: gr.Slider(maximum=SOLVERS[name].most, value=SOLVERS[name].steps), solver, steps)
+    solver.change(lambda name: SOLVERS[name].steps, solver, steps, api_visibility="private")
     return [classes, count, guidance, solver, steps, seed], gr.Button("Draw", variant="primary")
 
 

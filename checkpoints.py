@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from diffusers_format import Tensors, config_from_diffusers, from_diffusers, is_diffusers
+from diffusers_format import OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
 from models import DiT
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
@@ -64,7 +64,10 @@ def weights_file(path: Path | str) -> Path:
     for name in PRETRAINED_FILES:
         if (path / name).is_file():
             return path / name
-    raise ValueError(f"{path} has config.json but no weights beside it: none of {', '.join(PRETRAINED_FILES)}")
+    raise ValueError(
+        f"{path} has config.json but none of {', '.join(PRETRAINED_FILES)}; weights in several files (shards) or with a "
+        "variant in their names are not read, save them again as one"
+    )
 
 
 def load_weights(path: Path | str, which: str = "ema") -> Weights:
@@ -86,6 +89,18 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         config, classes = contents.get("config"), contents.get("classes")
         if isinstance(contents.get("args"), dict):
             training = {"step": contents.get("step"), "args": contents["args"]}
+    tensors = _chosen(contents, which, path)
+    weights = Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes, training)
+    beside = path.with_name("config.json")
+    is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
+    if is_pretrained and config is None and beside.is_file():
+        weights = _configured(weights, beside)
+    check_classes(weights.classes, weights.config, path)
+    return weights
+
+
+def _chosen(contents, which, path):
+    """The state dict `which` in a file's contents. Raises ValueError if there is none."""
     sets = _weight_sets(contents)
     tensors = sets.get(which)
     if (
@@ -96,12 +111,20 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {', '.join(map(str, list(contents)[:6]))}; "
             "a state dict is wanted, or a dict with ema or with model (--weights raw)"
-            + (f"; --weights can be {', '.join(sets)}" if "ema@" in "".join(sets) else "")
+            + (f"; --weights can be {', '.join(sets)}" if len(sets) > 1 or which != "ema" else "")
         )
-    weights = Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes, training)
-    beside = path.with_name("config.json")
-    is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
-    return _configured(weights, beside) if is_pretrained and config is None and beside.is_file() else weights
+    return tensors
+
+
+def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
+    """Raise ValueError unless `classes` are names, at most as many as a network of this configuration has, or None."""
+    if classes is None:
+        return
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{origin} has class names that are no list of texts; write them so, or leave them out")
+    count = (config or {}).get("num_classes", len(classes))
+    if isinstance(count, int) and len(classes) > count:
+        raise ValueError(f"{origin} has {len(classes)} class names for {count} classes; give one name for each")
 
 
 def _configured(weights, file):
@@ -110,15 +133,17 @@ def _configured(weights, file):
     name = config.get("_class_name", OUR_CLASS)
     try:
         if is_diffusers(config):
-            config, pipeline = config_from_diffusers(config), file.parent.parent / "model_index.json"
-            named = _read_json(pipeline) if pipeline.is_file() else {}
-            return Weights(from_diffusers(weights.tensors, config), config, names_of(named))
+            theirs, config, pipeline = config, config_from_diffusers(config), file.parent.parent / "model_index.json"
+            named = names_of(_read_json(pipeline)) if pipeline.is_file() else None
+            return Weights(from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES))
         if name != OUR_CLASS:
             raise ValueError(f"it is of {name}, not of a DiT")
         arguments = {key: value for key, value in config.items() if key not in ("_class_name", "id2label")}
         return weights._replace(config=arguments, classes=names_of(config))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except (TypeError, KeyError, AttributeError, IndexError) as error:  # of values that are not of the kind they should be
+        raise ValueError(f"{file} is no configuration of a DiT ({type(error).__name__}: {error})") from None
 
 
 def names_of(config: dict) -> list[str] | None:

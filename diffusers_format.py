@@ -11,7 +11,8 @@ from models import get_2d_sincos_pos_embed
 
 Tensors = dict[str, torch.Tensor]  # a state dict
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in folders older than the first
-OWN = "_dit"  # diffusers leaves entries that begin so alone
+OWN, OWN_CLASSES = "_dit", "_dit_classes"  # diffusers leaves entries that begin so alone
+NORM_EPS = (1e-6, 1e-5)  # DiT's, and what the first folders of diffusers say, which makes a difference of some 1e-5
 NULL_LABEL = 1000  # DiTPipeline's
 WHOLE = {  # outside the blocks, diffusers' name → ours
     "pos_embed.proj": "x_embedder.proj",
@@ -82,6 +83,14 @@ def to_diffusers(tensors: Tensors, config: dict, null_label: int = NULL_LABEL) -
     return theirs | {f"{name}.{kind}": tensors[f"{ours}.{kind}"] for name, ours in pairs.items() for kind in ("weight", "bias")}
 
 
+def names_in_diffusers(depth: int) -> set[str]:
+    """The names in a state dict of diffusers' network with so many blocks."""
+    within = [*BLOCK, *EMBEDDERS, *PARTS]
+    names = [*WHOLE, *(f"transformer_blocks.{i}.{name}" for i in range(depth) for name in within)]
+    tables = {f"transformer_blocks.{i}.{TABLE}" for i in range(depth)}
+    return tables | {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
 def config_from_diffusers(config: dict) -> dict:
     """DiT's arguments for a config.json of diffusers' DiT, whoever wrote it.
 
@@ -96,6 +105,8 @@ def config_from_diffusers(config: dict) -> dict:
         "norm_type": "ada_norm_zero",
     }  # fmt: skip
     differing = [f"{key} {config[key]!r}" for key, value in other.items() if config.get(key, value) != value]
+    if config.get("norm_eps", NORM_EPS[1]) not in NORM_EPS:
+        differing.append(f"norm_eps {config['norm_eps']}")
     if out_channels not in (channels, 2 * channels):
         differing.append(f"out_channels {out_channels} for {channels} in_channels")
     if differing:
@@ -105,7 +116,7 @@ def config_from_diffusers(config: dict) -> dict:
         hidden_size=heads * width, depth=config.get("num_layers", 28), num_heads=heads, mlp_ratio=4.0,
         class_dropout_prob=0.1, num_classes=classes, learn_sigma=out_channels == 2 * channels, block="adaln_zero",
     )  # fmt: skip
-    own = config.get(OWN) or read
+    own = config.get(OWN, read)
     contradicted = [key for key in read if key not in ("num_classes", "class_dropout_prob") and own.get(key) != read[key]]
     if contradicted or not 0 < own["num_classes"] <= classes:
         raise ValueError(f"the configuration contradicts itself: {', '.join(contradicted) or 'num_classes'} under {OWN}")
@@ -115,8 +126,12 @@ def config_from_diffusers(config: dict) -> dict:
 def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
     """The state dict of the DiT with this configuration for that of diffusers' network.
 
-    Raises ValueError if tensors are missing, or if the blocks differ in an embedder, of which a DiT has one.
+    Raises ValueError if tensors are missing or left over, or if the blocks differ in an embedder, of which a DiT has one.
     """
+    known = names_in_diffusers(config["depth"])
+    left = [name for name in tensors if name not in known and name != "pos_embed.pos_embed"]
+    if left:
+        raise ValueError(f"the weights of diffusers' network have more than its configuration: {', '.join(left[:4])}")
     blocks = [f"transformer_blocks.{i}" for i in range(config["depth"])]
     try:
         _check_embedders(tensors, blocks)
@@ -135,7 +150,7 @@ def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
         raise ValueError(f"the weights of diffusers' network lack {error.args[0]}") from None
     side = config["input_size"] // config["patch_size"]
     position = torch.from_numpy(get_2d_sincos_pos_embed(config["hidden_size"], side))
-    return ours | {"pos_embed": position[None].to(table.dtype)}  # (1, T, D)
+    return ours | {"pos_embed": position[None].float()}  # (1, T, D)
 
 
 def _check_embedders(tensors, blocks):

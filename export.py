@@ -1,18 +1,19 @@
 """Write a checkpoint in a form that others read: a folder for the Hugging Face hub, a pipeline of diffusers, or one file.
 
     python export.py --ckpt results/000-DiT-XL-2 --output my-dit                              # for the hub, with a model card
-    python export.py --ckpt results/000-DiT-XL-2 --vae ema --format diffusers --output my-pipeline
+    python export.py --ckpt results/000-DiT-XL-2 --format diffusers --output my-pipeline
     python export.py --ckpt my-pipeline --format safetensors --output dit.safetensors         # and back
 
---ckpt takes whatever sample.py takes, so also what this script wrote, and pipelines of diffusers.
+--ckpt takes whatever sample.py takes, so also what this script wrote, and pipelines of diffusers. The autoencoder is the one
+that the checkpoint names; where it names none, --vae does.
 """
 
 import argparse
 from pathlib import Path
 
-from checkpoints import load_weights, save_weights
+from checkpoints import Weights, load_weights, save_weights
 from hub import export_diffusers, save_pretrained
-from sampling import build_network, class_names, find_checkpoint
+from sampling import build_network, check_writable, choose_vae, class_names, find_checkpoint
 from sampling_flags import add_network_flags
 from vae import latent_shape, load_vae
 
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="hub: model.safetensors, config.json and a model card; diffusers: a DiTPipeline, autoencoder included; "
         "safetensors: one file (default: %(default)s)",
     )
-    add_network_flags(parser, vae="ema")
+    add_network_flags(parser, vae=None)
     return parser
 
 
@@ -48,17 +49,32 @@ def main(argv: list[str] | None = None) -> None:
 
 def write(args: argparse.Namespace) -> None:
     """Write what the flags ask for. Raises ValueError, or OSError where the disk refuses."""
-    if Path(args.output).exists():
-        raise ValueError(f"--output {args.output} exists already; give another name")
+    output = Path(args.output)
+    if output.exists():
+        raise ValueError(f"--output {output} exists already; give another name")
+    if args.format == "safetensors":
+        check_writable(output)
+        if output.suffix != ".safetensors":
+            raise ValueError(f"--output {output} is to be one file; give a name that ends in .safetensors")
     checkpoint = find_checkpoint(args)
     weights = load_weights(checkpoint, args.weights)
+    args.vae = trained_with(args, checkpoint, weights)
     network, classes = build_network(args, weights, latent_shape(args.vae)), class_names(args, weights)
     if args.format == "diffusers":
-        export_diffusers(network, load_vae(args.vae), args.output, classes)
+        export_diffusers(network, load_vae(args.vae), output, classes)
     elif args.format == "hub":
-        save_pretrained(network, args.output, classes, weights.training, args.vae)
+        save_pretrained(network, output, classes, weights.training, args.vae)
     else:
-        save_weights(Path(args.output), weights._replace(tensors=network.state_dict(), config=network.config, classes=classes))
+        save_weights(output, Weights(network.state_dict(), network.config, classes))
+
+
+def trained_with(args: argparse.Namespace, checkpoint: Path, weights: Weights) -> str:
+    """The autoencoder's name: --vae, the pipeline's own, or what the checkpoint says. Raises ValueError if nobody says it."""
+    recorded = ((weights.training or {}).get("args") or {}).get("vae")
+    vae = choose_vae(args, checkpoint) or recorded or ("ema" if args.ckpt is None else None)
+    if vae is None:
+        raise ValueError(f"{args.ckpt} does not say behind which autoencoder it was trained; pass --vae")
+    return vae
 
 
 if __name__ == "__main__":

@@ -9,18 +9,21 @@ from contextlib import contextmanager
 import json
 from pathlib import Path
 import re
-import shutil
+from tempfile import TemporaryDirectory
 
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 import torch
 
-from checkpoints import OUR_CLASS, PRETRAINED, Weights, check_fits, id2label, load_weights, save_weights
-from diffusers_format import OWN, config_to_diffusers, to_diffusers
+from checkpoints import (
+    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, id2label, load_weights, save_weights, weights_file,
+)  # fmt: skip
+from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers, to_diffusers
 from models import DiT
 from vae import LatentSpace, Space
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["config.json", PRETRAINED, "model_index.json", "transformer/*"]  # what is needed of a repository
+# What is needed of a repository on the hub.
+HUB_FILES = ["config.json", PRETRAINED, "diffusion_pytorch_model.*", "model_index.json", "transformer/*", "vae/*"]
 TRAINED_STEPS = 1000
 
 
@@ -81,6 +84,7 @@ def save_pretrained(
     For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder. Raises ValueError if the
     folder has files already, or cannot be written.
     """
+    check_classes(classes, network.config, "the network")
     with _new_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
         save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
@@ -100,9 +104,10 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
         raise ValueError("diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported")
     if space.shift:
         raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
+    check_classes(classes, network.config, "the network")
     config = config_to_diffusers(network.config)
     transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
-    transformer.register_to_config(**config)
+    transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
     transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))  # strict: every weight of theirs is given
     scheduler = DDIMScheduler(
         num_train_timesteps=TRAINED_STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
@@ -131,8 +136,11 @@ def load_exported(folder: Path | str) -> DiTPipeline:
 def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
     """(network, class names or None) of a DiT in diffusers' format: a pipeline's folder, its transformer/, or OWNER/NAME.
 
-    Its autoencoder is the folder's vae/. Raises ValueError if it is no DiT, or its blocks have embedders of their own.
+    Its autoencoder is the folder's vae/. Raises ValueError if it is none, or its blocks have embedders of their own.
     """
+    file = weights_file(local_path(folder)).with_name("config.json")
+    if not file.is_file() or not is_diffusers(json.loads(file.read_text(encoding="utf-8"))):
+        raise ValueError(f"{folder} is no DiT of diffusers; load_pretrained reads everything else")
     return load_pretrained(folder)
 
 
@@ -140,20 +148,19 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
 def _new_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give another name")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists already; give another name")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            partial = Path(temporary) / folder.name
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
     except OSError as error:
         raise ValueError(f"cannot write {folder} ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 CARD = """---
@@ -167,7 +174,7 @@ tags:
 # {title}
 
 A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), {parameters:,} parameters, that makes
-{what}.
+{what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not read it.
 
 | | |
 |---|---|
@@ -175,20 +182,22 @@ A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09
 
 ## Use
 
+In a clone of REPOSITORY, after `pip install .`:
+
+```bash
+python sample.py --ckpt OWNER/NAME --vae {vae}
+```
+
 ```python
 from hub import load_pretrained
 
 network, classes = load_pretrained("OWNER/NAME")   # or a path to this folder
 ```
 
-```bash
-python sample.py --ckpt OWNER/NAME --vae {vae}
-```
-
 ## Data, evaluation, licence
 
-To be filled in by whoever publishes this: what it was trained on, how good its samples are and how that was measured, what it
-must not be used for, and under which licence it is given.
+To be filled in by whoever publishes this: REPOSITORY, OWNER/NAME and, if it stands above, VAE; what it was trained on, how good
+its samples are and how that was measured, what it must not be used for, and under which licence it is given.
 """
 
 
@@ -204,9 +213,10 @@ def model_card(
     if classes:
         rows["classes"] = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
     vae = vae or args.get("vae", "VAE")
+    vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
     return CARD.format(
         title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
         task="unconditional-image-generation" if not config["num_classes"] else "other",
         what=f"images of {config['num_classes']} classes" if config["num_classes"] else "images",
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        rows="\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '&#124;')} |" for key, value in rows.items()),
     )  # fmt: skip

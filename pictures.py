@@ -4,7 +4,6 @@ Images are uint8 arrays (N, H, W, 3).
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 import json
 from pathlib import Path
 
@@ -16,6 +15,8 @@ LEAST_TILE = 96  # smaller images are enlarged in the picture by a whole factor,
 MARGIN, FONT_SIZE = 4, 12
 GIF_MOMENTS, STRIP_MOMENTS = 30, 8  # of a trajectory: how many are shown in an animation, how many in a strip
 FRAME_MS, LAST_FRAME_MS = 120, 2000
+ENDINGS = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LONGEST_TEXT = 200  # characters of a caption that are looked at
 SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
 
 
@@ -39,20 +40,18 @@ def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) ->
         left = MARGIN + i % per_row * (width + MARGIN)
         top = MARGIN + i // per_row * (height + strip + MARGIN)
         canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        text = " ".join(text[:LONGEST_TEXT].split())
         while font.getlength(text) > width and len(text) > 1:
             text = text[:-2] + "…"
-        text = " ".join(text.split())
         pen.text((left + width / 2, top + height + 1), text, fill="black", font=font, anchor="mt")
     return canvas
 
 
 def ending(path: Path | str) -> str:
-    """The format that a file's name asks for: its ending, with the dot. Raises ValueError if it is none for images."""
-    found = "." + str(path).rsplit(".", 1)[-1].lower() if "." in str(path) else ""
-    try:
-        Image.new("RGB", (1, 1)).save(BytesIO(), format=Image.registered_extensions()[found])
-    except (KeyError, OSError):
-        raise ValueError(f"{path}: {found or 'no ending'} is not an image format; use .png") from None
+    """The format that a file's name asks for: its ending, with the dot. Raises ValueError if it is none of ENDINGS."""
+    found = Path(path).suffix.lower()
+    if found not in ENDINGS:
+        raise ValueError(f"{path}: {found or 'no ending'} is not an image format here; use .png, or {', '.join(ENDINGS[1:])}")
     return found
 
 

@@ -67,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with tf32(args.tf32):
             images, frames = sample(sampler, labels, args.seed, device, shown)
-    except ValueError as error:
+        texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
+        save(picture(images, texts), args.output, settings(args, labels))
+        print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
+        if args.trajectory:
+            save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)
+            print(f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps")
+    except (ValueError, OSError) as error:  # Pillow's, too, of a picture that is too large for its format
         parser.exit(1, f"sample.py: error: {error}\n")
-    texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
-    save(picture(images, texts), args.output, settings(args, labels))
-    print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
-    if args.trajectory:
-        save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)
-        print(f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps")
 
 
 def settings(args: argparse.Namespace, labels: list[int]) -> dict:

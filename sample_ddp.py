@@ -37,7 +37,7 @@ from checkpoints import file_hash, list_checkpoints, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from runs import LATER
-from sampling import Sampler, find_checkpoint, label_index, label_names, load_sampler, random_labels
+from sampling import Sampler, choose_vae, find_checkpoint, label_index, label_names, load_sampler, random_labels
 from sampling_flags import add_sampling_flags, check_sampling_flags
 from vae import vae_hashes
 
@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"checkpoint itself, {weights_file(args.ckpt)}"
             )
         checkpoint = find_checkpoint(args) if args.ckpt is not None else None
+        if checkpoint is not None:
+            args.vae = choose_vae(args, checkpoint)
         before = stamps(checkpoint, args.vae)
         sampler = load_sampler(args, device, checkpoint)
         labels = all_labels(args, sampler)

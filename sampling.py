@@ -224,6 +224,16 @@ def find_checkpoint(args: Namespace) -> Path:
     return weights_file(local_path(args.ckpt))
 
 
+def choose_vae(args: Namespace, checkpoint: Path) -> str:
+    """The name of the VAE: that of --vae if it was given, else that of the pipeline of diffusers in which the checkpoint is,
+    else the default.
+    """
+    pipeline = checkpoint.absolute().parents[1]
+    beside = pipeline / "vae"
+    is_pipeline = (pipeline / "model_index.json").is_file() and checkpoint.absolute().parent.name == "transformer"
+    return str(beside) if is_pipeline and beside.is_dir() and "vae" not in getattr(args, "said", ()) else args.vae
+
+
 def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None = None) -> Sampler:
     """The Sampler that the flags ask for, of this checkpoint if one is given. What can be wrong is found before the VAE's
     weights are loaded.
@@ -234,8 +244,9 @@ def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None 
     if args.ckpt is None:
         shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
     checkpoint = checkpoint or find_checkpoint(args)
+    args.vae = choose_vae(args, checkpoint)
     weights = load_weights(checkpoint, args.weights)
-    network = build_network(args, weights, shape).to(device)
+    network = build_network(args, weights, latent_shape(args.vae)).to(device)
     names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision", "cfg_interval")
     options = {name: getattr(args, name) for name in names}
     sampler = Sampler(network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint, **options)
@@ -394,20 +405,26 @@ def label_indices(texts: Iterable[str], num_classes: int, classes: list[str] | N
     return [label_index(text, num_classes, names) for text in texts]
 
 
-def label_names(classes: list[str] | None) -> dict[str, int]:
-    """{name: index} of every name that a class may be called by."""
-    return {name: i for written in (readable(classes), classes) for i, name in enumerate(written or [])}
+def label_names(classes: list[str] | None) -> dict[str, set[int]]:
+    """{name: indices} of every name that a class may be called by; ImageNet has two classes called crane."""
+    names: dict[str, set[int]] = {}
+    for written in (readable(classes), classes):
+        for i, name in enumerate(written or []):
+            names.setdefault(name, set()).add(i)
+    return names
 
 
-def label_index(text: str, num_classes: int, names: dict[str, int]) -> int:
+def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
     """The class index for a label that a user wrote; a number wins over a name that looks like one. Raises ValueError."""
     number = int(text) if text.isdecimal() else -1
-    label = number if 0 <= number < num_classes else names.get(text)
-    if label is None:
+    found = {number} if 0 <= number < num_classes else names.get(text, set())
+    if len(found) > 1:
+        raise ValueError(f"{text}: several classes have that name; give the number, {' or '.join(map(str, sorted(found)))}")
+    if not found:
         some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
         known = f" or one of the names {some}" if names else ""
         raise ValueError(f"{text}: give a number from 0 to {num_classes - 1}{known}")
-    return label
+    return next(iter(found))
 
 
 def check_writable(path: Path | str) -> None:

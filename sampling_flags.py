@@ -40,7 +40,11 @@ def add_network_flags(
         help="which of the checkpoint's weights (default: %(default)s)",
     )
     network.add_argument(
-        "--vae", default=vae, help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)"
+        "--vae",
+        action=Said,
+        default=vae,
+        help="ema, mse, a hub id, a local folder, or none for pixels (default: "
+        f"{vae or 'the one that the checkpoint names'}; of a pipeline of diffusers its own)",
     )
     bare = parser.add_argument_group("network, for checkpoints that do not say")
     bare.add_argument(

@@ -173,15 +173,17 @@ def test_commands_run_one_after_the_other(page, copy):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_blocks_are_of_kinds_that_are_looked_at(page):
-    """Commands stand in bash blocks; Python runs, with networks that hold no weights."""
+def test_blocks_are_of_kinds_that_are_looked_at(page, tmp_path, monkeypatch):
+    """Commands stand in bash blocks; Python runs, with networks that hold no weights where they are built."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for kind, text in blocks:
         assert kind in ("bash", "python") or (
             not kind and not re.search(r"^\W*(python|torchrun|pip|make) ", text, re.MULTILINE)
         )
         if kind == "python":
-            with torch.device("meta"):
+            with torch.device("meta" if "DiT_models[" in text else "cpu"):
                 exec(text, {})
 
 

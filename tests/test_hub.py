@@ -131,6 +131,16 @@ def test_import_undoes_export(exported):
     assert load_weights(exported / "transformer").classes == NAMES  # the folder within is as good
 
 
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}])
+def test_import_of_what_diffusers_saved_again(exported, tmp_path, options):
+    DiTPipeline.from_pretrained(exported, torch_dtype=torch.float16).save_pretrained(tmp_path / "again", **options)
+    back, classes = hub.import_diffusers(tmp_path / "again")
+    assert back.config == network().config and classes == NAMES
+    halves = {name: value.half().float() for name, value in network().state_dict().items() if name != "pos_embed"}
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in halves.items())
+    assert torch.equal(back.pos_embed, network().pos_embed)  # computed, not read
+
+
 @pytest.fixture
 def stock_folder(tmp_path):
     """The folder of a network that diffusers made itself, every block with the first one's embedders."""
@@ -179,7 +189,13 @@ def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
     ({"activation_fn": "geglu"}, "is no DiT: activation_fn 'geglu'"),
     ({"out_channels": 5}, "is no DiT: out_channels 5 for 4 in_channels"),
     ({"num_layers": 3}, "lack transformer_blocks.2"),
-    ({"_class_name": "AutoencoderKL"}, "config.json: it is of AutoencoderKL, not of a DiT"),
+    ({"num_layers": 1}, "more than its configuration: transformer_blocks.1"),
+    ({"num_layers": 0}, "more than its configuration: transformer_blocks.0"),
+    ({"num_layers": "2"}, "no configuration of a DiT .TypeError"),
+    ({"norm_eps": 0.5}, "is no DiT: norm_eps 0.5"),
+    ({diffusers_format.OWN: []}, "no configuration of a DiT"),
+    ({diffusers_format.OWN: {}}, "contradicts itself"),
+    ({diffusers_format.OWN_CLASSES: ["a"] * 1001}, "has 1001 class names for 1000 classes"),
     ({diffusers_format.OWN: dict(CONFIG, depth=9)}, "contradicts itself: depth"),
     ({diffusers_format.OWN: dict(CONFIG, depth=2, num_classes=1001, mlp_ratio=4.0, learn_sigma=True, block="adaln_zero")},
      "contradicts itself: num_classes"),
@@ -189,7 +205,19 @@ def test_import_refuses_what_is_no_dit(stock_folder, change, message):
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        hub.import_diffusers(folder)
+        hub.load_pretrained(folder)
+
+
+def test_import_takes_diffusers_format_alone(tmp_path):
+    hub.save_pretrained(network(), tmp_path / "dit")
+    for other in (tmp_path / "dit", DIGITS / "dit.safetensors", DIGITS / "vae"):
+        with pytest.raises(ValueError, match="is no DiT of diffusers; load_pretrained reads everything else"):
+            hub.import_diffusers(other)
+
+
+def test_an_autoencoder_is_no_checkpoint():
+    with pytest.raises(ValueError, match="config.json: it is of AutoencoderKL, not of a DiT"):
+        hub.load_pretrained(DIGITS / "vae")
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -234,7 +262,9 @@ def test_card_says_what_the_checkpoint_says():
                  f"{sum(p.numel() for p in network().parameters()):,} parameters", "digit 0, digit 1"):  # fmt: skip
         assert said in card
     assert "/home/me" not in card
-    assert "that makes\nimages.\n" in hub.model_card(network(num_classes=0))
+    assert "--vae VAE\n" in hub.model_card(network(), vae=str(DIGITS / "vae"))  # a folder of this machine
+    assert "| classes | a&#124;b c |" in hub.model_card(network(), ["a|b\nc"])
+    assert "that makes\nimages. It is" in hub.model_card(network(num_classes=0))
 
 
 def test_config_beside_any_safetensors_file(tmp_path):
@@ -263,23 +293,40 @@ def test_broken_configurations(tmp_path, text, message):
         hub.load_pretrained(tmp_path / "dit")
 
 
-def test_folders_without_weights(tmp_path):
+def test_folders_without_weights(tmp_path, exported):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has config.json but no weights beside it: none of model.safetensors"):
+    with pytest.raises(ValueError, match="has config.json but none of model.safetensors.*shards"):
         weights_file(tmp_path)
+    DiTPipeline.from_pretrained(exported).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    with pytest.raises(ValueError, match="has config.json but none of model.safetensors.*shards"):
+        weights_file(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("classes, message", [
+    ("abc", "no list of texts"), ({"0": "a"}, "no list of texts"), ([1, 2], "no list of texts"),
+    (["a"] * 11, "11 class names for 10"),
+])  # fmt: skip
+def test_class_names_that_are_none(tmp_path, classes, message):
+    save_weights(tmp_path / "a.safetensors", Weights(network().state_dict(), network().config, classes))
+    with pytest.raises(ValueError, match=f"a.safetensors has .*{message}"):
+        load_weights(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        hub.save_pretrained(network(), tmp_path / "dit", classes)
+    assert not (tmp_path / "dit").exists()
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "dit").mkdir()
     hub.save_pretrained(network(), tmp_path / "dit")  # an empty folder may be filled
     before = (tmp_path / "dit" / PRETRAINED).stat()
+    (tmp_path / ".dit.partial").mkdir()  # somebody's
     with pytest.raises(ValueError, match="dit exists already; give another name"):
         hub.save_pretrained(network(), tmp_path / "dit")
     assert (tmp_path / "dit" / PRETRAINED).stat() == before
     monkeypatch.setattr(hub, "model_card", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hub.save_pretrained(network(), tmp_path / "other")
-    assert [p.name for p in tmp_path.iterdir()] == ["dit"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".dit.partial", "dit"]
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot write .*(Not a directory|File exists)"):
         hub.save_pretrained(network(), tmp_path / "file" / "dit")
@@ -336,12 +383,12 @@ def test_every_form_gives_the_same_picture(tmp_path, vae, exported):
     expected = picture(tmp_path, "--ckpt", tmp_path / "run.pt", "--vae", vae)
     export.main(["--ckpt", str(tmp_path / "run.pt"), "--vae", vae, "--output", str(tmp_path / "hub")])
     assert "| training steps | 3 |" in (tmp_path / "hub" / "README.md").read_text()
-    for form, ckpt in {"diffusers": tmp_path / "hub", "safetensors": tmp_path / "diffusers"}.items():
-        export.main(["--ckpt", str(ckpt), "--vae", vae, "--format", form, "--output", str(tmp_path / form)])
-    (tmp_path / "safetensors").rename(tmp_path / "one.safetensors")
+    pipeline, one = str(tmp_path / "diffusers"), str(tmp_path / "one.safetensors")
+    export.main(["--ckpt", str(tmp_path / "hub"), "--vae", vae, "--format", "diffusers", "--output", pipeline])
+    export.main(["--ckpt", pipeline, "--format", "safetensors", "--output", one])
     for ckpt in (tmp_path / "hub", tmp_path / "diffusers", tmp_path / "one.safetensors", exported, exported / "transformer"):
         assert np.array_equal(picture(tmp_path, "--ckpt", ckpt, "--vae", vae), expected)
-    assert np.array_equal(picture(tmp_path, "--ckpt", exported, "--vae", exported / "vae"), expected)
+    assert np.array_equal(picture(tmp_path, "--ckpt", exported), expected)  # with the pipeline's own autoencoder
 
 
 def test_export_says_what_is_wrong(tmp_path, vae, capsys):
@@ -349,11 +396,15 @@ def test_export_says_what_is_wrong(tmp_path, vae, capsys):
     hub.save_pretrained(network(num_classes=0), tmp_path / "none")
     ours = ["--ckpt", str(tmp_path / "dit"), "--vae", vae]
     none = ["--ckpt", str(tmp_path / "none"), "--vae", vae]
+    single = [*ours, "--format", "safetensors", "--output"]
     for flags, message in [
         ([*ours, "--output", str(tmp_path / "dit")], "dit exists already; give another name"),
         ([*ours, "--output", str(tmp_path / "a"), "--weights", "raw"], "no 'raw' weights"),
         ([*ours, "--output", str(tmp_path / "a"), "--format", "onnx"], "invalid choice: 'onnx'"),
         ([*ours, "--output", str(tmp_path / "a"), "--model", "DiT-S/2"], "--model is DiT-S/2, but"),
+        ([*ours[:2], "--output", str(tmp_path / "a")], "does not say behind which autoencoder it was trained; pass --vae"),
+        ([*single, str(tmp_path / "a")], "a name that ends in .safetensors"),
+        ([*single, str(tmp_path / "a" / "b.safetensors")], "cannot write"),
         ([*none, "--output", str(tmp_path / "a"), "--format", "diffusers"], "no classes"),
         (["--ckpt", str(tmp_path / "gone"), "--vae", vae, "--output", str(tmp_path / "a")], "there is no checkpoint"),
     ]:  # fmt: skip
@@ -362,6 +413,16 @@ def test_export_says_what_is_wrong(tmp_path, vae, capsys):
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and message in error and "Traceback" not in error
         assert not (tmp_path / "a").exists()
+
+
+def test_the_autoencoder_of_the_run_is_exported(tmp_path, vae):
+    ours = network()
+    contents = dict(ema=ours.state_dict(), model={}, config=ours.config, classes=NAMES, args={"vae": vae}, step=1)
+    save_checkpoint(tmp_path / "run.pt", contents)
+    export.main(["--ckpt", str(tmp_path / "run.pt"), "--format", "diffusers", "--output", str(tmp_path / "p")])
+    theirs, own = load_vae(str(tmp_path / "p" / "vae")), load_vae(vae)
+    assert theirs.scale == own.scale and theirs.shape == own.shape
+    assert all(torch.equal(a, b) for a, b in zip(theirs.autoencoder.parameters(), own.autoencoder.parameters(), strict=True))
 
 
 def test_export_as_a_script(tmp_path):

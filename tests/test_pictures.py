@@ -122,6 +122,7 @@ def test_moments_are_spread_from_first_to_last(steps, path, expected):
 @pytest.mark.parametrize("flags, message", [
     (["--trajectory", "a.xyz"], "--trajectory: a.xyz: .xyz is not an image format"),
     (["--trajectory", "no/a.gif"], "--trajectory: cannot write no/a.gif"),
+    (["--output", "a.ico"], "--output: a.ico: .ico is not an image format here; use .png"),
     (["--trajectory", "."], "--trajectory: . is a folder"),
     (["--trajectory", "x.png", "--output", "./x.png"], "--trajectory and --output are both ./x.png; give two files"),
 ])  # fmt: skip
@@ -140,6 +141,16 @@ def test_settings_are_in_the_picture(tmp_path, ckpt):
     assert settings["ckpt"] == ckpt and "said" not in settings
     save(Image.new("RGB", (2, 2)), tmp_path / "a.jpg", {"seed": 1})  # which has no place for them
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+
+
+def test_a_picture_too_large_for_its_format_is_one_message(tmp_path, ckpt, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sampled(tmp_path, ckpt, "--trajectory", str(tmp_path / "a.webp"), "--class-labels", *["0"] * 150, "--steps", "1")
+    assert stopped.value.code == 1 and "sample.py: error: " in capsys.readouterr().err
+
+
+def test_a_long_name_takes_no_time():
+    assert picture(np.zeros((1, 96, 96, 3), np.uint8), ["name " * 100_000]).size == (104, 120)
 
 
 def test_strip_of_images_without_names(tmp_path):

@@ -53,12 +53,17 @@ def test_flags_of_documented_commands_exist(door, arguments, launcher):
     get_args_parser().parse_args([*launcher, "script.py"])
 
 
-def test_python_in_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+    code, from_checkpoint = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     with torch.device("meta"):
         exec(code, names)
     assert names["network"].null_label == 1000 and names["diffusion"].num_timesteps == 250
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(from_checkpoint, names)
+    assert names["latents"].shape == (3, 4, 4, 4) and names["images"].shape == (3, 32, 32, 3)
+    assert Image.open("three.png").size == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,10 @@ def test_folder_names_of_imagenet_are_shown_and_understood_as_words():
     assert readable(synsets) == ["golden retriever", "golf ball"]
     assert label_indices(["golf ball", "n02099601", "1"], 2, synsets) == [1, 0, 1]
     assert readable(["n00000000"]) == ["n00000000"]
+    cranes = ["n02012849", "n03126707"]  # a bird and a machine
+    assert readable(cranes) == ["crane", "crane"] and label_indices(["n03126707"], 2, cranes) == [1]
+    with pytest.raises(ValueError, match="crane: several classes have that name; give the number, 0 or 1"):
+        label_indices(["crane"], 2, cranes)
     for classes in (None, NAMES, [*synsets, "my sofa"]):
         assert readable(classes) == classes
 
