@@ -129,12 +129,12 @@ def check_classes(classes: object, config: dict | None, origin: Path | str) -> N
 
 def _configured(weights, file):
     """Weights with what a config.json says, and as ours if it is diffusers'. Raises ValueError if it is of another network."""
-    config = _read_json(file)
+    config = read_json(file)
     name = config.get("_class_name", OUR_CLASS)
     try:
         if is_diffusers(config):
             theirs, config, pipeline = config, config_from_diffusers(config), file.parent.parent / "model_index.json"
-            named = names_of(_read_json(pipeline)) if pipeline.is_file() else None
+            named = names_of(read_json(pipeline)) if pipeline.is_file() else None
             return Weights(from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES))
         if name != OUR_CLASS:
             raise ValueError(f"it is of {name}, not of a DiT")
@@ -160,7 +160,8 @@ def id2label(classes: Iterable[str]) -> dict[str, str]:
     return {str(i): name for i, name in enumerate(classes)}
 
 
-def _read_json(file):
+def read_json(file: Path) -> dict:
+    """The dict in a JSON file. Raises ValueError if it cannot be read or holds something else."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -383,10 +384,20 @@ def save_checkpoint(path: Path | str, contents: dict) -> None:
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at all."""
+    """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at all.
+
+    Raises OSError, with the reason, if it cannot be written.
+    """
     metadata = {"config": json.dumps(weights.config), "classes": json.dumps(weights.classes)}
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
-    write_whole(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+    def write(temporary):
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from None
+
+    write_whole(Path(path), write)
 
 
 def file_hash(path: Path | str) -> str:

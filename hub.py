@@ -15,16 +15,16 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 import torch
 
 from checkpoints import (
-    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, id2label, load_weights, save_weights, weights_file,
+    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, id2label, load_weights, read_json, save_weights, weights_file,
 )  # fmt: skip
 from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers, to_diffusers
+from diffusion import create_diffusion
 from models import DiT
 from vae import LatentSpace, Space
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is needed of a repository on the hub.
 HUB_FILES = ["config.json", PRETRAINED, "diffusion_pytorch_model.*", "model_index.json", "transformer/*", "vae/*"]
-TRAINED_STEPS = 1000
 
 
 def local_path(name: Path | str) -> Path:
@@ -109,9 +109,10 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
     transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
     transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
     transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))  # strict: every weight of theirs is given
+    betas = create_diffusion("").betas
     scheduler = DDIMScheduler(
-        num_train_timesteps=TRAINED_STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
-        set_alpha_to_one=True, timestep_spacing="leading",
+        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]), beta_schedule="linear",
+        clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
     )  # fmt: skip
     with _new_folder(folder) as partial:
         DiTPipeline(transformer.eval(), space.autoencoder, scheduler).save_pretrained(partial)
@@ -139,7 +140,7 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
     Its autoencoder is the folder's vae/. Raises ValueError if it is none, or its blocks have embedders of their own.
     """
     file = weights_file(local_path(folder)).with_name("config.json")
-    if not file.is_file() or not is_diffusers(json.loads(file.read_text(encoding="utf-8"))):
+    if not file.is_file() or not is_diffusers(read_json(file)):
         raise ValueError(f"{folder} is no DiT of diffusers; load_pretrained reads everything else")
     return load_pretrained(folder)
 

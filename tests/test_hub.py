@@ -327,6 +327,8 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, monkeypat
     with pytest.raises(ZeroDivisionError):
         hub.save_pretrained(network(), tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".dit.partial", "dit"]
+    with pytest.raises(OSError, match="(?i)no such file"):
+        save_weights(tmp_path / "no" / "a.safetensors", Weights(network().state_dict(), None, None))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot write .*(Not a directory|File exists)"):
         hub.save_pretrained(network(), tmp_path / "file" / "dit")
