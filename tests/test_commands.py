@@ -30,7 +30,7 @@ NEEDS = {
     "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared",
     "somebody's photos": r"photos",
     "a network trained on ImageNet": r"results/000-DiT-XL-2",
-    "released weights": r"^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
+    "released weights": r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",
 }
 # What makes a command short enough for a test: flags after its own.
@@ -43,7 +43,7 @@ SHORTER = {
 }
 # What must be there when a page has been run.
 LEAVES = {
-    "README.md": [],
+    "README.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/architecture.md": [],
     "docs/evaluation.md": ["samples/*.npz"],
     "docs/migrating.md": [
@@ -52,6 +52,7 @@ LEAVES = {
         "digits-back.safetensors",
         "sample.png",
     ],
+    "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png"],
     "docs/own-data.md": ["digits-runs/*/previews/0000040.png", "digits-runs/sample.png", "digits-samples/*.npz"],
     "examples/digits/README.md": [
         "sample.png",
