@@ -22,7 +22,7 @@ import torch
 
 from devices import choose_device, tf32
 from models import DiT
-from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, picture, save, spread, strip
+from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, picture, save, strip
 from sampling import SOLVERS, ImageNoise, Sampler, load_sampler, readable
 from sampling_flags import add_network_flags, check_sampling_flags
 
@@ -168,8 +168,8 @@ def draw(
     noise_fn = ImageNoise(seed, range(len(labels)), device)
     noise = noise_fn(torch.empty(len(labels), *sampler.latent, device=device))
     steps, frames = len(sampler.steps()), []
-    in_strip = spread(steps, STRIP_MOMENTS)
-    previewed = {*spread(steps, GIF_MOMENTS), *in_strip}
+    in_strip = evenly(steps, STRIP_MOMENTS)
+    previewed = {*evenly(steps, GIF_MOMENTS), *in_strip}
     for i, out in enumerate(sampler.trajectory(torch.tensor(labels, device=device), noise, noise_fn)):
         if i in previewed:
             images = sampler.decode(out["pred_xstart"]).cpu().numpy()

@@ -65,14 +65,14 @@ def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
     canvas.save(path, pnginfo=entries)
 
 
-def spread(steps: int, most: int) -> list[int]:
+def evenly(steps: int, most: int) -> list[int]:
     """The indices of at most `most` of so many steps, evenly spread from the first to the last."""
     return sorted(set(np.linspace(0, steps - 1, min(steps, most)).round().astype(int).tolist()))
 
 
 def moments(steps: int, path: Path | str) -> list[int]:
     """Which of so many steps are shown in the file `path`: their indices, evenly spread from the first to the last."""
-    return spread(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
+    return evenly(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
 
 
 def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:

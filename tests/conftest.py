@@ -54,6 +54,20 @@ def smooth_eps_and_v(x, t, **_):
 
 
 @pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A folder with an autoencoder of ratio 2 and random weights."""
+    folder = tmp_path_factory.mktemp("vae")
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[4, 8],
+        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=8,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """A file of torch-fidelity's Inception weights, random ones: the trained ones cannot be had without a network."""
     pytest.importorskip("torch_fidelity", reason="Inception comes with torch-fidelity: pip install .[evaluate]")

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel
 import huggingface_hub.constants
 import numpy as np
 from PIL import Image
@@ -26,18 +26,6 @@ from vae import PixelSpace, load_vae, to_uint8
 CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=3, num_heads=2, num_classes=10)
 NAMES = [f"digit {i}" for i in range(10)]
 DIGITS = ROOT / "examples" / "digits"
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    """A folder with an autoencoder of ratio 2 and random weights."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[4, 8],
-        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=8, scaling_factor=0.7,
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
 
 
 def network(**changes):

@@ -34,18 +34,6 @@ NAMES = [f"digit {i}" for i in range(10)]
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    """A folder with an autoencoder of ratio 2 and random weights."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[4, 8],
-        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=8,
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     """A checkpoint with configuration and class names, of random weights."""
     path = tmp_path_factory.mktemp("ckpt") / "dit.safetensors"
