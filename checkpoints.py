@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from diffusers_format import OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
+from diffusers_format import LABEL_TABLE, OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
 from models import DiT
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
@@ -305,9 +305,6 @@ def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
         raise ValueError(f"{origin} has blocks of the design {theirs}, the network here {ours}; pass --block {theirs}")
-
-
-LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 def adapt(weights: Weights, network: DiT, labels: str | dict[int, int], origin: Path | str) -> Tensors:

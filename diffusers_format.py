@@ -29,7 +29,7 @@ EMBEDDERS = {  # in every block of theirs, once in ours
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
 }
-TABLE, OUR_TABLE = "norm1.emb.class_embedder.embedding_table.weight", "y_embedder.embedding_table.weight"
+TABLE, LABEL_TABLE = "norm1.emb.class_embedder.embedding_table.weight", "y_embedder.embedding_table.weight"
 PARTS = [f"attn1.{part}" for part in ("to_q", "to_k", "to_v")]
 
 
@@ -67,7 +67,7 @@ def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
 
 def to_diffusers(tensors: Tensors, config: dict, null_label: int = NULL_LABEL) -> Tensors:
     """The state dict of diffusers' network for that of a DiT with this configuration; null_label as in config_to_diffusers."""
-    null, own_table = config["num_classes"], tensors[OUR_TABLE]
+    null, own_table = config["num_classes"], tensors[LABEL_TABLE]
     table = own_table.new_zeros(null_label + 1, own_table.shape[1])  # (1001, D), zero where there is no class
     table[:null], table[null_label] = own_table[:null], own_table[null]
     pairs = dict(WHOLE)
@@ -139,7 +139,7 @@ def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
         null = torch.cat([table[: config["num_classes"]], table[-1:]])  # (num_classes + 1, D)
         pairs = {ours: name for name, ours in WHOLE.items()}
         pairs |= {ours: f"{blocks[0]}.{name}" for name, ours in EMBEDDERS.items()}
-        ours = {OUR_TABLE: null}
+        ours = {LABEL_TABLE: null}
         for i, there in enumerate(blocks):
             pairs |= {f"blocks.{i}.{here}": f"{there}.{name}" for name, here in BLOCK.items()}
             for kind in ("weight", "bias"):

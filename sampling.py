@@ -190,12 +190,6 @@ class Sampler:
             last = out["sample"]
         return last
 
-    def images(
-        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like, progress: bool = False
-    ) -> Tensor:
-        """Images uint8 (N, H, W, 3) on the device; arguments as for `latents`. Raises ValueError if they are not finite."""
-        return self.decode(self.latents(labels, noise, noise_fn, progress))
-
     def numbered_latents(self, seed: int, indices: Sequence[int], labels: Tensor) -> Tensor:
         """Latents (N, C, h, w) of the images with these indices, each of which depends on (seed, index) and its label alone."""
         noise_fn = ImageNoise(seed, indices, labels.device)

@@ -148,7 +148,7 @@ def test_no_guidance_means_no_doubled_batch():
     network = fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval()
     network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     for scale in (1.0, 2.0):
-        Sampler(network, PixelSpace(), None, 2, cfg_scale=scale).images(
+        Sampler(network, PixelSpace(), None, 2, cfg_scale=scale).latents(
             torch.tensor([0, 1, 2]), torch.randn(3, 3, 4, 4)
         )
     assert sizes == [3, 3, 6, 6]
@@ -268,7 +268,7 @@ BAD = [
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_a_mistake_gets_one_message_before_sampling(tmp_path, capsys, monkeypatch, vae, ckpt, flags, message):
-    monkeypatch.setattr(Sampler, "images", lambda *_: pytest.fail("sampling began"))
+    monkeypatch.setattr(Sampler, "trajectory", lambda *_: pytest.fail("sampling began"))
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--ckpt", ckpt, "--vae", vae, "--device", "cpu", "--output", str(tmp_path / "o.png"), *flags])

@@ -268,7 +268,7 @@ def test_lower_precision_draws_the_same_digits(sampler, steps, digits):
         net = load()
         prepare(net, precision)
         fast = Sampler(net, space, None, steps, sampler, cfg_scale=1.5, mixed_precision=precision)
-        images[precision] = fast.images(labels, noise)
+        images[precision] = fast.decode(fast.latents(labels, noise))
     assert 0 < grey(images["bf16"], images["no"]) < 2 and 0 < grey(images["fp16"], images["no"]) < 2
 
 
@@ -301,7 +301,7 @@ def test_compiled_networks_draw_the_same_digits(sampler, steps, digits):
             fast = Sampler(
                 net, space, None, steps, sampler, cfg_scale=1.5, mixed_precision=precision, cfg_interval=(0.3, 0.7)
             )
-            images.append(fast.images(labels, noise))
+            images.append(fast.decode(fast.latents(labels, noise)))
         assert grey(*images) < bar
 
 
@@ -324,7 +324,7 @@ def test_a_gpu_with_graphs_draws_the_digits_of_float32(precision, digits):
             cfg_interval=(0.2, 1.0),
             mixed_precision=precision if fast else "no",
         )
-        images.append(sampler.images(labels.cuda(), noise.cuda()))
+        images.append(sampler.decode(sampler.latents(labels.cuda(), noise.cuda())))
     assert grey(*images) < 2
 
 
