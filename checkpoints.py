@@ -411,9 +411,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
-        _to_disk(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except Exception as error:
         temporary.unlink(missing_ok=True)
         reason: BaseException | None = error
@@ -422,7 +422,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise (reason or error) from None
 
 
-def _to_disk(path):
+def to_disk(path: Path) -> None:
+    """Bring what is known of a file or folder safely to disk. Raises OSError if the disk refuses."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

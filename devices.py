@@ -10,7 +10,7 @@ import torch
 def process_device(name: str | None) -> torch.device:
     """choose_device for one process of several: by default, and for "cuda", the GPU of its rank on this machine."""
     if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     return choose_device(name)
 
 

@@ -29,6 +29,7 @@ from image_sets import (
 )  # fmt: skip
 from metrics import NEIGHBOURS, SPLIT, score
 from sampling import check_writable
+from surroundings import check_accelerate, own_place
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # others wait this long while one fetches Inception or reads from a slow disk
 LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check_arguments(args)
+        check_accelerate()
+        own_place()
         no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         accelerator = Accelerator(
             cpu=args.device == "cpu" or no_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
@@ -170,7 +173,7 @@ def check_samples(samples: Side) -> list[str]:
             f"--samples {samples.path} holds {count} images, its manifest.json says {wanted}: give the same sample_ddp.py "
             "command again, which goes on, or take out what does not belong there"
         )
-    notes, folders = [], samples.images.folders
+    notes, folders = list(samples.images.notes), samples.images.folders
     if folders > 1:
         notes.append(f"samples come from {folders} folders at or below {samples.path}")
     if samples.statistics or samples.spatial:

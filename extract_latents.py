@@ -11,6 +11,7 @@ on where it stopped; the result is the same on any number of processes.
 """
 
 import argparse
+from contextlib import closing
 from io import BytesIO
 import json
 import os
@@ -22,15 +23,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from checkpoints import write_whole
-from data import ImageDataset, Listing, list_images, make_loader
+from checkpoints import read_json, write_whole
+from data import ImageDataset, Listing, list_images, make_loader, open_cache, read, unreadable
 from devices import process_device, tf32
+from presence import Presence
+from surroundings import Place, check_accelerate, own_place
 from vae import LatentSpace, from_uint8, latent_shape, load_vae, vae_hashes
 
 CHUNK = 64  # images that are encoded, written and checksummed together
 POLL_SECONDS = 1
-# torchrun tells each process its place. They share work by it and speak through files only, so none can time out.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TELL_SECONDS = 60  # between lines on what is waited for
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
             print(f"{args.verify}: every checksum is right")
             return
+        check_accelerate()
+        place = own_place()
         check_arguments(args)
         device = process_device(args.device)
         listing = list_images(args.data_path, args.num_classes)
@@ -76,16 +80,22 @@ def main(argv: list[str] | None = None) -> None:
         assert isinstance(space, LatentSpace)  # check_arguments refuses pixels
         folder = Path(args.output)
         plan = describe(args, listing, space)
-        open_folder(folder, plan)
+        open_folder(folder, plan, place)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
-        with tf32(args.tf32):
-            encode_share(args, listing, space, folder, plan, device)
-        if RANK == 0:
-            finish(folder, plan)
-            print(f"{plan['images']} images in {folder}")
-    except (ValueError, OSError) as error:
+        for note in listing.notes if place.rank == 0 else ():
+            print(f"note: {note}", flush=True)
+        with Presence(folder, place) as presence:
+            with tf32(args.tf32):
+                encode_share(args, listing, space, folder, plan, device, place)
+            if place.rank == 0:
+                finish(folder, plan, presence)
+                print(f"{plan['images']} images in {folder}")
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror or error}"
+        parser.exit(1, f"extract_latents.py: error: {reason}; when that is mended, the same command goes on\n")
+    except ValueError as error:
         parser.exit(1, f"extract_latents.py: error: {error}\n")
 
 
@@ -114,14 +124,17 @@ def describe(args: argparse.Namespace, listing: Listing, space: LatentSpace) -> 
     }  # fmt: skip
 
 
-def open_folder(folder: Path, plan: dict) -> None:
+def open_folder(folder: Path, plan: dict, place: Place) -> None:
     """Make the folder with its plan and an array to fill, in the first process while the others wait for it.
 
     Raises ValueError if it holds latents of another plan, or cannot be made.
     """
-    wanted = json.loads(json.dumps(plan))
+    wanted, told = json.loads(json.dumps(plan)), time.monotonic()
     while not (folder / "plan.json").exists():
-        if RANK:
+        if place.rank:
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                print(f"process {place.rank} is waiting for process 0 to make {folder}; start that one too", flush=True)
             time.sleep(POLL_SECONDS)
             continue
         if folder.exists() and any(folder.iterdir()) and not (folder / "chunks").exists():
@@ -129,10 +142,10 @@ def open_folder(folder: Path, plan: dict) -> None:
         try:
             (folder / "chunks").mkdir(parents=True, exist_ok=True)
             make_array(folder / "moments.npy", plan)
-            write_whole(folder / "plan.json", lambda temporary: temporary.write_text(json.dumps(plan, indent=1)))
+            write_json(folder / "plan.json", plan)
         except OSError as error:
             raise ValueError(f"cannot write --output {folder} ({error.strerror}); choose another folder") from None
-    found = json.loads((folder / "plan.json").read_text())
+    found = read_json(folder / "plan.json")
     others = [
         name for name in wanted if found.get(name) != wanted[name] and not (name == "vae" and wanted["vae_sha256"])
     ]
@@ -140,6 +153,12 @@ def open_folder(folder: Path, plan: dict) -> None:
         raise ValueError(f"--output {folder} holds latents with other {', '.join(others)}; give a new folder")
     if not (folder / "moments.npy").exists() or (folder / "moments.npy").stat().st_size != array_layout(plan)[1]:
         raise ValueError(f"{folder / 'moments.npy'} has lost its length; remove the folder and make it again")
+
+
+def write_json(path: Path, contents: dict, indent: int | None = 1) -> None:
+    """Write a dict as JSON, whole or not at all. Raises OSError if the disk refuses."""
+    text = json.dumps(contents, indent=indent)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def array_layout(plan: dict) -> tuple[bytes, int, int]:
@@ -167,21 +186,21 @@ def chunk_path(folder: Path, number: int) -> Path:
 
 
 def encode_share(
-    args: argparse.Namespace, listing: Listing, space: LatentSpace, folder: Path, plan: dict, device: torch.device
-) -> None:
+    args: argparse.Namespace, listing: Listing, space: LatentSpace, folder: Path, plan: dict, device: torch.device,
+    place: Place,
+) -> None:  # fmt: skip
     """Encode and write the chunks that this process is to do and that are not there yet. Raises ValueError, OSError."""
     count = plan["images"]
-    starts = [s for s in range(0, count, CHUNK)[RANK::WORLD_SIZE] if not chunk_path(folder, s // CHUNK).exists()]
+    starts = [s for s in range(0, count, CHUNK)[place.rank :: place.world_size] if not chunk_path(folder, s // CHUNK).exists()]
     keys = [[(i, bool(f)) for i in range(s, min(s + CHUNK, count)) for f in range(1 + plan["flip"])] for s in starts]
     dataset = ImageDataset(listing, args.image_size, args.skip_bad_images)
     loader = make_loader(dataset, keys, args.num_workers, pin_memory=device.type == "cuda")
     header, _, row = array_layout(plan)
-    with open(folder / "moments.npy", "r+b") as file:
-        for start, (images, labels, bad) in zip(
-            starts, tqdm(loader, unit="chunk", disable=None if RANK == 0 else True)
-        ):
+    progress = tqdm(starts, unit="chunk", disable=None if place.rank == 0 else True)
+    with open(folder / "moments.npy", "r+b") as file, closing(read(loader)) as loaded:
+        for start, (images, labels, bad) in zip(progress, loaded):
             if images is None or (bad and not args.skip_bad_images):
-                raise ValueError(f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images")
+                raise ValueError(unreadable(bad, args.skip_bad_images))
             moments = torch.stack(space.moments(from_uint8(images.to(device))), dim=1)  # (n·flips, 2, C, h, w)
             stored = moments.cpu().numpy().astype(plan["dtype"])
             if not np.isfinite(stored).all():
@@ -195,17 +214,26 @@ def encode_share(
             os.fsync(file.fileno())
             done = {"crc32": zlib.crc32(content), "labels": labels[:: 1 + plan["flip"]].tolist()}
             done["bad_images"] = sorted({f"{path} ({reason})" for path, reason in bad})
-            write_whole(chunk_path(folder, start // CHUNK), lambda temporary: temporary.write_text(json.dumps(done)))
+            write_json(chunk_path(folder, start // CHUNK), done, indent=None)
 
 
-def finish(folder: Path, plan: dict) -> None:
-    """Wait for every chunk, then write labels.npy and, last, manifest.json."""
+def finish(folder: Path, plan: dict, presence: Presence) -> None:
+    """Wait for every chunk, then write labels.npy and, last, manifest.json.
+
+    Raises ValueError if a process has ended without its share, or a chunk's note is damaged.
+    """
     wanted = [chunk_path(folder, number) for number in range(-(-plan["images"] // CHUNK))]
-    while not {path.name for path in wanted} <= set(os.listdir(folder / "chunks")):
+    told = time.monotonic()
+    while missing := {path.name for path in wanted} - set(os.listdir(folder / "chunks")):
+        ranks = {int(Path(name).stem) % presence.place.world_size for name in missing}
+        absent = presence.missed(ranks)
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            print(f"waiting for {len(missing)} chunks of other processes{absent}", flush=True)
         time.sleep(POLL_SECONDS)
     if (folder / "manifest.json").exists():
         return
-    chunks = [json.loads(path.read_text()) for path in wanted]
+    chunks = [read_chunk(path) for path in wanted]
     bad = sorted({image for chunk in chunks for image in chunk["bad_images"]})
     for image in bad:
         print(f"skipped unreadable image {image}")
@@ -218,28 +246,34 @@ def finish(folder: Path, plan: dict) -> None:
     write_whole(folder / "labels.npy", write_labels)
     manifest = plan | {"bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes())}
     manifest["crc32"] = [chunk["crc32"] for chunk in chunks]
-    text = json.dumps(manifest, indent=1)
-    write_whole(folder / "manifest.json", lambda temporary: temporary.write_text(text))
+    write_json(folder / "manifest.json", manifest)
+
+
+def read_chunk(path: Path) -> dict:
+    """What a chunk's note says: crc32, labels, bad_images. Raises ValueError if it is damaged."""
+    chunk = read_json(path)
+    labels, bad = chunk.get("labels"), chunk.get("bad_images")
+    right = isinstance(labels, list) and all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    if not (right and isinstance(bad, list) and all(isinstance(one, str) for one in bad) and type(chunk.get("crc32")) is int):
+        raise ValueError(f"{path} is damaged; remove it and give the same command again")
+    return chunk
 
 
 def verify(folder: Path) -> list[str]:
     """What is wrong with a finished folder, a list of sentences. Raises ValueError if it is not finished."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        moments, labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"--verify {folder} holds no finished latents ({reason}); give a folder that --output made"
-        ) from None
-    if "crc32" not in manifest:
+        manifest, moments, labels = open_cache(folder)
+    except ValueError as error:
+        raise ValueError(f"--verify {folder} holds no finished latents ({error}); give a folder that --output made") from None
+    sums, chunk = manifest.get("crc32"), manifest.get("chunk")
+    if not (isinstance(sums, list) and type(chunk) is int and 0 < chunk and len(sums) == -(-len(moments) // chunk)):
         raise ValueError(f"--verify {folder}: manifest.json has no checksums; give a folder that --output made")
     wrong = []
-    for number, crc32 in enumerate(tqdm(manifest["crc32"], unit="chunk", disable=None)):
-        first, size = number * manifest["chunk"], manifest["chunk"]
-        if zlib.crc32(moments[first : first + size].tobytes()) != crc32:
-            wrong.append(f"moments.npy is damaged in images {first} to {min(first + size, len(moments)) - 1}")
-    if zlib.crc32(labels.tobytes()) != manifest["labels_crc32"]:
+    for number, crc32 in enumerate(tqdm(sums, unit="chunk", disable=None)):
+        first = number * chunk
+        if zlib.crc32(moments[first : first + chunk].tobytes()) != crc32:
+            wrong.append(f"moments.npy is damaged in images {first} to {min(first + chunk, len(moments)) - 1}")
+    if zlib.crc32(labels.tobytes()) != manifest.get("labels_crc32"):
         wrong.append("labels.npy is damaged")
     return wrong
 

@@ -5,7 +5,7 @@ Inception's features, mu_s and sigma_s, those of the spatial ones, and in `arr_0
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 import hashlib
 import json
@@ -17,13 +17,12 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from checkpoints import file_hash
-from data import center_crop_arr, ignore_signals, list_images, to_rgb
+from data import center_crop_arr, list_images, make_loader, open_image, read, stack, to_rgb
 from features import MANIFOLD_IMAGES, Extractor, Team, deal, summarize
 from metrics import NEIGHBOURS, Statistics, Summary
 
@@ -145,9 +144,10 @@ class FolderImages(Dataset):
         self, folder: Path | str, flag: str, image_size: int | None = None, share: slice = slice(None)
     ) -> None:
         try:
-            self.paths = list_images(folder, num_classes=0).paths
+            listing = list_images(folder, num_classes=0)
         except ValueError as error:
             raise ValueError(str(error).replace("--data-path", flag)) from None
+        self.paths, self.notes = listing.paths, listing.notes
         self.folders = len({os.path.dirname(path) for path in self.paths})
         self.image_size = image_size
         self.size = (image_size, image_size) if image_size else self._header(self.paths[0])
@@ -161,7 +161,7 @@ class FolderImages(Dataset):
     def _header(self, path):
         """(width, height) of an image, read from its header. Raises ValueError unless it is RGB."""
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 mode, size = image.mode, image.size
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it or make it again") from None
@@ -177,7 +177,7 @@ class FolderImages(Dataset):
 
     def __getitem__(self, i: int) -> Item:
         try:
-            with Image.open(self.paths[i]) as image:
+            with open_image(self.paths[i]) as image:
                 cropped = center_crop_arr(to_rgb(image), self.image_size) if self.image_size else image
                 pixels = np.array(cropped)  # (H, W, 3)
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
@@ -192,6 +192,7 @@ class ArrayImages(Dataset):
     """
 
     folders = 1
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
@@ -225,7 +226,7 @@ def collate(items: list[Item]) -> Item:
     for image, reason in items:
         if image is None:
             return None, reason
-    images, digests = (torch.stack(column) for column in zip(*items))
+    images, digests = (stack(column) for column in zip(*items))
     return images, digests
 
 
@@ -233,14 +234,13 @@ def read_batches(
     images: FolderImages | ArrayImages, batch_size: int, device: torch.device, team: Team = Team(), num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's batches of a set of images, as `features.summarize` takes them. Raises ValueError for a damaged image."""
-    loader = DataLoader(
-        images, batch_sampler=list(deal(len(images), batch_size, team)), num_workers=num_workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator(),
-    )  # fmt: skip
-    for batch, digests in tqdm(loader, unit="batch", disable=True if team.rank else None):
-        if batch is None:
-            raise ValueError(digests)
-        yield batch.to(device, non_blocking=True), digests.to(device, non_blocking=True)
+    batches = list(deal(len(images), batch_size, team))
+    loader = make_loader(images, batches, num_workers, device.type == "cuda", collate)
+    with closing(read(loader)) as found:
+        for batch, digests in tqdm(found, total=len(batches), unit="batch", disable=True if team.rank else None):
+            if batch is None:
+                raise ValueError(digests)
+            yield batch.to(device, non_blocking=True), digests.to(device, non_blocking=True)
 
 
 def summarize_reference(
@@ -271,7 +271,8 @@ def remarks(
 
     samples is (how many, their size (W, H)), reference the Side, summaries those of both, features the extractor's name.
     """
-    (count, size), (ours, _), notes = samples, summaries, []
+    (count, size), (ours, _) = samples, summaries
+    notes = list(reference.images.notes) if reference.images else []
     assert ours.features is not None  # of samples they are kept
     dimension = ours.features.shape[1]
     if count < PUBLISHED:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import datetime, UTC
-import fcntl
 from functools import partial
 import glob
 import hashlib
@@ -22,6 +21,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import socket
 import sys
 import time
 from typing import Any, BinaryIO
@@ -36,9 +36,11 @@ from tqdm.auto import tqdm
 from checkpoints import file_hash, list_checkpoints, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
+from presence import Presence, lock
 from runs import LATER
 from sampling import Sampler, choose_vae, find_checkpoint, label_index, label_names, load_sampler, random_labels
 from sampling_flags import add_sampling_flags, check_sampling_flags
+from surroundings import Place, check_accelerate, own_place
 from vae import vae_hashes
 
 # Flags that change no image, or that the checkpoint answers for.
@@ -47,8 +49,6 @@ INCIDENTAL = ("device", "sample_dir", "ckpt", *SAID_BY_CHECKPOINT)
 NEWER = {"cfg_interval": [0.0, 1.0], "compile": False}  # flags that earlier versions lacked, at what these did
 POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a bar
-# torchrun tells each process its place. They share work by it and speak through files only, so none can time out.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,12 +76,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        check_accelerate(mixed_precision=args.mixed_precision)
+        place = own_place()
         check_sampling_flags(args)
         for name in ("num_fid_samples", "per_proc_batch_size"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         device = process_device(args.device)
-        if WORLD_SIZE > 1 and args.ckpt is not None and list_checkpoints(args.ckpt):
+        if place.world_size > 1 and args.ckpt is not None and list_checkpoints(args.ckpt):
             raise ValueError(
                 f"--ckpt {args.ckpt} is a run folder, whose newest checkpoint may change while processes start; give the "
                 f"checkpoint itself, {weights_file(args.ckpt)}"
@@ -92,13 +94,13 @@ def main(argv: list[str] | None = None) -> None:
         before = stamps(checkpoint, args.vae)
         sampler = load_sampler(args, device, checkpoint)
         labels = all_labels(args, sampler)
-        folder, manifest = open_folder(args, sampler, labels, device)
+        folder, manifest = open_folder(args, sampler, labels, device, place)
         if stamps(checkpoint, args.vae) != before:
             raise ValueError(f"{args.ckpt} or {args.vae} changed while it was read; give the same command again")
     except ValueError as error:
         parser.error(str(error))
     try:
-        make_all(args, sampler, labels, folder, manifest, device)
+        make_all(args, sampler, labels, folder, manifest, device, place)
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
         parser.exit(1, f"sample_ddp.py: error: {reason}; when that is mended, the same command goes on\n")
@@ -109,25 +111,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_all(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, manifest: dict, device: torch.device
-) -> None:
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, manifest: dict, device: torch.device,
+    place: Place,
+) -> None:  # fmt: skip
     """Sample this process's share; in the first process, also wait for the others and pack.
 
-    Raises OSError where the disk refuses, ValueError for images that are not finite or damaged.
+    Raises OSError where the disk refuses, ValueError for images that are not finite or damaged, and for
+    a process that has ended without its share.
     """
     began, count = time.monotonic(), args.num_fid_samples
     missing = count - len(images_there(folder, count))
-    if RANK == 0:
+    if place.rank == 0:
         write_manifest(folder, manifest)
         print(f"{count - missing} of {count} images are in {folder}", flush=True)
-    with tf32(args.tf32):
-        sample_share(args, sampler, labels, folder, device)
-    if RANK == 0:
-        wait_for_all(folder, count)
-        pack(folder, count, afresh=missing > 0)
-        manifest["run"]["seconds"] = round(time.monotonic() - began, 1)
-        write_manifest(folder, manifest)
-        print(f"{count} images in {folder} and {folder}.npz")
+    with Presence(folder, place) as presence:
+        with tf32(args.tf32):
+            sample_share(args, sampler, labels, folder, device, place)
+        if place.rank == 0:
+            wait_for_all(folder, count, presence, args.per_proc_batch_size)
+            pack(folder, count, afresh=missing > 0)
+            manifest["run"]["seconds"] = round(time.monotonic() - began, 1)
+            write_manifest(folder, manifest)
+            print(f"{count} images in {folder} and {folder}.npz")
 
 
 def stamps(checkpoint: Path | None, vae: str) -> list[tuple[int, int, int]]:
@@ -167,7 +172,7 @@ def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
 
 
 def open_folder(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, device: torch.device
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, device: torch.device, place: Place
 ) -> tuple[Path, dict]:
     """(the folder for these options, what is to stand in its manifest.json). Raises ValueError if it cannot be made.
 
@@ -193,7 +198,7 @@ def open_folder(
     folder = Path(args.sample_dir) / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
     options = {key: value for key, value in vars(args).items() if key not in SAID_BY_CHECKPOINT}
     run = {
-        "started": datetime.now(UTC).isoformat(), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
+        "started": datetime.now(UTC).isoformat(), "processes": place.world_size, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}, "seconds": None,
     }  # fmt: skip
@@ -236,11 +241,11 @@ def images_there(folder: Path, count: int) -> set[int]:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) and give the file its name when it is complete; processes do not disturb each other."""
-    temporary = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()[:20]}-{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             with suppress(OSError):  # file systems without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file)
             write(file)
             file.flush()
             temporary.replace(path)  # still locked
@@ -252,12 +257,12 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left half-written of this name; what is being written is locked by its process."""
     for path in folder.glob(f".{name}.*.partial"):
         with suppress(OSError), open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if lock(file):
+                path.unlink()
 
 
 def sample_share(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, device: torch.device
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, device: torch.device, place: Place
 ) -> None:
     """Sample and write the images that this process is to make and that are not there yet.
 
@@ -266,14 +271,14 @@ def sample_share(
     """
     there, size, count = images_there(folder, args.num_fid_samples), args.per_proc_batch_size, args.num_fid_samples
     todo = []
-    for start in range(0, count, size)[RANK::WORLD_SIZE]:
+    for start in range(0, count, size)[place.rank :: place.world_size]:
         indices = range(start, min(start + size, count))
         missing = [i for i in indices if i not in there]
         if missing:
             todo.append((indices, missing))
     every = 0.1 if sys.stderr.isatty() else TELL_SECONDS
     with Finisher(sampler, folder, device) as finisher:
-        for indices, missing in tqdm(todo, unit="batch", mininterval=every, maxinterval=every, disable=RANK > 0):
+        for indices, missing in tqdm(todo, unit="batch", mininterval=every, maxinterval=every, disable=place.rank > 0):
             chosen = labels[indices.start : indices.stop].to(device)
             finisher.take(sampler.numbered_latents(args.global_seed, indices, chosen), indices, missing)
 
@@ -324,13 +329,17 @@ class Finisher:
             write_whole(image_path(self.folder, i), partial(image.save, format="PNG"))
 
 
-def wait_for_all(folder: Path, count: int) -> None:
-    """Return when every image is there."""
+def wait_for_all(folder: Path, count: int, presence: Presence, size: int) -> None:
+    """Return when every image is there, of which the processes make chunks of this size in turn.
+
+    Raises ValueError if a process has ended without its share.
+    """
     told = time.monotonic()
-    while missing := count - len(images_there(folder, count)):
+    while missing := set(range(count)) - images_there(folder, count):
+        absent = presence.missed({i // size % presence.place.world_size for i in missing})
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
-            print(f"waiting for {missing} images of other processes", flush=True)
+            print(f"waiting for {len(missing)} images of other processes{absent}", flush=True)
         time.sleep(POLL_SECONDS)
 
 

@@ -13,6 +13,7 @@ run stopped, however it stopped. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint f
 
 import argparse
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -46,17 +47,19 @@ from checkpoints import (
     write_whole,
 )
 from data import (
-    BadImage, CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader, steps_per_epoch,
+    BadImage, CachedLatents, ImageDataset, LoaderFailed, StepBatches, center_crop_arr, explained, list_images, make_loader,
+    read, sample_hash, steps_per_epoch, unreadable,
 )  # fmt: skip
 from devices import tf32
 from diffusion import create_diffusion
 from features import Team, load_extractor
 from models import DiT, DiT_models
 from runs import (
-    FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, has_row, new_folder, run_id,
+    Data, FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, has_row, new_folder, run_id,
 )  # fmt: skip
 from sampling import preview
 from scoring import Judge, Stopped, load_judge, score_samples
+from surroundings import check_accelerate, lone_task_note, own_place
 from training import (
     Recipe, TrainState, Window, draw, new_state, requires_grad, shard_network, train_step, training_flops, unsharded,
     update_ema, warm_up,
@@ -68,6 +71,8 @@ from vae import LatentShape, LatentSpace, Space, from_uint8, load_vae, vae_hashe
 __all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
 
 METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl has more
+TELL_SECONDS = 60  # between lines about a batch that does not come
+STOP_PATIENCE = 15  # seconds for which several processes, told to stop, still wait for a batch of one of them
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # others wait this long while one downloads a VAE or writes a checkpoint
 
 
@@ -120,6 +125,11 @@ def main(argv: list[str] | None = None) -> None:
         try:
             with StopSignals() as signals:
                 train(job, signals)
+        except (LoaderFailed, RuntimeError) as error:  # torch tells of a lost worker wherever the program is
+            failure = explained(error) if type(error) is RuntimeError else error
+            if not isinstance(failure, LoaderFailed):
+                raise
+            leave(job, f"{failure}; --resume auto goes on from the last checkpoint")
         except KeyboardInterrupt:
             job.log(
                 f"interrupted after step {job.state.step}, not saved; --resume auto goes on from the last checkpoint"
@@ -135,12 +145,19 @@ def main(argv: list[str] | None = None) -> None:
 def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
     """The Job that the arguments ask for. Raises ValueError for whatever is wrong with them; then nothing was written."""
     check_arguments(args)
+    check_accelerate(mixed_precision=args.mixed_precision, grad_accum=args.grad_accum)
+    place = own_place()
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(  # which, left to find out itself, makes of torchrun's processes without a GPU runs of their own
         cpu=args.device == "cpu" or no_gpu, mixed_precision="no", log_with=args.log_with, project_dir=args.results_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )  # fmt: skip
     processes = accelerator.num_processes
+    if processes != place.world_size:
+        raise ValueError(
+            f"WORLD_SIZE tells of {place.world_size} processes and accelerate of {processes}; start them with torchrun, which "
+            "sets LOCAL_RANK, MASTER_ADDR and MASTER_PORT too"
+        )
     if args.global_batch_size % (processes * args.grad_accum):
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} cannot be shared equally by {processes} process(es) in "
@@ -150,7 +167,7 @@ def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
         raise ValueError("--fsdp splits a network over processes and there is one; start several with torchrun")
     dataset, data = load_data(args, accelerator)
     if Path(args.init_labels).is_file():
-        data += " " + hashlib.sha256(Path(args.init_labels).read_bytes()).hexdigest()
+        data = data._replace(names=f"{data.names} {hashlib.sha256(Path(args.init_labels).read_bytes()).hexdigest()}")
     last_step = args.epochs * steps_per_epoch(len(dataset), args.global_batch_size)
     last_step = min(last_step, args.max_steps or last_step)
     space = load_space(args, accelerator, dataset)
@@ -172,12 +189,13 @@ def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
     return Job(args, accelerator, state, space, dataset, last_step, start.why, folder, flops, resumed, judge, log)
 
 
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageDataset | CachedLatents, str]:
-    """(the data set, a hash of what it holds). Raises ValueError if --data-path or --latents do not fit the arguments."""
+def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageDataset | CachedLatents, Data]:
+    """(the data set, what tells it from others). Raises ValueError if --data-path or --latents do not fit the arguments."""
     listing = once(accelerator, list_images, args.data_path, args.num_classes) if args.data_path is not None else None
     if args.latents is None:
         assert listing is not None  # check_arguments refuses a run without either
-        return ImageDataset(listing, args.image_size, args.skip_bad_images), listing.hash(args.data_path)
+        data = Data(listing.hash(args.data_path), once(accelerator, sample_hash, listing.paths))
+        return ImageDataset(listing, args.image_size, args.skip_bad_images), data
     cached = CachedLatents(args.latents)
     manifest, wrong = cached.manifest, []
     if args.image_size != manifest["image_size"]:
@@ -195,7 +213,7 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Image
         wrong.append(f"--data-path {args.data_path} holds other files than the latents were made from")
     if wrong:
         raise ValueError(f"--latents {args.latents} do not fit: {'; '.join(wrong)}")
-    return cached, cached.hash
+    return cached, Data(cached.hash)
 
 
 def load_space(args: argparse.Namespace, accelerator: Accelerator, dataset: ImageDataset | CachedLatents) -> Space:
@@ -268,7 +286,7 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
     contents = read_checkpoint(checkpoint, mmap=True)
     kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
-    if lacking or contents["step"] < 0:
+    if lacking or isinstance(contents["step"], bool) or contents["step"] < 0:
         raise ValueError(f"--resume {checkpoint}: its {', '.join(lacking) or 'step'} is no checkpoint's of train.py")
     contents["emas"] = {decay: clean_names(tensors) for decay, tensors in averages(contents).items()}
     for part in ("model", "ema"):
@@ -296,6 +314,8 @@ def start_tracker(args: argparse.Namespace, accelerator: Accelerator, folder: Pa
             config={name: str(value) for name, value in vars(args).items()} if args.log_with == "wandb" else None,
             init_kwargs={"tensorboard": {"purge_step": step + 1}, "wandb": run},
         )
+        if accelerator.is_main_process and not accelerator.trackers:
+            raise ValueError("accelerate does not find it")
     except Exception as error:  # each tracker raises kinds of its own
         raise ValueError(
             f"--log-with {args.log_with} cannot start ({error}); log in to it, or leave the flag out"
@@ -306,8 +326,9 @@ def introduce(job: Job, lock: FolderLock) -> None:
     """Log what is about to be done."""
     args, state, processes = job.args, job.state, job.accelerator.num_processes
     job.log(f"{job.why}; folder {job.folder}")
-    if lock.note:
-        job.log(f"note: {lock.note}")
+    for note in (lock.note, lone_task_note(), *job.dataset.notes):
+        if note:
+            job.log(f"note: {note}")
     job.log(f"arguments: {vars(args)}")
     classes = f" in {len(job.dataset.classes or ())} of {args.num_classes} classes" if args.num_classes else ""
     size = sum(p.numel() for p in state.network.parameters())
@@ -354,25 +375,69 @@ def train(job: Job, signals: StopSignals) -> None:
         with meter.paused():
             if not save_scores(job, signals):  # for which the run was stopped the last time
                 return log("stopped while scoring; nothing is lost")
-    for batch, labels, bad in make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda"):
-        check_readable(job, batch, bad)
-        skipped.here.update(bad)
-        batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
-        draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
-        latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
-        old = args.ckpt_minutes is not None and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
-        report = train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
-        meter.steps += 1
-        log.bar.update()
-        if report["bad"]:
-            guard(job, batches.indices(state.step - 1))
-        with meter.paused():
-            stop = keep_records(job, report, signals, meter, skipped)
-        if stop:
-            name = signals.received.name if signals.received else "a signal to another process"
-            log(f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there")
-            return
-    log("done")
+    loader = make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
+    with closing(read(loader, partial(wait_on, job, signals, {}))) as loaded:
+        for batch, labels, bad in loaded:
+            check_readable(job, batch, bad)
+            skipped.here.update(bad)
+            batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
+            draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
+            latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
+            old = args.ckpt_minutes is not None and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
+            report = train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
+            meter.steps += 1
+            log.bar.update()
+            if report["bad"]:
+                guard(job, batches.indices(state.step - 1))
+            with meter.paused():
+                stop = keep_records(job, report, signals, meter, skipped)
+            if stop:
+                name = signals.received.name if signals.received else "a signal to another process"
+                return log(f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there")
+    conclude(job)
+
+
+def wait_on(job: Job, signals: StopSignals, told: dict[str, float], seconds: float) -> None:
+    """Say that a batch has not come for so long, now and then; leave the program if it was told to stop meanwhile.
+
+    `told` is for this function, to remember when it last said so.
+    """
+    alone = job.accelerator.num_processes == 1
+    if signals.received and (alone or seconds > STOP_PATIENCE):
+        if alone:
+            save(job, must=True)
+        kept = f"saved at step {job.state.step}" if alone else "not saved"
+        leave(job, f"stopped by {signals.received.name} while waiting for images, {kept}; --resume auto goes on from there")
+    if seconds < TELL_SECONDS:
+        told.clear()
+    elif seconds - told.get("at", 0.0) >= TELL_SECONDS:
+        told["at"] = seconds
+        job.log(f"no batch for {seconds:.0f} s: is the disk with the images there? waiting on")
+
+
+def leave(job: Job, message: str) -> None:
+    """Leave the program with a message, which the log has too."""
+    job.log(message)
+    sys.exit(f"train.py: error: {message}")
+
+
+def conclude(job: Job) -> None:
+    """Say that the run is done; leave the program with an error if its last steps, or its weights, are not finite."""
+    state = job.state
+    if is_sound(job):
+        return job.log("done")
+    why = f"its last {state.bad_in_a_row} step(s) were skipped" if state.bad_in_a_row else "it has weights that are not finite"
+    leave(
+        job,
+        f"the run ended badly: {why}, loss or gradient not being finite. Look at log.txt, and begin a new run with --resume "
+        "CHECKPOINT, an earlier one, and a lower --lr or a --grad-clip",
+    )
+
+
+def is_sound(job: Job) -> bool:
+    """Whether the last step was good, and weights and averages are finite in every process, each of which calls this."""
+    bad = torch.tensor(float(not job.state.is_finite()), device=job.accelerator.device)
+    return not job.state.bad_in_a_row and not job.accelerator.reduce(bad, reduction="sum") > 0
 
 
 def keep_records(job: Job, report: dict[str, float], signals: StopSignals, meter: Meter, skipped: "Skipped") -> bool:
@@ -399,9 +464,7 @@ def keep_records(job: Job, report: dict[str, float], signals: StopSignals, meter
 def check_readable(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
     """Leave the program, naming the file, if an image could not be read and none may stand in for it."""
     if batch is None or (bad and not job.args.skip_bad_images):
-        message = f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or pass --skip-bad-images"
-        job.log(message)
-        sys.exit(f"train.py: error: {message}")
+        leave(job, unreadable(bad, job.args.skip_bad_images))
 
 
 def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
@@ -457,6 +520,14 @@ def track(job: Job, values: dict[str, float | None]) -> None:
             job.log(f"--log-with {job.args.log_with} did not take the metrics ({error.strerror})")
 
 
+def show(job: Job, images: Tensor) -> None:
+    """Send preview images uint8 (N, 3, H, W) to the tracker, if there is one; in the main process."""
+    for tracker in job.accelerator.trackers:
+        tensors = images.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"previews": tensors}, step=job.state.step, **layout)
+
+
 def as_text(value: float | None) -> str:
     """A number with four digits, or that there is none: every step of the window was skipped."""
     return "none" if value is None else f"{value:.4f}"
@@ -486,6 +557,7 @@ def save(job: Job, must: bool) -> None:
     args, accelerator, folder = job.args, job.accelerator, job.folder
     contents: dict = {}
     failure = None
+    sound = is_sound(job)
     if accelerator.is_main_process or args.fsdp:
         keep = accelerator.is_main_process
         contents = job.state.to_checkpoint(vars(args), job.dataset.classes, accelerator.num_processes, keep)
@@ -504,6 +576,8 @@ def save(job: Job, must: bool) -> None:
         job.log(f"{failure}; the last good checkpoint is {good[0]}; {'stopping' if stopping else 'going on without'}")
         if stopping:
             sys.exit(1)
+    elif args.keep_last and not sound:
+        job.log("note: the last step or the weights are not finite, so no older checkpoint was deleted")
     elif args.keep_last and accelerator.is_main_process:
         try:
             prune_checkpoints(folder, args.keep_last)
@@ -570,6 +644,7 @@ def save_preview(job: Job) -> None:
             grid = make_grid(images.cpu().float() / 255, nrow=4)
             path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
+            show(job, images)
         except ValueError as error:
             job.log(f"{path} was not written ({error})")
         except OSError as error:

@@ -2,12 +2,12 @@
 
 import argparse
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 
 from metrics import NEIGHBOURS
 from models import BLOCKS, DiT_models
+from surroundings import is_installed
 from vae import latent_shape
 
 
@@ -138,7 +138,7 @@ def check_surroundings(args: argparse.Namespace) -> None:
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; leave the flag out or pass --device cpu")
     if args.device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: PyTorch sees no Apple GPU here; leave the flag out or pass --device cpu")
-    if args.log_with and find_spec(args.log_with) is None:
+    if args.log_with and not is_installed(args.log_with):
         raise ValueError(f"--log-with {args.log_with}: it is not installed; pip install {args.log_with}")
     if args.init_from is not None and args.resume not in (None, "auto"):
         raise ValueError("--init-from and --resume PATH both say what to start from; give one of them")

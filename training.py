@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion import GaussianDiffusion
 from models import DiT
 
+MOST_COUNTED = 2**24  # steps, which AdamW counts in float32: it stays there
 QUARTERS = 4  # of the steps t, for which the mean squared error is also told apart
 # What a step reports, summed over samples and processes: requests and troubles, then what is averaged over a log window.
 FLAGS = ("stop", "save", "bad")
@@ -112,14 +113,20 @@ class TrainState:
         The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its `ema`. Raises ValueError
         if the optimizer's part is not of this network.
         """
+        log = checked_log(contents)
         load_tensors(self.network, contents["model"])
         for decay, ema in self.emas.items():
             load_tensors(ema, contents["emas"].get(decay, contents["ema"]))
         self._load_optimizer(contents["opt"])
+        self._check_moments(contents["step"], log)
         self.step = contents["step"]
-        log = contents.get("log") or {}
         self.bad_steps, self.bad_in_a_row = log.get("bad_steps", 0), log.get("bad_in_a_row", 0)
         self.window = Window(log["window"]) if "window" in log else Window()
+
+    def is_finite(self) -> bool:
+        """Whether all weights and averages are finite, those that this process holds."""
+        networks = (self.network, *self.emas.values())
+        return bool(torch.stack([own_part(p).isfinite().all() for one in networks for p in one.parameters()]).all())
 
     def _load_optimizer(self, saved):
         """Load AdamW's moments, keeping the recipe's own settings. Raises ValueError if they are of other parameters."""
@@ -135,6 +142,35 @@ class TrainState:
             raise ValueError(f"the optimizer's state is not of this network ({error!r})") from None
         for group, own in zip(self.opt.param_groups, settings, strict=True):
             group.update(own)
+
+    def _check_moments(self, step, log):
+        """Raise ValueError unless AdamW has moments of every parameter, and has counted the good ones of so many steps."""
+        parameters = [p for group in self.opt.param_groups for p in group["params"]]
+        good = step - log.get("bad_steps", 0)
+        for parameter in parameters if good else ():
+            moments = self.opt.state.get(parameter, {})
+            if any(getattr(moments.get(name), "shape", None) != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"at step {step} its optimizer has no moments for some of the network's parameters")
+            counted = float(moments.get("step", 0))
+            if counted != min(good, MOST_COUNTED) if "bad_steps" in log else not 1 <= counted <= good:
+                raise ValueError(
+                    f"its step is {step}, of which {step - good} were skipped, but its optimizer has counted {counted:.0f}; "
+                    "these are parts of different checkpoints"
+                )
+
+
+def checked_log(contents: dict) -> dict:
+    """The log window and the counts of bad steps in a checkpoint; {} for one without. Raises ValueError if damaged."""
+    log, step = contents.get("log") or {}, contents["step"]
+    if not isinstance(log, dict):
+        raise ValueError("its log is no dict")
+    skipped, in_a_row = (log.get(name, 0) for name in ("bad_steps", "bad_in_a_row"))
+    window = log.get("window", Window().sums)
+    if not (type(skipped) is int and 0 <= skipped <= step and type(in_a_row) is int and in_a_row >= 0):
+        raise ValueError(f"its counts of skipped steps are {skipped} and {in_a_row} at step {step}")
+    if not (isinstance(window, list) and len(window) == len(Window().sums) and all(type(x) is float for x in window)):
+        raise ValueError("the window of its log is damaged")
+    return log
 
 
 def new_state(

@@ -1,13 +1,23 @@
 """Folders, the centre crop against a computation of its own, broken files, and which image is seen at which step."""
 import collections
+from functools import partial
+import multiprocessing
+import os
+import signal
+import time
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
 
-from data import ImageDataset, Listing, StepBatches, center_crop_arr, collate, list_images, make_loader, steps_per_epoch
+import data
+from data import (
+    ImageDataset, Listing, LoaderFailed, StepBatches, center_crop_arr, collate, list_images, make_loader, steps_per_epoch,
+)  # fmt: skip
 
 
 def noise_picture(width, height, seed=0, channels=3):
@@ -106,6 +116,63 @@ def test_without_classes_every_image_below_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("num_classes", [0, 2])
+def test_hidden_files_and_folders_are_left_out(tmp_path, num_classes):
+    """Jupyter's copies and a Mac's shadows are no classes and no images."""
+    hidden = [".ipynb_checkpoints/1.png", "a/.ipynb_checkpoints/1.png", "a/._1.png", "b/.DS_Store", ".hidden.png"]
+    empty_files(tmp_path / ".data", "a/1.png", "b/2.png", *hidden)
+    listing = list_images(tmp_path / ".data", num_classes)
+    assert relative(listing, tmp_path / ".data") == ["a/1.png", "b/2.png"]
+    assert listing.classes == (["a", "b"] if num_classes else None)
+    assert [note.split("left out ")[1][:15] for note in listing.notes] == ["2 hidden files ", "2 hidden folder"]
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_links_back_are_not_followed_and_others_are(tmp_path, num_classes):
+    empty_files(tmp_path / "data", "a/1.png", "b/2.png")
+    empty_files(tmp_path / "elsewhere", "3.png")
+    for link, target in (("a/up", ".."), ("b/self", "."), ("top", ".."), ("c", "../elsewhere"), ("b/a", "../a")):
+        (tmp_path / "data" / link).symlink_to(target)
+    (tmp_path / "data" / "top").unlink()
+    listing = list_images(tmp_path / "data", num_classes)
+    assert relative(listing, tmp_path / "data") == ["a/1.png", "b/2.png", "b/a/1.png", "c/3.png"]
+    assert listing.labels == ([0, 1, 1, 2] if num_classes else [0] * 4)
+    assert "left out 3 links back to a folder above" in listing.notes[0]
+
+
+def test_what_else_is_left_out_is_counted(tmp_path):
+    empty_files(tmp_path, "a/1.png", "a/2.HEIC", "a/3.gif", "a/4.gif", "a/notes.txt", "loose.jpg")
+    notes = list_images(tmp_path, 1).notes
+    assert [note.split("left out ")[1] for note in notes] == [
+        "2 .gif files, a format that is not read", "1 .heic files, a format that is not read",
+        "1 loose images beside the class folders",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no images in b; left out: 1 .gif files.*One folder of images per class"):
+        list_images(empty_files(tmp_path / "other", "b/3.gif"), 1)
+
+
+def test_order_is_that_of_torchvision(tmp_path):
+    names = [f"{c}/{d}{i}.png" for c in ("b", "B", "a b", "é") for d in ("", "z/", "z.y/", "Z/q/") for i in (10, 9, 1)]
+    empty_files(tmp_path, *names)
+    theirs, ours = ImageFolder(tmp_path), list_images(tmp_path, 4)
+    assert ours.paths == [path for path, _ in theirs.samples] and ours.classes == theirs.classes
+    assert ours.labels == [label for _, label in theirs.samples] and ours.notes == ()
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    empty_files(tmp_path, "a/1.png", "a/b/2.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"a/b cannot be read \(Permission denied\)"):
+        list_images(tmp_path, 1)
+
+
+@pytest.mark.parametrize("num_classes", [0, 2])
 def test_missing_folder(tmp_path, num_classes):
     empty_files(tmp_path, "file.png")
     for path in (tmp_path / "none", tmp_path / "file.png"):
@@ -197,10 +264,48 @@ def test_palette_image_gives_the_colours_rather_than_the_indices(tmp_path):
         assert (read(tmp_path / name, 16).numpy() == np.moveaxis(colours[indices], 2, 0)).all()
 
 
-def test_transparency_is_dropped(tmp_path):
+def test_what_is_transparent_is_white(tmp_path):
+    """What lies under it is not seen, whatever the mode; half of it shows through by half."""
     picture = noise_picture(16, 16, channels=4)
+    picture[:8, :, 3], picture[8:12, :, 3], picture[12:, :, 3] = 0, 255, 128
+    image = np.moveaxis(read(save(tmp_path / "1.png", picture), 16).numpy(), 0, 2)
+    assert (image[:8] == 255).all() and (image[8:12] == picture[8:12, :, :3]).all()
+    assert np.abs(image[12:] - (picture[12:, :, :3] * (128 / 255) + 255 * (127 / 255))).max() <= 1
+    grey = read(save(tmp_path / "2.png", picture, "LA"), 16)
+    assert (grey[:, :8] == 255).all() and (grey[:, 8:12] < 255).any()
+
+
+def test_a_transparent_colour_is_white(tmp_path):
+    """PNG and GIF may name one colour, or one entry of the palette, that is transparent."""
+    levels = np.kron([[10, 200], [200, 10]], np.ones((8, 8))).astype(np.uint8)
+    for name, image in (("grey", Image.fromarray(levels)), ("palette", Image.fromarray(levels).convert("P"))):
+        image.save(tmp_path / f"{name}.png", transparency=10)
+        assert (read(tmp_path / f"{name}.png", 16).numpy() == np.where(levels == 10, 255, 200)).all()
+
+
+def test_opaque_images_with_an_alpha_channel_keep_their_pixels(tmp_path):
+    picture = noise_picture(16, 16, channels=4)
+    picture[..., 3] = 255
     image = read(save(tmp_path / "1.png", picture), 16)
     assert (image.numpy() == np.moveaxis(picture[..., :3], 2, 0)).all()
+
+
+def test_a_long_text_in_a_png_is_passed_over(tmp_path):
+    text, picture = PngInfo(), noise_picture(16, 16)
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.fromarray(picture).save(tmp_path / "1.png", pnginfo=text)
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    assert (read(tmp_path / "1.png", 16).numpy() == np.moveaxis(picture, 2, 0)).all()
+    assert (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY) == limits
+
+
+def test_a_strip_is_cropped_before_it_is_enlarged(monkeypatch):
+    strip = Image.fromarray(noise_picture(4000, 2))
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
+    monkeypatch.setattr(data, "MOST_PIXELS", 2**20)
+    cropped = np.array(center_crop_arr(strip, 64))
+    assert sizes == [[64, 64]] and (cropped == np.array(center_crop_arr(strip.crop((1999, 0, 2001, 2)), 64))).all()
 
 
 def test_cmyk_images(tmp_path):
@@ -256,6 +361,16 @@ def test_all_images_unreadable(broken):
     image, _, bad = ImageDataset(listing_of(*broken), 16, skip_bad=True)[2, False]
     assert image is None
     assert [one.path for one in bad] == broken[2:] + broken[:2]
+
+
+def test_a_disk_that_is_gone_is_not_an_image_that_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_UNREADABLE", 3)
+    gone = [f"{tmp_path}/{i}.png" for i in range(9)]
+    image, _, bad = ImageDataset(listing_of(*gone), 16, skip_bad=True)[2, False]
+    assert image is None and [one.path for one in bad] == gone[2:5]
+    told = data.unreadable(bad, skip_bad=True)
+    assert "--skip-bad-images" not in told and "none of the 3 images after it" in told
+    assert "pass --skip-bad-images" in data.unreadable(bad, skip_bad=False)
 
 
 def test_collate():
@@ -397,3 +512,70 @@ def test_loading_leaves_the_global_random_numbers_alone(folder, num_workers):
     loaded(folder, num_workers)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == numpy_before).all()
+
+
+# ---- workers in trouble ----
+
+
+class Troubled(torch.utils.data.Dataset):
+    """Items of numbers; item 3 calls trouble(), in the worker."""
+
+    def __init__(self, trouble):
+        self.trouble = trouble
+
+    def __getitem__(self, i):
+        if i == 3:
+            self.trouble()
+        return torch.zeros(4), 0, []
+
+
+def walk(trouble, waiting=lambda seconds: None):
+    return data.read(make_loader(Troubled(trouble), [[i] for i in range(6)], 1), waiting)
+
+
+def block(path):
+    """Open a pipe into which nobody writes, as one waits for a network's disk."""
+    os.open(path, os.O_RDONLY)
+
+
+def test_a_worker_that_was_killed_is_said_and_not_waited_for():
+    with pytest.raises(LoaderFailed, match=r"DataLoader worker \(pid.*memory is short.*fewer --num-workers"):
+        list(walk(kill_myself))
+
+
+def kill_myself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+
+def test_too_little_shared_memory_is_said():
+    with pytest.raises(LoaderFailed, match="too little shared memory .*pass --num-workers 0"):
+        list(walk(no_memory))
+
+
+def test_workers_put_batches_where_the_trainer_reads_them(monkeypatch):
+    """In the worker itself, where a lack of memory is noticed."""
+    batches = [batch for batch, _, _ in walk(lambda: None)]
+    assert len(batches) == 6 and all(batch.is_shared() for batch in batches)
+    assert not collate([(torch.zeros(4), 0, [])])[0].is_shared()
+
+
+def test_a_blocked_worker_is_told_and_then_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WAIT", 0.2)
+    monkeypatch.setattr(data, "GRACE", 0.2)
+    os.mkfifo(tmp_path / "pipe")
+    waited, before = [], set(multiprocessing.active_children())
+
+    def waiting(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(walk(partial(block, tmp_path / "pipe"), waiting))
+    assert 0.2 <= waited[0] < waited[1]
+    assert set(multiprocessing.active_children()) == before and time.monotonic() - began < 10

@@ -10,12 +10,15 @@ import subprocess
 import sys
 
 from diffusers import AutoencoderKL
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, fill_randomly
 from data import CachedLatents, ImageDataset, list_images
 import extract_latents
+from presence import Presence
+from surroundings import Place
 from test_runs import without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
@@ -100,11 +103,12 @@ def test_two_processes_write_what_one_does_and_again_changes_nothing(images, tmp
 
 def test_chunks_are_dealt_to_processes(images, tmp_path, vae, monkeypatch):  # noqa: F811
     alone = contents_of(extract(images, tmp_path / "one", vae))
-    monkeypatch.setattr(extract_latents, "WORLD_SIZE", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(extract_latents, "finish", lambda *_: None)
     extract(images, tmp_path / "two", vae)
     assert [p.name for p in sorted((tmp_path / "two" / "chunks").iterdir())] == ["0000000.json", "0000002.json"]
-    monkeypatch.setattr(extract_latents, "RANK", 1)
+    monkeypatch.setenv("RANK", "1")
     extract(images, tmp_path / "two", vae)
     monkeypatch.undo()
     monkeypatch.setattr(extract_latents, "CHUNK", 5)
@@ -153,6 +157,63 @@ def test_verify_finds_what_changed(images, tmp_path, vae, capsys):  # noqa: F811
         with pytest.raises(SystemExit) as stopped:
             extract_latents.main(["--verify", str(folder)])
         assert stopped.value.code == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [
+    dict(classes=5), dict(classes=["a"]), dict(scale="x"), dict(scale=0), dict(scale=float("nan")), dict(ratio=0),
+    dict(ratio=10**9), dict(channels=10**9), dict(images=13), dict(images=10**30), dict(flip=False), dict(flip="yes"),
+    dict(shape=[2]), dict(shape=None), dict(image_size=True), dict(vae=None), dict(vae_sha256=[]), dict(shift="0"),
+])  # fmt: skip
+def test_nonsense_in_a_manifest(images, tmp_path, vae, changes, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae)])
+    assert stopped.value.code == 2 and "holds no complete latents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, change", [
+    ("labels.npy", lambda x: x[:-1]), ("labels.npy", lambda x: x - 1), ("labels.npy", lambda x: x * 10**9),
+    ("labels.npy", lambda x: x.astype(float)), ("labels.npy", lambda x: x.astype(object)), ("moments.npy", lambda x: x[1:]),
+    ("moments.npy", lambda x: x.astype(int)),
+])  # fmt: skip
+def test_arrays_that_do_not_fit_together(images, tmp_path, vae, name, change):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    np.save(folder / "new.npy", change(np.load(folder / name)))
+    (folder / "new.npy").replace(folder / name)
+    with pytest.raises(ValueError, match=f"{name}.*make it again"):
+        CachedLatents(folder)
+
+
+def test_a_process_that_ends_without_its_share_is_not_waited_for(images, tmp_path, vae, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(extract_latents, "POLL_SECONDS", 0)
+    folder = tmp_path / "latents"
+
+    def die_beside(*args):
+        with Presence(folder, Place(1, 2)) as presence:  # and leaves what a killed process leaves
+            os.utime(presence._path(1))
+            presence._path(1).rename(folder / "kept")
+        (folder / "kept").rename(presence._path(1))
+        encode_share(*args)
+
+    encode_share = extract_latents.encode_share
+    monkeypatch.setattr(extract_latents, "encode_share", die_beside)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as stopped:
+        extract(images, folder, vae)
+    assert stopped.value.code == 1 and "process 1 of 2 has ended without doing its share" in capsys.readouterr().err
+
+
+def test_a_damaged_note_of_a_chunk(images, tmp_path, vae, capsys):  # noqa: F811
+    folder = extract(images, tmp_path / "latents", vae)
+    (folder / "manifest.json").unlink()
+    for text in ("", "5", '{"labels": [0.5], "bad_images": [], "crc32": 1}', '{"labels": 5}'):
+        (folder / "chunks" / "0000001.json").write_text(text)
+        with pytest.raises(SystemExit):
+            extract(images, folder, vae)
+        assert "chunks/0000001.json" in capsys.readouterr().err
 
 
 # ---- training ----

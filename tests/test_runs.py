@@ -3,10 +3,14 @@
 import json
 import os
 from pathlib import Path
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +93,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with FolderLock() as lock:
         lock.take(tmp_path)
         assert "cannot lock (Operation not supported)" in lock.note
@@ -111,6 +115,52 @@ def test_resuming_a_run_that_goes_on_elsewhere_is_refused(images, tmp_path, monk
 
 def contents_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_told_to_stop_while_an_image_does_not_come(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As where a network's disk hangs: what was learned is saved, and the blocked worker is not waited for."""
+    monkeypatch.setattr("data.WAIT", 0.2)
+    monkeypatch.setattr("data.GRACE", 0.2)
+    monkeypatch.setattr(train, "TELL_SECONDS", 0.3)
+    folder = copied(images, tmp_path / "images")
+    order = np.random.default_rng([0, 0, 0]).permutation(12)
+    blocked = sorted(folder.glob("*/*.png"), key=lambda path: (path.parent.name, path.name))[order[9]]
+    blocked.unlink()
+    os.mkfifo(blocked)  # in the third batch
+    log = RunLog.__call__
+
+    def stop(self, line):
+        log(self, line)
+        if "no batch for" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "__call__", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, tmp_path / "results", "--max-steps", "6", "--num-workers", "1", "--resume", "auto")
+    assert "stopped by SIGTERM while waiting for images, saved at step 2" in stopped.value.code
+    assert [path.name for path in list_checkpoints(tmp_path / "results" / "000-DiT-Ti-8")] == ["0000002.pt"]
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), KeyError("x"), RuntimeError("shapes"),
+])  # fmt: skip
+def test_a_lost_worker_is_said_wherever_it_is_noticed(images, tmp_path, monkeypatch, error):  # noqa: F811
+    def interrupted(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises((SystemExit, KeyError, RuntimeError)) as stopped:
+        run(images, tmp_path, "--max-steps", "2")
+    told = "worker (pid 7) is killed by signal: Killed: the system" in (tmp_path / "000-DiT-Ti-8/log.txt").read_text()
+    assert told == isinstance(stopped.value, SystemExit) == ("DataLoader" in str(error))
+
+
+def test_a_run_in_another_thread_than_the_main_one(images, tmp_path):  # noqa: F811
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run, args=(images, tmp_path, "--max-steps", "2"))
+    thread.start()
+    thread.join()
+    assert len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- where a run goes on ----
@@ -155,6 +205,11 @@ def test_resumed_metrics_and_state_are_those_of_one_run(images, tmp_path):  # no
         assert same(theirs, ours)
 
 
+def test_lines_that_are_no_rows_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('5\n{"step": "x", "a": 1}\n{"step": 2, "a": 1}\n' + "[" * 10**5 + "\n")
+    assert runs.has_row(tmp_path, 2, "a") and not runs.has_row(tmp_path, 2, "b")
+
+
 def test_rows_beyond_the_step_and_half_written_ones_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 0.5}\n{"step": 4}\n{"step": 6}\n{"st')
@@ -174,6 +229,113 @@ def test_other_images_make_another_run(images, tmp_path, capsys):  # noqa: F811
     run(tmp_path / "images", tmp_path / "results", "--max-steps", "4", "--resume", "auto")
     assert "has other images in --data-path" in capsys.readouterr().out
     assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+def copied(folder, target):
+    """A copy of a folder in another place."""
+    shutil.copytree(folder, target)
+    return target
+
+
+def test_the_same_images_in_another_place_are_the_same_run(images, tmp_path, capsys):  # noqa: F811
+    """As where every job unpacks its data to a disk of its own."""
+    results = tmp_path / "results"
+    run(copied(images, tmp_path / "job1"), results, "--max-steps", "2")
+    contents = run(copied(images, tmp_path / "job2"), results, "--max-steps", "4", "--resume", "auto")
+    assert contents["step"] == 4 and len(list(results.iterdir())) == 1
+    assert f"--data-path was {tmp_path / 'job1'}, which held the same" in capsys.readouterr().out
+    other = copied(images, tmp_path / "job3")
+    changed = sorted(other.glob("*/*.png"))[0]
+    changed.write_bytes(changed.read_bytes() + b" ")
+    run(other, results, "--max-steps", "2", "--resume", "auto")
+    assert "has other --data-path" in capsys.readouterr().out and len(list(results.iterdir())) == 2
+
+
+def test_a_record_that_says_less_is_no_reason_to_start_over(images, tmp_path, capsys):  # noqa: F811
+    """Records of earlier versions have no content: where their path is gone, nobody knows what was there."""
+    first, results = copied(images, tmp_path / "job1"), tmp_path / "results"
+    run(first, results, "--max-steps", "2")
+    record = results / "000-DiT-Ti-8" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "content": {}}))
+    second = copied(images, tmp_path / "job2")
+    assert run(second, results, "--max-steps", "2", "--resume", "auto")["step"] == 2  # the first is still there: another
+    shutil.rmtree(results / "001-DiT-Ti-8")
+    shutil.rmtree(first)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(second, results, "--max-steps", "4", "--resume", "auto")
+    assert "its --data-path is gone" in capsys.readouterr().err and len(list(results.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"args": 5, "data": "", "id": ""}', "[" * 100_000])
+def test_a_damaged_record_is_no_reason_to_start_over(images, tmp_path, capsys, text):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "2")
+    (tmp_path / "000-DiT-Ti-8" / "run.json").write_text(text)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
+    error = capsys.readouterr().err
+    assert "cannot tell whether" in error and f"give --resume {tmp_path / '000-DiT-Ti-8'}" in error
+    assert run(images, tmp_path, "--max-steps", "3", "--resume", "auto", "--lr", "3e-4")["step"] == 3  # it is another
+
+
+def test_the_autoencoder_may_move(images, tmp_path, vae):  # noqa: F811
+    flags = ["--model", "DiT-Ti/4", "--resume", "auto", "--vae"]
+    run(images, tmp_path / "results", "--max-steps", "1", *flags, vae)
+    moved = str(copied(vae, tmp_path / "moved"))
+    assert run(images, tmp_path / "results", "--max-steps", "2", *flags, moved)["step"] == 2
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+def test_two_starts_of_one_run_at_once(tmp_path, monkeypatch):
+    """The second waits until the first has its folder, and then finds it; starts of other runs do not wait."""
+    monkeypatch.setattr(runs, "START_PATIENCE", 0)
+    results = tmp_path / "results"
+    with FolderLock() as first, FolderLock() as second, FolderLock() as other:
+        first.begin(results, "a")
+        other.begin(results, "b")
+        with pytest.raises(ValueError, match="is being written by process"):
+            second.begin(results, "a")
+        folder = results / "000-DiT"
+        folder.mkdir()
+        first.take(folder)
+        second.begin(results, "a")
+    assert [path.name for path in results.iterdir()] == ["000-DiT"] and [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    with FolderLock() as lock:
+        lock.begin(tmp_path / "results", "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_is_not_held_by_a_file_that_was_taken_away(tmp_path):
+    with FolderLock() as first, FolderLock() as second:
+        first.begin(tmp_path, "a")
+        (tmp_path / ".starting-a").unlink()
+        second.begin(tmp_path, "a")
+        assert (tmp_path / ".starting-a").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["opt"].update(state={}), "no moments for some"),
+    (lambda c: c["opt"]["state"].pop(3), "no moments for some"),
+    (lambda c: c["opt"]["state"][0].pop("exp_avg"), "no moments for some"),
+    (lambda c: c.update(step=100), "its step is 100, .* has counted 2"),
+    (lambda c: c.update(step=1), "its step is 1, .* has counted 2"),
+    (lambda c: c.update(step=10**30), "has counted 2"),
+    (lambda c: c.update(step=True), "its step is no checkpoint's"),
+    (lambda c: c["log"].update(bad_steps=-1), "counts of skipped steps"),
+    (lambda c: c["log"].update(bad_steps="x"), "counts of skipped steps"),
+    (lambda c: c["log"].update(window=[1.0]), "window of its log"),
+    (lambda c: c.update(log=[1]), "log is no dict"),
+])  # fmt: skip
+def test_parts_of_a_checkpoint_that_do_not_belong_together(images, tmp_path, capsys, change, message):  # noqa: F811
+    contents = run(images, tmp_path, "--max-steps", "2")
+    change(contents)
+    save_checkpoint(checkpoint_path(tmp_path / "000-DiT-Ti-8", 2), contents)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_deciding_flags_are_those_that_the_documentation_says():

@@ -41,7 +41,7 @@ def worker(folder, rank, processes, death):
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    sample_ddp.RANK, sample_ddp.WORLD_SIZE = rank, processes
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
     if death and rank == 0:
         arm(death, sample_ddp)
     sample_ddp.main([*RUN, "--sample-dir", str(folder)])

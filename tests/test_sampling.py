@@ -26,7 +26,9 @@ from models import DiT, DiT_models
 import sample
 import sample_ddp
 from pictures import FONT_SIZE, LEAST_TILE, MARGIN, captions, picture
+from presence import Presence
 from sampling import ImageNoise, Sampler, build_network, check_writable, label_indices, random_labels, readable
+from surroundings import Place
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
@@ -666,8 +668,11 @@ def test_the_first_process_says_whom_it_waits_for(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(sample_ddp, "TELL_SECONDS", 0)
     monkeypatch.setattr(sample_ddp.time, "sleep", lambda _: (tmp_path / "000001.png").touch())
     (tmp_path / "000000.png").touch()
-    sample_ddp.wait_for_all(tmp_path, 2)
-    assert capsys.readouterr().out == "waiting for 1 images of other processes\n"
+    with Presence(tmp_path, Place(0, 2)) as presence:
+        sample_ddp.wait_for_all(tmp_path, 2, presence, 1)
+    assert capsys.readouterr().out == (
+        "waiting for 1 images of other processes (process 1 of 2 is not there: start it)\n"
+    )
 
 
 MEMORY = """
@@ -768,7 +773,8 @@ def test_several_processes_want_a_checkpoint_and_no_run_folder(tmp_path, vae, ca
     path.parent.mkdir(parents=True)
     state = fill_randomly(DiT(**CONFIG)).state_dict()
     save_checkpoint(path, {"model": state, "ema": state, "config": CONFIG, "classes": None})
-    monkeypatch.setattr(sample_ddp, "WORLD_SIZE", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit):
         many(str(tmp_path / "000-run"), vae, tmp_path / "s")
     assert f"give the checkpoint itself, {path}" in capsys.readouterr().err

@@ -243,7 +243,8 @@ def test_too_many_bad_steps_stop_the_run_before_a_checkpoint(images, tmp_path, m
 
 def test_steps_that_were_bad_before_a_restart_count(images, tmp_path, monkeypatch, capsys):  # noqa: F811
     poisoned(monkeypatch, {2, 3, 4, 5})
-    run(images, tmp_path, "--max-steps", "4")
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--max-steps", "4")
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--max-steps", "8", "--max-bad-steps", "3", "--resume", "auto")
     assert "3 in a row, 3 in all" in capsys.readouterr().out
@@ -251,9 +252,42 @@ def test_steps_that_were_bad_before_a_restart_count(images, tmp_path, monkeypatc
 
 def test_a_window_of_bad_steps_alone(images, tmp_path, monkeypatch, capsys):  # noqa: F811
     poisoned(monkeypatch, {0, 1})
-    run(images, tmp_path, "--max-steps", "2")
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--max-steps", "2")
     assert "step 0000002 of 2: loss none" in capsys.readouterr().out
     assert rows(tmp_path / "000-DiT-Ti-8")[0]["loss"] is None
+
+
+def test_a_run_that_ends_in_bad_steps_says_so_and_deletes_nothing(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Again and again, until it goes on with a good step."""
+    poisoned(monkeypatch, {3})
+    flags = ["--ckpt-every", "2", "--keep-last", "1", "--resume", "auto"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run(images, tmp_path, "--max-steps", "4", *flags)
+        assert "the run ended badly: its last 1 step(s) were skipped" in stopped.value.code
+        out = capsys.readouterr().out
+        assert "done" not in out and "going on from" in out or "no older checkpoint was deleted" in out
+    checkpoints = tmp_path / "000-DiT-Ti-8" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002.pt", "0000004.pt"]
+    assert run(images, tmp_path, "--max-steps", "6", *flags)["step"] == 6
+    assert "done" in capsys.readouterr().out and [path.name for path in checkpoints.iterdir()] == ["0000006.pt"]
+
+
+def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    step = train.train_step
+
+    def ruins(state, *args, **kwargs):
+        report = step(state, *args, **kwargs)
+        if state.step == 3:
+            torch.nn.init.constant_(state.network.final_layer.linear.bias, float("inf"))
+        return report
+
+    monkeypatch.setattr(train, "train_step", ruins)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, "--max-steps", "3", "--ckpt-every", "2", "--keep-last", "1")
+    assert "the run ended badly: it has weights that are not finite" in stopped.value.code
+    assert len(list((tmp_path / "000-DiT-Ti-8" / "checkpoints").iterdir())) == 2
 
 
 # ---- seeing the run ----
@@ -286,7 +320,7 @@ def test_tensorboard_gets_the_metrics(images, tmp_path):  # noqa: F811
 
 
 def test_a_tracker_that_is_not_installed(images, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("train_flags.find_spec", lambda name: None)
+    monkeypatch.setattr("surroundings.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(images, tmp_path / "r", "--log-with", "wandb")
     assert "--log-with wandb: it is not installed; pip install wandb" in capsys.readouterr().err

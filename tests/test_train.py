@@ -191,7 +191,7 @@ def test_a_number_that_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "run_folders", lambda results_dir: [])
     args = argparse.Namespace(results_dir=str(tmp_path), model="DiT-S/2", resume=None)
     with runs.FolderLock() as lock:
-        folders = [runs.new_folder(args, "", lock).name for _ in range(3)]
+        folders = [runs.new_folder(args, runs.Data(""), lock).name for _ in range(3)]
     assert folders == ["000-DiT-S-2", "001-DiT-S-2", "002-DiT-S-2"]
 
 
