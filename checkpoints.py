@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import errno
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 import pickle
@@ -29,6 +30,8 @@ from diffusers_format import LABEL_TABLE, OWN_CLASSES, Tensors, config_from_diff
 from models import DiT
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
+MOST_JSON = 256 << 20  # bytes of a JSON file that is read; a list of a million files is far below
+MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
 OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
 PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 WRAPPERS = re.compile(
@@ -161,14 +164,51 @@ def id2label(classes: Iterable[str]) -> dict[str, str]:
 
 
 def read_json(file: Path) -> dict:
-    """The dict in a JSON file. Raises ValueError if it cannot be read or holds something else."""
+    """The dict in a JSON file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32.
+
+    Raises ValueError, naming the file, if it cannot be read or holds something else.
+    """
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
+        contents = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is no configuration: it holds a {type(contents).__name__}")
     return contents
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError if it is none, or has numbers or a depth that no sensible one has."""
+
+    def refuse(name):
+        raise ValueError(f"it has the number {name}, which JSON does not know")
+
+    def whole(digits):
+        return int(digits) if len(digits) <= MOST_DIGITS else refuse(f"of {len(digits):,} digits")
+
+    def real(digits):
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits[:20])
+
+    too_deep = "it is nested too deeply"
+    try:
+        contents = json.loads(text, parse_constant=refuse, parse_int=whole, parse_float=real)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [[contents]]
+    for _ in range(MOST_DEPTH):
+        level = [part for container in level for part in _parts(container)]
+    if level:
+        raise ValueError(too_deep)
+    return contents
+
+
+def _parts(container):
+    """The containers right inside one."""
+    inside = container.values() if isinstance(container, dict) else container
+    return [part for part in inside if isinstance(part, (dict, list))]
 
 
 def _weight_sets(contents):

@@ -15,7 +15,7 @@ from torch import nn
 
 from checkpoints import (
     Weights, check_fits, checkpoint_path, clean_names, list_checkpoints, load_weights, newest_checkpoint,
-    read_checkpoint, save_checkpoint, save_weights,
+    read_checkpoint, read_json, save_checkpoint, save_weights,
 )  # fmt: skip
 
 CONFIG = {"input_size": 8, "depth": 2, "mlp_ratio": 4.0, "learn_sigma": True}
@@ -282,6 +282,35 @@ def test_file_that_holds_no_dict(tmp_path, contents, name, kind):
 def test_dict_without_weights(tmp_path, contents):
     with pytest.raises(ValueError, match="a.pt holds no 'ema' weights: .*a state dict is wanted"):
         load_weights(saved(tmp_path / "a.pt", contents))
+
+
+# ---- JSON ----
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_in_any_unicode_and_with_a_byte_order_mark(tmp_path, encoding):
+    """Editors on Windows begin a file with one."""
+    (tmp_path / "a.json").write_bytes(json.dumps({"name": "é"}, ensure_ascii=False).encode(encoding))
+    assert read_json(tmp_path / "a.json") == {"name": "é"}
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[" * 100_000, "nested too deeply"), ('{"a":' * 200 + "1" + "}" * 200, "nested too deeply"),
+    ('{"a": NaN}', "the number NaN"), ('{"a": 1e999}', "the number 1e999"), ('{"a": ' + "9" * 5000 + "}", "5,000 digits"),
+    ("\0", "Expecting value"), ("", "Expecting value"), ("5", "holds a int"), ('{"a": 1', "Expecting"),
+    (b"\xff\x00\x01", "codec can't decode"), (None, "No such file"),
+])  # fmt: skip
+def test_nonsense_in_json_is_one_message(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a\.json.*{says}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_of_an_absurd_size_is_not_read(tmp_path):
+    with open(tmp_path / "a.json", "wb") as file:
+        file.truncate(1 << 40)  # a sparse file
+    with pytest.raises(ValueError, match="more than 256 MiB"):
+        read_json(tmp_path / "a.json")
 
 
 # ---- files that want to run code ----
