@@ -4,11 +4,9 @@ Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args,
 (names in index order, or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
 several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a
 bare state dict, a .safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside it, and
-diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and the argparse.Namespace that older training
-scripts stored.
+diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what plain_pickle.py admits by name.
 """
 
-import argparse
 from collections.abc import Callable, Iterable
 import errno
 import hashlib
@@ -28,15 +26,22 @@ from torch import nn
 
 from diffusers_format import LABEL_TABLE, OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
 from models import DiT
+import plain_pickle
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
 MOST_JSON = 256 << 20  # bytes of a JSON file that is read; a list of a million files is far below
 MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
 OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
 PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod)\."
-)  # left in names by DistributedDataParallel and torch.compile
+WRAPPERS = re.compile(  # left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's Fabric
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# Under which a file may have a state dict: of the trained weights, of their average, or of one of the two.
+RAW, AVERAGE = ("model",), ("ema", "ema_model", "model_ema", "ema_state_dict", "model_ema_state_dict", "state_dict_ema")
+EITHER = ("state_dict", "model_state_dict", "module", "network", "net")
+FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # a tensor that every DiT has, ours and diffusers'
+NOT_WEIGHTS = ("n_averaged",)  # a count, in state dicts of torch's AveragedModel
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Weights(NamedTuple):
@@ -93,7 +98,7 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         if isinstance(contents.get("args"), dict):
             training = {"step": contents.get("step"), "args": contents["args"]}
     tensors = _chosen(contents, which, path)
-    weights = Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes, training)
+    weights = Weights(tensors, config if isinstance(config, dict) else None, classes, training)
     beside = path.with_name("config.json")
     is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
     if is_pretrained and config is None and beside.is_file():
@@ -103,20 +108,38 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
 
 
 def _chosen(contents, which, path):
-    """The state dict `which` in a file's contents. Raises ValueError if there is none."""
-    sets = _weight_sets(contents)
+    """The state dict `which` in a file's contents, under the bare network's names. Raises ValueError if there is none."""
+    try:
+        sets = _weight_sets(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     tensors = sets.get(which)
     if (
         not isinstance(tensors, dict)
         or not tensors
         or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in tensors.items())
     ):
+        entries = ", ".join(str(key)[:60] for key in list(contents)[:6])
         raise ValueError(
-            f"{path} holds no {which!r} weights: its entries are {', '.join(map(str, list(contents)[:6]))}; "
+            f"{path} holds no {which!r} weights: its entries are {entries}; "
             "a state dict is wanted, or a dict with ema or with model (--weights raw)"
-            + (f"; --weights can be {', '.join(sets)}" if len(sets) > 1 or which != "ema" else "")
+            + (f"; --weights can be {', '.join(sets)}" if sets and (len(sets) > 1 or which != "ema") else "")
         )
+    for name, tensor in tensors.items():
+        _check_plain(tensor, f"{path}: {name}")
     return tensors
+
+
+def _check_plain(tensor, name):
+    """Raise ValueError unless a tensor has its values in itself, one beside the other."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or "_flat_param" in name:
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__}, a part of weights that are split over processes or packed otherwise; save "
+            "the whole state dict (FSDP: StateDictOptions(full_state_dict=True))"
+        )
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
+        raise ValueError(f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those")
 
 
 def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
@@ -212,20 +235,61 @@ def _parts(container):
 
 
 def _weight_sets(contents):
-    """The sets of weights in a file's contents, under the names of weights_choice."""
-    if not any(isinstance(contents.get(key), dict) for key in ("ema", "model")):
-        return {"ema": contents}
-    sets = {"ema": contents.get("ema"), "raw": contents.get("model")}
-    sets |= {f"ema@{decay}": tensors for decay, tensors in averages(contents).items()}
+    """The sets of weights in a file's contents, under the names of weights_choice and with the bare network's names."""
+    if not any(isinstance(contents.get(key), dict) for key in (*RAW, *AVERAGE, *EITHER)):
+        return _sets_of_names(contents)
+    sets = {}
+    for kind, keys in {"ema": AVERAGE, "raw": RAW}.items():
+        found = [contents[key] for key in keys if isinstance(contents.get(key), dict)]
+        if len(found) == 1 or (found and found[0] is contents.get(keys[0])):
+            sets[kind] = _bare(found[0])
+    either = [contents[key] for key in EITHER if isinstance(contents.get(key), dict) and _places(contents[key])]
+    if len(either) == 1 and not any(contents.get(key) is not None for key in RAW):
+        inside = _sets_of_names(either[0])
+        if any(contents.get(key) is not None for key in AVERAGE):
+            inside = {"raw": inside.get("raw", inside.get("ema"))}
+        sets = inside | sets
+    sets |= {f"ema@{decay}": _bare(tensors) for decay, tensors in averages(contents).items()}
     return {name: tensors for name, tensors in sets.items() if tensors is not None}
+
+
+def _bare(tensors):
+    """The one network in a state dict, without what stands before its names; a state dict of something else as it is."""
+    sets = _sets_of_names(tensors)
+    return next(iter(sets.values())) if len(sets) == 1 else tensors
+
+
+def _sets_of_names(tensors):
+    """{"ema": the one network in a state dict}, or of two networks in it, as a LightningModule has them, that and "raw"."""
+    if not all(isinstance(name, str) for name in tensors):
+        return {"ema": tensors}
+    tensors = clean_names({name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS})
+    before = _places(tensors)
+    if not before or "" in before:
+        return {"ema": tensors}
+    parts = {prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} for prefix in before}
+    words = {prefix: re.split(r"[._]", prefix) for prefix in parts}
+    averaged = [prefix for prefix in parts if "ema" in words[prefix] and "online" not in words[prefix]]
+    raw = [prefix for prefix in parts if prefix not in averaged]
+    if len(parts) == 1 and not any("ema" in re.split(r"[._]", name.partition(".")[0]) for name in tensors):
+        return {"ema": parts[before[0]]}
+    found = {"ema": averaged, "raw": raw}
+    return {kind: parts[prefixes[0]] for kind, prefixes in found.items() if len(prefixes) == 1}
+
+
+def _places(tensors):
+    """What stands before the names of each network in a state dict."""
+    names = [WRAPPERS.sub("", name) for name in tensors if isinstance(name, str)]
+    return [name.removesuffix(first) for name in names for first in FIRST if f".{name}".endswith(f".{first}")]
 
 
 def averages(contents: dict) -> dict[float, Tensors]:
     """{decay: state dict} of every moving average in a training checkpoint, the main one first."""
-    args = contents.get("args")
+    args, others = contents.get("args"), contents.get("emas")
     decays = args.get("ema_decay") if isinstance(args, dict) else None
-    first = {decays[0]: contents.get("ema")} if isinstance(decays, list) and decays else {}
-    return first | (contents.get("emas") or {})
+    main = isinstance(decays, list) and decays and isinstance(decays[0], (int, float))
+    first = {decays[0]: contents.get("ema")} if main else {}
+    return first | (others if isinstance(others, dict) else {})
 
 
 def weights_choice(text: str) -> str:
@@ -244,16 +308,11 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
     Raises ValueError if the file is cut short or no such file, holds something else, or wants to run code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with plain_pickle.only_plain_values():
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path} was not loaded: it asks for {refused[1]}, and a checkpoint of weights needs no code; "
-                "do not trust this file, or save it again as a state dict"
-            ) from None
-        raise ValueError(_broken(path)) from None
+        reason = plain_pickle.refusal(error) if zipfile.is_zipfile(path) or "GLOBAL" in str(error) else None
+        raise ValueError(f"{path} {reason}" if reason else _broken(path)) from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
     except Exception:  # a broken file makes torch.load raise many kinds, some of which advise to load it unsafely
@@ -306,8 +365,16 @@ def _read_safetensors(path):
 
 
 def clean_names(tensors: Tensors) -> Tensors:
-    """The state dict with the names that the bare network gives its tensors."""
-    return {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    """The state dict with the names that the bare network gives its tensors.
+
+    Raises ValueError if two of them get one name.
+    """
+    cleaned = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(cleaned) < len(tensors):
+        names = [WRAPPERS.sub("", name) for name in tensors]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} is there twice, with and without the marks of a wrapper; save one of the two alone")
+    return cleaned
 
 
 def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None:
