@@ -8,6 +8,7 @@ diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and w
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 import errno
 import hashlib
 import json
@@ -25,8 +26,10 @@ import torch
 from torch import nn
 
 from diffusers_format import LABEL_TABLE, OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
+from dit_config import arguments_in
 from models import DiT
 import plain_pickle
+from process_marks import check_process
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
 MOST_JSON = 256 << 20  # bytes of a JSON file that is read; a list of a million files is far below
@@ -41,6 +44,7 @@ RAW, AVERAGE = ("model",), ("ema", "ema_model", "model_ema", "ema_state_dict", "
 EITHER = ("state_dict", "model_state_dict", "module", "network", "net")
 FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # a tensor that every DiT has, ours and diffusers'
 NOT_WEIGHTS = ("n_averaged",)  # a count, in state dicts of torch's AveragedModel
+WITHOUT_MARKS = {*RAW, *AVERAGE, *EITHER, "opt", "optimizer", "optimizer_states", "optimizer_state_dict", "rng", "emas", "log"}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -89,16 +93,21 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         raise ValueError(
             f"there is no checkpoint {path}; give a .pt or .safetensors file, a run folder, or a folder with config.json"
         )
-    config = classes = training = None
     if path.suffix == ".safetensors":
-        contents, config, classes = _read_safetensors(path)
+        contents, config, classes, says = _read_safetensors(path)
     else:
         contents = read_checkpoint(path)
         config, classes = contents.get("config"), contents.get("classes")
-        if isinstance(contents.get("args"), dict):
-            training = {"step": contents.get("step"), "args": contents["args"]}
-    tensors = _chosen(contents, which, path)
-    weights = Weights(tensors, config if isinstance(config, dict) else None, classes, training)
+        says = {key: value for key, value in contents.items() if key not in WITHOUT_MARKS}
+    check_process(says, path)
+    training = None
+    if isinstance(contents.get("args"), dict):
+        training = {"step": contents.get("step"), "args": contents["args"]}
+    try:
+        config = arguments_in(config) if isinstance(config, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{path}: in its configuration {error}") from None
+    weights = Weights(_chosen(contents, which, path), config, classes, training)
     beside = path.with_name("config.json")
     is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
     if is_pretrained and config is None and beside.is_file():
@@ -140,6 +149,8 @@ def _check_plain(tensor, name):
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
         raise ValueError(f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise ValueError(f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its contiguous() copy")
 
 
 def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
@@ -149,7 +160,7 @@ def check_classes(classes: object, config: dict | None, origin: Path | str) -> N
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{origin} has class names that are no list of texts; write them so, or leave them out")
     count = (config or {}).get("num_classes", len(classes))
-    if isinstance(count, int) and len(classes) > count:
+    if len(classes) > count:
         raise ValueError(f"{origin} has {len(classes)} class names for {count} classes; give one name for each")
 
 
@@ -157,28 +168,42 @@ def _configured(weights, file):
     """Weights with what a config.json says, and as ours if it is diffusers'. Raises ValueError if it is of another network."""
     config = read_json(file)
     name = config.get("_class_name", OUR_CLASS)
+    check_process(config, file)
     try:
         if is_diffusers(config):
             theirs, config, pipeline = config, config_from_diffusers(config), file.parent.parent / "model_index.json"
-            named = names_of(read_json(pipeline)) if pipeline.is_file() else None
+            named = names_of(_checked_pipeline(pipeline)) if pipeline.is_file() else None
             return Weights(from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES))
         if name != OUR_CLASS:
-            raise ValueError(f"it is of {name}, not of a DiT")
-        arguments = {key: value for key, value in config.items() if key not in ("_class_name", "id2label")}
-        return weights._replace(config=arguments, classes=names_of(config))
+            raise ValueError(f"it is of {str(name)[:60]}, not of a DiT")
+        return weights._replace(config=arguments_in(config), classes=names_of(config))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    except (TypeError, KeyError, AttributeError, IndexError) as error:  # of values that are not of the kind they should be
-        raise ValueError(f"{file} is no configuration of a DiT ({type(error).__name__}: {error})") from None
+
+
+def _checked_pipeline(index):
+    """What a pipeline's model_index.json says. Raises ValueError if it, or its scheduler, is of another process."""
+    contents, scheduler = read_json(index), index.parent / "scheduler" / "scheduler_config.json"
+    check_process(contents, index)
+    if scheduler.is_file():
+        check_process(read_json(scheduler), scheduler)
+    return contents
 
 
 def names_of(config: dict) -> list[str] | None:
-    """The class names, in index order, under id2label in a config.json's contents; None if there are none."""
+    """The class names, in index order, under id2label in a config.json's contents; None if there are none.
+
+    Raises ValueError for anything else under it.
+    """
+    wrong = "id2label is not {index: name} with an index from 0 on for each class, and a text as name"
+    labels = config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
+        raise ValueError(wrong)
     try:
-        found = {int(index): name for index, name in (config.get("id2label") or {}).items()}
-        return [found[i] for i in range(len(found))] or None
-    except (AttributeError, KeyError, ValueError):
-        raise ValueError("id2label is not {index: name} with an index from 0 on for each class") from None
+        found = {int(index): name for index, name in labels.items()}
+        return [found[i] for i in range(len(labels))] or None
+    except (KeyError, ValueError):
+        raise ValueError(wrong) from None
 
 
 def id2label(classes: Iterable[str]) -> dict[str, str]:
@@ -287,9 +312,10 @@ def averages(contents: dict) -> dict[float, Tensors]:
     """{decay: state dict} of every moving average in a training checkpoint, the main one first."""
     args, others = contents.get("args"), contents.get("emas")
     decays = args.get("ema_decay") if isinstance(args, dict) else None
-    main = isinstance(decays, list) and decays and isinstance(decays[0], (int, float))
-    first = {decays[0]: contents.get("ema")} if main else {}
-    return first | (others if isinstance(others, dict) else {})
+    found: dict[float, Tensors] = {}
+    if isinstance(decays, list) and decays and isinstance(decays[0], (int, float)):
+        found[decays[0]] = contents.get("ema") or {}
+    return found | (others if isinstance(others, dict) else {})
 
 
 def weights_choice(text: str) -> str:
@@ -349,19 +375,26 @@ def _broken(path):
 
 
 def _read_safetensors(path):
-    """(tensors, config, classes) of a .safetensors file."""
+    """(tensors, config, classes, all that its metadata say) of a .safetensors file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f"{path} is cut short or not a safetensors file ({error}); download or copy it again"
+            f"{path} is cut short or not a safetensors file ({reason[0][:200]}); download or copy it again"
         ) from None
     try:
-        return tensors, *(json.loads(metadata.get(key, "null")) for key in ("config", "classes"))
-    except json.JSONDecodeError as error:
+        config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
+    except ValueError as error:
         raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
+    says = {**metadata, "config": config}
+    for key, text in metadata.items():
+        if text.startswith("{"):
+            with suppress(ValueError):
+                says[key] = parse_json(text)
+    return tensors, config, classes, says
 
 
 def clean_names(tensors: Tensors) -> Tensors:

@@ -19,6 +19,7 @@ from checkpoints import (
 )  # fmt: skip
 from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers, to_diffusers
 from diffusion import create_diffusion
+from dit_config import arguments_in, check_outline
 from models import DiT
 from vae import LatentSpace, Space
 
@@ -50,11 +51,15 @@ def network_of(weights: Weights, origin: Path | str) -> DiT:
     Raises ValueError, naming `origin`, if the two do not fit.
     """
     assert weights.config is not None
-    with torch.device("meta"):
-        try:
-            network = DiT(**weights.config)
-        except TypeError as error:
-            raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
+    try:
+        config = arguments_in(weights.config)
+        check_outline(config, weights.tensors)
+        with torch.device("meta"):
+            network = DiT(**config)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
     check_fits(network, weights.tensors, origin)
     network.load_state_dict(weights.tensors, assign=True)
     return network.float().eval().requires_grad_(False)

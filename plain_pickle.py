@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 import re
 import sys
 import threading
-from typing import Any
+from typing import Any, Literal
 import warnings
 
 import numpy as np
@@ -34,10 +34,13 @@ class Unread:
 class DataType(Unread):
     """A data type of NumPy: its code such as "f8", and its byte order."""
 
+    code: object = None
+    order: Literal["<", ">", "="] = "="
+
     def __new__(cls, *args: object) -> "DataType":
-        made = super().__new__(cls)
-        made.code, made.order = (args[0] if args else None), "="  # type: ignore[attr-defined]
-        return made  # type: ignore[return-value]
+        made = object.__new__(cls)
+        made.code = args[0] if args else None
+        return made
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
@@ -46,10 +49,9 @@ class DataType(Unread):
 
 def number(kind: object = None, data: object = b"") -> Any:
     """A number of NumPy as Python's own; None for one of another kind."""
-    code = getattr(kind, "code", None)
-    if not (isinstance(code, str) and NUMBER.fullmatch(code) and isinstance(data, bytes)):
+    if not (isinstance(kind, DataType) and NUMBER.fullmatch(str(kind.code)) and isinstance(data, bytes)):
         return None
-    return np.frombuffer(data, np.dtype(code).newbyteorder(getattr(kind, "order"))).tolist()[0]
+    return np.frombuffer(data, np.dtype(str(kind.code)).newbyteorder(kind.order)).tolist()[0]
 
 
 def path_text(*parts: object) -> str:
@@ -148,6 +150,6 @@ def refusal(error: Exception) -> str | None:
             "it again as a state dict"
         )
     return (
-        f"was not loaded: it asks for {name}, an object of the program that made it, and only tensors, numbers, texts and plain "
-        "containers are read; save the weights alone where it was made, as torch.save(network.state_dict(), FILE)"
+        f"was not loaded: it asks for {name}, an object of the program that made it, and only tensors, numbers, texts and "
+        "plain containers are read; save the weights alone where it was made, as torch.save(network.state_dict(), FILE)"
     )

@@ -25,6 +25,7 @@ from checkpoints import (
     Weights, check_fits, checkpoint_path, clean_names, list_checkpoints, load_weights, newest_checkpoint,
     read_checkpoint, read_json, save_checkpoint, save_weights,
 )  # fmt: skip
+from train_flags import build_parser as train_parser
 
 CONFIG = {"input_size": 8, "depth": 2, "mlp_ratio": 4.0, "learn_sigma": True}
 CLASSES = ["ant", "bee"]
@@ -213,6 +214,55 @@ def test_containers_of_other_trainers(tmp_path, contents, found):
 def test_tensors_that_are_no_plain_weights(tmp_path, contents, says):
     with pytest.raises(ValueError, match=rf"a\.pt.*{says}"):
         load_weights(saved(tmp_path / "a.pt", contents))
+
+
+# ---- networks of other processes ----
+
+@pytest.mark.parametrize("said", [
+    {"args": argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")},
+    {"args": {"model": "SiT-XL/2"}}, {"args": {"model": "DiT-XL/2", "path_type": "linear", "prediction": "noise"}},
+    {"args": {"prediction": "v"}}, {"hyper_parameters": {"diffusion": {"prediction_type": "v_prediction"}}},
+    {"config": {"process": "flow"}}, {"config": {"transport": {"path_type": "GVP"}}}, {"prediction_type": "sample"},
+    {"args": {"objective": "pred_v"}}, {"args": {"loss_type": "flow-matching"}}, {"args": {"use_flow_matching": True}},
+    {"args": {"noise_schedule": "squaredcos_cap_v2"}}, {"args": {"diffusion_steps": 4000}}, {"args": {"predict_xstart": True}},
+    {"args": {"arch": "LightningDiT-B/1"}}, {"args": {"loss": "score_matching"}}, {"cfg": {"sigma_data": 0.5}},
+    {"args": types.SimpleNamespace(parameterization="x0")}, {"args": {"beta_end": 0.012}},
+])  # fmt: skip
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_a_network_of_another_process_is_refused(tmp_path, said, which):
+    """Its tensors are those of a DiT, so nothing else would notice."""
+    path = saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said})
+    with pytest.raises(ValueError, match=r"a\.pt is of another process \(.*predicts the noise.*Use the code that it was"):
+        load_weights(path, which)
+
+
+@pytest.mark.parametrize("said", [
+    {"args": vars(train_parser().parse_args(["--data-path", "flowers"]))}, {"args": {"model": "DiT-XL/2", "prediction": "eps"}},
+    {"args": {"predict_xstart": False, "noise_schedule": "linear", "diffusion_steps": 1000, "path_type": None}},
+    {"args": {"model": "flowers-DiT-B/2", "lr_scheduler": "cosine", "results_dir": "runs/sit", "framework": "pytorch"}},
+    {"args": {"schedule": "cosine", "target": "vae.Flow", "loss_type": "mse", "beta_start": 1e-4, "velocity": None}},
+    {"config": {**CONFIG, "process": "gaussian"}}, {"args": [1, 2]},
+])  # fmt: skip
+def test_what_says_nothing_of_another_process_is_taken(tmp_path, said):
+    weights = load_weights(saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said}))
+    assert "process" not in (weights.config or {})
+
+
+@pytest.mark.parametrize("metadata", [
+    {"modelspec.prediction_type": "v"}, {"modelspec.architecture": "SiT-XL/2"}, {"config": '{"process": "rectified flow"}'},
+    {"_class_name": "SiTTransformer2DModel"}, {"args": '{"prediction": "velocity"}'},
+])  # fmt: skip
+def test_metadata_say_another_process(tmp_path, metadata):
+    safetensors.torch.save_file(state_dict(), tmp_path / "a.safetensors", {"format": "pt", **metadata})
+    with pytest.raises(ValueError, match="is of another process"):
+        load_weights(tmp_path / "a.safetensors")
+
+
+def test_config_beside_says_another_process(tmp_path):
+    safetensors.torch.save_file(state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "SiTTransformer2DModel"}')
+    with pytest.raises(ValueError, match="config.json is of another process ._class_name: SiTTransformer2DModel"):
+        load_weights(tmp_path)
 
 
 # ---- run folders ----
