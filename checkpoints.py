@@ -27,6 +27,7 @@ from torch import nn
 
 from diffusers_format import LABEL_TABLE, OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
 from dit_config import arguments_in
+from labels import label_index
 from models import DiT
 import plain_pickle
 from process_marks import check_process
@@ -479,32 +480,37 @@ def adapt(weights: Weights, network: DiT, labels: str | dict[int, int], origin: 
 
 
 def read_label_map(path: Path | str, classes: tuple[list[str] | None, int], weights: Weights) -> dict[int, int]:
-    """{index: index in the Weights} from a JSON file {label: label there}: indices, else class names.
+    """{index: index in the Weights} from a JSON file {label: label there}: labels as labels.label_index takes them.
 
-    Raises ValueError, naming the label, for one that does not exist.
+    Raises ValueError, naming the label, for one that does not exist or may mean several.
     """
     try:
-        pairs = json.loads(Path(path).read_text(encoding="utf-8"))
-        pairs = pairs.items()
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--init-labels {path} is no JSON file of {{label: label there}} ({reason})") from None
+        pairs = read_json(Path(path))
+    except ValueError as error:
+        raise ValueError(f"--init-labels {path} is no JSON file of {{label: label there}} ({error})") from None
     there = (weights.config or {}).get("num_classes", len(weights.tensors.get(LABEL_TABLE, [])) - 1)
 
     def index(label, names, count, where):
-        if not isinstance(label, (str, int)):
-            raise ValueError(f"--init-labels {path}: {label!r} is no label; give one number or one name")
-        names = {name: i for i, name in enumerate(names or [])}
-        number = int(label) if str(label).isdecimal() else names.get(label, -1)
-        if not 0 <= number < count:
-            raise ValueError(f"--init-labels {path}: {label!r} is no label {where}, which has {count}")
-        return number
+        if not isinstance(label, (str, int)) or isinstance(label, bool):
+            raise ValueError(f"--init-labels {path}: {repr(label)[:60]} is no label; give one number or one name")
+        known: dict[str, set[int]] = {}
+        for i, name in enumerate(names or [] if isinstance(label, str) else []):  # a number without quotes is no name
+            known.setdefault(name, set()).add(i)
+        try:
+            return label_index(str(label), count, known)
+        except ValueError as error:
+            raise ValueError(
+                f"--init-labels {path}: {repr(label)[:60]} is no label {where}, which has {count} ({error})"
+            ) from None
 
     here, count = classes
-    return {
-        index(new, here, count, "of the new network"): index(old, weights.classes, there, "of the checkpoint")
-        for new, old in pairs
-    }
+    found: dict[int, int] = {}
+    for new, old in pairs.items():
+        number = index(new, here, count, "of the new network")
+        if number in found:
+            raise ValueError(f"--init-labels {path}: {new!r} is class {number}, which is there twice; give it once")
+        found[number] = index(old, weights.classes, there, "of the checkpoint")
+    return found
 
 
 def save_checkpoint(path: Path | str, contents: dict) -> None:
