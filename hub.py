@@ -5,7 +5,7 @@ A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, cla
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import json
 from pathlib import Path
 import re
@@ -21,6 +21,7 @@ from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers
 from diffusion import create_diffusion
 from dit_config import arguments_in, check_outline
 from models import DiT
+from offline import cache_of_the_hub, why_offline
 from vae import LatentSpace, Space
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,7 +35,10 @@ def local_path(name: Path | str) -> Path:
     Raises ValueError if it cannot be had.
     """
     path = Path(name)
-    if path.exists() or not HUB_NAME.fullmatch(str(name)) or path.suffix in (".pt", ".safetensors"):
+    with suppress(OSError, ValueError):  # of names that no file can have
+        if path.exists():
+            return path
+    if not HUB_NAME.fullmatch(str(name)) or path.suffix in (".pt", ".safetensors"):
         return path
     from huggingface_hub import snapshot_download
 
@@ -42,7 +46,12 @@ def local_path(name: Path | str) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{name} is no file or folder here, and cannot be fetched from the hub ({reason})") from None
+        if offline := why_offline(error):
+            reason = f"{offline}, and there is no copy in the cache {cache_of_the_hub()}"
+        raise ValueError(
+            f"{name} is no file or folder here, and cannot be fetched from the hub ({reason}); give a path, or fetch it where "
+            "there is a network (hf download) and set HF_HOME to that cache"
+        ) from None
 
 
 def network_of(weights: Weights, origin: Path | str) -> DiT:
@@ -130,9 +139,13 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
 def load_exported(folder: Path | str) -> DiTPipeline:
     """The DiTPipeline in a folder, or on the hub, with the timestep frequencies of a DiT.
 
-    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises OSError or
-    ValueError, diffusers', if it cannot be loaded.
+    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises ValueError for
+    a folder whose parts are not diffusers' own, and OSError or ValueError, diffusers', if it cannot be loaded.
     """
+    folder = local_path(folder)
+    for name, part in read_json(folder / "model_index.json").items():
+        if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
+            raise ValueError(f"{folder}: its {name} is of {part[:1]}, not of diffusers; code that comes with a folder is not run")
     pipeline = DiTPipeline.from_pretrained(folder)
     for block in pipeline.transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
