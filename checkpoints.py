@@ -35,6 +35,9 @@ from process_marks import check_process
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
 MOST_JSON = 256 << 20  # bytes of a JSON file that is read; a list of a million files is far below
 MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
+LONGEST_NAME = 255  # bytes, on the file systems that are met
+# What the system says where a folder cannot be opened or synced, as on Windows and on some network disks.
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
 PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 WRAPPERS = re.compile(  # left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's Fabric
@@ -152,6 +155,18 @@ def _check_plain(tensor, name):
         raise ValueError(f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those")
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         raise ValueError(f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its contiguous() copy")
+
+
+def check_readable(classes: list[str] | None) -> None:
+    """Raise ValueError, naming the class, if a class name is no text that others could read, such as a folder's in Latin-1."""
+    for index, name in enumerate(classes or []):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the name of class {index}, {name!r}, is not in UTF-8, and others could not read it; call it otherwise in the "
+                "checkpoint's entry `classes`, or export with --format safetensors"
+            ) from None
 
 
 def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
@@ -543,6 +558,16 @@ def save_weights(path: Path, weights: Weights) -> None:
     write_whole(Path(path), write)
 
 
+def check_name(path: Path) -> None:
+    """Raise ValueError if no file can be called so, or its place cannot be looked at."""
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()
+    except (OSError, ValueError) as error:  # the second of a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)[:300]} is no name for a file or folder ({reason}); give another") from None
+
+
 def file_hash(path: Path | str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -555,21 +580,30 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises OSError if the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.partial")
+    if len(os.fsencode(temporary.name)) > LONGEST_NAME:  # which path's own name need not be
+        temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.partial")
     try:
         write(temporary)
-        _to_disk(temporary)
+        _to_disk(temporary, os.O_RDWR)  # Windows syncs only what may be written
         os.replace(temporary, path)
-        _to_disk(path.parent)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason: BaseException | None = error
         while reason and not isinstance(reason, OSError):  # torch.save hides the disk's answer behind its own
             reason = reason.__context__
+        if isinstance(reason, OSError) and reason.errno:
+            raise OSError(reason.errno, reason.strerror, str(path)) from None  # for a message that names the file
         raise (reason or error) from None
+    try:
+        _to_disk(path.parent, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
-def _to_disk(path):
-    handle = os.open(path, os.O_RDONLY)
+def _to_disk(path, access):
+    handle = os.open(path, access)
     try:
         os.fsync(handle)
     finally:

@@ -218,7 +218,7 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
 
 def ignore_signals(_: int) -> None:
     """Make a loader's worker leave to the training process what a scheduler sends to all processes of a job."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT}:  # Windows lacks one
         signal.signal(number, signal.SIG_IGN)
 
 

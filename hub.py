@@ -12,10 +12,12 @@ import re
 from tempfile import TemporaryDirectory
 
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors import SafetensorError
 import torch
 
 from checkpoints import (
-    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, id2label, load_weights, read_json, save_weights, weights_file,
+    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, check_name, check_readable, id2label, load_weights, read_json,
+    save_weights, weights_file,
 )  # fmt: skip
 from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers, to_diffusers
 from diffusion import create_diffusion
@@ -99,13 +101,15 @@ def save_pretrained(
     folder has files already, or cannot be written.
     """
     check_classes(classes, network.config, "the network")
+    check_readable(classes)
     with _new_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
         save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
         names = {"id2label": id2label(classes)} if classes else {}
         contents = {"_class_name": OUR_CLASS, **network.config, **names}
         (partial / "config.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(model_card(network, classes, training, vae), encoding="utf-8")
+        card = model_card(network, classes, training, vae)  # arguments of the run may be paths that are no UTF-8
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None) -> None:
@@ -119,6 +123,7 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
     if space.shift:
         raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
     check_classes(classes, network.config, "the network")
+    check_readable(classes)
     config = config_to_diffusers(network.config)
     transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
     transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
@@ -145,7 +150,7 @@ def load_exported(folder: Path | str) -> DiTPipeline:
     folder = local_path(folder)
     for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
-            raise ValueError(f"{folder}: its {name} is of {part[:1]}, not of diffusers; code that comes with a folder is not run")
+            raise ValueError(f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run")
     pipeline = DiTPipeline.from_pretrained(folder)
     for block in pipeline.transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -167,19 +172,24 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
 def _new_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
     folder = Path(folder)
+    check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; give another name")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        with TemporaryDirectory(prefix=f".{folder.name[:20]}.", dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name
             partial.mkdir()
             yield partial
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
-    except OSError as error:
-        raise ValueError(f"cannot write {folder} ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:  # the second of diffusers' writing
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another place, and give the command "
+            "again"
+        ) from None
 
 
 CARD = """---
@@ -231,8 +241,9 @@ def model_card(
         rows |= {"training steps": training.get("step")} | {key.replace("_", " "): args[key] for key in shown if key in args}
     if classes:
         rows["classes"] = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
-    vae = vae or args.get("vae", "VAE")
-    vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
+    vae = str(vae or args.get("vae", "VAE"))
+    with suppress(OSError, ValueError):  # of what is no path
+        vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
     return CARD.format(
         title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
         task="unconditional-image-generation" if not config["num_classes"] else "other",

@@ -133,15 +133,17 @@ class Sampler:
             assert self.network.null_label is not None  # __post_init__ looks at that
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
         dtype = PRECISIONS[self.mixed_precision]
+        taken = None if dtype else self.network.pos_embed.dtype  # half after network.half()
 
         def predict(x, t):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+                given, x = x, x.to(taken)
                 if next(guided):
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
                     out = self.network.forward_with_cfg(x2, t2, both, self.cfg_scale, self.cfg_channels)[: len(x)]
                 else:
                     out = self.network(x, t, **conditions)
-            return out.to(x.dtype)
+            return out.to(given.dtype)
 
         return predict
 

@@ -110,6 +110,8 @@ def vae_hashes(name: str) -> dict[str, str]:
 
 def _cannot_load(name, error):
     reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    if isinstance(error, KeyError):
+        reason = f"config.json lacks {reason}"
     repository = HUB_VAES.get(name, name)
     if offline := why_offline(error):
         reason = f"{offline}, and there is no copy of {repository} in the cache {cache_of_the_hub()}"
