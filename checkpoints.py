@@ -4,15 +4,15 @@ Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args,
 (names in index order, or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
 several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a
 bare state dict, a .safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside it, and
-diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and the argparse.Namespace that older training
-scripts stored.
+diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what plain_pickle.py admits by name.
 """
 
-import argparse
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 import errno
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 import pickle
@@ -26,14 +26,30 @@ import torch
 from torch import nn
 
 from diffusers_format import LABEL_TABLE, OWN_CLASSES, Tensors, config_from_diffusers, from_diffusers, is_diffusers
+from dit_config import arguments_in
+from labels import label_index
 from models import DiT
+import plain_pickle
+from process_marks import check_process
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
+MOST_JSON = 256 << 20  # bytes of a JSON file that is read; a list of a million files is far below
+MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
+LONGEST_NAME = 255  # bytes, on the file systems that are met
+# What the system says where a folder cannot be opened or synced, as on Windows and on some network disks.
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
 PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod)\."
-)  # left in names by DistributedDataParallel and torch.compile
+WRAPPERS = re.compile(  # left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's Fabric
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# Under which a file may have a state dict: of the trained weights, of their average, or of one of the two.
+RAW, AVERAGE = ("model",), ("ema", "ema_model", "model_ema", "ema_state_dict", "model_ema_state_dict", "state_dict_ema")
+EITHER = ("state_dict", "model_state_dict", "module", "network", "net")
+FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # a tensor that every DiT has, ours and diffusers'
+NOT_WEIGHTS = ("n_averaged",)  # a count, in state dicts of torch's AveragedModel
+WITHOUT_MARKS = {*RAW, *AVERAGE, *EITHER, "opt", "optimizer", "optimizer_states", "optimizer_state_dict", "rng", "emas", "log"}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Weights(NamedTuple):
@@ -81,16 +97,21 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         raise ValueError(
             f"there is no checkpoint {path}; give a .pt or .safetensors file, a run folder, or a folder with config.json"
         )
-    config = classes = training = None
     if path.suffix == ".safetensors":
-        contents, config, classes = _read_safetensors(path)
+        contents, config, classes, says = _read_safetensors(path)
     else:
         contents = read_checkpoint(path)
         config, classes = contents.get("config"), contents.get("classes")
-        if isinstance(contents.get("args"), dict):
-            training = {"step": contents.get("step"), "args": contents["args"]}
-    tensors = _chosen(contents, which, path)
-    weights = Weights(clean_names(tensors), config if isinstance(config, dict) else None, classes, training)
+        says = {key: value for key, value in contents.items() if key not in WITHOUT_MARKS}
+    check_process(says, path)
+    training = None
+    if isinstance(contents.get("args"), dict):
+        training = {"step": contents.get("step"), "args": contents["args"]}
+    try:
+        config = arguments_in(config) if isinstance(config, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{path}: in its configuration {error}") from None
+    weights = Weights(_chosen(contents, which, path), config, classes, training)
     beside = path.with_name("config.json")
     is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
     if is_pretrained and config is None and beside.is_file():
@@ -100,20 +121,52 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
 
 
 def _chosen(contents, which, path):
-    """The state dict `which` in a file's contents. Raises ValueError if there is none."""
-    sets = _weight_sets(contents)
+    """The state dict `which` in a file's contents, under the bare network's names. Raises ValueError if there is none."""
+    try:
+        sets = _weight_sets(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     tensors = sets.get(which)
     if (
         not isinstance(tensors, dict)
         or not tensors
         or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in tensors.items())
     ):
+        entries = ", ".join(str(key)[:60] for key in list(contents)[:6])
         raise ValueError(
-            f"{path} holds no {which!r} weights: its entries are {', '.join(map(str, list(contents)[:6]))}; "
+            f"{path} holds no {which!r} weights: its entries are {entries}; "
             "a state dict is wanted, or a dict with ema or with model (--weights raw)"
-            + (f"; --weights can be {', '.join(sets)}" if len(sets) > 1 or which != "ema" else "")
+            + (f"; --weights can be {', '.join(sets)}" if sets and (len(sets) > 1 or which != "ema") else "")
         )
+    for name, tensor in tensors.items():
+        _check_plain(tensor, f"{path}: {name}")
     return tensors
+
+
+def _check_plain(tensor, name):
+    """Raise ValueError unless a tensor has its values in itself, one beside the other."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or "_flat_param" in name:
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__}, a part of weights that are split over processes or packed otherwise; save "
+            "the whole state dict (FSDP: StateDictOptions(full_state_dict=True))"
+        )
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
+        raise ValueError(f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise ValueError(f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its contiguous() copy")
+
+
+def check_readable(classes: list[str] | None) -> None:
+    """Raise ValueError, naming the class, if a class name is no text that others could read, such as a folder's in Latin-1."""
+    for index, name in enumerate(classes or []):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the name of class {index}, {name!r}, is not in UTF-8, and others could not read it; call it otherwise in the "
+                "checkpoint's entry `classes`, or export with --format safetensors"
+            ) from None
 
 
 def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
@@ -123,7 +176,7 @@ def check_classes(classes: object, config: dict | None, origin: Path | str) -> N
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{origin} has class names that are no list of texts; write them so, or leave them out")
     count = (config or {}).get("num_classes", len(classes))
-    if isinstance(count, int) and len(classes) > count:
+    if len(classes) > count:
         raise ValueError(f"{origin} has {len(classes)} class names for {count} classes; give one name for each")
 
 
@@ -131,28 +184,42 @@ def _configured(weights, file):
     """Weights with what a config.json says, and as ours if it is diffusers'. Raises ValueError if it is of another network."""
     config = read_json(file)
     name = config.get("_class_name", OUR_CLASS)
+    check_process(config, file)
     try:
         if is_diffusers(config):
             theirs, config, pipeline = config, config_from_diffusers(config), file.parent.parent / "model_index.json"
-            named = names_of(read_json(pipeline)) if pipeline.is_file() else None
+            named = names_of(_checked_pipeline(pipeline)) if pipeline.is_file() else None
             return Weights(from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES))
         if name != OUR_CLASS:
-            raise ValueError(f"it is of {name}, not of a DiT")
-        arguments = {key: value for key, value in config.items() if key not in ("_class_name", "id2label")}
-        return weights._replace(config=arguments, classes=names_of(config))
+            raise ValueError(f"it is of {str(name)[:60]}, not of a DiT")
+        return weights._replace(config=arguments_in(config), classes=names_of(config))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    except (TypeError, KeyError, AttributeError, IndexError) as error:  # of values that are not of the kind they should be
-        raise ValueError(f"{file} is no configuration of a DiT ({type(error).__name__}: {error})") from None
+
+
+def _checked_pipeline(index):
+    """What a pipeline's model_index.json says. Raises ValueError if it, or its scheduler, is of another process."""
+    contents, scheduler = read_json(index), index.parent / "scheduler" / "scheduler_config.json"
+    check_process(contents, index)
+    if scheduler.is_file():
+        check_process(read_json(scheduler), scheduler)
+    return contents
 
 
 def names_of(config: dict) -> list[str] | None:
-    """The class names, in index order, under id2label in a config.json's contents; None if there are none."""
+    """The class names, in index order, under id2label in a config.json's contents; None if there are none.
+
+    Raises ValueError for anything else under it.
+    """
+    wrong = "id2label is not {index: name} with an index from 0 on for each class, and a text as name"
+    labels = config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
+        raise ValueError(wrong)
     try:
-        found = {int(index): name for index, name in (config.get("id2label") or {}).items()}
-        return [found[i] for i in range(len(found))] or None
-    except (AttributeError, KeyError, ValueError):
-        raise ValueError("id2label is not {index: name} with an index from 0 on for each class") from None
+        found = {int(index): name for index, name in labels.items()}
+        return [found[i] for i in range(len(labels))] or None
+    except (KeyError, ValueError):
+        raise ValueError(wrong) from None
 
 
 def id2label(classes: Iterable[str]) -> dict[str, str]:
@@ -161,9 +228,14 @@ def id2label(classes: Iterable[str]) -> dict[str, str]:
 
 
 def read_json(file: Path) -> dict:
-    """The dict in a JSON file. Raises ValueError if it cannot be read or holds something else."""
+    """The dict in a JSON file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32.
+
+    Raises ValueError, naming the file, if it cannot be read or holds something else.
+    """
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
+        contents = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(contents, dict):
@@ -171,21 +243,95 @@ def read_json(file: Path) -> dict:
     return contents
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError if it is none, or has numbers or a depth that no sensible one has."""
+
+    def refuse(name):
+        raise ValueError(f"it has the number {name}, which JSON does not know")
+
+    def whole(digits):
+        return int(digits) if len(digits) <= MOST_DIGITS else refuse(f"of {len(digits):,} digits")
+
+    def real(digits):
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits[:20])
+
+    too_deep = "it is nested too deeply"
+    try:
+        contents = json.loads(text, parse_constant=refuse, parse_int=whole, parse_float=real)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [[contents]]
+    for _ in range(MOST_DEPTH):
+        level = [part for container in level for part in _parts(container)]
+    if level:
+        raise ValueError(too_deep)
+    return contents
+
+
+def _parts(container):
+    """The containers right inside one."""
+    inside = container.values() if isinstance(container, dict) else container
+    return [part for part in inside if isinstance(part, (dict, list))]
+
+
 def _weight_sets(contents):
-    """The sets of weights in a file's contents, under the names of weights_choice."""
-    if not any(isinstance(contents.get(key), dict) for key in ("ema", "model")):
-        return {"ema": contents}
-    sets = {"ema": contents.get("ema"), "raw": contents.get("model")}
-    sets |= {f"ema@{decay}": tensors for decay, tensors in averages(contents).items()}
+    """The sets of weights in a file's contents, under the names of weights_choice and with the bare network's names."""
+    if not any(isinstance(contents.get(key), dict) for key in (*RAW, *AVERAGE, *EITHER)):
+        return _sets_of_names(contents)
+    sets = {}
+    for kind, keys in {"ema": AVERAGE, "raw": RAW}.items():
+        found = [contents[key] for key in keys if isinstance(contents.get(key), dict)]
+        if len(found) == 1 or (found and found[0] is contents.get(keys[0])):
+            sets[kind] = _bare(found[0])
+    either = [contents[key] for key in EITHER if isinstance(contents.get(key), dict) and _places(contents[key])]
+    if len(either) == 1 and not any(contents.get(key) is not None for key in RAW):
+        inside = _sets_of_names(either[0])
+        if any(contents.get(key) is not None for key in AVERAGE):
+            inside = {"raw": inside.get("raw", inside.get("ema"))}
+        sets = inside | sets
+    sets |= {f"ema@{decay}": _bare(tensors) for decay, tensors in averages(contents).items()}
     return {name: tensors for name, tensors in sets.items() if tensors is not None}
+
+
+def _bare(tensors):
+    """The one network in a state dict, without what stands before its names; a state dict of something else as it is."""
+    sets = _sets_of_names(tensors)
+    return next(iter(sets.values())) if len(sets) == 1 else tensors
+
+
+def _sets_of_names(tensors):
+    """{"ema": the one network in a state dict}, or of two networks in it, as a LightningModule has them, that and "raw"."""
+    if not all(isinstance(name, str) for name in tensors):
+        return {"ema": tensors}
+    tensors = clean_names({name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS})
+    before = _places(tensors)
+    if not before or "" in before:
+        return {"ema": tensors}
+    parts = {prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} for prefix in before}
+    words = {prefix: re.split(r"[._]", prefix) for prefix in parts}
+    averaged = [prefix for prefix in parts if "ema" in words[prefix] and "online" not in words[prefix]]
+    raw = [prefix for prefix in parts if prefix not in averaged]
+    if len(parts) == 1 and not any("ema" in re.split(r"[._]", name.partition(".")[0]) for name in tensors):
+        return {"ema": parts[before[0]]}
+    found = {"ema": averaged, "raw": raw}
+    return {kind: parts[prefixes[0]] for kind, prefixes in found.items() if len(prefixes) == 1}
+
+
+def _places(tensors):
+    """What stands before the names of each network in a state dict."""
+    names = [WRAPPERS.sub("", name) for name in tensors if isinstance(name, str)]
+    return [name.removesuffix(first) for name in names for first in FIRST if f".{name}".endswith(f".{first}")]
 
 
 def averages(contents: dict) -> dict[float, Tensors]:
     """{decay: state dict} of every moving average in a training checkpoint, the main one first."""
-    args = contents.get("args")
+    args, others = contents.get("args"), contents.get("emas")
     decays = args.get("ema_decay") if isinstance(args, dict) else None
-    first = {decays[0]: contents.get("ema")} if isinstance(decays, list) and decays else {}
-    return first | (contents.get("emas") or {})
+    found: dict[float, Tensors] = {}
+    if isinstance(decays, list) and decays and isinstance(decays[0], (int, float)):
+        found[decays[0]] = contents.get("ema") or {}
+    return found | (others if isinstance(others, dict) else {})
 
 
 def weights_choice(text: str) -> str:
@@ -204,16 +350,11 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
     Raises ValueError if the file is cut short or no such file, holds something else, or wants to run code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with plain_pickle.only_plain_values():
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path} was not loaded: it asks for {refused[1]}, and a checkpoint of weights needs no code; "
-                "do not trust this file, or save it again as a state dict"
-            ) from None
-        raise ValueError(_broken(path)) from None
+        reason = plain_pickle.refusal(error) if zipfile.is_zipfile(path) or "GLOBAL" in str(error) else None
+        raise ValueError(f"{path} {reason}" if reason else _broken(path)) from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
     except Exception:  # a broken file makes torch.load raise many kinds, some of which advise to load it unsafely
@@ -250,24 +391,39 @@ def _broken(path):
 
 
 def _read_safetensors(path):
-    """(tensors, config, classes) of a .safetensors file."""
+    """(tensors, config, classes, all that its metadata say) of a .safetensors file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f"{path} is cut short or not a safetensors file ({error}); download or copy it again"
+            f"{path} is cut short or not a safetensors file ({reason[0][:200]}); download or copy it again"
         ) from None
     try:
-        return tensors, *(json.loads(metadata.get(key, "null")) for key in ("config", "classes"))
-    except json.JSONDecodeError as error:
+        config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
+    except ValueError as error:
         raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
+    says = {**metadata, "config": config}
+    for key, text in metadata.items():
+        if text.startswith("{"):
+            with suppress(ValueError):
+                says[key] = parse_json(text)
+    return tensors, config, classes, says
 
 
 def clean_names(tensors: Tensors) -> Tensors:
-    """The state dict with the names that the bare network gives its tensors."""
-    return {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    """The state dict with the names that the bare network gives its tensors.
+
+    Raises ValueError if two of them get one name.
+    """
+    cleaned = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(cleaned) < len(tensors):
+        names = [WRAPPERS.sub("", name) for name in tensors]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} is there twice, with and without the marks of a wrapper; save one of the two alone")
+    return cleaned
 
 
 def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None:
@@ -339,32 +495,37 @@ def adapt(weights: Weights, network: DiT, labels: str | dict[int, int], origin: 
 
 
 def read_label_map(path: Path | str, classes: tuple[list[str] | None, int], weights: Weights) -> dict[int, int]:
-    """{index: index in the Weights} from a JSON file {label: label there}: indices, else class names.
+    """{index: index in the Weights} from a JSON file {label: label there}: labels as labels.label_index takes them.
 
-    Raises ValueError, naming the label, for one that does not exist.
+    Raises ValueError, naming the label, for one that does not exist or may mean several.
     """
     try:
-        pairs = json.loads(Path(path).read_text(encoding="utf-8"))
-        pairs = pairs.items()
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--init-labels {path} is no JSON file of {{label: label there}} ({reason})") from None
+        pairs = read_json(Path(path))
+    except ValueError as error:
+        raise ValueError(f"--init-labels {path} is no JSON file of {{label: label there}} ({error})") from None
     there = (weights.config or {}).get("num_classes", len(weights.tensors.get(LABEL_TABLE, [])) - 1)
 
     def index(label, names, count, where):
-        if not isinstance(label, (str, int)):
-            raise ValueError(f"--init-labels {path}: {label!r} is no label; give one number or one name")
-        names = {name: i for i, name in enumerate(names or [])}
-        number = int(label) if str(label).isdecimal() else names.get(label, -1)
-        if not 0 <= number < count:
-            raise ValueError(f"--init-labels {path}: {label!r} is no label {where}, which has {count}")
-        return number
+        if not isinstance(label, (str, int)) or isinstance(label, bool):
+            raise ValueError(f"--init-labels {path}: {repr(label)[:60]} is no label; give one number or one name")
+        known: dict[str, set[int]] = {}
+        for i, name in enumerate(names or [] if isinstance(label, str) else []):  # a number without quotes is no name
+            known.setdefault(name, set()).add(i)
+        try:
+            return label_index(str(label), count, known)
+        except ValueError as error:
+            raise ValueError(
+                f"--init-labels {path}: {repr(label)[:60]} is no label {where}, which has {count} ({error})"
+            ) from None
 
     here, count = classes
-    return {
-        index(new, here, count, "of the new network"): index(old, weights.classes, there, "of the checkpoint")
-        for new, old in pairs
-    }
+    found: dict[int, int] = {}
+    for new, old in pairs.items():
+        number = index(new, here, count, "of the new network")
+        if number in found:
+            raise ValueError(f"--init-labels {path}: {new!r} is class {number}, which is there twice; give it once")
+        found[number] = index(old, weights.classes, there, "of the checkpoint")
+    return found
 
 
 def save_checkpoint(path: Path | str, contents: dict) -> None:
@@ -397,6 +558,16 @@ def save_weights(path: Path, weights: Weights) -> None:
     write_whole(Path(path), write)
 
 
+def check_name(path: Path) -> None:
+    """Raise ValueError if no file can be called so, or its place cannot be looked at."""
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()
+    except (OSError, ValueError) as error:  # the second of a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)[:300]} is no name for a file or folder ({reason}); give another") from None
+
+
 def file_hash(path: Path | str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -409,22 +580,35 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises OSError if the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.partial")
+    if len(os.fsencode(temporary.name)) > LONGEST_NAME:  # which path's own name need not be
+        temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.partial")
     try:
         write(temporary)
-        to_disk(temporary)
+        _to_disk(temporary, os.O_RDWR)  # Windows syncs only what may be written
         os.replace(temporary, path)
-        to_disk(path.parent)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason: BaseException | None = error
         while reason and not isinstance(reason, OSError):  # torch.save hides the disk's answer behind its own
             reason = reason.__context__
+        if isinstance(reason, OSError) and reason.errno:
+            raise OSError(reason.errno, reason.strerror, str(path)) from None  # for a message that names the file
         raise (reason or error) from None
+    sync_folder(path.parent)
 
 
-def to_disk(path: Path) -> None:
-    """Bring what is known of a file or folder safely to disk. Raises OSError if the disk refuses."""
-    handle = os.open(path, os.O_RDONLY)
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder safely to disk, where its file system can do that. Raises OSError if the disk refuses."""
+    try:
+        _to_disk(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def _to_disk(path, access):
+    handle = os.open(path, access)
     try:
         os.fsync(handle)
     finally:

@@ -7,9 +7,9 @@ rows, with the null class in the last, and the configuration of the network that
 
 import torch
 
-from models import get_2d_sincos_pos_embed
+from dit_config import Tensors, arguments_in, check_kind, check_outline, shown
+from models import check_sizes, get_2d_sincos_pos_embed
 
-Tensors = dict[str, torch.Tensor]  # a state dict
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in folders older than the first
 OWN, OWN_CLASSES = "_dit", "_dit_classes"  # diffusers leaves entries that begin so alone
 NORM_EPS = (1e-6, 1e-5)  # DiT's, and what the first folders of diffusers say, which makes a difference of some 1e-5
@@ -25,6 +25,11 @@ BLOCK = {  # within a block
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
+KINDS_THERE = {  # of the entries of its configuration that count here
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size",
+                     "patch_size", "num_embeds_ada_norm"), int),
+    "norm_eps": float, "norm_elementwise_affine": bool, "attention_bias": bool, "activation_fn": str,
+}  # fmt: skip
 EMBEDDERS = {  # in every block of theirs, once in ours
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -96,6 +101,9 @@ def config_from_diffusers(config: dict) -> dict:
 
     Raises ValueError for one that our network cannot be.
     """
+    for key, kind in KINDS_THERE.items():
+        if config.get(key) is not None:
+            check_kind(key, config[key], kind)
     heads, width = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
     channels = config.get("in_channels", 4)
     out_channels = config.get("out_channels") or channels
@@ -104,9 +112,9 @@ def config_from_diffusers(config: dict) -> dict:
         "activation_fn": "gelu-approximate", "norm_elementwise_affine": False, "attention_bias": True,
         "norm_type": "ada_norm_zero",
     }  # fmt: skip
-    differing = [f"{key} {config[key]!r}" for key, value in other.items() if config.get(key, value) != value]
+    differing = [f"{key} {shown(config[key])}" for key, value in other.items() if config.get(key, value) != value]
     if config.get("norm_eps", NORM_EPS[1]) not in NORM_EPS:
-        differing.append(f"norm_eps {config['norm_eps']}")
+        differing.append(f"norm_eps {shown(config['norm_eps'])}")
     if out_channels not in (channels, 2 * channels):
         differing.append(f"out_channels {out_channels} for {channels} in_channels")
     if differing:
@@ -117,6 +125,9 @@ def config_from_diffusers(config: dict) -> dict:
         class_dropout_prob=0.1, num_classes=classes, learn_sigma=out_channels == 2 * channels, block="adaln_zero",
     )  # fmt: skip
     own = config.get(OWN, read)
+    if not isinstance(own, dict) or own.keys() != read.keys():
+        raise ValueError(f"{OWN} is not what it should be, all of DiT's arguments; take it out")
+    own = arguments_in(own)
     contradicted = [key for key in read if key not in ("num_classes", "class_dropout_prob") and own.get(key) != read[key]]
     if contradicted or not 0 < own["num_classes"] <= classes:
         raise ValueError(f"the configuration contradicts itself: {', '.join(contradicted) or 'num_classes'} under {OWN}")
@@ -128,6 +139,8 @@ def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
 
     Raises ValueError if tensors are missing or left over, or if the blocks differ in an embedder, of which a DiT has one.
     """
+    check_sizes(**config)
+    check_outline(config, tensors)
     known = names_in_diffusers(config["depth"])
     left = [name for name in tensors if name not in known and name != "pos_embed.pos_embed"]
     if left:

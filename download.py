@@ -8,7 +8,8 @@ and every part of it passes the archive's own CRC-32; before, it is called NAME.
 """
 
 import argparse
-import fcntl
+from contextlib import suppress
+import errno
 import http.client
 from pathlib import Path
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import load_weights
+from offline import why_offline
 
 RELEASED = {  # file → the --model and --image-size it is for
     "DiT-XL-2-256x256.pt": ("DiT-XL/2", 256),
@@ -32,6 +34,10 @@ FOLDER = "pretrained_models"
 TRIES = 5  # in a row without a single new byte
 PATIENCE = 30  # seconds that a silent server is waited for
 BLOCK = 1 << 20
+# What the system says of locks where there are none, and of a disk that does not take more.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
+DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota of this name
 
 
 def find_model(model_name: str) -> dict[str, Tensor]:
@@ -57,7 +63,7 @@ def released_name(model: str, image_size: int, num_classes: int) -> str:
 def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str = BASE_URL) -> Path:
     """The path of a released checkpoint in the folder, fetched if it is not there yet.
 
-    Any number of processes may ask at once: one fetches, the others wait for it.
+    Any number of processes may ask at once: one fetches, the others wait for it (but on Windows, which has no such lock).
     Raises ValueError for a name that was not released and for a download that does not come to its end.
     """
     if model_name not in pretrained_models:
@@ -69,12 +75,24 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{model_name}.lock"), "w")
     except OSError as error:
-        raise ValueError(f"cannot keep {path} ({error.strerror}); run from a folder that is writable") from None
+        raise ValueError(f"cannot keep {path} ({error.strerror}); choose a folder that is writable") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock)
         if not path.exists():  # another process may have fetched it meanwhile
             fetch(f"{base_url}/{model_name}", path)
     return path
+
+
+def _wait_for(lock):
+    """Hold the lock on a file alone; where there are no locks, as on Windows and on some shared disks, go on without."""
+    with suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise ValueError(f"cannot lock {lock.name} ({error.strerror}); give the command again") from None
 
 
 def fetch(url: str, path: Path) -> None:
@@ -82,19 +100,24 @@ def fetch(url: str, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     failures, size, most = 0, None, _length(partial)
     while size is None or _length(partial) < size:
-        reason = "the connection closed early"
+        reason, offline = "the connection closed early", None
         try:
             size = _receive(url, partial, _length(partial))
         except (urllib.error.HTTPError, ValueError) as error:
             raise ValueError(f"cannot download {url} ({error})") from error
         except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise ValueError(
+                    f"cannot write {partial} ({error.strerror}); make room there, or choose another folder, and give the "
+                    "command again: what has come is kept"
+                ) from None
+            reason, offline = str(error) or type(error).__name__, why_offline(error)
         failures = 0 if _length(partial) > most else failures + 1
         most = max(most, _length(partial))
         if failures == TRIES:
             raise ValueError(
-                f"cannot download {url} ({reason}, {TRIES} times in a row); what has come is kept, try again later, or "
-                f"fetch it by other means to {path}"
+                f"cannot download {url} ({reason}, {TRIES} times in a row{f'; {offline}' if offline else ''}); what has "
+                f"come is kept, try again later, or fetch it by other means to {path}"
             )
         if failures:
             time.sleep(0.2 * failures)

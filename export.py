@@ -11,7 +11,7 @@ that the checkpoint names; where it names none, --vae does.
 import argparse
 from pathlib import Path
 
-from checkpoints import Weights, load_weights, save_weights
+from checkpoints import Weights, check_name, load_weights, save_weights
 from hub import export_diffusers, save_pretrained
 from sampling import build_network, check_writable, choose_vae, class_names, find_checkpoint
 from sampling_flags import add_network_flags
@@ -42,14 +42,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         write(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(
+            f"{error.filename or args.output}: {error.strerror or error}; nothing is left of it: mend that, or give another "
+            "--output, and give the command again"
+        )
     print(f"wrote {args.output}")
 
 
 def write(args: argparse.Namespace) -> None:
     """Write what the flags ask for. Raises ValueError, or OSError where the disk refuses."""
     output = Path(args.output)
+    check_name(output)
     if output.exists():
         raise ValueError(f"--output {output} exists already; give another name")
     if args.format == "safetensors":
@@ -71,6 +77,7 @@ def write(args: argparse.Namespace) -> None:
 def trained_with(args: argparse.Namespace, checkpoint: Path, weights: Weights) -> str:
     """The autoencoder's name: --vae, the pipeline's own, or what the checkpoint says. Raises ValueError if nobody says it."""
     recorded = ((weights.training or {}).get("args") or {}).get("vae")
+    recorded = recorded if isinstance(recorded, str) else None
     vae = choose_vae(args, checkpoint) or recorded or ("ema" if args.ckpt is None else None)
     if vae is None:
         raise ValueError(f"{args.ckpt} does not say behind which autoencoder it was trained; pass --vae")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from checkpoints import file_hash
 from devices import tf32
 from metrics import Moments, Summary
+from offline import why_offline
 
 SPATIAL_CHANNELS = 7  # of ADM's sFID
 MOST_FEATURES = 8192  # a covariance of so many takes half a GB, and a minute or two for its singular values
@@ -155,8 +156,9 @@ def fetch_inception() -> Path:
         (hash_prefix,) = torch.hub.HASH_REGEX.findall(path.name)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix)
     except (OSError, RuntimeError) as error:
+        reason = why_offline(error) or error
         raise ValueError(
-            f"cannot download the Inception weights ({error}); fetch {URL_INCEPTION_V3} by other means and put it at {path}, "
+            f"cannot download the Inception weights ({reason}); fetch {URL_INCEPTION_V3} by other means and put it at {path}, "
             "or pass evaluate.py --inception-weights FILE; or choose other features"
         ) from None
     return path

@@ -5,21 +5,25 @@ A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, cla
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import json
 from pathlib import Path
 import re
 from tempfile import TemporaryDirectory
 
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors import SafetensorError
 import torch
 
 from checkpoints import (
-    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, id2label, load_weights, read_json, save_weights, weights_file,
+    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, check_name, check_readable, id2label, load_weights, read_json,
+    save_weights, weights_file,
 )  # fmt: skip
 from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers, to_diffusers
 from diffusion import create_diffusion
+from dit_config import arguments_in, check_outline
 from models import DiT
+from offline import cache_of_the_hub, why_offline
 from vae import LatentSpace, Space
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,7 +37,10 @@ def local_path(name: Path | str) -> Path:
     Raises ValueError if it cannot be had.
     """
     path = Path(name)
-    if path.exists() or not HUB_NAME.fullmatch(str(name)) or path.suffix in (".pt", ".safetensors"):
+    with suppress(OSError, ValueError):  # of names that no file can have
+        if path.exists():
+            return path
+    if not HUB_NAME.fullmatch(str(name)) or path.suffix in (".pt", ".safetensors"):
         return path
     from huggingface_hub import snapshot_download
 
@@ -41,7 +48,12 @@ def local_path(name: Path | str) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{name} is no file or folder here, and cannot be fetched from the hub ({reason})") from None
+        if offline := why_offline(error):
+            reason = f"{offline}, and there is no copy in the cache {cache_of_the_hub()}"
+        raise ValueError(
+            f"{name} is no file or folder here, and cannot be fetched from the hub ({reason}); give a path, or fetch it where "
+            "there is a network (hf download) and set HF_HOME to that cache"
+        ) from None
 
 
 def network_of(weights: Weights, origin: Path | str) -> DiT:
@@ -50,11 +62,15 @@ def network_of(weights: Weights, origin: Path | str) -> DiT:
     Raises ValueError, naming `origin`, if the two do not fit.
     """
     assert weights.config is not None
-    with torch.device("meta"):
-        try:
-            network = DiT(**weights.config)
-        except TypeError as error:
-            raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
+    try:
+        config = arguments_in(weights.config)
+        check_outline(config, weights.tensors)
+        with torch.device("meta"):
+            network = DiT(**config)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{origin} has a configuration that this version does not know ({error})") from None
     check_fits(network, weights.tensors, origin)
     network.load_state_dict(weights.tensors, assign=True)
     return network.float().eval().requires_grad_(False)
@@ -85,13 +101,15 @@ def save_pretrained(
     folder has files already, or cannot be written.
     """
     check_classes(classes, network.config, "the network")
+    check_readable(classes)
     with _new_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
         save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
         names = {"id2label": id2label(classes)} if classes else {}
         contents = {"_class_name": OUR_CLASS, **network.config, **names}
         (partial / "config.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(model_card(network, classes, training, vae), encoding="utf-8")
+        card = model_card(network, classes, training, vae)  # arguments of the run may be paths that are no UTF-8
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None) -> None:
@@ -105,6 +123,7 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
     if space.shift:
         raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
     check_classes(classes, network.config, "the network")
+    check_readable(classes)
     config = config_to_diffusers(network.config)
     transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
     transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
@@ -125,9 +144,13 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
 def load_exported(folder: Path | str) -> DiTPipeline:
     """The DiTPipeline in a folder, or on the hub, with the timestep frequencies of a DiT.
 
-    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises OSError or
-    ValueError, diffusers', if it cannot be loaded.
+    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises ValueError for
+    a folder whose parts are not diffusers' own, and OSError or ValueError, diffusers', if it cannot be loaded.
     """
+    folder = local_path(folder)
+    for name, part in read_json(folder / "model_index.json").items():
+        if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
+            raise ValueError(f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run")
     pipeline = DiTPipeline.from_pretrained(folder)
     for block in pipeline.transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -149,19 +172,24 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
 def _new_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
     folder = Path(folder)
+    check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; give another name")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        with TemporaryDirectory(prefix=f".{folder.name[:20]}.", dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name
             partial.mkdir()
             yield partial
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
-    except OSError as error:
-        raise ValueError(f"cannot write {folder} ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:  # the second of diffusers' writing
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another place, and give the command "
+            "again"
+        ) from None
 
 
 CARD = """---
@@ -213,8 +241,9 @@ def model_card(
         rows |= {"training steps": training.get("step")} | {key.replace("_", " "): args[key] for key in shown if key in args}
     if classes:
         rows["classes"] = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
-    vae = vae or args.get("vae", "VAE")
-    vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
+    vae = str(vae or args.get("vae", "VAE"))
+    with suppress(OSError, ValueError):  # of what is no path
+        vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
     return CARD.format(
         title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
         task="unconditional-image-generation" if not config["num_classes"] else "other",

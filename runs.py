@@ -25,7 +25,7 @@ import uuid
 from tqdm.auto import tqdm
 
 from checkpoints import (
-    check_whole, file_hash, list_checkpoints, newest_whole_checkpoint, read_checkpoint, read_json, to_disk, weights_file,
+    check_whole, file_hash, list_checkpoints, newest_whole_checkpoint, read_checkpoint, read_json, sync_folder, weights_file,
     write_whole,
 )  # fmt: skip
 from presence import lock
@@ -206,7 +206,7 @@ def new_folder(args: argparse.Namespace, data: Data, lock: "FolderLock", checkpo
                 if not folder.exists():
                     raise
                 number += 1
-        to_disk(results)
+        sync_folder(results)
     except OSError as error:
         raise ValueError(
             f"cannot make the run folder in {results} ({error.strerror}); choose another --results-dir"

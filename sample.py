@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--class-labels",
         nargs="+",
         metavar="LABEL",
-        help="numbers, else names if the checkpoint knows them (default: eight classes)",
+        help="numbers, or names if the checkpoint knows them; index:3 or name:3 where 3 is both (default: eight classes)",
     )
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--global-seed", type=int, default=0, help="(default: %(default)s)")
     policies = (
         "random: drawn for each image; balanced: image i is of class i modulo their number; or a file with a number or name "
-        "in each line, of which the first are used (default: %(default)s)"
+        "in each line (index:3 or name:3 where 3 is both), of which the first are used (default: %(default)s)"
     )
     run.add_argument("--labels", default="random", metavar="{random,balanced,FILE}", help=policies)
     add_sampling_flags(parser, vae="ema", cfg_scale=1.5)

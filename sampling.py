@@ -5,9 +5,11 @@ Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 import math
+import os
 from pathlib import Path
 import re
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion, TensorMap
 from download import download_model, released_name
 from hub import local_path, network_of
+from labels import label_index
 from models import DiT, DiT_models
 from vae import LatentShape, PixelSpace, Space, latent_shape, load_vae, to_uint8
 
@@ -130,15 +133,17 @@ class Sampler:
             assert self.network.null_label is not None  # __post_init__ looks at that
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
         dtype = PRECISIONS[self.mixed_precision]
+        taken = None if dtype else self.network.pos_embed.dtype  # half after network.half()
 
         def predict(x, t):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+                given, x = x, x.to(taken)
                 if next(guided):
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
                     out = self.network.forward_with_cfg(x2, t2, both, self.cfg_scale, self.cfg_channels)[: len(x)]
                 else:
                     out = self.network(x, t, **conditions)
-            return out.to(x.dtype)
+            return out.to(given.dtype)
 
         return predict
 
@@ -394,7 +399,7 @@ def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor
 
 
 def label_indices(texts: Iterable[str], num_classes: int, classes: list[str] | None) -> list[int]:
-    """The class indices for labels that a user wrote, numbers or else names. Raises ValueError for one that there is not."""
+    """The class indices for labels that a user wrote, as labels.label_index takes them. Raises ValueError as that does."""
     names = label_names(classes)
     return [label_index(text, num_classes, names) for text in texts]
 
@@ -408,28 +413,17 @@ def label_names(classes: list[str] | None) -> dict[str, set[int]]:
     return names
 
 
-def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
-    """The class index for a label that a user wrote; a number wins over a name that looks like one. Raises ValueError."""
-    number = int(text) if text.isdecimal() else -1
-    found = {number} if 0 <= number < num_classes else names.get(text, set())
-    if len(found) > 1:
-        raise ValueError(f"{text}: several classes have that name; give the number, {' or '.join(map(str, sorted(found)))}")
-    if not found:
-        some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
-        known = f" or one of the names {some}" if names else ""
-        raise ValueError(f"{text}: give a number from 0 to {num_classes - 1}{known}")
-    return next(iter(found))
-
-
 def check_writable(path: Path | str) -> None:
     """Raise ValueError unless a file can be written at path."""
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
-    probe = path.parent / f".{path.name}.probe"
+    probe = path.parent / f".{os.getpid()}.probe"  # not path's name and more, which may be too long
     try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # an error for a name that is too long
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file")
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process that asks the same may have been quicker
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable"

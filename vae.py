@@ -4,14 +4,18 @@ Scale factor, downsampling ratio and channels are read from the autoencoder's ow
 project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents (N, C, H/ratio, W/ratio).
 """
 
+from contextlib import suppress
 import hashlib
-import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+
+from checkpoints import read_json
+from offline import cache_of_the_hub, why_offline
 
 
 class LatentShape(NamedTuple):
@@ -40,6 +44,9 @@ PIXELS = LatentShape(channels=3, ratio=1)  # diffusion in pixel space: no autoen
 HUB_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 HUB_SHAPE = LatentShape(channels=4, ratio=8)
 
+SIZES = ("latent_channels", "in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+MOST_LEVELS, MOST_CHANNELS, MOST_LAYERS = 8, 16_384, 64  # of an autoencoder; no known one comes near
+
 PIXELS_AT_ONCE = 8 * 256 * 256  # what one call of the autoencoder sees: 8 images of 256 px, 2 of 512 px
 
 
@@ -52,14 +59,14 @@ def latent_shape(name: str) -> LatentShape:
         return PIXELS
     if name in HUB_VAES:
         return HUB_SHAPE
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if _is_folder(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(
             f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote"
         )
     try:
-        config = AutoencoderKL.load_config(name)
-        return _shape_of(config)
-    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        config = read_json(Path(name) / "config.json") if _is_folder(name) else AutoencoderKL.load_config(name)
+        return _shape_of(_checked(config))
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(_cannot_load(name, error)) from error
 
 
@@ -81,9 +88,18 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
         raise ValueError(
             f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as {sorted(info['missing_keys'])[0]}"
         )
-    config = autoencoder.config
+    try:
+        config = _checked(autoencoder.config)
+    except (ValueError, KeyError, TypeError) as error:  # of the hub's, which was not looked at before
+        raise ValueError(_cannot_load(name, error)) from error
     scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
+
+
+def _is_folder(name):
+    with suppress(OSError, ValueError):  # of names that no file can have
+        return Path(name).is_dir()
+    return False
 
 
 def vae_hashes(name: str) -> dict[str, str]:
@@ -93,17 +109,52 @@ def vae_hashes(name: str) -> dict[str, str]:
 
 
 def _cannot_load(name, error):
-    reason = str(error).strip().split("\n")[0]
-    return (
-        f"cannot load VAE {name!r} ({reason}); give ema or mse (fetched from the Hugging Face hub on first use), a hub id, "
-        "a local folder with config.json and weights, or none for pixels"
-    )
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    if isinstance(error, KeyError):
+        reason = f"config.json lacks {reason}"
+    repository = HUB_VAES.get(name, name)
+    if offline := why_offline(error):
+        reason = f"{offline}, and there is no copy of {repository} in the cache {cache_of_the_hub()}"
+    if name in HUB_VAES:
+        advice = (
+            f"give --vae a local folder with config.json and weights, or fetch {repository} where there is a network (hf "
+            "download) and set HF_HOME to that cache"
+        )
+    else:
+        advice = (
+            "give ema or mse (fetched from the Hugging Face hub on first use), a hub id, a local folder with config.json and "
+            "weights, or none for pixels"
+        )
+    return f"cannot load VAE {name!r} ({reason}); {advice}"
+
+
+def _checked(config):
+    """A configuration of an AutoencoderKL whose entries are of their kinds and of sizes that exist; else ValueError."""
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
+        raise ValueError(f"an AutoencoderKL with one scale factor for all channels is wanted, this is another {kind}")
+    if config.get("quantization_config"):
+        raise ValueError("its weights are quantized, by quantization_config; give one in floating point")
+    widths = config["block_out_channels"]
+    if not isinstance(widths, (list, tuple)) or not 1 <= len(widths) <= MOST_LEVELS:
+        raise ValueError(f"in config.json block_out_channels is no list of 1 to {MOST_LEVELS} widths")
+    numbers = {f"block_out_channels, {width!r}"[:80]: width for width in widths}
+    numbers |= {key: config[key] for key in SIZES if key == "latent_channels" or config.get(key) is not None}
+    for key, value in numbers.items():
+        if type(value) is not int or not 1 <= value <= MOST_CHANNELS:
+            raise ValueError(f"in config.json {key} is no whole number from 1 to {MOST_CHANNELS}")
+    if config.get("layers_per_block", 1) > MOST_LAYERS:
+        raise ValueError(f"in config.json layers_per_block is {config['layers_per_block']}, and at most {MOST_LAYERS} are read")
+    for key, other in {"scaling_factor": 1.0, "shift_factor": 0.0}.items():
+        value = other if config.get(key) is None else config[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"in config.json {key} is no number")
+        if key == "scaling_factor" and value <= 0:
+            raise ValueError(f"in config.json scaling_factor is {value}; it must be above 0")
+    return config
 
 
 def _shape_of(config):
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
-        raise KeyError(f"an AutoencoderKL with one scale factor for all channels is wanted, this is another {kind}")
     return LatentShape(config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
 
 

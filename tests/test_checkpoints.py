@@ -1,13 +1,21 @@
 """Checkpoint files of every kind that is met, broken and hostile ones, and files that are whole or not there at all."""
 import argparse
+import collections
 from contextlib import nullcontext
+import datetime
+import decimal
+import functools
 import json
 import os
+import pathlib
 from pathlib import Path
 import stat
 import tarfile
+import types
+import uuid
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,8 +23,9 @@ from torch import nn
 
 from checkpoints import (
     Weights, check_fits, checkpoint_path, clean_names, list_checkpoints, load_weights, newest_checkpoint,
-    read_checkpoint, save_checkpoint, save_weights,
+    read_checkpoint, read_json, save_checkpoint, save_weights,
 )  # fmt: skip
+from train_flags import build_parser as train_parser
 
 CONFIG = {"input_size": 8, "depth": 2, "mlp_ratio": 4.0, "learn_sigma": True}
 CLASSES = ["ant", "bee"]
@@ -139,6 +148,8 @@ def test_saved_weights_come_back(tmp_path):
     "module.module.blocks.0.attn.qkv.weight",
     "blocks.0._orig_mod.attn.qkv.weight", "module.blocks.0._orig_mod.attn._orig_mod.qkv.weight",
     "_orig_mod.blocks.0.module.attn.qkv.weight", "blocks.0.attn.qkv.weight",
+    "_fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module.attn.qkv.weight",
+    "_orig_mod._forward_module.module.blocks.0._checkpoint_wrapped_module._orig_mod.attn.qkv.weight",
 ])  # fmt: skip
 def test_names_lose_the_marks_of_wrappers(tmp_path, wrapped):
     for contents in ({wrapped: torch.ones(2)}, {"ema": {wrapped: torch.ones(2)}}):
@@ -161,6 +172,97 @@ def test_wrapped_networks_give_the_bare_names():
     assert any("_orig_mod" in name for name in compiled.state_dict())
     assert list(clean_names(compiled.state_dict())) == list(network.state_dict())
     assert list(clean_names(nn.DataParallel(network).state_dict())) == list(network.state_dict())
+
+
+FIRST = "x_embedder.proj.weight"  # by which a network is found among others
+
+
+def wild(prefix="", value=1.0):
+    """A state dict in which a network can be found, with a prefix."""
+    return {f"{prefix}{name}": tensor for name, tensor in {FIRST: torch.full((2,), value), **state_dict(value)}.items()}
+
+
+@pytest.mark.parametrize("contents, found", [
+    ({"state_dict": wild("model.", 1), "epoch": 3}, {"ema": 1}),
+    ({"state_dict": {**wild("model.", 1), **wild("ema_model.", 2), "vae.x": torch.ones(1)}}, {"ema": 2, "raw": 1}),
+    ({"state_dict": {**wild("model.", 1), **wild("ema.ema_model.", 2), **wild("ema.online_model.", 1)}}, {"ema": 2}),
+    ({"state_dict": {**wild("model.", 1), "model_ema.decay": torch.ones(1)}}, {"raw": 1}),  # whose average is not read
+    ({"state_dict": {**wild("a.", 1), **wild("b.", 2)}}, {}),
+    ({"model_state_dict": wild("", 1), "ema_state_dict": wild("module.", 2), "optimizer_state_dict": {}}, {"ema": 2, "raw": 1}),
+    ({"model": wild("net.", 1), "ema": wild("", 2), "model_ema": wild("", 3)}, {"ema": 2, "raw": 1}),
+    ({"state_dict": wild("", 1), "model_ema": wild("", 2)}, {"ema": 2, "raw": 1}),
+    ({"model": wild("", 1), "state_dict": wild("", 2)}, {"raw": 1}),
+    ({"model": wild("", 1), "ema": {"shadow_params": [torch.ones(2)]}}, {"raw": 1}),
+    ({"n_averaged": torch.tensor(3), **wild("module.", 1)}, {"ema": 1}),
+    ({"model": wild("", 1), "ema": wild("", 2), "emas": 5, "args": {"ema_decay": [[1]]}}, {"ema": 2, "raw": 1}),
+])  # fmt: skip
+def test_containers_of_other_trainers(tmp_path, contents, found):
+    path = saved(tmp_path / "a.pt", contents)
+    for which in ("ema", "raw"):
+        if which in found:
+            assert_same(dict(sorted(load_weights(path, which).tensors.items())), dict(sorted(wild("", found[which]).items())))
+        else:
+            with pytest.raises(ValueError, match=f"a.pt holds no '{which}' weights"):
+                load_weights(path, which)
+
+
+@pytest.mark.parametrize("contents, says", [
+    ({**wild("module."), **wild()}, "x_embedder.proj.weight is there twice"),
+    ({"_fsdp_wrapped_module._flat_param": torch.ones(3)}, "split over processes.*full_state_dict=True"),
+    ({"ema": {"a": torch.ones(2, device="meta")}}, "a is a meta tensor"),
+])  # fmt: skip
+def test_tensors_that_are_no_plain_weights(tmp_path, contents, says):
+    with pytest.raises(ValueError, match=rf"a\.pt.*{says}"):
+        load_weights(saved(tmp_path / "a.pt", contents))
+
+
+# ---- networks of other processes ----
+
+@pytest.mark.parametrize("said", [
+    {"args": argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")},
+    {"args": {"model": "SiT-XL/2"}}, {"args": {"model": "DiT-XL/2", "path_type": "linear", "prediction": "noise"}},
+    {"args": {"prediction": "v"}}, {"hyper_parameters": {"diffusion": {"prediction_type": "v_prediction"}}},
+    {"config": {"process": "flow"}}, {"config": {"transport": {"path_type": "GVP"}}}, {"prediction_type": "sample"},
+    {"args": {"objective": "pred_v"}}, {"args": {"loss_type": "flow-matching"}}, {"args": {"use_flow_matching": True}},
+    {"args": {"noise_schedule": "squaredcos_cap_v2"}}, {"args": {"diffusion_steps": 4000}}, {"args": {"predict_xstart": True}},
+    {"args": {"arch": "LightningDiT-B/1"}}, {"args": {"loss": "score_matching"}}, {"cfg": {"sigma_data": 0.5}},
+    {"args": types.SimpleNamespace(parameterization="x0")}, {"args": {"beta_end": 0.012}},
+])  # fmt: skip
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_a_network_of_another_process_is_refused(tmp_path, said, which):
+    """Its tensors are those of a DiT, so nothing else would notice."""
+    path = saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said})
+    with pytest.raises(ValueError, match=r"a\.pt is of another process \(.*predicts the noise.*Use the code that it was"):
+        load_weights(path, which)
+
+
+@pytest.mark.parametrize("said", [
+    {"args": vars(train_parser().parse_args(["--data-path", "flowers"]))}, {"args": {"model": "DiT-XL/2", "prediction": "eps"}},
+    {"args": {"predict_xstart": False, "noise_schedule": "linear", "diffusion_steps": 1000, "path_type": None}},
+    {"args": {"model": "flowers-DiT-B/2", "lr_scheduler": "cosine", "results_dir": "runs/sit", "framework": "pytorch"}},
+    {"args": {"schedule": "cosine", "target": "vae.Flow", "loss_type": "mse", "beta_start": 1e-4, "velocity": None}},
+    {"config": {**CONFIG, "process": "gaussian"}}, {"args": [1, 2]},
+])  # fmt: skip
+def test_what_says_nothing_of_another_process_is_taken(tmp_path, said):
+    weights = load_weights(saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said}))
+    assert "process" not in (weights.config or {})
+
+
+@pytest.mark.parametrize("metadata", [
+    {"modelspec.prediction_type": "v"}, {"modelspec.architecture": "SiT-XL/2"}, {"config": '{"process": "rectified flow"}'},
+    {"_class_name": "SiTTransformer2DModel"}, {"args": '{"prediction": "velocity"}'},
+])  # fmt: skip
+def test_metadata_say_another_process(tmp_path, metadata):
+    safetensors.torch.save_file(state_dict(), tmp_path / "a.safetensors", {"format": "pt", **metadata})
+    with pytest.raises(ValueError, match="is of another process"):
+        load_weights(tmp_path / "a.safetensors")
+
+
+def test_config_beside_says_another_process(tmp_path):
+    safetensors.torch.save_file(state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "SiTTransformer2DModel"}')
+    with pytest.raises(ValueError, match="config.json is of another process ._class_name: SiTTransformer2DModel"):
+        load_weights(tmp_path)
 
 
 # ---- run folders ----
@@ -284,6 +386,35 @@ def test_dict_without_weights(tmp_path, contents):
         load_weights(saved(tmp_path / "a.pt", contents))
 
 
+# ---- JSON ----
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_in_any_unicode_and_with_a_byte_order_mark(tmp_path, encoding):
+    """Editors on Windows begin a file with one."""
+    (tmp_path / "a.json").write_bytes(json.dumps({"name": "é"}, ensure_ascii=False).encode(encoding))
+    assert read_json(tmp_path / "a.json") == {"name": "é"}
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[" * 100_000, "nested too deeply"), ('{"a":' * 200 + "1" + "}" * 200, "nested too deeply"),
+    ('{"a": NaN}', "the number NaN"), ('{"a": 1e999}', "the number 1e999"), ('{"a": ' + "9" * 5000 + "}", "5,000 digits"),
+    ("\0", "Expecting value"), ("", "Expecting value"), ("5", "holds a int"), ('{"a": 1', "Expecting"),
+    (b"\xff\x00\x01", "codec can't decode"), (None, "No such file"),
+])  # fmt: skip
+def test_nonsense_in_json_is_one_message(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a\.json.*{says}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_of_an_absurd_size_is_not_read(tmp_path):
+    with open(tmp_path / "a.json", "wb") as file:
+        file.truncate(1 << 40)  # a sparse file
+    with pytest.raises(ValueError, match="more than 256 MiB"):
+        read_json(tmp_path / "a.json")
+
+
 # ---- files that want to run code ----
 
 class Hostile:
@@ -309,6 +440,74 @@ def test_code_in_a_checkpoint_is_refused_and_named(tmp_path, place, kind):
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # it would have
+
+
+class Call(Hostile):
+    """Unpickling it makes this call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("wrap", [
+    lambda bad: collections.defaultdict(bad), lambda bad: Call(collections.deque, bad), lambda bad: Call(pathlib.Path, bad),
+    lambda bad: Call(np.dtype, bad), lambda bad: Call(types.SimpleNamespace, bad), lambda bad: Call(frozenset, bad),
+])  # fmt: skip
+def test_admitted_names_call_nothing(tmp_path, wrap, kind):
+    marker = tmp_path / "it ran"
+    hidden = Call(os.system, f"touch '{marker}'") if "defaultdict" not in str(wrap(None)) else os.system
+    path = saved(tmp_path / "a.pt", {"ema": state_dict(), "x": wrap(hidden)}, kind)
+    with pytest.raises(ValueError, match=r"it asks for \w+\.system,.* do not trust this file"):
+        load_weights(path)
+    path = saved(tmp_path / "a.pt", {"ema": state_dict(), "x": Call(eval, f"open({str(marker)!r}, 'w')")}, kind)
+    with pytest.raises(ValueError, match="it asks for eval,.* do not trust this file"):
+        load_weights(path)
+    assert not marker.exists()
+
+
+def test_a_factory_in_a_pickle_is_never_called(tmp_path):
+    contents = {"ema": state_dict(), "x": collections.defaultdict(list, {"a": [1]}), "y": Call(bytes, 10**11)}
+    path = saved(tmp_path / "a.pt", contents)
+    with pytest.raises(ValueError, match="damaged"):  # rather than take 100 GB
+        read_checkpoint(path)
+    del contents["y"]
+    assert type(read_checkpoint(saved(path, contents))["x"]) is dict
+
+
+EVERYDAY = {  # beside the weights → what becomes of it
+    "best_fid": (np.float64(12.5), 12.5), "step": (np.int32(7), 7), "big endian": (np.array([5], ">i4")[0], 5),
+    "path": (pathlib.PurePosixPath("/data/x"), "/data/x"), "windows": (pathlib.PureWindowsPath("x"), "x"),
+    "default": (collections.defaultdict(dict, {1: {}}), {1: {}}), "deque": (collections.deque([1, 2]), [1, 2]),
+    "namespace": (types.SimpleNamespace(a=1), argparse.Namespace(a=1)), "version": (torch.__version__, str(torch.__version__)),
+    "frozen": (frozenset([1]), frozenset([1])), "bytes": (b"", b""), "complex": (1j, 1j), "size": (torch.Size([1]),) * 2,
+    "dtype": (torch.float16, torch.float16),
+}  # fmt: skip
+UNREAD = [
+    np.arange(3), np.float32, np.dtype("f4"), np.random.get_state(), np.random.default_rng(0), datetime.datetime(2020, 1, 1),
+    datetime.timedelta(3), decimal.Decimal("1.5"), uuid.UUID(int=3), int, slice(1, 2), np.datetime64("2020-01-01"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_everyday_objects_beside_weights_are_read_as_plain_values(tmp_path, kind):
+    contents = {name: value for name, (value, _) in EVERYDAY.items()} | {"unread": UNREAD, "ema": state_dict(2.0)}
+    path = saved(tmp_path / "a.pt", contents, kind)
+    read = read_checkpoint(path)
+    assert {name: read[name] for name in EVERYDAY} == {name: want for name, (_, want) in EVERYDAY.items()}
+    assert_same(load_weights(path).tensors, state_dict(2.0))
+
+
+def test_a_programs_own_object_is_called_that(tmp_path):
+    path = saved(tmp_path / "a.pt", {"ema": state_dict(), "x": functools.partial(print), "y": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="asks for functools.partial, an object of the program.*save the weights alone"):
+        load_weights(path)
+    torch.save(state_dict(), path, pickle_protocol=4)
+    with pytest.raises(ValueError, match="a pickle of another protocol than torch.save's own"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

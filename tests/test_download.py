@@ -1,8 +1,10 @@
 """Downloads from a server that does all that servers do: nothing but the whole, undamaged file ever gets its name."""
+import errno
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import io
 import os
 import re
+import sys
 import threading
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -248,7 +250,8 @@ def test_silence_is_an_interruption(server, get, monkeypatch):
 
 def test_nobody_there(tmp_path, server):
     server.server_close()
-    with pytest.raises(ValueError, match=f"cannot download .*{NAME} .*refused.*fetch it by other means to .*/{NAME}"):
+    said = f"cannot download .*{NAME} .*refused.*has no connection.*offline.*fetch it by other means to .*/{NAME}"
+    with pytest.raises(ValueError, match=said):
         download_model(NAME, tmp_path, server.url)
     assert visible(tmp_path) == []
 
@@ -474,3 +477,29 @@ def test_door_when_the_download_fails(server, released, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="^download.py: error: .*file"):
         main(["--folder", str(tmp_path / "file")])
+
+
+# ---- disks and locks ----
+
+def test_a_full_disk_is_named_at_once(server, get, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "_receive", full)
+    with pytest.raises(ValueError, match=r"cannot write .*\.partial .No space left on device.; make room there") as caught:
+        get()
+    assert "times in a row" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_disks_without_locks_are_no_hindrance(server, get, monkeypatch, number):
+    def refuse(*args):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert get().read_bytes() == FILE
+
+
+def test_no_fcntl_is_no_hindrance(server, get, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert get().read_bytes() == FILE

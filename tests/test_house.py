@@ -145,6 +145,19 @@ def assert_no_circle(arrows):
         arrows = {room: needs for room, needs in arrows.items() if room not in free}
 
 
+@pytest.mark.parametrize("door", sorted({"sample", "evaluate", "count", "export", "download"} & ROOMS))
+def test_what_only_unix_has_is_not_needed_to_begin(door):
+    """Windows has no fcntl; who samples there needs no lock."""
+    reached, waiting = set(), {door}
+    while waiting:
+        room = waiting.pop()
+        reached.add(room)
+        if room != "diffusion":
+            waiting |= packages(ROOT / f"{room}.py") & ROOMS - reached
+    on_import = {room: packages(ROOT / f"{room}.py", top_level_only=True) for room in reached - {"diffusion"}}
+    assert not {room for room, names in on_import.items() if names & {"fcntl", "pwd", "grp", "resource", "termios"}}
+
+
 # ---- form ----
 
 @pytest.mark.parametrize("path", PRODUCT_FILES, ids=named)

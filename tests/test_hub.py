@@ -1,6 +1,7 @@
 """hub.py, export.py and diffusers_format.py: folders that others read, the same numbers there, and what cannot be exported."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -178,15 +179,21 @@ def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
     ({"out_channels": 5}, "is no DiT: out_channels 5 for 4 in_channels"),
     ({"num_layers": 3}, "lack transformer_blocks.2"),
     ({"num_layers": 1}, "more than its configuration: transformer_blocks.1"),
-    ({"num_layers": 0}, "more than its configuration: transformer_blocks.0"),
-    ({"num_layers": "2"}, "no configuration of a DiT .TypeError"),
+    ({"num_layers": 0}, "depth is 0; it must be at least 1"),
+    ({"num_layers": "2"}, "config.json: num_layers is '2'; wanted is a whole number"),
+    ({"num_layers": True}, "num_layers is True"), ({"num_layers": 2.0}, "num_layers is 2.0"),
+    ({"num_layers": 10**9}, "config.json: .*depth is 1000000000"), ({"sample_size": 10**9}, "config.json: .*input_size"),
+    ({"attention_head_dim": 10**9}, "config.json: .*hidden_size"), ({"sample_size": [4]}, "sample_size is a list"),
+    ({"patch_size": 0}, "patch_size is 0"), ({"in_channels": -1}, "out_channels 8 for -1 in_channels"),
+    ({"attention_head_dim": "x" * 10**6}, "attention_head_dim is 'x{59}\\.\\.\\.; wanted"),
+    ({"activation_fn": {}}, "activation_fn is a dict"), ({"norm_type": 5}, "it is of DiTTransformer2DModel, not"),
+    ({"_class_name": ["DiT"]}, "it is of ..DiT.., not of a DiT"), ({"_class_name": None}, "it is of None"),
     ({"norm_eps": 0.5}, "is no DiT: norm_eps 0.5"),
-    ({diffusers_format.OWN: []}, "no configuration of a DiT"),
-    ({diffusers_format.OWN: {}}, "contradicts itself"),
+    ({diffusers_format.OWN: []}, "_dit is not what it should be"), ({diffusers_format.OWN: {}}, "_dit is not what"),
     ({diffusers_format.OWN_CLASSES: ["a"] * 1001}, "has 1001 class names for 1000 classes"),
-    ({diffusers_format.OWN: dict(CONFIG, depth=9)}, "contradicts itself: depth"),
-    ({diffusers_format.OWN: dict(CONFIG, depth=2, num_classes=1001, mlp_ratio=4.0, learn_sigma=True, block="adaln_zero")},
-     "contradicts itself: num_classes"),
+    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=9)}, "contradicts itself: depth"),
+    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=2, num_classes=1001)}, "contradicts itself: num_classes"),
+    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=2, num_classes="x")}, "num_classes is 'x'; wanted is a whole"),
 ])  # fmt: skip
 def test_import_refuses_what_is_no_dit(stock_folder, change, message):
     folder, _ = stock_folder
@@ -194,6 +201,27 @@ def test_import_refuses_what_is_no_dit(stock_folder, change, message):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         hub.load_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"prediction_type": "v_prediction"}, "prediction_type: v_prediction"), ({"prediction_type": "sample"}, "prediction_type"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name"), ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+    ({"beta_schedule": "scaled_linear"}, "beta_schedule"), ({"beta_end": 0.012}, "beta_end"),
+    ({"num_train_timesteps": 500}, "num_train_timesteps"), ({"trained_betas": [0.1] * 1000}, "trained_betas"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ({"_class_name": "DDPMScheduler", "trained_betas": create_diffusion("").betas.tolist()}, None),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, None),
+])  # fmt: skip
+def test_a_pipelines_scheduler_says_its_process(exported, tmp_path, change, says):
+    shutil.copytree(exported, tmp_path / "p")
+    file = tmp_path / "p" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    if says is None:
+        hub.import_diffusers(tmp_path / "p")
+        return
+    for path in (tmp_path / "p", tmp_path / "p" / "transformer"):
+        with pytest.raises(ValueError, match=rf"scheduler_config.json is of another process \({says}"):
+            hub.load_pretrained(path)
 
 
 def test_import_takes_diffusers_format_alone(tmp_path):
@@ -272,6 +300,16 @@ def test_config_beside_any_safetensors_file(tmp_path):
     (json.dumps({**CONFIG, "id2label": ["a"]}), "config.json: id2label is not"),
     (json.dumps({**CONFIG, "depht": 3}), "a configuration that this version does not know .*depht"),
     (json.dumps({**CONFIG, "depth": 2}), "is of another configuration: blocks.2"),
+    *((json.dumps({**CONFIG, key: value}), rf"config.json.*: {key} is ") for key in ("depth", "hidden_size", "num_classes")
+      for value in ("x", 28.0, True, None, [3])),
+    *((json.dumps({**CONFIG, key: value}), rf"dit.*: {key} is ") for key in ("depth", "input_size", "hidden_size", "num_heads")
+      for value in (0, -1)),
+    *((json.dumps({**CONFIG, key: 4 * 10**9}), key) for key in CONFIG),
+    (json.dumps({**CONFIG, "mlp_ratio": 1e300}), "mlp_ratio"), (json.dumps({**CONFIG, "mlp_ratio": "x"}), "mlp_ratio is 'x'"),
+    (json.dumps({**CONFIG, "learn_sigma": 1}), "learn_sigma is 1"), (json.dumps({**CONFIG, "block": 1}), "block is 1"),
+    (json.dumps({**CONFIG, "id2label": 5}), "id2label is not"), (json.dumps({**CONFIG, "id2label": {"0": 5}}), "id2label is"),
+    (json.dumps({**CONFIG, "id2label": {"0": "a", "00": "b"}}), "id2label is not"),
+    ('{"depth": ' + "9" * 5000 + "}", "cannot read .*config.json .it has the number of 5,000 digits"),
 ])  # fmt: skip
 def test_broken_configurations(tmp_path, text, message):
     hub.save_pretrained(network(), tmp_path / "dit")

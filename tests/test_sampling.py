@@ -180,7 +180,9 @@ def test_default_labels_and_names():
     assert sample.parse_labels(None, 10, NAMES) == list(range(8))
     assert sample.parse_labels(None, 3, None) == [0, 1, 2]
     assert sample.parse_labels(["digit 7", "0"], 10, NAMES) == [7, 0]
-    assert sample.parse_labels(["1", "10"], 3, ["1", "10", "2"]) == [1, 1]  # an index first, then a name
+    assert sample.parse_labels(["10", "index:1", "name:1"], 3, ["1", "10", "2"]) == [1, 1, 0]
+    with pytest.raises(ValueError, match="--class-labels 1 may be .* number 1 or .* called 1 .number 0.; give index:1 or"):
+        sample.parse_labels(["1"], 3, ["1", "10", "2"])
     assert captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and captions([7], 10, None) == ["7"]
 
 
@@ -195,6 +197,21 @@ def test_folder_names_of_imagenet_are_shown_and_understood_as_words():
         label_indices(["crane"], 2, cranes)
     for classes in (None, NAMES, [*synsets, "my sofa"]):
         assert readable(classes) == classes
+
+
+@pytest.mark.parametrize("text, want", [
+    ("0", 0), ("3", 3), ("03", {"give index:03 or name:03"}), ("007", 7), ("12", 2), ("index:12", {"give a number"}),
+    ("name:03", 1), ("index:03", 3), ("cafe\u0301", 4), ("name:caf\xe9", 4), ("a\u0302\u0300", {"several"}), ("name:x", 5),
+    ("9" * 6000, {"give a number from 0 to 9"}), ("-1", {"give a number"}), ("", {"give a number"}),
+])  # fmt: skip
+def test_a_label_is_one_class_or_refused(text, want):
+    """Names that look like numbers, and names in either Unicode form."""
+    names = ["0", "03", "12", "three", "caf\xe9", "name:x", "\u1ea7", "\xe2\u0300", "A", "B"]  # the same letter twice
+    if isinstance(want, int):
+        assert label_indices([text], 10, names) == [want]
+    else:
+        with pytest.raises(ValueError, match=next(iter(want))):
+            label_indices([text], 10, names)
 
 
 def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):

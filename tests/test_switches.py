@@ -389,7 +389,16 @@ def test_labels_are_mapped_by_a_file(tmp_path):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message):
             read_label_map(path, (["dog", "kitten"], 2), weights)
-    for wrong in ("[1]", "{"):
+    numeric = weights._replace(classes=["1", "2", "0"])
+    path.write_text(json.dumps({"dog": 1, "index:1": "name:1"}), encoding="utf-8-sig")  # 1 without quotes is no name
+    assert read_label_map(path, (["dog", "kitten"], 2), numeric) == {0: 1, 1: 0}
+    for wrong, message in (({"dog": "1"}, "'1' is no label of the checkpoint.*give index:1 or name:1"),
+                           ({"dog": 1, "0": 2}, "'0' is class 0, which is there twice"),
+                           ({"dog": True}, "True is no label"), ({"dog": None}, "None is no label")):  # fmt: skip
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            read_label_map(path, (["dog", "kitten"], 2), numeric)
+    for wrong in ("[1]", "{", "[" * 10**5):
         path.write_text(wrong)
         with pytest.raises(ValueError, match="is no JSON file of"):
             read_label_map(path, (None, 2), weights)

@@ -1,0 +1,95 @@
+"""Which diffusion process a network was trained with, as its files say it.
+
+Networks of other processes have the same tensors as a DiT: SiT and others predict a velocity, EDM's a clean image. Sampled, or
+trained further, as if they predicted the noise of 1,000 steps with linear betas, they give images without sense and no error.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+import math
+import re
+from typing import Any
+
+from diffusion import create_diffusion
+
+NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps", "pred_epsilon", "ddpm"}
+GAUSSIAN = {"gaussian", "ddpm", "iddpm", "diffusion", "gaussian_diffusion", "improved_diffusion"}
+# Key of a configuration → the texts, in small letters, under it that mean the process of this project.
+TEXTS = {
+    **dict.fromkeys(("prediction", "prediction_type", "pred_type", "parameterization", "parametrization"), NOISE),
+    **dict.fromkeys(("process", "diffusion_process"), GAUSSIAN),
+    **dict.fromkeys(("noise_schedule", "beta_schedule"), {"linear"}),
+    "path_type": set(),
+}
+# Keys that say it by having a value.
+SWITCHES = {
+    "predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "rescale_betas_zero_snr", "zero_terminal_snr",
+    "flow", "use_flow", "flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow", "use_flow_sigmas",
+    "flow_shift", "velocity", "edm", "use_edm", "p_mean", "sigma_data",
+}  # fmt: skip
+STEPS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps")
+NAMES = ("model", "arch", "architecture", "model_name", "model_type", "_class_name", "class_name")
+OPEN = (*NAMES, "objective", "loss_type", "loss", "framework", "formulation", "training_type", "transport", "diffusion_type")
+# In the texts of OPEN.
+OTHER = re.compile(
+    r"(?<![a-z])(sit|lightningdit|jit|flow(?!er)\w*|rectified\w*|reflow|velocity|v[-_ ]?pred\w*|edm\w*|karras|meanflow|score|"
+    r"consistency\w*|lcm\w*|pred_x0|pred_v|x0)(?![a-z])",
+    re.IGNORECASE,
+)
+CLASS = re.compile("SiT|FlowMatch|RectifiedFlow|EDM|LCM|Consistency|CMStochastic|TCD")  # in the names of diffusers' classes
+DEEPEST = 4  # of containers in one another
+
+
+def check_process(said: object, origin: object) -> None:
+    """Raise ValueError if a configuration, or what else a file says of its network, is of another process than this project's.
+
+    `said` is a dict, a Namespace, or a container of them; `origin` is where it stands.
+    """
+    for key, value in _entries(said):
+        if mark := _mark(key, value):
+            raise ValueError(
+                f"{origin} is of another process ({mark}): here a network predicts the noise of 1,000 steps with linear betas, "
+                "and sampled or trained so it would give images without sense. Use the code that it was trained with; if the "
+                "entry is wrong, save the state dict alone"
+            )
+
+
+def _mark(key, value):
+    """How an entry says that it is of another process, or None."""
+    if key == "trained_betas" and isinstance(value, list):
+        return None if _are_ours(value) else "trained_betas of its own"
+    if not isinstance(value, (str, int, float)):
+        return None
+    text = str(value)[:200].strip()
+    wrong = False
+    if key in TEXTS and isinstance(value, str):
+        wrong = text.lower() not in TEXTS[key] | {"", "none"}
+    elif key in SWITCHES:
+        wrong = text.lower() not in ("", "0", "0.0", "false", "no", "none")
+    elif key in STEPS and not isinstance(value, str):
+        wrong = value != len(_betas())
+    elif key in ("beta_start", "beta_end") and not isinstance(value, str):
+        wrong = not math.isclose(value, _betas()[0 if key == "beta_start" else -1], rel_tol=1e-6)
+    elif key in OPEN and isinstance(value, str):
+        wrong = bool(OTHER.search(text) or (key in NAMES and CLASS.search(text)))
+    return f"{key}: {text[:60]}" if wrong else None
+
+
+def _betas():
+    return create_diffusion("").betas
+
+
+def _are_ours(value):
+    """Whether trained_betas of a scheduler are this project's."""
+    ours = _betas()
+    numbers = isinstance(value, list) and len(value) == len(ours) and all(isinstance(beta, (int, float)) for beta in value)
+    return numbers and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(value, ours))
+
+
+def _entries(said: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(key in small letters and without what stands before a dot, value) of each entry, also of those inside."""
+    inside = vars(said) if isinstance(said, Namespace) else said if isinstance(said, Mapping) else {}
+    for key, value in inside.items():
+        yield str(key)[:200].rpartition(".")[2].lower().replace("-", "_"), value
+        if depth < DEEPEST:
+            yield from _entries(value, depth + 1)
