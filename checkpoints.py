@@ -34,6 +34,7 @@ PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusio
 WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod)\."
 )  # left in names by DistributedDataParallel and torch.compile
+NAME_MAX = 255  # bytes of a file's name, on the file systems in use
 
 
 class Weights(NamedTuple):
@@ -403,12 +404,21 @@ def file_hash(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """A hidden name in the folder of `path`: its own with this suffix, cut if only the suffix makes it too long."""
+    name = path.name
+    if len(os.fsencode(name)) <= NAME_MAX:
+        while len(os.fsencode(f".{name}{suffix}")) > NAME_MAX:
+            name = name[1:]
+    return path.parent / f".{name}{suffix}"
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
 
     Raises OSError if the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = beside(path, ".partial")
     try:
         write(temporary)
         _to_disk(temporary)

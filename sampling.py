@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from checkpoints import Weights, design_of, load_weights, weights_file
+from checkpoints import Weights, beside, design_of, load_weights, weights_file
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion, TensorMap
 from download import download_model, released_name
@@ -426,7 +426,7 @@ def check_writable(path: Path | str) -> None:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file")
-    probe = path.parent / f".{path.name}.probe"
+    probe = beside(path, ".probe")
     try:
         probe.touch()
         probe.unlink(missing_ok=True)  # another process that asks the same may have been quicker
