@@ -6,8 +6,9 @@ A Gate before them lets through what the page needs and refuses the rest, before
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import json
+from pathlib import Path
 import re
 import reprlib
 import time
@@ -29,14 +30,19 @@ READABLE = re.compile(
 FILE = f"{API}/file="
 LARGEST_BODY = 2**21  # bytes of a request: room for any choice that a visitor can make
 PATIENCE = 5.0  # seconds in which somebody must begin to listen for what they asked for
+MOST_KEPT = 2**30  # bytes of pictures, the newest, that visitors can still download
 MOST_EACH = 4  # jobs of one visitor that wait or run
 REFUSAL = "this page draws images and does nothing else: it takes no files and fetches none"
 
 
 class Visitors:
-    """Who listens for what they asked for. `queue` is Gradio's, set when there is one; `closed` ends whatever is drawn."""
+    """Who listens for what they asked for, and the folder that their pictures lie in.
 
-    def __init__(self) -> None:
+    `queue` is Gradio's, set when there is one; `closed` ends whatever is drawn.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
         self.queue: Any = None
         self.closed = False
         self._listening: Counter[str] = Counter()  # {session: open connections for its results}
@@ -46,11 +52,19 @@ class Visitors:
         """Gradio's jobs that wait or run."""
         return list(self.queue.event_ids_to_events.values())
 
+    def session_of(self, key: str) -> str:
+        """The session that a visitor means with its name, or with the id of a job of theirs."""
+        event = self.queue.event_ids_to_events.get(key)
+        return event.session_hash if event else key
+
+    def expects(self, key: str) -> bool:
+        """Whether there is something to tell to those who listen for this session or job."""
+        return self.session_of(key) in self.queue.pending_messages_per_session
+
     @contextmanager
     def listening(self, key: str) -> Iterator[None]:
         """Within it, the visitor with this session, or who asked for the job with this id, is there."""
-        event = self.queue.event_ids_to_events.get(key)
-        session = event.session_hash if event else key
+        session = self.session_of(key)
         self._listening[session] += 1
         try:
             yield
@@ -93,14 +107,25 @@ class Visitors:
         self._seen = {session: when for session, when in self._seen.items() if session in kept}
         self._listening = Counter({session: count for session, count in self._listening.items() if count})
 
+    def tidy(self) -> None:
+        """Delete the oldest pictures until the rest has at most MOST_KEPT bytes."""
+        found, kept = [], 0
+        for path in Path(self.folder).rglob("*.*"):
+            with suppress(FileNotFoundError):  # Gradio deletes them, too
+                about = path.lstat()
+                found.append((about.st_mtime, about.st_size, path))
+        for _, size, path in sorted(found, reverse=True):
+            kept += size
+            if kept > MOST_KEPT and path.is_file():
+                path.unlink(missing_ok=True)
+
 
 class Gate:
     """ASGI middleware: passes on what the page needs, refuses everything else, and tells Visitors who is there."""
 
-    def __init__(self, app: Any, visitors: Visitors, folder: str, function: int, inputs: int) -> None:
-        """`folder` is where the page's own files lie, `function` Gradio's number of ENDPOINT, which takes `inputs` values."""
-        self.app, self.visitors = app, visitors
-        self.folder, self.function, self.inputs = folder, function, inputs
+    def __init__(self, app: Any, visitors: Visitors, function: int, inputs: int) -> None:
+        """`function` is Gradio's number of ENDPOINT, which takes `inputs` values."""
+        self.app, self.visitors, self.function, self.inputs = app, visitors, function, inputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -117,7 +142,7 @@ class Gate:
 
     def readable(self, path: str) -> bool:
         """Whether anybody may read what is there: parts of the page, or a picture that it drew."""
-        inside = path.startswith(f"{FILE}{self.folder}/") and ".." not in path
+        inside = path.startswith(f"{FILE}{self.visitors.folder}/") and ".." not in path
         return inside or READABLE.fullmatch(path) is not None
 
     async def read(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,8 +155,15 @@ class Gate:
         if key is None:
             await self.app(scope, receive, send)
             return
+        if not self.visitors.expects(key):
+            await refuse(send, 404, "nothing was asked for under this name, or nobody listened for it in time; ask again")
+            return
         with self.visitors.listening(key):
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except Exception as error:  # Gradio's, when a session ends in the midst of its answer
+                if getattr(error, "status_code", None) != 404:
+                    raise
 
     async def ask(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a POST on, with what Gradio needs of its body."""
