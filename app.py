@@ -48,7 +48,7 @@ COUNT, MOST_IMAGES = 10, 16
 STRIP_ROWS = 4  # of sixteen images at 512 pixels a strip would have 34 million pixels
 SEEDS = 2**63
 MOST_WAITING = 16  # drawings in the queue, of all visitors
-HOUR = 3600
+HOUR, END_SECONDS = 3600, 2
 ALL = "everybody who reaches this machine, without a password"
 ADVICE = {
     errno.EADDRINUSE: "another program has the port, perhaps another page; end it or pass another --port",
@@ -98,11 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             choose_network(args)
             check_sampling_flags(args)
             device = choose_device(args.device)
-            sampler = load_sampler(args, device)
-            with tf32(True), private_folder() as folder, served(sampler, args, device, folder) as address:
-                print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
-                while True:
-                    time.sleep(HOUR)
+            serve(load_sampler(args, device), args, device)
         except ValueError as error:
             parser.error(str(error))
 
@@ -316,6 +312,22 @@ def settings(args: argparse.Namespace) -> dict:
 # ---- the page ----
 
 
+def serve(sampler: Sampler, args: argparse.Namespace, device: torch.device) -> None:
+    """Run the page until SystemExit ends it. Raises ValueError if it cannot be started."""
+    try:
+        with tf32(True), private_folder() as folder, served(sampler, args, device, folder) as address:
+            print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+            while True:
+                time.sleep(HOUR)
+    except SystemExit as end:
+        others = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        for thread in others:
+            thread.join(END_SECONDS / len(others))
+        if any(thread.is_alive() for thread in others):  # Python would wait for the step that it computes
+            os._exit(int(end.code or 0))
+        raise
+
+
 @contextmanager
 def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, folder: str) -> Iterator[str]:
     """Within it, the page runs, at the address that comes back, with its files in the folder.
@@ -345,8 +357,6 @@ def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, fol
         yield address
     finally:
         visitors.closed = True
-        if page.server:
-            page.server.force_exit = True  # does not wait for visitors to close the page
         page.close(verbose=False)
 
 

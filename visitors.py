@@ -4,6 +4,7 @@ Gradio serves many routes that this page has no use for: they take files, fetch 
 A Gate before them lets through what the page needs and refuses the rest, before a byte of it is read.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ READABLE = re.compile(
 FILE = f"{API}/file="
 LARGEST_BODY = 2**21  # bytes of a request: room for any choice that a visitor can make
 PATIENCE = 5.0  # seconds in which somebody must begin to listen for what they asked for
+POLL_SECONDS = 0.1
 MOST_KEPT = 2**30  # bytes of pictures, the newest, that visitors can still download
 MOST_EACH = 4  # jobs of one visitor that wait or run
 REFUSAL = "this page draws images and does nothing else: it takes no files and fetches none"
@@ -153,17 +155,36 @@ class Gate:
         elif path.startswith(CALL):
             key = path.rpartition("/")[2]
         if key is None:
-            await self.app(scope, receive, send)
-            return
-        if not self.visitors.expects(key):
+            await self.app(scope, self.until_closed(receive), send)
+        elif not self.visitors.expects(key):
             await refuse(send, 404, "nothing was asked for under this name, or nobody listened for it in time; ask again")
             return
-        with self.visitors.listening(key):
+        else:
+            with self.visitors.listening(key):
+                try:
+                    await self.app(scope, self.until_closed(receive), send)
+                except Exception as error:  # Gradio's, when a session ends in the midst of its answer
+                    if getattr(error, "status_code", None) != 404:
+                        raise
+        if self.visitors.closed:
+            with suppress(RuntimeError):  # it has been ended already
+                await send({"type": "http.response.body", "body": b""})
+
+    def until_closed(self, receive: Receive) -> Receive:
+        """A `receive` to which every client has left once the page is closed: some answers have no end of their own."""
+
+        async def next_message() -> dict[str, Any]:
+            message = asyncio.ensure_future(receive())
             try:
-                await self.app(scope, receive, send)
-            except Exception as error:  # Gradio's, when a session ends in the midst of its answer
-                if getattr(error, "status_code", None) != 404:
-                    raise
+                while not message.done():
+                    if self.visitors.closed:
+                        return {"type": "http.disconnect"}
+                    await asyncio.wait([message], timeout=POLL_SECONDS)
+                return message.result()
+            finally:
+                message.cancel()
+
+        return next_message
 
     async def ask(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a POST on, with what Gradio needs of its body."""
