@@ -15,7 +15,6 @@ import errno
 from functools import partial
 from importlib.util import find_spec
 import json
-import math
 import os
 from pathlib import Path
 import reprlib
@@ -47,6 +46,7 @@ SOLVER, GUIDANCE, MOST_GUIDANCE = "dpm++", 1.5, 10.0
 COUNT, MOST_IMAGES = 10, 16
 STRIP_ROWS = 4  # of sixteen images at 512 pixels a strip would have 34 million pixels
 SEEDS = 2**63
+WHOLE = "whole number"
 MOST_WAITING = 16  # drawings in the queue, of all visitors
 HOUR, END_SECONDS = 3600, 2
 ALL = "everybody who reaches this machine, without a password"
@@ -151,17 +151,17 @@ def private_folder() -> Iterator[str]:
 
 def check_address(host: str, port: int) -> None:
     """Raise ValueError unless a server can listen there."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port is {port}; ports go from 1 to 65535")
     try:
-        if not 0 < port < 2**16:
-            raise OSError(None, "ports go from 1 to 65535")
         if not host.strip():
-            raise OSError(None, "the host is empty")
+            raise OSError(None, "it is empty")
         family, kind, protocol, _, place = socket.getaddrinfo(bare(host), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended is not in the way
             probe.bind(place)
     except (OSError, UnicodeError) as error:
-        advice = ADVICE.get(getattr(error, "errno", None) or 0, "--host is an address of this machine, such as 127.0.0.1")
+        advice = ADVICE.get(getattr(error, "errno", None) or 0, "give an address of this machine, such as 127.0.0.1")
         reason = getattr(error, "strerror", None) or "no host has such a name"
         raise ValueError(f"--host {host} --port {port} cannot be used ({reason}); {advice}") from None
 
@@ -203,18 +203,17 @@ def read_seed(text: object) -> int:
     return int(text)
 
 
-def bounded(name: str, number: object, least: float, most: float) -> float:
-    """The number that a visitor gave. Raises ValueError if it is none, or not from `least` to `most`."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most:
-        raise ValueError(f"{name} is {reprlib.repr(number)}; it must be a number from {least} to {most}.")
-    return number
+def bounded(name: str, number: object, least: float, most: float, kind: str = "number") -> float:
+    """The number that a visitor gave. Raises ValueError if it is none, not from `least` to `most`, or not of the kind."""
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and least <= number <= most:
+        if kind != WHOLE or number % 1 == 0:
+            return number
+    raise ValueError(f"{name} is {reprlib.repr(number)}; it must be a {kind} from {least:g} to {most:g}.")
 
 
 def whole(name: str, number: object, least: int, most: int) -> int:
-    """`bounded` as an int. Raises ValueError also if it is not whole."""
-    if isinstance(number, float) and math.isfinite(number) and number % 1:
-        raise ValueError(f"{name} is {number}; it must be a whole number.")
-    return int(bounded(name, number, least, most))
+    """`bounded` for whole numbers, as an int."""
+    return int(bounded(name, number, least, most, WHOLE))
 
 
 def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
@@ -282,7 +281,7 @@ def answer(
     for done, drawn, rows in draw(sampler, labels, number, device, wanted):
         if rows is None:
             yield f"Step {done} of {sampler.num_sampling_steps}", drawn, None, None
-    with TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+    with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
         path = str(Path(folder) / f"dit-seed-{number}.png")
         save(drawn, path, settings(args) | chosen)
         yield f"Seed {number}", path, rows, path
@@ -294,7 +293,7 @@ def read_choices(
     """(the Sampler for a visitor's choices, the settings that they are). Raises ValueError for those that make no sense."""
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(SOLVERS)}.")
-    steps = whole(f"Steps with {solver}", steps, 1, SOLVERS[solver].most)
+    steps = whole("Steps", steps, 1, SOLVERS[solver].most)
     guidance = bounded("Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1)
     labels = chosen_labels(classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes)
     chosen = dict(
@@ -352,7 +351,7 @@ def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, fol
         )  # fmt: skip
     except Exception as error:  # Gradio raises many kinds, for one a bare Exception
         page.close(verbose=False)
-        raise ValueError(f"the page cannot be started ({error}); try another --port") from None
+        raise ValueError(f"the page cannot be started ({error}); try another --host or --port") from None
     try:
         yield address
     finally:
