@@ -8,12 +8,21 @@ Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+import errno
+from functools import partial
 from importlib.util import find_spec
+import json
+import os
 from pathlib import Path
+import reprlib
+import signal
 import socket
 from tempfile import TemporaryDirectory
+import threading
+import time
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,9 +31,10 @@ import torch
 
 from devices import choose_device, tf32
 from models import DiT
-from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, picture, save, strip
+from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip
 from sampling import SOLVERS, ImageNoise, Sampler, load_sampler, readable
 from sampling_flags import add_network_flags, check_sampling_flags
+from visitors import ENDPOINT, Gate, Visitors
 
 if TYPE_CHECKING:
     import gradio  # which is slow to import, and need not be there
@@ -36,7 +46,14 @@ SOLVER, GUIDANCE, MOST_GUIDANCE = "dpm++", 1.5, 10.0
 COUNT, MOST_IMAGES = 10, 16
 STRIP_ROWS = 4  # of sixteen images at 512 pixels a strip would have 34 million pixels
 SEEDS = 2**63
-HOUR = 3600
+WHOLE = "whole number"
+MOST_WAITING = 16  # drawings in the queue, of all visitors
+HOUR, END_SECONDS = 3600, 2
+ALL = "everybody who reaches this machine, without a password"
+ADVICE = {
+    errno.EADDRINUSE: "another program has the port, perhaps another page; end it or pass another --port",
+    errno.EACCES: "ports below 1024 are the administrator's; pass another --port",
+}
 HELP = (
     "Several classes take turns: the first image is of the first class, and so on. Image *i* depends on its class, *i*, the "
     "seed, guidance, solver and steps, up to rounding; not on how many images there are, nor on other visitors."
@@ -51,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen at; 0.0.0.0 lets in whoever reaches this machine, without a password (default: %(default)s)",
+        help=f"address of this machine to listen at. The default, %(default)s, lets in its own users alone; 0.0.0.0 (::, with "
+        f"IPv6) lets in {ALL}. To reach a page on another machine, leave this as it is and open an SSH tunnel: "
+        "ssh -L 7860:localhost:7860 MACHINE",
     )
     group.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     network = add_network_flags(
@@ -71,39 +90,85 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        if find_spec("gradio") is None:
-            raise ValueError("the page needs Gradio, which is not installed here: pip install .[demo]")
-        check_port(args.host, args.port)
-        choose_network(args)
-        check_sampling_flags(args)
-        device = choose_device(args.device)
-        sampler = load_sampler(args, device)
-    except ValueError as error:
-        parser.error(str(error))
-    page = build_page(sampler, args, device).queue(default_concurrency_limit=1)
-    with tf32(True):
-        _, address, _ = page.launch(
-            server_name=args.host, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
-            theme=page_theme(),
-        )  # fmt: skip
-        print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+    with ended_by_signals():
+        try:
+            if find_spec("gradio") is None:
+                raise ValueError("the page needs Gradio, which is not installed here: pip install .[demo]")
+            check_address(args.host, args.port)
+            choose_network(args)
+            check_sampling_flags(args)
+            device = choose_device(args.device)
+            serve(load_sampler(args, device), args, device)
+        except ValueError as error:
+            parser.error(str(error))
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ValueError unless a server can listen there."""
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within it, in the main thread, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, once, with 128 + the number."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    handled = [number for number in numbers if before[number] is not signal.SIG_IGN]  # as nohup ignores one
+
+    def end(number, frame):
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)  # what follows cleans up
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in handled:
+        signal.signal(number, end)
     try:
-        if not 0 < port < 2**16:
-            raise OSError(None, "ports go from 1 to 65535")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended is not in the way
-            probe.bind((host, port))
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def private_folder() -> Iterator[str]:
+    """A new folder for the page's pictures that this user alone can read, gone afterwards; Gradio is told of it.
+
+    Raises ValueError if there is no place for one.
+    """
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    try:
+        folder = TemporaryDirectory(prefix="dit-page-", dir=before or None, ignore_cleanup_errors=True)
     except OSError as error:
         raise ValueError(
-            f"--host {host} --port {port} cannot be used ({error.strerror}); if another program has the port, perhaps another "
-            "page, end it or pass another --port"
+            f"there is no place for temporary files ({error.strerror or error}); set TMPDIR to a folder that you can write"
         ) from None
+    with folder as path:
+        os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(path)
+        try:
+            yield os.environ["GRADIO_TEMP_DIR"]
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            os.environ.update({"GRADIO_TEMP_DIR": before} if before else {})
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError unless a server can listen there."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port is {port}; ports go from 1 to 65535")
+    try:
+        if not host.strip():
+            raise OSError(None, "it is empty")
+        family, kind, protocol, _, place = socket.getaddrinfo(bare(host), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended is not in the way
+            probe.bind(place)
+    except (OSError, UnicodeError) as error:
+        advice = ADVICE.get(getattr(error, "errno", None) or 0, "give an address of this machine, such as 127.0.0.1")
+        reason = getattr(error, "strerror", None) or "no host has such a name"
+        raise ValueError(f"--host {host} --port {port} cannot be used ({reason}); {advice}") from None
+
+
+def bare(host: str) -> str:
+    """A host without the brackets that IPv6 has in addresses of pages."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def choose_network(args: argparse.Namespace) -> None:
@@ -126,43 +191,55 @@ def choose_network(args: argparse.Namespace) -> None:
 
 def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, int]]:
     """[(text, class index)] to search in: the number and the name, the number alone if there is no other name."""
-    texts = captions(range(network.num_classes), network.num_classes, classes)
+    texts = map(legible, captions(range(network.num_classes), network.num_classes, classes))
     return [(text if text == str(i) else f"{i}: {text}", i) for i, text in enumerate(texts)]
 
 
-def read_seed(text: str) -> int:
+def read_seed(text: object) -> int:
     """The seed that a visitor wrote. Raises ValueError if it is none."""
-    text = str(text).strip()
+    text = text.strip() if isinstance(text, str) else repr(text)
     if not text.isdecimal() or len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
         raise ValueError(f"The seed is {text[:40]!r}; it must be a whole number from 0 to 2^63 - 1, such as 0.")
     return int(text)
 
 
-def whole(name: str, number: float) -> int:
-    """The number that a visitor gave, as an int; its bounds are the page's business. Raises ValueError if it is not whole."""
-    if not isinstance(number, (int, float)) or number % 1:
-        raise ValueError(f"{name} is {number}; it must be a whole number.")
-    return int(number)
+def bounded(name: str, number: object, least: float, most: float, kind: str = "number") -> float:
+    """The number that a visitor gave. Raises ValueError if it is none, not from `least` to `most`, or not of the kind."""
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and least <= number <= most:
+        if kind != WHOLE or number % 1 == 0:
+            return number
+    raise ValueError(f"{name} is {reprlib.repr(number)}; it must be a {kind} from {least:g} to {most:g}.")
 
 
-def chosen_labels(classes: list[int], count: int, num_classes: int) -> list[int]:
+def whole(name: str, number: object, least: int, most: int) -> int:
+    """`bounded` for whole numbers, as an int."""
+    return int(bounded(name, number, least, most, WHOLE))
+
+
+def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
     """The class indices of `count` images, for which the chosen classes take turns. Raises ValueError if none is chosen."""
     if num_classes == 0:
         return [0] * count  # placeholders: the network is not given them
     if not isinstance(classes, list) or not classes:
         raise ValueError("No class is chosen: search for one by its name or number.")
     if not all(type(label) is int and 0 <= label < num_classes for label in classes):
-        raise ValueError(f"The classes are {classes}; give a list of whole numbers from 0 to {num_classes - 1}.")
+        raise ValueError(f"The classes are {reprlib.repr(classes)}; give a list of whole numbers from 0 to {num_classes - 1}.")
     return [classes[i % len(classes)] for i in range(count)]
 
 
+def always() -> bool:
+    """True."""
+    return True
+
+
 def draw(
-    sampler: Sampler, labels: list[int], seed: int, device: torch.device
+    sampler: Sampler, labels: list[int], seed: int, device: torch.device, wanted: Callable[[], bool] = always
 ) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:
     """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS steps, and at the end
     (steps, picture of the images, strip of how the first STRIP_ROWS came about).
 
-    Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError as Sampler.decode.
+    Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError as Sampler.decode, and
+    before a step if wanted() does not hold.
     """
     texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
     noise_fn = ImageNoise(seed, range(len(labels)), device)
@@ -170,7 +247,8 @@ def draw(
     steps, frames = len(sampler.steps()), []
     in_strip = evenly(steps, STRIP_MOMENTS)
     previewed = {*evenly(steps, GIF_MOMENTS), *in_strip}
-    for i, out in enumerate(sampler.trajectory(torch.tensor(labels, device=device), noise, noise_fn)):
+    way = sampler.trajectory(torch.tensor(labels, device=device), noise, noise_fn)
+    for i, out in enumerate(while_wanted(way, wanted)):
         if i in previewed:
             images = sampler.decode(out["pred_xstart"]).cpu().numpy()
             if i in in_strip:
@@ -180,34 +258,48 @@ def draw(
     yield steps, picture(images, texts), strip([*frames[:-1], (None, images[:STRIP_ROWS])], texts[:STRIP_ROWS])
 
 
-def answer(
-    base: Sampler, args: argparse.Namespace, device: torch.device, classes: list[int], count: float, guidance: float,
-    solver: str, steps: float, seed: str,
-) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
-    """draw for a visitor's choices, of a base Sampler; yields (status, picture, strip, PNG file), the last two None before
-    the end. At the end the picture is that file too, which is gone when the generator goes on.
+def while_wanted(way: Iterator[dict], wanted: Callable[[], bool]) -> Iterator[dict]:
+    """What `way` yields. Raises ValueError before its next step if wanted() does not hold."""
+    for _ in iter(wanted, False):
+        if (step := next(way, None)) is None:
+            return
+        yield step
+    raise ValueError("Nobody waits for these images any more, so they were not drawn to the end.")
 
-    Raises ValueError for choices that make no sense.
+
+def answer(
+    base: Sampler, args: argparse.Namespace, device: torch.device, classes: object, count: object, guidance: object,
+    solver: object, steps: object, seed: object, wanted: Callable[[], bool] = always,
+) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
+    """draw for a visitor's choices, of whatever type, of a base Sampler; yields (status, picture, strip, PNG file), the last
+    two None before the end. At the end the picture is that file too, which is gone when the generator goes on.
+
+    Raises ValueError for choices that make no sense, before any work, and as draw.
     """
-    count, steps = whole("How many images", count), whole("Steps", steps)
-    if not isinstance(guidance, (int, float)) or solver not in SOLVERS:
-        raise ValueError(f"Guidance is {guidance} and the solver {solver}; give a number, and one of {', '.join(SOLVERS)}.")
-    number, labels = read_seed(seed), chosen_labels(classes, count, base.network.num_classes)
-    sampler = replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps)
-    chosen = {
-        "cfg_scale": guidance,
-        "sampler": solver,
-        "num_sampling_steps": steps,
-        "seed": number,
-        "class_labels": labels,
-    }
-    for done, drawn, rows in draw(sampler, labels, number, device):
+    sampler, chosen = read_choices(base, classes, count, guidance, solver, steps, seed)
+    number, labels = chosen["seed"], chosen["class_labels"]
+    for done, drawn, rows in draw(sampler, labels, number, device, wanted):
         if rows is None:
-            yield f"Step {done} of {steps}", drawn, None, None
-    with TemporaryDirectory() as folder:
+            yield f"Step {done} of {sampler.num_sampling_steps}", drawn, None, None
+    with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
         path = str(Path(folder) / f"dit-seed-{number}.png")
         save(drawn, path, settings(args) | chosen)
         yield f"Seed {number}", path, rows, path
+
+
+def read_choices(
+    base: Sampler, classes: object, count: object, guidance: object, solver: object, steps: object, seed: object
+) -> tuple[Sampler, dict]:
+    """(the Sampler for a visitor's choices, the settings that they are). Raises ValueError for those that make no sense."""
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        raise ValueError(f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(SOLVERS)}.")
+    steps = whole("Steps", steps, 1, SOLVERS[solver].most)
+    guidance = bounded("Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1)
+    labels = chosen_labels(classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes)
+    chosen = dict(
+        cfg_scale=guidance, sampler=solver, num_sampling_steps=steps, seed=read_seed(seed), class_labels=labels
+    )
+    return replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps), chosen
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -219,13 +311,73 @@ def settings(args: argparse.Namespace) -> dict:
 # ---- the page ----
 
 
-def build_page(sampler: Sampler, args: argparse.Namespace, device: torch.device) -> "gradio.Blocks":
+def serve(sampler: Sampler, args: argparse.Namespace, device: torch.device) -> None:
+    """Run the page until SystemExit ends it. Raises ValueError if it cannot be started."""
+    try:
+        with tf32(True), private_folder() as folder, served(sampler, args, device, folder) as address:
+            print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+            while True:
+                time.sleep(HOUR)
+    except SystemExit as end:
+        others = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        for thread in others:
+            thread.join(END_SECONDS / len(others))
+        if any(thread.is_alive() for thread in others):  # Python would wait for the step that it computes
+            os._exit(int(end.code or 0))
+        raise
+
+
+@contextmanager
+def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, folder: str) -> Iterator[str]:
+    """Within it, the page runs, at the address that comes back, with its files in the folder.
+
+    Raises ValueError if it cannot be started.
+    """
+    from starlette.middleware import Middleware
+
+    visitors = Visitors(folder)
+    page = build_page(sampler, args, device, visitors)
+    page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
+    visitors.queue = page._queue
+    function = next(number for number, fn in page.fns.items() if fn.api_name == ENDPOINT)
+    gate = Middleware(Gate, visitors, function, len(page.fns[function].inputs))
+    host = bare(args.host)
+    ask_directly(host)
+    try:
+        _, address, _ = page.launch(
+            server_name=f"[{host}]" if ":" in host else host, server_port=args.port, share=False, quiet=True,
+            prevent_thread_lock=True, footer_links=[], theme=page_theme(), app_kwargs={"middleware": [gate]},
+            max_file_size=1, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+        )  # fmt: skip
+    except Exception as error:  # Gradio raises many kinds, for one a bare Exception
+        page.close(verbose=False)
+        raise ValueError(f"the page cannot be started ({error}); try another --host or --port") from None
+    try:
+        yield address
+    finally:
+        visitors.closed = True
+        page.close(verbose=False)
+
+
+def ask_directly(host: str) -> None:
+    """Have this process reach itself without the proxy that the environment may name: Gradio asks whether its server is up."""
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [others, "localhost", host]))
+
+
+def build_page(
+    sampler: Sampler, args: argparse.Namespace, device: torch.device, visitors: Visitors
+) -> "gradio.Blocks":
     """The page, a gradio.Blocks that does not run yet."""
     import gradio as gr
 
-    def respond(*choices):
+    def respond(
+        classes: object, count: object, guidance: object, solver: object, steps: object, seed: object, request: gr.Request
+    ) -> Iterator[tuple]:
+        wanted = partial(visitors.waits_for, request.session_hash)
         try:
-            for text, drawn, rows, path in answer(sampler, args, device, *choices):
+            answered = answer(sampler, args, device, classes, count, guidance, solver, steps, seed, wanted)
+            for text, drawn, rows, path in answered:
                 yield text, drawn, rows, gr.DownloadButton(value=path, interactive=path is not None)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -233,6 +385,8 @@ def build_page(sampler: Sampler, args: argparse.Namespace, device: torch.device)
             raise gr.Error(
                 "The device's memory is too small for this: draw fewer images.", print_exception=False
             ) from None
+        finally:
+            visitors.tidy()
 
     with gr.Blocks(title="DiT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
         gr.Markdown("# DiT")
@@ -250,7 +404,10 @@ def build_page(sampler: Sampler, args: argparse.Namespace, device: torch.device)
                 rows = gr.Image(label="Over time", format="png", height=380, **look)
         gr.Markdown(HELP)
         outputs = [status, shown, rows, download]
-        gr.on([button.click, choices[-1].submit], respond, choices, outputs, show_progress_on=status)
+        gr.on(
+            [button.click, choices[-1].submit], respond, choices, outputs, show_progress_on=status, api_name=ENDPOINT,
+            preprocess=False,
+        )  # fmt: skip
     return page
 
 
@@ -277,7 +434,8 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
     solver = gr.Dropdown(list(SOLVERS), value=SOLVER, label="Solver")
     steps = gr.Slider(1, max(one.most for one in SOLVERS.values()), SOLVERS[SOLVER].steps, step=1, label="Steps")
     seed = gr.Textbox("0", label="Seed", max_lines=1)
-    solver.change(lambda name: SOLVERS[name].steps, solver, steps, api_visibility="private")
+    own = json.dumps({name: one.steps for name, one in SOLVERS.items()})
+    solver.change(None, solver, steps, js=f"name => ({own})[name]")
     return [classes, count, guidance, solver, steps, seed], gr.Button("Draw", variant="primary")
 
 

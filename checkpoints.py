@@ -574,14 +574,21 @@ def file_hash(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hidden_name(path: Path, suffix: str) -> Path:
+    """A hidden name in the folder of `path`: its own with this suffix, cut if only the suffix makes it too long."""
+    name = path.name
+    if len(os.fsencode(name)) <= LONGEST_NAME:
+        while len(os.fsencode(f".{name}{suffix}")) > LONGEST_NAME:
+            name = name[1:]
+    return path.parent / f".{name}{suffix}"
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
 
     Raises OSError if the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    if len(os.fsencode(temporary.name)) > LONGEST_NAME:  # which path's own name need not be
-        temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.partial")
+    temporary = hidden_name(path, ".partial")
     try:
         write(temporary)
         _to_disk(temporary, os.O_RDWR)  # Windows syncs only what may be written

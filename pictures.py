@@ -4,11 +4,16 @@ Images are uint8 arrays (N, H, W, 3).
 """
 
 from collections.abc import Sequence
+import io
 import json
+import os
 from pathlib import Path
+import stat
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from checkpoints import write_whole
 
 PER_ROW = 4
 LEAST_TILE = 96  # smaller images are enlarged in the picture by a whole factor, so that their labels can be read
@@ -27,6 +32,11 @@ def captions(labels: Sequence[int], num_classes: int, classes: list[str] | None)
     return [classes[i] if classes and i < len(classes) else str(i) for i in labels]
 
 
+def legible(text: str) -> str:
+    """The text on one line, cut to LONGEST_TEXT characters, with ? for what UTF-8 cannot hold."""
+    return " ".join(text[:LONGEST_TEXT].encode("utf-8", "replace").decode("utf-8").split())
+
+
 def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) -> Image.Image:
     """A PIL image of images (N, H, W, 3), so many to a row, each with its text below."""
     height, width = images.shape[1:3]
@@ -40,7 +50,7 @@ def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) ->
         left = MARGIN + i % per_row * (width + MARGIN)
         top = MARGIN + i // per_row * (height + strip + MARGIN)
         canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        text = " ".join(text[:LONGEST_TEXT].split())
+        text = legible(text)
         while font.getlength(text) > width and len(text) > 1:
             text = text[:-2] + "…"
         pen.text((left + width / 2, top + height + 1), text, fill="black", font=font, anchor="mt")
@@ -56,13 +66,57 @@ def ending(path: Path | str) -> str:
 
 
 def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
-    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS."""
+    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS. Raises ValueError as write_file."""
     if ending(path) != ".png":
-        canvas.save(path)
+        write_file(path, encoded(canvas, path))
         return
     entries = PngImagePlugin.PngInfo()
     entries.add_text(SETTINGS, json.dumps(settings, default=str))
-    canvas.save(path, pnginfo=entries)
+    write_file(path, encoded(canvas, path, pnginfo=entries))
+
+
+def encoded(canvas: Image.Image, path: Path | str, **options: object) -> bytes:
+    """A PIL image in the format that a file's name asks for. Raises ValueError if it is too large for that."""
+    file = io.BytesIO()
+    canvas.save(file, Image.registered_extensions()[ending(path)], **options)
+    return file.getvalue()
+
+
+def write_file(path: Path | str, content: bytes) -> None:
+    """Make this the content of a file, whole or not at all: a write that fails leaves what was there.
+
+    A link stays one, its target is written; a file that exists keeps its permissions; a pipe or a device is written to.
+    Raises ValueError, naming the file, if it cannot be written.
+    """
+    try:
+        old = _mode(path)
+        if old is not None and not stat.S_ISREG(old):
+            Path(path).write_bytes(content)
+            return
+        target = Path(os.path.realpath(path))
+        if old is not None:
+            target.open("r+b").close()  # a file that may not be changed is not replaced either
+        write_whole(target, lambda temporary: _write_new(temporary, content, old))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({error.strerror or error}); what was there before is unchanged: make room, or choose "
+            "another file, and try again"
+        ) from None
+
+
+def _mode(path):
+    """The mode of the file that a path leads to, None if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _write_new(path, content, mode):
+    """Write a file with the permissions of this mode, or with those of any new file if it is None."""
+    path.write_bytes(content)
+    if mode is not None:
+        path.chmod(stat.S_IMODE(mode))
 
 
 def evenly(steps: int, most: int) -> list[int]:
@@ -84,10 +138,14 @@ def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> 
 
 
 def save_trajectory(frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]) -> None:
-    """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a strip, an image per row."""
+    """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a strip, an image per row.
+
+    Raises ValueError as write_file.
+    """
     if ending(path) == ".gif":
         pictures = [picture(images, texts) for _, images in frames]
         durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        options = dict(save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        write_file(path, encoded(pictures[0], path, **options))
         return
-    strip(frames, texts).save(path)
+    write_file(path, encoded(strip(frames, texts), path))

@@ -22,6 +22,7 @@ from models import DiT
 from pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from sampling import SOLVERS, Sampler, imagenet_names, load_sampler
 from vae import PixelSpace
+from visitors import Visitors
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -95,7 +96,7 @@ def test_taken_and_impossible_ports_are_refused_with_what_to_do(capsys, with_gra
         port = taken.getsockname()[1]
         message = refusal(capsys, "--port", str(port)).splitlines()[-1]
     assert f"--port {port} cannot be used (Address already in use)" in message and "pass another --port" in message
-    app.check_port("127.0.0.1", port)  # free again
+    app.check_address("127.0.0.1", port)  # free again
     assert "from 1 to 65535" in refusal(capsys, "--port", "70000")
     assert "--host no.such.host.invalid" in refusal(capsys, "--host", "no.such.host.invalid")
 
@@ -193,7 +194,7 @@ def test_wrong_choices_are_value_errors(digits):
         (([7], 1, 4.0, "dpm++", 1000, "0"), "it must be from 1 to 999"),
         (([7], None, 4.0, "dpm++", STEPS, "0"), "How many images is None; it must be a whole number"),
         (([7], 1, None, "dpm++", STEPS, "0"), "Guidance is None"),
-        (([7], 1, 4.0, "euler", STEPS, "0"), "the solver euler; give a number, and one of ddpm"),
+        (([7], 1, 4.0, "euler", STEPS, "0"), "The solver is 'euler'; it must be one of ddpm"),
         (([7], 1, 4.0, "dpm++", STEPS, None), "The seed is 'None'"),
         (([10], 1, 4.0, "dpm++", STEPS, "0"), "give a list of whole numbers from 0 to 9"),
         ((7, 1, 4.0, "dpm++", STEPS, "0"), "No class is chosen"),
@@ -211,7 +212,7 @@ def gradio():
 
 
 def shown_controls(sampler):
-    page = app.build_page(sampler, arguments(), CPU)
+    page = app.build_page(sampler, arguments(), CPU, Visitors(""))
     assert not page.analytics_enabled
     controls = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
     return {label: control for label, control in controls.items() if control.visible}
