@@ -7,6 +7,11 @@
 Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw does not depend on it.
 """
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,10 +48,8 @@ HELP = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     group = parser.add_argument_group("page")
     group.add_argument(
         "--host",
@@ -68,10 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("--image-size")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         if find_spec("gradio") is None:
             raise ValueError("the page needs Gradio, which is not installed here: pip install .[demo]")
         check_port(args.host, args.port)
@@ -79,8 +83,6 @@ def main(argv: list[str] | None = None) -> None:
         check_sampling_flags(args)
         device = choose_device(args.device)
         sampler = load_sampler(args, device)
-    except ValueError as error:
-        parser.error(str(error))
     page = build_page(sampler, args, device).queue(default_concurrency_limit=1)
     with tf32(True):
         _, address, _ = page.launch(
