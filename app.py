@@ -49,7 +49,7 @@ HELP = (
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("page")
     group.add_argument(
         "--host",

@@ -24,12 +24,12 @@ Main = Callable[..., None]  # takes argv, the words of the command line; None fo
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that keeps a description's lines, takes whole names of options only, refuses empty values, and says
-    which value counts when an option is given twice.
+    which value counts when an option is given twice. Messages begin with the name of the door, whose __file__ it is given.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, prog: str, **options: Any) -> None:
         own: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(**own | options)
+        super().__init__(Path(prog).name, **own | options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse has overloads here
         """As argparse has it; a subcommand's parser is asked for its own part of the command line."""

@@ -25,6 +25,7 @@ from command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
+from argparse import Namespace
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     names = ", ".join(DiT_models)
     parser.add_argument(
         "--model",
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
-        check_numbers(args)
+        check_numbers(Namespace(image_size=args.image_size))  # the network itself looks at the classes
         shape = latent_shape(args.vae)
         sides = {name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"]) for name in args.model}
         configs = [

@@ -159,7 +159,7 @@ def _check(partial, size, url):
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     released = ", ".join(RELEASED)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{released}, or DiT-XL/2 for both (the default)")
     parser.add_argument("--folder", default=FOLDER, help="where to put them (default: %(default)s)")

@@ -42,7 +42,7 @@ LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 def build_parser() -> Parser:
     usage = "%(prog)s --samples PATH --reference PATH [flags; --help lists them]"
-    parser = Parser(description=__doc__, usage=usage)
+    parser = Parser(__file__, description=__doc__, usage=usage)
     sides = parser.add_argument_group("what is compared").add_argument
     sides("--samples", metavar="PATH", help="folder of images, or .npz with uint8 arr_0 (N, H, W, 3)")
     sides("--reference", metavar="PATH", help="the same, or .npz with mu, sigma, mu_s, sigma_s, arr_0")

@@ -27,7 +27,7 @@ FORMATS = ("hub", "diffusers", "safetensors")
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("export")
     group.add_argument("--output", required=True, help="folder or, for safetensors, file to write; it must not exist")
     group.add_argument(

@@ -40,7 +40,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     data = parser.add_argument_group("data").add_argument
     data("--data-path", help="folder with one folder of images per class")
     data("--output", metavar="DIR", help="folder to write; for train.py --latents")

@@ -29,7 +29,7 @@ IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("picture")
     group.add_argument(
         "--class-labels",

@@ -57,7 +57,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     run = parser.add_argument_group("run")
     run.add_argument("--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)")
     batching = (

@@ -14,7 +14,7 @@ from vae import latent_shape
 
 def build_parser(description: str | None = None) -> Parser:
     """The parser of train.py's command line; its usage is one line, so that an error is not buried below it."""
-    parser = Parser(description=description, usage="%(prog)s --data-path DIR [flags; --help lists them]")
+    parser = Parser("train.py", description=description, usage="%(prog)s --data-path DIR [flags; --help lists them]")
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_network_flags(parser.add_argument_group("network").add_argument)
     add_recipe_flags(parser.add_argument_group("recipe").add_argument)

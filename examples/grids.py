@@ -36,7 +36,7 @@ DIGITS = ROOT / "examples" / "digits"
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{interpolate,guidance}")
     own = dict(conflict_handler="resolve")  # some flags of sample.py mean something else here
     line = kinds.add_parser("interpolate", help="rows that go from one class to another", **own)

@@ -31,7 +31,7 @@ SCORES = {"FID": ["eval_fid"], "precision and recall": ["eval_precision", "eval_
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn over one another")
     parser.add_argument("--output", default="run.png", help="picture to write (default: %(default)s)")
     return parser

@@ -97,7 +97,7 @@ def judge(digits, labels):
 
 @door("--num-samples")
 def main(argv=None):
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--num-samples", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_sampling_flags(parser, vae="mse", cfg_scale=4.0)

@@ -73,7 +73,7 @@ def write_folder(folder, pixels, labels):
 
 @door(resumes=True)
 def main(argv=None):
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)")
     args = parser.parse_args(argv)
     train, train_labels, heldout, heldout_labels = load_split()

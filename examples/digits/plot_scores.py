@@ -31,7 +31,7 @@ def read_scores(path):
 
 @door()
 def main(argv=None):
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--scores", type=Path, default=LOGS / "scores.jsonl", help="(default: %(default)s)")
     parser.add_argument("--heldout", type=Path, default=LOGS / "heldout.json", help="(default: %(default)s)")
     parser.add_argument("--output", default="scores.svg", help="picture to write (default: %(default)s)")

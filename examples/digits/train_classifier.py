@@ -72,7 +72,7 @@ def train(images, labels, args):
 
 @door()
 def main(argv=None):
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--data-path", required=True, type=Path, help="the folder that make_dataset.py wrote")
     parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
     parser.add_argument("--epochs", type=int, default=30, help="(default: %(default)s)")

@@ -77,7 +77,7 @@ def train(images, args):
 
 @door("--batch-size")
 def main(argv=None):
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--data-path", required=True, help="folder of training digits")
     parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")

@@ -242,7 +242,7 @@ def draw_samples(rows, folder, path):
 
 @door()
 def main(argv=None):
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     results = "folder that study.py wrote (default: the committed one)"
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results", help=results)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)")

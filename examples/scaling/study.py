@@ -226,7 +226,7 @@ def save_strip(images, path):
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument(
         "--output", required=True, type=Path, help="folder for study.json, points.jsonl, judge.pt and samples/"
     )
