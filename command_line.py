@@ -10,6 +10,7 @@ from functools import wraps
 import os
 from pathlib import Path
 import re
+import select
 import signal
 import sys
 from typing import Any, NoReturn, TextIO
@@ -144,14 +145,15 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
     """Within it, what `door` names ends the program with a line and SystemExit."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         if as_script:
             signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a second one must not disturb the clearing up
         again = "; the same command goes on" if resumes else ""
         raise ended(INTERRUPTED, f"{prog}: interrupted{again}", is_first_process()) from None
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not can_flush(sys.stdout):  # whoever read it has seen enough
+        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):  # whoever read it has seen enough
             raise ended(PIPE_CLOSED, f"{prog}: nobody reads the output", said=False) from None
         again = "; mend that, and the same command goes on" if resumes else ""
         raise ended(1, f"{prog}: error: {reason(error)}{again}") from None
@@ -163,7 +165,7 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
         advice = f"; lower {lower}" if lower else ""
         raise ended(1, f"{prog}: error: the memory is too small for this{wanted}{advice}") from None
     finally:
-        can_flush(sys.stdout)
+        leave_nothing(sys.stdout)
 
 
 @contextmanager
@@ -180,15 +182,23 @@ def printable() -> Iterator[None]:
             stream.reconfigure(errors=errors)
 
 
-def can_flush(stream: TextIO) -> bool:
-    """Whether a stream takes what is left to write; if not, it is closed to what the interpreter would write at its end."""
+def is_unread(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError, AttributeError):  # no descriptor, or a system without poll
+        poll = select.poll()
+        poll.register(stream, 0)  # type: ignore[arg-type]
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    return False
+
+
+def leave_nothing(stream: TextIO | None) -> None:
+    """Write what a stream holds back, or, if it cannot be written, throw it away: the interpreter would complain at its end."""
     try:
-        stream.flush()
-        return True
+        if stream:
+            stream.flush()
     except OSError:
         with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def ended(code: int, line: str, said: bool = True) -> SystemExit:

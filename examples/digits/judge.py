@@ -95,12 +95,17 @@ def judge(digits, labels):
     }
 
 
-@door("--num-samples")
-def main(argv=None):
+def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--num-samples", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
+    return parser
+
+
+@door("--num-samples")
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
         check_sampling_flags(args)

@@ -71,10 +71,15 @@ def write_folder(folder, pixels, labels):
             write_whole(path, lambda temporary: picture.save(temporary, format="png"))
 
 
-@door(resumes=True)
-def main(argv=None):
+def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)")
+    return parser
+
+
+@door(resumes=True)
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     train, train_labels, heldout, heldout_labels = load_split()
     write_folder(args.output / "train", train, train_labels)

@@ -29,12 +29,17 @@ def read_scores(path):
     return [row for row in map(json.loads, path.read_text(encoding="utf-8-sig").splitlines()) if "eval_fid" in row]
 
 
-@door()
-def main(argv=None):
+def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--scores", type=Path, default=LOGS / "scores.jsonl", help="(default: %(default)s)")
     parser.add_argument("--heldout", type=Path, default=LOGS / "heldout.json", help="(default: %(default)s)")
     parser.add_argument("--output", default="scores.svg", help="picture to write (default: %(default)s)")
+    return parser
+
+
+@door()
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         rows, floor = read_scores(args.scores), json.loads(args.heldout.read_text(encoding="utf-8-sig"))["scores"]

@@ -70,13 +70,18 @@ def train(images, labels, args):
     return model.eval()
 
 
-@door()
-def main(argv=None):
+def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--data-path", required=True, type=Path, help="the folder that make_dataset.py wrote")
     parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
     parser.add_argument("--epochs", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+@door()
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args)

@@ -75,8 +75,7 @@ def train(images, args):
     return autoencoder
 
 
-@door("--batch-size")
-def main(argv=None):
+def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--data-path", required=True, help="folder of training digits")
     parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
@@ -86,6 +85,12 @@ def main(argv=None):
         "--lr", type=float, default=2e-3, help="peak learning rate, cosine decay (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+@door("--batch-size")
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args)

@@ -240,12 +240,17 @@ def draw_samples(rows, folder, path):
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
-@door()
-def main(argv=None):
+def build_parser():
     parser = Parser(__file__, description=__doc__)
     results = "folder that study.py wrote (default: the committed one)"
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results", help=results)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)")
+    return parser
+
+
+@door()
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         rows, about = read_study(args.results)
