@@ -7,13 +7,17 @@
 Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw does not depend on it.
 """
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 import errno
 from functools import partial
-from importlib.util import find_spec
 import json
 import os
 from pathlib import Path
@@ -34,6 +38,7 @@ from models import DiT
 from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip
 from sampling import SOLVERS, ImageNoise, Sampler, load_sampler, readable
 from sampling_flags import add_network_flags, check_sampling_flags
+from surroundings import is_installed
 from visitors import ENDPOINT, Gate, Visitors
 
 if TYPE_CHECKING:
@@ -60,10 +65,8 @@ HELP = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("page")
     group.add_argument(
         "--host",
@@ -87,20 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("--image-size")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    with ended_by_signals():
-        try:
-            if find_spec("gradio") is None:
-                raise ValueError("the page needs Gradio, which is not installed here: pip install .[demo]")
-            check_address(args.host, args.port)
-            choose_network(args)
-            check_sampling_flags(args)
-            device = choose_device(args.device)
-            serve(load_sampler(args, device), args, device)
-        except ValueError as error:
-            parser.error(str(error))
+    with ended_by_signals(), parser.refusing():
+        if not is_installed("gradio"):
+            raise ValueError("the page needs Gradio, which is not installed here: pip install .[demo]")
+        check_address(args.host, args.port)
+        choose_network(args)
+        check_sampling_flags(args)
+        device = choose_device(args.device)
+        serve(load_sampler(args, device), args, device)
 
 
 @contextmanager

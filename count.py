@@ -20,12 +20,18 @@ One row for each network, whose weights are counted and not made:
                  autoencoder, are not in it
 """
 
-import argparse
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
+from argparse import Namespace
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from limits import check_numbers
 from models import BLOCKS, DiT, DiT_models
 from training import training_flops
 from vae import latent_shape
@@ -85,10 +91,8 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     names = ", ".join(DiT_models)
     parser.add_argument(
         "--model",
@@ -110,10 +114,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("--image-size")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
+        check_numbers(Namespace(image_size=args.image_size))  # the network itself looks at the classes
         shape = latent_shape(args.vae)
         sides = {name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"]) for name in args.model}
         configs = [
@@ -123,11 +129,10 @@ def main(argv: list[str] | None = None) -> None:
         ]
         with torch.device("meta"):
             DiT(**configs[0])
-    except ValueError as error:
-        parser.error(str(error))
     print(ROW.format(*HEADER))
     for name, config in zip((name for name in args.model for _ in args.block), configs):
-        cost = count(DiT_models[name].keywords | config, args.mixed_precision == "bf16", args.grad_checkpointing)
+        with parser.refusing():  # of one size alone
+            cost = count(DiT_models[name].keywords | config, args.mixed_precision == "bf16", args.grad_checkpointing)
         print(
             ROW.format(
                 name, config["block"], f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}", f"{cost.training_flops / 1e12:.4f}",

@@ -7,7 +7,11 @@ A download that breaks off is taken up where it stopped. A file gets its name on
 and every part of it passes the archive's own CRC-32; before, it is called NAME.partial.
 """
 
-import argparse
+from command_line import Parser, door, end_at_interrupt, one_line, reason
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 from contextlib import suppress
 import errno
 import http.client
@@ -177,14 +181,15 @@ def _check(partial, size, url):
         raise ValueError(f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     released = ", ".join(RELEASED)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{released}, or DiT-XL/2 for both (the default)")
     parser.add_argument("--folder", default=FOLDER, help="where to put them (default: %(default)s)")
     return parser
 
 
+@door(resumes=True)
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -198,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             print(download_model(name, args.folder))
         except (ValueError, OSError) as error:
-            sys.exit(f"download.py: error: {error}")
+            sys.exit(f"download.py: error: {one_line(reason(error))}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ Samples are a folder of images or an .npz with `arr_0`; a reference may also be 
 scores are printed as JSON, with hashes of both sides; what to know about them goes to the error output.
 """
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +32,7 @@ from features import MANIFOLD_IMAGES, Extractor, Team, load_extractor, spread, s
 from image_sets import (
     STATISTICS, Side, Streamed, hash_of, open_side, read_batches, remarks, summarize_reference, write_npz,
 )  # fmt: skip
+from limits import check_memory, check_numbers
 from metrics import NEIGHBOURS, SPLIT, score
 from sampling import check_writable
 from surroundings import check_accelerate, own_place
@@ -35,13 +41,9 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)  # others wait this long while one fetch
 LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage="%(prog)s --samples PATH --reference PATH [flags; --help lists them]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def build_parser() -> Parser:
+    usage = "%(prog)s --samples PATH --reference PATH [flags; --help lists them]"
+    parser = Parser(__file__, description=__doc__, usage=usage)
     sides = parser.add_argument_group("what is compared").add_argument
     sides("--samples", metavar="PATH", help="folder of images, or .npz with uint8 arr_0 (N, H, W, 3)")
     sides("--reference", metavar="PATH", help="the same, or .npz with mu, sigma, mu_s, sigma_s, arr_0")
@@ -62,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("--batch-size or --num-workers")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -96,10 +99,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--image-size is for --make-reference; samples and reference are scored as they are")
     if args.inception_weights and args.features != "inception":
         raise ValueError(f"--inception-weights is for --features inception, not {args.features}")
-    for name, least in {"batch_size": 1, "num_workers": 0, "image_size": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    check_numbers(args)
+    if args.image_size is not None:
+        check_memory(args.batch_size, args.image_size, "--image-size or --batch-size")
     for name, there in {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.items():
         if args.device == name and not there:
             raise ValueError(f"--device {name}: PyTorch sees none here; leave the flag out or pass --device cpu")

@@ -8,11 +8,17 @@
 that the checkpoint names; where it names none, --vae does.
 """
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from pathlib import Path
 
 from checkpoints import Weights, check_name, load_weights, save_weights
 from hub import export_diffusers, save_pretrained
+from limits import check_numbers
 from sampling import build_network, check_writable, choose_vae, class_names, find_checkpoint
 from sampling_flags import add_network_flags
 from vae import latent_shape, load_vae
@@ -20,10 +26,8 @@ from vae import latent_shape, load_vae
 FORMATS = ("hub", "diffusers", "safetensors")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("export")
     group.add_argument("--output", required=True, help="folder or, for safetensors, file to write; it must not exist")
     group.add_argument(
@@ -37,18 +41,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door()
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        write(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(
-            f"{error.filename or args.output}: {error.strerror or error}; nothing is left of it: mend that, or give another "
-            "--output, and give the command again"
-        )
+    with parser.refusing():
+        check_numbers(args)
+        try:
+            write(args)
+        except OSError as error:
+            raise ValueError(
+                f"{error.filename or args.output}: {error.strerror or error}; nothing is left of it: mend that, or give "
+                "another --output, and give the command again"
+            ) from None
     print(f"wrote {args.output}")
 
 

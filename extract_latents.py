@@ -10,6 +10,11 @@ manifest.json says what they are, with a checksum per chunk of images, and appea
 on where it stopped; the result is the same on any number of processes.
 """
 
+from command_line import Parser, door, end_at_interrupt, reason
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from contextlib import closing
 from io import BytesIO
@@ -26,6 +31,7 @@ from tqdm.auto import tqdm
 from checkpoints import read_json, write_whole
 from data import ImageDataset, Listing, list_images, make_loader, open_cache, read, unreadable
 from devices import process_device, tf32
+from limits import check_memory, check_numbers
 from presence import Presence
 from surroundings import Place, check_accelerate, own_place
 from vae import LatentSpace, from_uint8, latent_shape, load_vae, vae_hashes
@@ -35,10 +41,8 @@ POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is waited for
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     data = parser.add_argument_group("data").add_argument
     data("--data-path", help="folder with one folder of images per class")
     data("--output", metavar="DIR", help="folder to write; for train.py --latents")
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("--image-size", resumes=True)
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -66,9 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.verify is not None:
             damaged = verify(Path(args.verify))
             if damaged:
-                parser.exit(
-                    1, f"extract_latents.py: error: {'; '.join(damaged)}; remove the folder and make it again\n"
-                )
+                parser.fail(f"{'; '.join(damaged)}; remove the folder and make it again")
             print(f"{args.verify}: every checksum is right")
             return
         check_accelerate()
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = describe(args, listing, space)
         open_folder(folder, plan, place)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(reason(error))
     try:
         for note in listing.notes if place.rank == 0 else ():
             print(f"note: {note}", flush=True)
@@ -93,10 +96,9 @@ def main(argv: list[str] | None = None) -> None:
                 finish(folder, plan, presence)
                 print(f"{plan['images']} images in {folder}")
     except OSError as error:
-        reason = f"{error.filename or folder}: {error.strerror or error}"
-        parser.exit(1, f"extract_latents.py: error: {reason}; when that is mended, the same command goes on\n")
+        parser.fail(f"{error.filename or folder}: {error.strerror or error}; when that is mended, the same command goes on")
     except ValueError as error:
-        parser.exit(1, f"extract_latents.py: error: {error}\n")
+        parser.fail(str(error))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -104,9 +106,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("data_path", "output"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is missing; give --data-path and --output, or --verify")
-    for name in ("num_classes", "num_workers"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
+    check_numbers(args)
+    check_memory(CHUNK * (1 + args.flip), args.image_size, "--image-size")
     if args.vae == "none":
         raise ValueError("--vae none: pixels have no latents to cache; train on the images themselves")
     latent_shape(args.vae).side(args.image_size)

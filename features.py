@@ -6,7 +6,6 @@ in turns, and what comes out is in the images' order, whatever the number of pro
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 import json
 from pathlib import Path
 import pickle
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from checkpoints import file_hash
 from devices import tf32
 from metrics import Moments, Summary
+from surroundings import is_installed
 from offline import why_offline
 
 SPATIAL_CHANNELS = 7  # of ADM's sFID
@@ -92,7 +92,7 @@ def load_extractor(name: str, device: torch.device | str, inception_weights: Pat
     if name == "pixels":
         return Extractor(lambda images: Rows(images.flatten(1) / 255), name)
     if name == "inception":
-        if find_spec("torch_fidelity") is None:
+        if not is_installed("torch_fidelity"):
             raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
         path = Path(inception_weights or fetch_inception())
         return Extractor(Inception(path).to(device), name, file_hash(path))

@@ -102,7 +102,7 @@ def save_pretrained(
     """
     check_classes(classes, network.config, "the network")
     check_readable(classes)
-    with _new_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
         save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
         names = {"id2label": id2label(classes)} if classes else {}
@@ -133,7 +133,7 @@ def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: li
         num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]), beta_schedule="linear",
         clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
     )  # fmt: skip
-    with _new_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         DiTPipeline(transformer.eval(), space.autoencoder, scheduler).save_pretrained(partial)
         if classes:  # the pipeline reads them and does not write them
             index = partial / "model_index.json"
@@ -169,7 +169,7 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
 
 
 @contextmanager
-def _new_folder(folder: Path | str) -> Iterator[Path]:
+def whole_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
     folder = Path(folder)
     check_name(folder)

@@ -347,6 +347,8 @@ class DiT(nn.Module):
             elif isinstance(module, AdaLNSingleBlock):
                 nn.init.zeros_(module.scale_shift_table)
 
+        if self.pos_embed.is_meta:  # it has no memory to fill, and the table can take seconds
+            return
         table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.input_size // self.patch_size)
         with torch.no_grad():
             self.pos_embed.copy_(torch.from_numpy(table))
@@ -420,28 +422,60 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
 
 
+# The most that a DiT takes, far beyond every network that there is: a damaged configuration, or a slip of the keyboard, ends in
+# a message and not in taking all of the machine's memory.
+MOST = {
+    "input_size": 2**14, "patch_size": 2**10, "in_channels": 2**12, "hidden_size": 2**16, "depth": 2**10,
+    "num_heads": 2**12,
+}  # fmt: skip
+MOST_CLASSES = 10**6
+MOST_MLP_RATIO = 1024
+MOST_IN_TABLE = 2**28  # numbers in the position table, which is made in float64: 2 GiB
+
+
 def check_sizes(
     class_dropout_prob: float, num_classes: int, mlp_ratio: float, learn_sigma: bool, block: str, **sizes: int
 ) -> None:
-    """Raise ValueError for arguments of DiT that do not fit together."""
-    if block not in BLOCKS:
+    """Raise ValueError for arguments of DiT that do not fit together, are beyond all bounds or of another kind."""
+    if not isinstance(block, str) or block not in BLOCKS:
         raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}")
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
+        check_whole_number(name, size, 1, MOST[name])
+    check_whole_number("num_classes", num_classes, 0, MOST_CLASSES, "; give the number of classes, or 0 for none")
     input_size, patch_size, hidden_size, num_heads = (
         sizes[key] for key in ("input_size", "patch_size", "hidden_size", "num_heads")
     )
     if input_size % patch_size:
         raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}; choose one that is")
-    if mlp_ratio <= 0:
-        raise ValueError(f"mlp_ratio is {mlp_ratio}; it must be above 0")
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
-    if not 0 <= class_dropout_prob <= 1:
-        raise ValueError(f"class_dropout_prob is {class_dropout_prob}; it is a probability, 0 to 1")
-    if num_classes < 0:
-        raise ValueError(f"num_classes is {num_classes}; give the number of classes, or 0 for none")
+    in_table = (input_size // patch_size) ** 2 * hidden_size
+    if in_table > MOST_IN_TABLE:
+        raise ValueError(
+            f"input_size {input_size} with patch_size {patch_size} and hidden_size {hidden_size} makes a position table of "
+            f"{in_table:,} numbers; it may have {MOST_IN_TABLE:,}: lower input_size, or take larger patches"
+        )
+    if not is_number(mlp_ratio) or not 0 < mlp_ratio <= MOST_MLP_RATIO:
+        raise ValueError(f"mlp_ratio is {mlp_ratio!r}; it must be above 0 and at most {MOST_MLP_RATIO}")
+    if not is_number(class_dropout_prob) or not 0 <= class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob is {class_dropout_prob!r}; it is a probability, 0 to 1")
+    if learn_sigma not in (True, False):
+        raise ValueError(f"learn_sigma is {learn_sigma!r}; it is true or false")
+
+
+def check_whole_number(name: str, value: Any, least: int, most: int, advice: str = "") -> None:
+    """Raise ValueError unless an argument of DiT is a whole number from least to most."""
+    if not hasattr(value, "__index__") or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.60}; it must be a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}{advice}")
+    if value > most:
+        raise ValueError(f"{name} is {value}; it must be at most {most}{advice}")
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument of DiT is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int) -> np.ndarray:

@@ -8,6 +8,11 @@
 A checkpoint of this project says itself how its network is built; for others --model, --image-size and --num-classes do.
 """
 
+from command_line import Parser, door, end_at_interrupt, reason
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from collections.abc import Collection
 from pathlib import Path
@@ -23,10 +28,8 @@ from sampling_flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("picture")
     group.add_argument(
         "--class-labels",
@@ -48,10 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("the number of --class-labels")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         check_sampling_flags(args)
         check_output("--output", args.output)
         if args.trajectory:
@@ -61,8 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         device = choose_device(args.device)
         sampler = load_sampler(args, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
-    except ValueError as error:
-        parser.error(str(error))
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
     try:
         with tf32(args.tf32):
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)
             print(f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps")
     except (ValueError, OSError) as error:  # Pillow's, too, of a picture that is too large for its format
-        parser.exit(1, f"sample.py: error: {error}\n")
+        parser.fail(reason(error))
 
 
 def settings(args: argparse.Namespace, labels: list[int]) -> dict:

@@ -9,6 +9,11 @@ guidance, steps, sampler, seed and number, and ends in a hash of these and all e
 precision, VAE …); NAME/manifest.json lists it. The same command goes on where it stopped.
 """
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,10 +56,8 @@ POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a bar
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(__file__, description=__doc__)
     run = parser.add_argument_group("run")
     run.add_argument("--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)")
     batching = (
@@ -72,16 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("--per-proc-batch-size", resumes=True)
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         check_accelerate(mixed_precision=args.mixed_precision)
         place = own_place()
         check_sampling_flags(args)
-        for name in ("num_fid_samples", "per_proc_batch_size"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         device = process_device(args.device)
         if place.world_size > 1 and args.ckpt is not None and list_checkpoints(args.ckpt):
             raise ValueError(
@@ -97,17 +98,13 @@ def main(argv: list[str] | None = None) -> None:
         folder, manifest = open_folder(args, sampler, labels, device, place)
         if stamps(checkpoint, args.vae) != before:
             raise ValueError(f"{args.ckpt} or {args.vae} changed while it was read; give the same command again")
-    except ValueError as error:
-        parser.error(str(error))
     try:
         make_all(args, sampler, labels, folder, manifest, device, place)
     except OSError as error:
-        reason = f"{error.filename or folder}: {error.strerror or error}"
-        parser.exit(1, f"sample_ddp.py: error: {reason}; when that is mended, the same command goes on\n")
+        what = f"{error.filename or folder}: {error.strerror or error}"
+        parser.fail(f"{what}; when that is mended, the same command goes on")
     except ValueError as error:
-        parser.exit(1, f"sample_ddp.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "sample_ddp.py: interrupted; the same command goes on\n")
+        parser.fail(str(error))
 
 
 def make_all(

@@ -3,9 +3,8 @@
 from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _ArgumentGroup
 from typing import Any
 
-import numpy as np
-
 from checkpoints import weights_choice
+from limits import RANGES, check_numbers, short
 from models import DiT_models
 from sampling import PRECISIONS, SOLVERS, TRAINED_STEPS, check_steps
 
@@ -150,6 +149,10 @@ def check_sampling_flags(args: Namespace) -> None:
     """Set the number of steps to the sampler's own if none was given. Raises ValueError for flags that make no sense whatever
     the checkpoint.
     """
+    seed, (least, most) = getattr(args, "seed", 0) or getattr(args, "global_seed", 0), RANGES["seed"]
+    if not least <= seed <= most:
+        raise ValueError(f"the seed is {short(seed)}; it must be at least 0 and below 2**63")
+    check_numbers(args)
     if "num_sampling_steps" not in getattr(args, "said", ()):
         args.num_sampling_steps = SOLVERS[args.sampler].steps
     check_steps(args.sampler, args.num_sampling_steps)
@@ -158,8 +161,6 @@ def check_sampling_flags(args: Namespace) -> None:
     if args.eta and args.sampler != "ddim":
         own = "has its own noise" if args.sampler == "ddpm" else "adds none"
         raise ValueError(f"--eta {args.eta} is for --sampler ddim; {args.sampler} {own}")
-    if not np.isfinite(args.cfg_scale):
-        raise ValueError(f"--cfg-scale is {args.cfg_scale}; it must be a number")
     low, high = args.cfg_interval
     if not 0 <= low <= high <= 1:
         raise ValueError(
@@ -167,10 +168,3 @@ def check_sampling_flags(args: Namespace) -> None:
         )
     if args.cfg_interval != [0.0, 1.0] and args.cfg_scale == 1:
         raise ValueError(f"--cfg-interval {low} {high} is for guidance, and --cfg-scale 1 is none; pass another scale")
-    seed = getattr(args, "seed", 0) or getattr(args, "global_seed", 0)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"the seed is {seed}; it must be at least 0 and below 2**63")
-    if args.image_size < 1 or args.num_classes < 0:
-        raise ValueError(
-            f"--image-size is {args.image_size} and --num-classes {args.num_classes}; 1 and 0 are the least"
-        )

@@ -11,6 +11,11 @@ same run on any number of processes and workers, up to float rounding; with --re
 run stopped, however it stopped. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint first.
 """
 
+from command_line import door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import argparse
 from collections.abc import Callable
 from contextlib import closing
@@ -53,6 +58,7 @@ from data import (
 from devices import tf32
 from diffusion import create_diffusion
 from features import Team, load_extractor
+from limits import check_memory
 from models import DiT, DiT_models
 from runs import (
     Data, FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, has_row, new_folder, run_id,
@@ -113,14 +119,13 @@ class Job:
     log: RunLog
 
 
+@door("--global-batch-size, or raise --grad-accum")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     args = parser.parse_args(argv)
     with FolderLock() as lock, tf32(args.tf32):
-        try:
+        with parser.refusing():
             job = prepare(args, lock)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
         introduce(job, lock)
         try:
             with StopSignals() as signals:
@@ -163,6 +168,8 @@ def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
             f"--global-batch-size {args.global_batch_size} cannot be shared equally by {processes} process(es) in "
             f"{args.grad_accum} part(s) each; use a multiple of {processes * args.grad_accum}"
         )
+    if args.latents is None:
+        check_memory(args.global_batch_size // processes, args.image_size, "--global-batch-size or --image-size")
     if args.fsdp and processes == 1:
         raise ValueError("--fsdp splits a network over processes and there is one; start several with torchrun")
     dataset, data = load_data(args, accelerator)

@@ -5,20 +5,16 @@ from collections.abc import Callable
 
 import torch
 
-from metrics import NEIGHBOURS
+from command_line import Parser
+from limits import check_numbers
 from models import BLOCKS, DiT_models
 from surroundings import is_installed
 from vae import latent_shape
 
 
-def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+def build_parser(description: str | None = None) -> Parser:
     """The parser of train.py's command line; its usage is one line, so that an error is not buried below it."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s --data-path DIR [flags; --help lists them]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("train.py", description=description, usage="%(prog)s --data-path DIR [flags; --help lists them]")
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_network_flags(parser.add_argument_group("network").add_argument)
     add_recipe_flags(parser.add_argument_group("recipe").add_argument)
@@ -108,22 +104,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range and sizes that do not fit, before anything is loaded."""
     if args.data_path is None and args.latents is None:
         raise ValueError("--data-path is missing; give a folder of images, or --latents")
-    least = dict.fromkeys(("image_size", "epochs", "max_steps", "global_batch_size", "log_every", "ckpt_every"), 1)
-    least |= dict.fromkeys(("grad_accum", "max_bad_steps", "keep_last", "sample_every", "eval_every"), 1)
-    least["eval_samples"] = NEIGHBOURS + 1
-    least |= dict.fromkeys(("num_classes", "num_workers", "global_seed", "warmup_steps"), 0)
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")
-    for name in ("lr", "grad_clip", "ckpt_minutes"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number above 0")
-    if not 0 <= args.weight_decay < float("inf"):
-        raise ValueError(f"--weight-decay is {args.weight_decay}; it must be a number, at least 0")
-    if args.global_seed >= 2**63:
-        raise ValueError(f"--global-seed is {args.global_seed}; it must be below 2**63")
+    check_numbers(args)
     for decay in args.ema_decay:
         if not 0 <= decay < 1 or args.ema_decay.count(decay) > 1:
             raise ValueError(f"--ema-decay is {decay}; each must be at least 0 and below 1, and stand there once")

@@ -18,6 +18,11 @@ import sys
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import numpy as np
 import torch
 
@@ -31,11 +36,9 @@ DIGITS = ROOT / "examples" / "digits"
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__file__, description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{interpolate,guidance}")
-    own = dict(allow_abbrev=False, conflict_handler="resolve")  # some flags of sample.py mean something else here
+    own = dict(conflict_handler="resolve")  # some flags of sample.py mean something else here
     line = kinds.add_parser("interpolate", help="rows that go from one class to another", **own)
     add_flags(line, labels=["1", "7", "3", "8", "4", "9", "6", "0"], labels_help="two for each row, from and to")
     line.add_argument(
@@ -77,16 +80,15 @@ def add_flags(parser, labels, labels_help):
     )
 
 
+@door("the number of --class-labels, of --cfg-scale or --steps-between")
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         check_grid_flags(args)
         device = choose_device(args.device)
         with tf32(args.tf32):
             images, texts = KINDS[args.kind](args, device)
-    except ValueError as error:
-        parser.error(str(error))
     rows, columns = images.shape[:2]
     canvas = picture(images.reshape(-1, *images.shape[2:]), [text for row in texts for text in row], per_row=columns)
     save(canvas, args.output, {key: value for key, value in vars(args).items() if key != "said"})
@@ -108,9 +110,9 @@ def check_grid_flags(args):
 
 def interpolation(args, device):
     """Images (rows, columns, H, W, 3), uint8, and their texts. Raises ValueError for flags that do not fit one another."""
-    check_sampling_flags(args)
     if args.steps_between < 0:
         raise ValueError(f"--steps-between is {args.steps_between}; 0 is the least")
+    check_sampling_flags(args)
     if len(args.class_labels) % 2:
         raise ValueError(f"--class-labels: {len(args.class_labels)} given; give two for each row, from and to")
     sampler = load_sampler(args, device)

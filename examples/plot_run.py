@@ -6,10 +6,20 @@ Panels: the loss and its parts, the mean squared error in each quarter of the st
 with --eval-every also the scores.
 """
 
-import argparse
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import itertools
 import json
-from pathlib import Path
+
+from checkpoints import write_whole
 
 PANELS = {
     "loss": ["loss", "mse", "vb"],
@@ -21,12 +31,13 @@ SCORES = {"FID": ["eval_fid"], "precision and recall": ["eval_precision", "eval_
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn over one another")
     parser.add_argument("--output", default="run.png", help="picture to write (default: %(default)s)")
     return parser
 
 
+@door()
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -38,6 +49,8 @@ def main(argv=None):
         runs = {str(run): read_rows(run) for run in args.runs}
     except OSError as error:
         parser.error(f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py")
+    except ValueError as error:
+        parser.error(str(error))
     panels = PANELS | (SCORES if any("eval_fid" in row for rows in runs.values() for row in rows) else {})
     figure = Figure(figsize=(11, 3.5 * len(panels) / 2), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(panels) // 2, 2).flat, panels.items()):
@@ -49,14 +62,27 @@ def main(argv=None):
                     axes.plot(*zip(*points), style, color=f"C{i}", label=label)
         axes.set(title=title, xlabel="step")
         axes.legend()
-    figure.savefig(args.output)
+    with parser.refusing():  # an ending that matplotlib does not know, too
+        kind = Path(args.output).suffix[1:] or "png"
+        write_whole(Path(args.output), lambda temporary: figure.savefig(temporary, format=kind))
     print(f"wrote {args.output}")
 
 
 def read_rows(run):
-    """The rows of a run's metrics, dicts in the order of their steps."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]  # a run that was killed may leave half a line
+    """The rows of a run's metrics, dicts in the order of their steps. Raises ValueError, naming the line, for others."""
+    path, rows = run / "metrics.jsonl", []
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("}\n"):
+            continue  # a run that was killed may leave half a line
+        try:
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1]["step"], int):
+                raise ValueError("its step is no whole number")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            where = f"line {number} of {path}"
+            raise ValueError(f"{where} has no metrics ({error}); give a run folder of train.py") from None
+    return rows
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_without_gradio_one_message_says_what_to_install(capsys, monkeypatch):
 @pytest.fixture
 def with_gradio(monkeypatch):
     """As if it were installed: what is tested comes before it is imported."""
-    monkeypatch.setattr(app, "find_spec", lambda name: name)
+    monkeypatch.setattr(app, "is_installed", lambda name: True)
 
 
 def test_taken_and_impossible_ports_are_refused_with_what_to_do(capsys, with_gradio):

@@ -128,7 +128,7 @@ def test_inception_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(ValueError, match="no route to host.*put it at .*6726825d.pth, or pass evaluate.py --inception-w"):
         load_extractor("inception", CPU)
-    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    monkeypatch.setattr(features, "is_installed", lambda name: False)
     with pytest.raises(ValueError, match="needs torch-fidelity: pip install torch-fidelity"):
         load_extractor("inception", CPU)
 

@@ -9,26 +9,42 @@ held-out digits (Kynkäänniemi et al. 2019), on pixels; and how near samples co
 Beside each figure stands that of real digits. Sampling flags are those of sample.py.
 """
 
-import argparse
-import json
 from pathlib import Path
 import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
+import json
 
 import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 import torch
 
-from make_dataset import load_split, reduce
+from make_dataset import IMAGE_SIZE, load_split, reduce
 from devices import choose_device
 from sampling import load_sampler
 from sampling_flags import add_sampling_flags, check_sampling_flags
 
 BATCH = 100
+CLASSES = 10
 NEIGHBOURS = 3
 COPY_DISTANCE = 2.0  # nearer than this to a training digit is a copy; held-out digits are some 16 away
+
+
+def check_digits(sampler):
+    """Raise ValueError unless what is sampled are digits, as far as sizes tell."""
+    side, classes = sampler.network.input_size * sampler.space.shape.ratio, sampler.network.num_classes
+    if (side, classes) != (IMAGE_SIZE, CLASSES):
+        raise ValueError(
+            f"{sampler.checkpoint} makes images of {side}x{side} pixels in {classes} classes; digits have {IMAGE_SIZE}x"
+            f"{IMAGE_SIZE} and {CLASSES}: give a network that was trained on them"
+        )
 
 
 def sample_digits(sampler, count, seed, device):
@@ -79,18 +95,23 @@ def judge(digits, labels):
     }
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--num-samples", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
+    return parser
+
+
+@door("--num-samples")
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         check_sampling_flags(args)
         device = choose_device(args.device)
         sampler = load_sampler(args, device)
-    except ValueError as error:
-        parser.error(str(error))
+        check_digits(sampler)
     print(json.dumps(judge(*sample_digits(sampler, args.num_samples, args.seed, device)), indent=1))
 
 

@@ -6,13 +6,22 @@
 held out: the VAE, the DiT and the classifier that judges them never see it in training.
 """
 
-import argparse
 from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from checkpoints import write_whole
 
 IMAGE_SIZE = 32
 SIDE, LEVELS = 8, 16  # of the digits as they come
@@ -58,12 +67,19 @@ def write_folder(folder, pixels, labels):
         path = folder / str(label) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            Image.fromarray(image).convert("RGB").save(path)
+            picture = Image.fromarray(image).convert("RGB")
+            write_whole(path, lambda temporary: picture.save(temporary, format="png"))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)")
+    return parser
+
+
+@door(resumes=True)
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     train, train_labels, heldout, heldout_labels = load_split()
     write_folder(args.output / "train", train, train_labels)

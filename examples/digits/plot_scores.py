@@ -6,9 +6,19 @@ logs/scores.jsonl are the lines with scores of a run's metrics.jsonl, logs/heldo
 held-out digits: as many images as each score of the run is of, against the same training digits.
 """
 
-import argparse
-import json
 from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
+import json
+
+from checkpoints import write_whole
 
 LOGS = Path(__file__).resolve().parent / "logs"
 PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": ["precision", "recall"]}
@@ -16,18 +26,24 @@ PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": 
 
 def read_scores(path):
     """The lines of a metrics.jsonl that have scores, dicts in the order of their steps."""
-    return [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "eval_fid" in row]
+    return [row for row in map(json.loads, path.read_text(encoding="utf-8-sig").splitlines()) if "eval_fid" in row]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--scores", type=Path, default=LOGS / "scores.jsonl", help="(default: %(default)s)")
     parser.add_argument("--heldout", type=Path, default=LOGS / "heldout.json", help="(default: %(default)s)")
     parser.add_argument("--output", default="scores.svg", help="picture to write (default: %(default)s)")
+    return parser
+
+
+@door()
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        rows, floor = read_scores(args.scores), json.loads(args.heldout.read_text(encoding="utf-8"))["scores"]
-    except (OSError, ValueError, KeyError) as error:
+        rows, floor = read_scores(args.scores), json.loads(args.heldout.read_text(encoding="utf-8-sig"))["scores"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         parser.error(f"cannot read the scores ({error}); give a metrics.jsonl and what evaluate.py --output wrote")
     if not rows:
         parser.error(f"{args.scores} has no scores; give the metrics.jsonl of a run with --eval-every")
@@ -44,7 +60,10 @@ def main(argv=None):
             axes.axhline(floor[name], linestyle="--", color=f"C{i}", label=f"{name}, real held-out digits")
         axes.set(title=title, xlabel="step", yscale="log" if names == ["fid"] else "linear")
         axes.legend()
-    figure.savefig(args.output, metadata={"Date": None} if args.output.endswith(".svg") else None)
+    kind = Path(args.output).suffix[1:] or "png"
+    metadata = {"Date": None} if kind == "svg" else None
+    with parser.refusing():  # an ending that matplotlib does not know, too
+        write_whole(Path(args.output), lambda temporary: figure.savefig(temporary, format=kind, metadata=metadata))
     print(f"wrote {args.output}")
 
 

@@ -6,11 +6,15 @@ For `evaluate.py --features`: Inception, made for photographs, says little of di
 features, trained on DIR/train; its accuracy on DIR/heldout is printed. Half a minute on 2 cores.
 """
 
-import argparse
 from pathlib import Path
 import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
 
 import timm
 from timm.models import save_for_hf
@@ -18,6 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from data import ImageDataset, list_images
+from hub import whole_folder
+from limits import check_numbers
 from vae import from_uint8
 
 SIZE, CLASSES = 32, 10
@@ -26,9 +32,14 @@ MOST_SHIFT = 2  # pixels that a digit is moved by at most, in training
 
 
 def load_images(folder):
-    """(images float32 (N, 3, 32, 32) in [-1, 1], labels (N,)) of a folder with one folder per class."""
+    """(images float32 (N, 3, 32, 32) in [-1, 1], labels (N,)) of a folder with one folder per class.
+
+    Raises ValueError if one cannot be read.
+    """
     dataset = ImageDataset(list_images(folder, CLASSES), SIZE)
-    images, labels, _ = zip(*(dataset[i, False] for i in range(len(dataset))))
+    images, labels, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
+    if any(bad):
+        raise ValueError(f"cannot read {next(filter(None, bad))[0].path}; mend or remove it")
     return from_uint8(torch.stack(images)), torch.tensor(labels)
 
 
@@ -39,19 +50,8 @@ def shifted(images):
     return torch.stack([image[:, y : y + SIZE, x : x + SIZE] for image, (y, x) in zip(padded, places)])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", required=True, type=Path, help="the folder that make_dataset.py wrote")
-    parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
-    parser.add_argument("--epochs", type=int, default=30, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    if Path(args.output).exists():
-        parser.error(f"--output {args.output} exists already; give the name of a folder to make")
-    try:
-        (images, labels), heldout = (load_images(args.data_path / part) for part in ("train", "heldout"))
-    except ValueError as error:
-        parser.error(str(error))
+def train(images, labels, args):
+    """A new timm model trained as the flags say, for evaluation, with what timm writes of it."""
     torch.manual_seed(args.seed)
     model = timm.create_model("resnet10t", num_classes=CLASSES, **ARCHITECTURE)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -64,12 +64,35 @@ def main(argv=None):
             opt.step()
         schedule.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
-    with torch.no_grad():
-        right = (model.eval()(heldout[0]).argmax(dim=1) == heldout[1]).float().mean().item()
     model.pretrained_cfg = dict(
         architecture="resnet10t", input_size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=CLASSES
     )
-    save_for_hf(model, args.output, model_args=ARCHITECTURE, safe_serialization=True)
+    return model.eval()
+
+
+def build_parser():
+    parser = Parser(__file__, description=__doc__)
+    parser.add_argument("--data-path", required=True, type=Path, help="the folder that make_dataset.py wrote")
+    parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
+    parser.add_argument("--epochs", type=int, default=30, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+@door()
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with parser.refusing():
+        check_numbers(args)
+        if Path(args.output).exists():
+            raise ValueError(f"--output {args.output} exists already; give the name of a folder to make")
+        (images, labels), heldout = (load_images(args.data_path / part) for part in ("train", "heldout"))
+        with whole_folder(args.output) as folder:
+            model = train(images, labels, args)
+            save_for_hf(model, folder, model_args=ARCHITECTURE, safe_serialization=True)
+    with torch.no_grad():
+        right = (model(heldout[0]).argmax(dim=1) == heldout[1]).float().mean().item()
     print(f"{args.output}: {right:.1%} of the held-out digits are right")
 
 

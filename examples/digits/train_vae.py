@@ -6,16 +6,22 @@
 the scale factor is then set so that latents have unit variance, as Stable Diffusion's is. 6 minutes on 2 cores.
 """
 
-import argparse
 from pathlib import Path
 import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 import torch
 from diffusers import AutoencoderKL
 
 from data import ImageDataset, list_images
+from hub import whole_folder
+from limits import check_numbers
 from vae import from_uint8
 
 KL_WEIGHT = 0.001
@@ -26,9 +32,12 @@ ARCHITECTURE = dict(
 
 
 def load_images(folder):
-    """Every image below the folder, float32 (N, 3, 32, 32) in [-1, 1]."""
+    """Every image below the folder, float32 (N, 3, 32, 32) in [-1, 1]. Raises ValueError if one cannot be read."""
     dataset = ImageDataset(list_images(folder, num_classes=0), ARCHITECTURE["sample_size"])
-    return from_uint8(torch.stack([dataset[i, False][0] for i in range(len(dataset))]))
+    images, _, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
+    if any(bad):
+        raise ValueError(f"cannot read {next(filter(None, bad))[0].path}; mend or remove it")
+    return from_uint8(torch.stack(images))
 
 
 def loss_of(autoencoder, images):
@@ -45,24 +54,8 @@ def set_scale(autoencoder, images):
     autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", required=True, help="folder of training digits")
-    parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument(
-        "--lr", type=float, default=2e-3, help="peak learning rate, cosine decay (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    if Path(args.output).exists():
-        parser.error(f"--output {args.output} exists already; give the name of a folder to make")
-    try:
-        images = load_images(args.data_path)
-    except ValueError as error:
-        parser.error(str(error))
+def train(images, args):
+    """A new AutoencoderKL trained on images as the flags say. Raises ValueError if it comes to nothing."""
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL(**ARCHITECTURE)
     opt = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, weight_decay=0.01)
@@ -76,8 +69,37 @@ def main(argv=None):
         schedule.step()
         if step % 500 == 0 or step == args.steps:
             print(f"step {step}: squared error {error.item():.2f}, kl {kl.item():.1f}", flush=True)
+            if not error.isfinite():
+                raise ValueError(f"the error of step {step} is not finite; lower --lr {args.lr}")
     set_scale(autoencoder.eval(), images)
-    autoencoder.save_pretrained(args.output)
+    return autoencoder
+
+
+def build_parser():
+    parser = Parser(__file__, description=__doc__)
+    parser.add_argument("--data-path", required=True, help="folder of training digits")
+    parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="peak learning rate, cosine decay (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+@door("--batch-size")
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with parser.refusing():
+        check_numbers(args)
+        if Path(args.output).exists():
+            raise ValueError(f"--output {args.output} exists already; give the name of a folder to make")
+        images = load_images(args.data_path)
+        with whole_folder(args.output) as folder:
+            autoencoder = train(images, args)
+            autoencoder.save_pretrained(folder)
     print(f"{args.output}: scale factor {autoencoder.config.scaling_factor}")
 
 

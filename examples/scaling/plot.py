@@ -6,17 +6,24 @@
 SVG and tables are a function of points.jsonl and study.json alone, the picture of the samples/ beside them.
 """
 
-import argparse
-from itertools import groupby
 from pathlib import Path
 import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from command_line import Parser, door, end_at_interrupt, reason
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
+from itertools import groupby
 
 import numpy as np
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
+from checkpoints import write_whole
 from records import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +221,7 @@ def draw_figure(rows, about, path):
         axes.set_ylabel("Fréchet distance")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, ncols=1 if axes is blocks else 3)
-    figure.savefig(path, metadata={"Date": None})
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None}))
 
 
 def draw_samples(rows, folder, path):
@@ -230,16 +237,20 @@ def draw_samples(rows, folder, path):
         axes.set_axis_off()
         axes.text(-4, height / 2, key, ha="right", va="center")
     figure.subplots_adjust(left=0.6 / figure.get_figwidth(), right=1, top=1, bottom=0, hspace=0.05)
-    figure.savefig(path, metadata={"Software": None})
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser():
+    parser = Parser(__file__, description=__doc__)
     results = "folder that study.py wrote (default: the committed one)"
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results", help=results)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)")
+    return parser
+
+
+@door()
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         rows, about = read_study(args.results)
@@ -247,7 +258,9 @@ def main(argv=None):
         draw_samples(rows, args.results, args.output / "scaling-samples.png")
         draw_figure(rows, about, args.output / "scaling.svg")
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(reason(error))
+    except (KeyError, TypeError, IndexError) as error:
+        parser.error(f"{args.results} holds no study ({error!r}); give a folder that study.py wrote")
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed; pip install .[track]")
     print("\n".join(tables(rows, about)))

@@ -20,9 +20,9 @@ def read_about(folder):
     """What study.json says. Raises ValueError if it cannot be read."""
     path = folder / "study.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        about["plan"]["scored_at"], about["points"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
+        about["plan"]["scored_at"], [Point(*point) for point in about["points"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot read {path} ({error}); give a folder that study.py wrote") from None
     return about
 
@@ -32,7 +32,7 @@ def read_rows(folder, about):
     path, rows = folder / "points.jsonl", {}
     if not path.exists():
         return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         try:
             row = json.loads(line)
             point = Point(*(row[field] for field in Point._fields))
@@ -41,7 +41,7 @@ def read_rows(folder, about):
                 or [place["step"] for place in row["curve"]] != about["plan"]["scored_at"]
             ):
                 raise ValueError("it is of another plan")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {path} is damaged ({error}); delete it, study.py makes it again"
             ) from None

@@ -10,20 +10,26 @@ command goes on where it was stopped. On CPUs each network has one thread, so th
 a time.
 """
 
-import argparse
+from pathlib import Path
+import sys
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+from command_line import Parser, door, end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # what follows takes seconds to import
+
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 import json
 import multiprocessing
 import os
-from pathlib import Path
 import signal
-import sys
 import threading
 import time
 from typing import NamedTuple
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 from PIL import Image
 import torch
@@ -32,6 +38,7 @@ from checkpoints import read_checkpoint, write_whole
 from devices import choose_device
 from diffusion import create_diffusion
 from metrics import Moments, Statistics, frechet_distance
+from limits import check_numbers
 from models import BLOCKS, DiT
 from patches import CLASSES, REAL, REFERENCE, TRAINING, Classifier, draw_patches, train_classifier
 from records import Point, read_about, read_rows
@@ -124,10 +131,12 @@ def load_judge(path, device):
     """The Judge in a file. Raises ValueError if it cannot be read."""
     if not path.exists():
         raise ValueError(f"{path} is missing, which scored the networks so far; begin again in another --output")
-    contents = read_checkpoint(path)
-    classifier = Classifier()
-    classifier.load_state_dict(contents["classifier"])
-    reference = Statistics(contents["mean"].numpy(), contents["covariance"].numpy())
+    contents, classifier = read_checkpoint(path), Classifier()
+    try:
+        classifier.load_state_dict(contents["classifier"])
+        reference = Statistics(contents["mean"].numpy(), contents["covariance"].numpy())
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise ValueError(f"{path} is no judge that study.py wrote; begin again in another --output") from None
     return Judge(classifier.to(device).eval().requires_grad_(False), reference)
 
 
@@ -217,9 +226,7 @@ def save_strip(images, path):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument(
         "--output", required=True, type=Path, help="folder for study.json, points.jsonl, judge.pt and samples/"
     )
@@ -281,6 +288,16 @@ def end_with(parent):
     os._exit(1)
 
 
+@contextmanager
+def ctrl_c_blocked():
+    """Within it, Ctrl-C waits; processes that are started meanwhile never see it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def run_all(plan, points, judge, device, folder, workers):
     """Yield each Point that is done, with its row."""
     if workers == 1:
@@ -289,7 +306,8 @@ def run_all(plan, points, judge, device, folder, workers):
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=prepare_worker) as pool:
         try:
-            work = {pool.submit(run_point, plan, point, judge, device, folder): point for point in points}
+            with ctrl_c_blocked():  # which the workers inherit, so none can be hit before prepare_worker
+                work = {pool.submit(run_point, plan, point, judge, device, folder): point for point in points}
             for future in as_completed(work):
                 yield work[future], future.result()
         except BaseException:  # do not wait for what is still under way
@@ -299,6 +317,7 @@ def run_all(plan, points, judge, device, folder, workers):
             raise
 
 
+@door("--workers", resumes=True)
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -308,8 +327,7 @@ def main(argv=None):
             device = choose_device(args.device)
             if args.workers is None:
                 args.workers = os.cpu_count() if device.type == "cpu" else 1
-            if args.workers < 1:
-                raise ValueError(f"--workers is {args.workers}; it must be at least 1")
+            check_numbers(args)
             args.output.mkdir(parents=True, exist_ok=True)
             lock.take(args.output)
             if device.type == "cpu":
@@ -317,14 +335,14 @@ def main(argv=None):
             study(args, device)
         except ValueError as error:
             parser.error(str(error))
+        except BrokenPipeError:  # of the output, which is nobody's mistake
+            raise
         except OSError as error:
             parser.error(f"{error.filename or args.output}: {error.strerror}; choose another --output")
         except ModuleNotFoundError as error:
             parser.error(f"{error.name} is not installed; pip install .[digits]")
         except BrokenProcessPool:
             sys.exit("a worker was killed, perhaps for want of memory; the same command goes on, try fewer --workers")
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on, those networks that were under way begin again")
         finally:
             torch.set_num_threads(threads)
 
