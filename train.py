@@ -580,7 +580,8 @@ def save(job: Job, must: bool) -> None:
     if failure:
         good = [str(path) for path in list_checkpoints(folder)[-1:]] or ["none"]
         stopping = must or args.on_save_error == "stop"
-        job.log(f"{failure}; the last good checkpoint is {good[0]}; {'stopping' if stopping else 'going on without'}")
+        then = "stopping; make room, and --resume auto goes on from there" if stopping else "going on without"
+        job.log(f"{failure}; the last good checkpoint is {good[0]}; {then}")
         if stopping:
             sys.exit(1)
     elif args.keep_last and not sound:
