@@ -8,6 +8,7 @@ import itertools
 import json
 from pathlib import Path
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def machine():
         "date": str(date.today()), "cpu": cpu, "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "diffusers", "accelerate")},
-        "commit": commit(), "command": " ".join(["python", *program, *sys.argv[1:]]),
+        "commit": commit(), "command": shlex.join(["python", *program, *sys.argv[1:]]),
     }  # fmt: skip
 
 
