@@ -33,6 +33,7 @@ from checkpoints import write_whole
 POLL_SECONDS = 0.1
 MOST_MINUTES = 24 * 60
 GRACE = 3  # seconds before its limit at which a part is to end by itself
+STEPS = {"ddim": 50, "dpm++": 20}  # of each solver, as the goals have them
 MATRICES = [64, 128]  # of a dry run
 
 
@@ -49,7 +50,9 @@ class Part(NamedTuple):
 def training_part(model, share, most):
     """The part that measures training steps of a model."""
     tiny = dict(model=TINY, most=2, rounds=2, matrix_sides=MATRICES)
-    return Part("benchmarks.gpu_training", "training", share, dict(model=model, most=most, rounds=5), tiny)
+    return Part(
+        "benchmarks.gpu_training", "training", share, dict(model=model, most=most, rounds=5), tiny
+    )
 
 
 # In order of worth. Shares are seconds of 8 minutes; the first has the imports of a cold disk in it. A dry run leaves out the
@@ -63,11 +66,12 @@ PARTS = {
     "training DiT-B/2": training_part("DiT-B/2", 30, 1024),
     "training DiT-S/2": training_part("DiT-S/2", 25, 1024),
     "sampling DiT-XL/2": Part(
-        "benchmarks.gpu_sampling", "sampling", 140, dict(model="DiT-XL/2", batch=32, steps={"ddim": 50, "dpm++": 20}, rounds=3),
+        "benchmarks.gpu_sampling", "sampling", 140,
+        dict(model="DiT-XL/2", batch=32, steps=STEPS, rounds=3),
         dict(model=TINY, batch=2, steps={"ddim": 3, "dpm++": 2}, rounds=2, matrix_sides=MATRICES),
     ),
     "exactness": Part(
-        "benchmarks.gpu_sampling", "exactness", 45, dict(images=100, steps={"ddim": 50, "dpm++": 20}),
+        "benchmarks.gpu_sampling", "exactness", 45, dict(images=100, steps=STEPS),
         dict(images=2, steps={"ddim": 3, "dpm++": 3}, ways=["float32", "TF32", "bf16"]),
     ),
     "tests": Part("benchmarks.gpu_commands", "gpu_tests", 60, {}, {}),
@@ -81,9 +85,13 @@ PARTS = {
         dict(model=TINY, batch=2, images=8, steps=2, workers=0, rounds=2),
     ),
     "one process": Part(
-        "benchmarks.gpu_whole", "one_process", 18, dict(model="DiT-B/2", batch=64, rounds=5), dict(model=TINY, batch=2, rounds=2)
+        "benchmarks.gpu_whole", "one_process", 18, dict(model="DiT-B/2", batch=64, rounds=5),
+        dict(model=TINY, batch=2, rounds=2),
     ),
-    "scaling": Part("benchmarks.gpu_commands", "scaling", 10, dict(preset="large"), dict(preset="tiny", seconds=6)),
+    "scaling": Part(
+        "benchmarks.gpu_commands", "scaling", 10, dict(preset="large"),
+        dict(preset="tiny", seconds=6),
+    ),
 }  # fmt: skip
 # What others report, as the goals were given; their sources were not looked up here.
 PUBLISHED = {
@@ -232,10 +240,11 @@ class Run:
         print(f"{name}, at most {seconds:.0f} s", flush=True)
         part = PARTS[name]
         sizes = dict(part.tiny if self.dry else part.sizes)
-        if part.function == "scaling" and not self.dry:
-            sizes["folder"] = str(self.args.scaling)
+        if name == "scaling" and not self.dry:
+            sizes["folder"] = str(self.args.scaling.resolve())
         order = {
-            "name": name, "function": part.function, "sizes": sizes, "path": str(folder / f"{len(self.result['parts'])}.json"),
+            "name": name, "function": part.function, "sizes": sizes,
+            "path": str(folder / f"{self.args.parts.index(name)}.json"),
             "seconds": max(0.9 * seconds, seconds - GRACE),
         }  # fmt: skip
         report = worker.follow(
@@ -247,8 +256,12 @@ class Run:
         return report["status"] in ("done", STOPPED)
 
     def take(self, name, report):
+        """Take in a part's report, and write the result; if the disk is full, what was printed remains."""
         self.result["parts"][name] = report
-        self.write()
+        try:
+            self.write()
+        except OSError as error:
+            print(f"{self.path} was not written ({error.strerror}); going on", file=sys.stderr)
 
 
 def told(report):
@@ -296,9 +309,8 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(
-            f"cannot write {error.filename or args.output} ({error.strerror}); choose another --output"
-        )
+        where = error.filename or args.output
+        parser.error(f"cannot write {where} ({error.strerror}); choose another --output")
     if dry:
         print("a dry run: tiny sizes, whose figures mean nothing", flush=True)
     try:

@@ -41,8 +41,8 @@ WAYS = {
 }  # fmt: skip
 # What the profiler counts: by these beginnings. "Memcpy" is what the GPU does, "cuda..." what the CPU asks for.
 COUNTED = (
-    "Memcpy HtoD", "Memcpy DtoH", "Memcpy DtoD", "cudaMemcpy", "cudaStreamSynchronize", "cudaDeviceSynchronize",
-    "cudaEventSynchronize", "aten::item", "aten::_local_scalar_dense",
+    "Memcpy HtoD", "Memcpy DtoH", "Memcpy DtoD", "cudaMemcpy", "cudaStreamSynchronize",
+    "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item", "aten::_local_scalar_dense",
 )  # fmt: skip
 FEW, MANY = 2, 6  # steps profiled: the difference is that of steps alone
 

@@ -15,6 +15,7 @@ No run on a GPU is recorded yet: a table is made here from the newest `benchmark
 NOTHING_OF_SAMPLING = f"""{NOTHING}
 Nothing here says how fast CUDA graphs or bf16 are there, and the tests that need a GPU have not been run."""
 UNKNOWN = "not measured"
+KINDS = "collected", "passed", "failed", "skipped"  # of tests
 IMAGES, SHARE, MEMORY = "images per second", "share of the limit", "peak memory in GiB"
 
 
@@ -102,18 +103,15 @@ def cells(side, *figures):
 
 
 def where(path, result):
-    """A sentence that says where the figures are from."""
+    """Sentences that say where the figures are from, and what that device can do at most."""
     about = result["machine"]
     limits = rows(result["parts"], "limits", "teraflops_per_second")
-    products = (
-        ", ".join(f"{rate:.0f} TFLOP/s in {kind}" for kind, rate in limits.items()) or UNKNOWN
-    )
+    products = ", ".join(f"{rate:.0f} TFLOP/s in {kind}" for kind, rate in limits.items())
     copied = rows(result["parts"], "limits", "copy_terabytes_per_second") or UNKNOWN
-    return (
-        f"{about['gpu']}, PyTorch {about['torch']} ([result](../benchmarks/results/{path.name})). Its limits: matrix products "
-        f"{products}; copying {copied} TB/s, bytes read and written. Shares are of the product in the same precision, in the "
-        "same rounds."
-    )
+    return f"""\
+{about["gpu"]}, PyTorch {about["torch"]} ([result](../benchmarks/results/{path.name})). Its limits:
+matrix products {products or UNKNOWN}; copying {copied} TB/s, bytes read and written. Shares are of
+the product in the same precision and the same rounds."""
 
 
 def training_section(found):
@@ -127,13 +125,14 @@ def training_section(found):
         for name in sides or [UNKNOWN]:
             lines.append([model, name, *cells(sides.get(name, {}), "batch", IMAGES, SHARE, MEMORY)])
     columns = ["network", "bf16, from latents", "batch", "images/s", "of the limit", "GiB at most"]
-    loader = rows(parts, "loader", "images_per_second")
-    wrapped = rows(parts, "one process", "images_per_second")
-    counts = rows(parts, "exactness", "counted_per_step")
+    loader = listed(rows(parts, "loader", "images_per_second"))
+    wrapped = listed(rows(parts, "one process", "images_per_second"))
+    counts = counted(rows(parts, "exactness", "counted_per_step"), "training")
     return "\n\n".join([
         where(path, result), table(columns, lines), goal_lines(result, "training"),
-        f"Images per second, from cached latents: {listed(loader)}. One process, bare and wrapped: {listed(wrapped)}.",
-        f"Copies and waits in a step: {counted(counts, 'training')}.",
+        f"From cached latents, images per second: {loader}.",
+        f"In one process, bare and wrapped for several, images per second: {wrapped}.",
+        f"Copies and waits in a step: {counts}.",
     ])  # fmt: skip
 
 
@@ -149,21 +148,19 @@ def sampling_section(found):
             lines.append([solver, name, *cells(sides.get(name, {}), IMAGES, SHARE)])
     apart = rows(parts, "exactness", "differences")
     far = [[name, *cells(side, "mean, of 255", "largest")] for name, side in apart.items()]
+    counts = counted(rows(parts, "exactness", "counted_per_step"), "sampling")
     tests = rows(parts, "tests")
-    ran = (
-        f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped of {tests['collected']}"
-        if tests
-        else UNKNOWN
-    )
-    coder = rows(parts, "autoencoder", "images_per_second")
+    ran = ", ".join(f"{tests[kind]} {kind}" for kind in KINDS) if tests else UNKNOWN
+    coder = listed(rows(parts, "autoencoder", "images_per_second"))
     return "\n\n".join([
         where(path, result),
-        "DiT-XL/2, 32 images, guided, from labels to images by the small autoencoder of the digits:",
+        "DiT-XL/2, guided, from labels to images through the digits' small autoencoder:",
         table(["solver", "how", "images/s", "of the limit"], lines), goal_lines(result, "sampling"),
-        "Digits from the same noise, against float32: grey levels apart.",
+        "Digits from the same noise, and how far they are from float32's in grey levels:",
         table(["how", "mean, of 255", "largest"], far or [[UNKNOWN] * 3]),
-        f"Copies and waits in a step: {counted(parts and rows(parts, 'exactness', 'counted_per_step'), 'sampling')}.",
-        f"Stable Diffusion's autoencoder, images per second: {listed(coder)}. Tests that need a GPU: {ran}.",
+        f"Copies and waits in a step: {counts}.",
+        f"Stable Diffusion's autoencoder, images per second: {coder}.",
+        f"Tests that need a GPU: {ran}.",
     ])  # fmt: skip
 
 
@@ -181,11 +178,11 @@ def listed(figures):
 
 def counted(counts, about):
     """What was counted in steps of training or sampling, in one line."""
-    told = [
-        f"{name.partition(', ')[2]}: {', '.join(f'{n:g} {key}' for key, n in events.items()) or 'none'}"
-        for name, events in counts.items()
-        if name.startswith(about)
-    ]
+    told = []
+    for name, events in counts.items():
+        if name.startswith(about):
+            each = ", ".join(f"{count:g} {event}" for event, count in events.items())
+            told.append(f"{name.partition(', ')[2]}: {each or 'none'}")
     return "; ".join(told) or UNKNOWN
 
 

@@ -1,6 +1,6 @@
 """Parts of benchmarks.gpu: what the device can do at most, and training steps. They need no diffusers."""
 
-import statistics
+from statistics import median
 
 import torch
 
@@ -46,8 +46,9 @@ def limits(report, rounds, mebibytes, matrix_sides=None):
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(device())
         report.set(device={
-            "name": found.name, "GiB": round(found.total_memory / 2**30, 1), "CUDA": torch.version.cuda,
-            "multiprocessors": found.multi_processor_count, "capability": f"{found.major}.{found.minor}",
+            "name": found.name, "GiB": round(found.total_memory / 2**30, 1),
+            "capability": f"{found.major}.{found.minor}", "CUDA": torch.version.cuda,
+            "multiprocessors": found.multi_processor_count,
         })  # fmt: skip
     full = "TF32" if torch.cuda.is_available() else "float32"
     with tf32(True):
@@ -61,9 +62,7 @@ def limits(report, rounds, mebibytes, matrix_sides=None):
         )  # bytes, read and written
 
         def show(seconds):
-            rates = {
-                name: sides[name][1] / statistics.median(times) for name, times in seconds.items()
-            }
+            rates = {name: sides[name][1] / median(times) for name, times in seconds.items()}
             report.set(
                 teraflops_per_second={
                     k: round(v / 1e12, 3) for k, v in rates.items() if k != "copy"
@@ -100,13 +99,16 @@ class Steps:
         self.draws = draw(0, 0, batch, shape, 0.1, self.diffusion.num_timesteps, on)
 
     def ready(self):
-        """Set the switches and do a step; the report of it."""
+        """Set the switches and do a step; the report of it. Raises RuntimeError if that left out the optimizer."""
         network = self.state.network
         network.grad_checkpointing = self.checkpointing
         for block, call in zip(network.blocks, self.compiled or [None] * len(network.blocks)):
             block._compiled_call_impl = call
         self.state.opt.zero_grad(set_to_none=True)  # of a step that ran out of memory
-        return self.step()
+        report = self.step()
+        if report["bad"]:
+            raise RuntimeError("loss or gradient is not finite, so that a step is not a whole one")
+        return report
 
     def step(self):
         return train_step(self.state, self.diffusion, self.latents, self.labels, self.draws)
@@ -144,7 +146,11 @@ def batch_that_fits(peak, available, most):
 
     From two small batches follows how much one image takes; the one that follows is tried, and smaller ones if need be.
     """
-    low, high = peak(UNIT), peak(2 * UNIT)
+    low = peak(UNIT)
+    try:
+        high = peak(2 * UNIT)
+    except torch.OutOfMemoryError:
+        return UNIT
     each = max(1, (high - low) / UNIT)
     batch = int((available * (1 - KEPT_FREE) - low) / each) // UNIT * UNIT + UNIT
     return fitting(peak, min(most, max(batch, 2 * UNIT)))
@@ -212,13 +218,14 @@ def compete(report, sides, began, limit, rounds):
             memory[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
     def show(seconds):
-        limit_seconds = seconds[LIMIT], limit[1]
-        report.set(rounds=len(limit_seconds[0]), sides={
+        limit_times = seconds[LIMIT], limit[1]
+        report.set(rounds=len(limit_times[0]), sides={
             name: {
                 "batch": side.batch,
-                "images per second": round(side.batch * STEPS / statistics.median(seconds[name]), 2),
-                "share of the limit": share_of_limit(seconds[name], side.operations(), limit_seconds),
-                "peak memory in GiB": memory.get(name), "seconds until its first steps": began[name],
+                "images per second": round(side.batch * STEPS / median(seconds[name]), 2),
+                "share of the limit": share_of_limit(seconds[name], side.operations(), limit_times),
+                "peak memory in GiB": memory.get(name),
+                "seconds until its first steps": began[name],
             } for name, side in sides.items()
         })  # fmt: skip
 

@@ -128,10 +128,18 @@ def run(report, function, sizes):
         report.end(**report.outcome)
 
 
-def read_orders(orders):
-    """Put each line of standard input into a queue. At its end, that of the process that writes there, end, children too."""
+def standard_input():
+    """A handle of standard input, in whose place others here, and children, find an empty one."""
+    handle, empty = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return handle
+
+
+def read_orders(handle, orders):
+    """Put each line of a pipe into a queue. Where the process that writes has ended, end too, with all children."""
     waiting = b""
-    while read := os.read(0, 4096):
+    while read := os.read(handle, 4096):
         *lines, waiting = (waiting + read).split(b"\n")
         for line in lines:
             orders.put(json.loads(line))
@@ -139,13 +147,13 @@ def read_orders(orders):
 
 
 def main():
-    missing = module = None
+    handle, missing, module = standard_input(), None, None
     try:  # before an order comes, while another part is measured: imports take seconds
         module = importlib.import_module(sys.argv[1])
     except ModuleNotFoundError as error:
         missing = error
     orders = queue.Queue()
-    threading.Thread(target=read_orders, args=(orders,), daemon=True).start()
+    threading.Thread(target=read_orders, args=(handle, orders), daemon=True).start()
     while True:
         order = orders.get()
 
