@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from benchmarks.gpu_worker import STOPPED
 from benchmarks.sides import ROOT
 
 MARK = "gpu"  # of pytest, on the tests that need one
+# Files of tests without any are not read, which takes seconds.
+MARKED = re.compile(rf"^@pytest\.mark\.{MARK}$", re.MULTILINE)
 TO_END = 5  # seconds that the study has to end in, once it is interrupted
 
 
@@ -26,6 +29,12 @@ class Recorder:
         self.report, self.outcomes = report, {}
         self.report.set(collected=0, passed=0, failed=0, skipped=0, failures={}, reasons={})
 
+    def pytest_collectreport(self, report):
+        """Take in a file of tests that cannot be read, such as for want of a library: a failure."""
+        if report.failed:
+            self.report.found["failures"][named(report)] = str(report.longrepr)[-1000:]
+            self.report.write()
+
     def pytest_collection_finish(self, session):
         self.report.set(collected=len(session.items))
 
@@ -35,7 +44,7 @@ class Recorder:
             return
         if self.outcomes.get(report.nodeid) != "failed":
             self.outcomes[report.nodeid] = report.outcome
-        name, found = report.nodeid.removeprefix("tests/"), self.report.found
+        name, found = named(report), self.report.found
         if report.outcome == "failed":
             found["failures"][name] = str(report.longrepr)[-1000:]
         elif report.outcome == "skipped":
@@ -46,6 +55,11 @@ class Recorder:
         self.report.set(**{kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")})
 
 
+def named(report):
+    """The name of a test, or of a file of tests, that a report of pytest is about."""
+    return report.nodeid.removeprefix("tests/")
+
+
 def gpu_tests(report):
     """Run the tests that are marked as needing a GPU, which skip themselves without one."""
     import pytest
@@ -53,9 +67,18 @@ def gpu_tests(report):
     files = [
         str(path)
         for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if f"mark.{MARK}" in path.read_text()
+        if MARKED.search(path.read_text())
     ]
-    flags = ["-q", "-m", MARK, "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    flags = [
+        "-q",
+        "-m",
+        MARK,
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "--rootdir",
+        str(ROOT),
+    ]
     pytest.main([*flags, *files], plugins=[Recorder(report)])
     report.add(**report.found)
 

@@ -144,7 +144,8 @@ def compile_blocks(network):
 def batch_that_fits(peak, available, most):
     """The largest multiple of UNIT, up to `most`, whose steps fit: peak(batch) → bytes, or it raises torch.OutOfMemoryError.
 
-    From two small batches follows how much one image takes; the one that follows is tried, and smaller ones if need be.
+    From two small batches follows how much one image takes; the one that follows is tried, and smaller
+    ones if need be.
     """
     low = peak(UNIT)
     try:
@@ -170,9 +171,10 @@ def fitting(peak, batch):
 
 
 def settle(side, batch, most):
-    """Choose the side's batch, so that it fits, and do its first steps: the seconds that these took, compilation too.
+    """Choose the side's batch, so that it fits, and do its first steps: the seconds that these took.
 
-    `batch` is that of a side that takes about as much memory, None if memory has to be asked. A CPU has `most`.
+    `batch` is that of a side that takes about as much memory, None if memory has to be asked. A CPU has
+    `most`. Compilation is in the seconds.
     """
     if not torch.cuda.is_available():
         side.resize(most)
@@ -208,6 +210,8 @@ def compete(report, sides, began, limit, rounds):
 
     def ready(name):
         if name != LIMIT:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what another batch left is of no use to this one
             sides[name].ready()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import (
-    depth, forward, gpu, gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading, plot_solvers, process, sampling,
-    sides, solvers, training,
+    depth, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading, plot_solvers,
+    process, sampling, sides, solvers, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -157,9 +157,8 @@ def test_a_run_of_one_part_is_written_with_the_machine_and_as_dry(tmp_path, monk
 
 @pytest.mark.long
 def test_a_dry_run_does_every_part(tmp_path):
-    began, path = time.monotonic(), tmp_path / "a.json"
+    path = tmp_path / "a.json"
     gpu.main(["--dry-run", "--output", str(path)])
-    print(f"{time.monotonic() - began:.0f} s")
     result = json.loads(path.read_text())
     assert list(result["parts"]) == list(gpu.PARTS)
     for name, part in result["parts"].items():
@@ -175,7 +174,7 @@ def test_a_dry_run_does_every_part(tmp_path):
         assert parts["tests"]["collected"] == parts["tests"]["skipped"] > 4
     one = parts["one process"]["loss_of_the_first_step"]
     assert one["DDP"] == pytest.approx(one["bare"]) and one["FSDP2"] == pytest.approx(one["bare"])
-    assert 0 < parts["scaling"]["of"]
+    assert parts["scaling"]["preset"] == "tiny" and parts["scaling"]["finished"] >= 0
     for section in gpu_tables.SECTIONS.values():  # and what a GPU's would be is shown
         assert "tiny" not in section((path, result)) and "eager" in gpu_tables.training_section((path, result))
 
@@ -406,5 +405,30 @@ def test_every_test_that_needs_a_gpu_has_its_mark():
     for path in (ROOT / "tests").glob("test_*.py"):
         text = path.read_text()
         assert f'reason="{needle}"' not in text, path.name
-        marked += [path.name] * text.count("@pytest.mark.gpu\n")
+        marked += gpu_commands.MARKED.findall(text)
     assert len(marked) >= 4
+
+
+def outcome(**values):
+    """A report of pytest on a test."""
+    return SimpleNamespace(**{"nodeid": "tests/a.py::b", "when": "call", "longrepr": None, **values})
+
+
+def test_tests_are_counted_once_and_failures_named():
+    report = gpu_worker.Report(None, 60)
+    recorder = gpu_commands.Recorder(report)
+    recorder.pytest_collection_finish(SimpleNamespace(items="abcd"))
+    recorder.pytest_collectreport(SimpleNamespace(failed=True, nodeid="tests/d.py", longrepr="no library"))
+    for one in (
+        outcome(when="setup", outcome="passed"), outcome(outcome="passed"), outcome(when="teardown", outcome="passed"),
+        outcome(nodeid="tests/b.py::c", outcome="failed", longrepr="1 is not 2"),
+        outcome(nodeid="tests/c.py::d", when="setup", outcome="skipped", longrepr=("c.py", 1, "Skipped: no library")),
+        outcome(nodeid="tests/e.py::f", outcome="passed"),
+        outcome(nodeid="tests/e.py::f", when="teardown", outcome="failed", longrepr="it left something"),
+    ):  # fmt: skip
+        recorder.pytest_runtest_logreport(one)
+    found = report.found
+    assert [found[kind] for kind in gpu_tables.KINDS] == [4, 1, 2, 1]
+    assert found["failures"] == {"d.py": "no library", "b.py::c": "1 is not 2", "e.py::f": "it left something"}
+    assert found["reasons"] == {"c.py::d": "Skipped: no library"}
+    assert gpu.went_wrong({"status": "done", "found": found}) and not gpu.went_wrong({"status": "left out"})
