@@ -303,7 +303,7 @@ def test_processes_together_give_the_summary_of_one():
     assert summarize(extractor, ((source[turn[1]], None) for turn in turns), 11, team=Team(1, 3, gathered)) == (None, None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_features_on_a_gpu_are_those_of_the_cpu(inception_weights):
     rows = [load_extractor("inception", torch.device(d), inception_weights)(images(4, 64).to(d)) for d in ("cpu", "cuda")]
     for on_cpu, on_gpu in zip(*rows):

@@ -726,7 +726,7 @@ def test_packing_takes_no_more_memory_for_more_images(tmp_path):
     assert abs(peaks[1] - peaks[0]) < 50 and max(peaks) < 1000
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
     """The images of the overlapped run are those decoded one chunk after the other; CPU and GPU have folders of their own."""
     folder, array = many(ckpt, vae, tmp_path, "--device", "cuda")
