@@ -435,6 +435,9 @@ def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None
     differences += [
         f"{name} is {got[name]}, wanted {want[name]}" for name in want if name in got and got[name] != want[name]
     ]
+    differences += [
+        f"{name} is of {tensor.dtype}, wanted floating point" for name, tensor in tensors.items() if tensor.dtype not in FLOATS
+    ]
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise ValueError(
