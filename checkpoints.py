@@ -71,8 +71,14 @@ def weights_file(path: Path | str) -> Path:
     Raises ValueError if there is none.
     """
     path = Path(path)
+    check_name(path)
     if not path.is_dir():
         return path
+    if (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path} is a checkpoint of torch.distributed, split over files; make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt"
+        )
     if (path / "model_index.json").is_file():
         path = path / "transformer"
     if not (path / "config.json").is_file():
@@ -405,6 +411,8 @@ def _read_safetensors(path):
         config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
     except ValueError as error:
         raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
+    if not isinstance(config, (dict, type(None))):
+        raise ValueError(f"{path} has metadata whose config is a {type(config).__name__}; save it without, and give --model")
     says = {**metadata, "config": config}
     for key, text in metadata.items():
         if text.startswith("{"):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from checkpoints import file_hash, read_json
+from checkpoints import check_name, file_hash, read_json
 from devices import tf32
 from metrics import Moments, Summary
 from offline import why_offline
@@ -100,6 +100,7 @@ def load_extractor(name: str, device: torch.device | str, inception_weights: Pat
             raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
         path = Path(inception_weights or fetch_inception())
         return Extractor(Inception(path).to(device), name, file_hash(path))
+    check_name(Path(name))
     path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(

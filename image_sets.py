@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from checkpoints import file_hash, parse_json
+from checkpoints import check_name, file_hash, parse_json
 from data import center_crop_arr, ignore_signals, list_images, to_rgb
 from features import MANIFOLD_IMAGES, Extractor, Team, deal, summarize
 from metrics import NEIGHBOURS, SPLIT, Statistics, Summary, inception_score
@@ -85,6 +85,7 @@ def open_side(path: Path | str, flag: str, image_size: int | None = None, share:
     checked for those in `share`. Raises ValueError for what cannot be compared.
     """
     path = Path(path)
+    check_name(path)
     if path.is_dir():
         return Side(str(path), FolderImages(path, flag, image_size, share))
     if not path.is_file():

@@ -264,10 +264,12 @@ def test_a_timm_configuration_loads_nothing_beside_its_weights(tmp_path, monkeyp
 
 @pytest.mark.parametrize("changes, says", [
     ({"architecture": "hf-hub:some/one"}, "none of timm's"), ({"architecture": 5}, "none of timm's"),
-    ({"architecture": "local-dir:/x"}, "none of timm's"), ({"model_args": {"num_classes": 10**9}}, "num_classes is 1000000000, far beyond"),
+    ({"architecture": "local-dir:/x"}, "none of timm's"),
+    ({"model_args": {"num_classes": 10**9}}, "num_classes is 1000000000, far beyond"),
     ({"model_args": {"layers": [10**6] * 4}}, "layers is 1000000, far beyond"), ({"model_args": 5}, "TypeError"),
     ({"model_args": {"stem_width": {"a": 1}}}, "stem_width holds a dict"), ({"pretrained_cfg": 5}, "TypeError"),
-    ({"pretrained_cfg": {"input_size": [3, 10**9, 4]}}, "input_size is no list"), ({"model_args": {"num_classes": "x"}}, "cannot be loaded"),
+    ({"pretrained_cfg": {"input_size": [3, 10**9, 4]}}, "input_size is no list"),
+    ({"model_args": {"num_classes": "x"}}, "cannot be loaded"),
     ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1, 1, 1], "std": [0, 1, 1]}}, "those of std above 0"),
     ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["x"], "std": [1, 1, 1]}}, "cannot be loaded"),
 ])  # fmt: skip
