@@ -424,10 +424,10 @@ def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
 def check_writable(path: Path | str) -> None:
     """Raise ValueError unless a file can be written at path."""
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
     probe = beside(path, ".probe")
     try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file")
         probe.touch()
         probe.unlink(missing_ok=True)  # another process that asks the same may have been quicker
     except OSError as error:

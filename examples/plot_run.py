@@ -7,9 +7,15 @@ with --eval-every also the scores.
 """
 
 import argparse
+import io
 import itertools
 import json
 from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pictures import write_file
 
 PANELS = {
     "loss": ["loss", "mse", "vb"],
@@ -38,6 +44,8 @@ def main(argv=None):
         runs = {str(run): read_rows(run) for run in args.runs}
     except OSError as error:
         parser.error(f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py")
+    except ValueError as error:
+        parser.error(f"a run's metrics.jsonl is damaged ({error}); give a run folder of train.py")
     panels = PANELS | (SCORES if any("eval_fid" in row for rows in runs.values() for row in rows) else {})
     figure = Figure(figsize=(11, 3.5 * len(panels) / 2), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(panels) // 2, 2).flat, panels.items()):
@@ -49,7 +57,12 @@ def main(argv=None):
                     axes.plot(*zip(*points), style, color=f"C{i}", label=label)
         axes.set(title=title, xlabel="step")
         axes.legend()
-    figure.savefig(args.output)
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format=Path(args.output).suffix[1:] or None)
+        write_file(args.output, content.getvalue())
+    except ValueError as error:  # matplotlib's, too, of a format that it does not know
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     print(f"wrote {args.output}")
 
 

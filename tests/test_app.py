@@ -191,7 +191,7 @@ def test_wrong_choices_are_value_errors(digits):
         (([], 1, 4.0, "dpm++", STEPS, "0"), "No class is chosen"),
         (([7], 2.5, 4.0, "dpm++", STEPS, "0"), "How many images is 2.5; it must be a whole number"),
         (([7], 1, 4.0, "dpm++", 3.5, "0"), "Steps is 3.5; it must be a whole number"),
-        (([7], 1, 4.0, "dpm++", 1000, "0"), "it must be from 1 to 999"),
+        (([7], 1, 4.0, "dpm++", 1000, "0"), "Steps is 1000; it must be a whole number from 1 to 999"),
         (([7], None, 4.0, "dpm++", STEPS, "0"), "How many images is None; it must be a whole number"),
         (([7], 1, None, "dpm++", STEPS, "0"), "Guidance is None"),
         (([7], 1, 4.0, "euler", STEPS, "0"), "The solver is 'euler'; it must be one of ddpm"),

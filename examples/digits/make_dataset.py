@@ -58,7 +58,9 @@ def write_folder(folder, pixels, labels):
         path = folder / str(label) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            Image.fromarray(image).convert("RGB").save(path)
+            temporary = path.with_name(f".{path.name}.partial")  # a full disk leaves no part of an image as one
+            Image.fromarray(image).convert("RGB").save(temporary, format="png")
+            temporary.replace(path)
 
 
 def main(argv=None):
@@ -66,8 +68,12 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)")
     args = parser.parse_args(argv)
     train, train_labels, heldout, heldout_labels = load_split()
-    write_folder(args.output / "train", train, train_labels)
-    write_folder(args.output / "heldout", heldout, heldout_labels)
+    try:
+        write_folder(args.output / "train", train, train_labels)
+        write_folder(args.output / "heldout", heldout, heldout_labels)
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: cannot write {args.output} ({error.strerror}); make room, or choose another "
+                       "folder, and run it again: it goes on with what is missing\n")  # fmt: skip
     print(f"{len(train)} digits in {args.output / 'train'}, {len(heldout)} held out in {args.output / 'heldout'}")
 
 

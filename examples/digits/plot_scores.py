@@ -7,8 +7,14 @@ held-out digits: as many images as each score of the run is of, against the same
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pictures import write_file
 
 LOGS = Path(__file__).resolve().parent / "logs"
 PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": ["precision", "recall"]}
@@ -44,7 +50,12 @@ def main(argv=None):
             axes.axhline(floor[name], linestyle="--", color=f"C{i}", label=f"{name}, real held-out digits")
         axes.set(title=title, xlabel="step", yscale="log" if names == ["fid"] else "linear")
         axes.legend()
-    figure.savefig(args.output, metadata={"Date": None} if args.output.endswith(".svg") else None)
+    content, form = io.BytesIO(), Path(args.output).suffix[1:] or None
+    try:
+        figure.savefig(content, format=form, metadata={"Date": None} if form == "svg" else None)
+        write_file(args.output, content.getvalue())
+    except ValueError as error:  # matplotlib's, too, of a format that it does not know
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     print(f"wrote {args.output}")
 
 

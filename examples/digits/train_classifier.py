@@ -12,6 +12,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from safetensors import SafetensorError
 import timm
 from timm.models import save_for_hf
 import torch
@@ -69,7 +70,10 @@ def main(argv=None):
     model.pretrained_cfg = dict(
         architecture="resnet10t", input_size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=CLASSES
     )
-    save_for_hf(model, args.output, model_args=ARCHITECTURE, safe_serialization=True)
+    try:
+        save_for_hf(model, args.output, model_args=ARCHITECTURE, safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        parser.exit(1, f"{parser.prog}: error: cannot write {args.output} ({error}); make room, delete it, and try again\n")
     print(f"{args.output}: {right:.1%} of the held-out digits are right")
 
 

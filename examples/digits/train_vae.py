@@ -12,6 +12,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from safetensors import SafetensorError
 import torch
 from diffusers import AutoencoderKL
 
@@ -77,7 +78,10 @@ def main(argv=None):
         if step % 500 == 0 or step == args.steps:
             print(f"step {step}: squared error {error.item():.2f}, kl {kl.item():.1f}", flush=True)
     set_scale(autoencoder.eval(), images)
-    autoencoder.save_pretrained(args.output)
+    try:
+        autoencoder.save_pretrained(args.output)
+    except (OSError, SafetensorError) as error:
+        parser.exit(1, f"{parser.prog}: error: cannot write {args.output} ({error}); make room, delete it, and try again\n")
     print(f"{args.output}: scale factor {autoencoder.config.scaling_factor}")
 
 

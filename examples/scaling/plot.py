@@ -7,6 +7,7 @@ SVG and tables are a function of points.jsonl and study.json alone, the picture 
 """
 
 import argparse
+import io
 from itertools import groupby
 from pathlib import Path
 import sys
@@ -15,8 +16,10 @@ import numpy as np
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from pictures import write_file
 from records import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +217,7 @@ def draw_figure(rows, about, path):
         axes.set_ylabel("Fréchet distance")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, ncols=1 if axes is blocks else 3)
-    figure.savefig(path, metadata={"Date": None})
+    write_figure(figure, path, {"Date": None})
 
 
 def draw_samples(rows, folder, path):
@@ -230,7 +233,14 @@ def draw_samples(rows, folder, path):
         axes.set_axis_off()
         axes.text(-4, height / 2, key, ha="right", va="center")
     figure.subplots_adjust(left=0.6 / figure.get_figwidth(), right=1, top=1, bottom=0, hspace=0.05)
-    figure.savefig(path, metadata={"Software": None})
+    write_figure(figure, path, {"Software": None})
+
+
+def write_figure(figure, path, metadata):
+    """Write a figure in the format that the ending of its path names, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], metadata=metadata)
+    write_file(path, content.getvalue())
 
 
 def main(argv=None):
