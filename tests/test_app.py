@@ -105,7 +105,7 @@ def test_taken_and_impossible_ports_are_refused_with_what_to_do(capsys, with_gra
     assert f"--port {port} cannot be used (Address already in use)" in message and "pass another --port" in message
     app.check_address("127.0.0.1", port)  # free again
     assert "from 1 to 65535" in refusal(capsys, "--port", "70000")
-    for host in ("no.such.host.invalid", "", "192.0.2.1", "a" * 80, ".."):
+    for host in ("no.such.host.invalid", " ", "192.0.2.1", "a" * 80, ".."):
         assert "cannot be used" in refusal(capsys, f"--host={host}")
 
 
