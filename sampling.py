@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Weights, design_of, load_weights, weights_file
 from diffusion import create_diffusion
-from diffusion.gaussian_diffusion import GaussianDiffusion, TensorMap
+from diffusion.gaussian_diffusion import GaussianDiffusion, TensorMap, as_taken
 from download import download_model, released_name
 from hub import local_path, network_of
 from labels import label_index
@@ -133,11 +133,10 @@ class Sampler:
             assert self.network.null_label is not None  # __post_init__ looks at that
             both = torch.cat([labels, torch.full_like(labels, self.network.null_label)])  # (2N,)
         dtype = PRECISIONS[self.mixed_precision]
-        taken = None if dtype else self.network.pos_embed.dtype  # half after network.half()
 
         def predict(x, t):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-                given, x = x, x.to(taken)
+                given, x = x, as_taken(self.network, x)
                 if next(guided):
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
                     out = self.network.forward_with_cfg(x2, t2, both, self.cfg_scale, self.cfg_channels)[: len(x)]

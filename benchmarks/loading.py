@@ -52,7 +52,12 @@ def make_cache(folder, source, count, dtype=np.float32):
     moments = source.standard_normal((count, 2, *MOMENTS), dtype=np.float32).astype(dtype, copy=False)
     np.save(folder / "moments.npy", moments)
     np.save(folder / "labels.npy", np.zeros(count, dtype=np.int64))
-    (folder / "manifest.json").write_text(json.dumps({"classes": None}))
+    channels, side = moments.shape[3], moments.shape[4]
+    manifest = {
+        "images": count, "flip": True, "shape": [2, channels, side, side], "image_size": side, "channels": channels,
+        "ratio": 1, "scale": 1.0, "shift": 0.0, "vae": "none", "vae_sha256": {}, "files_sha256": "", "classes": None,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return moments
 
 

@@ -181,7 +181,7 @@ class GaussianDiffusion:
 
     def _call(self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> tuple[Tensor, Tensor | None]:
         """The network's prediction at steps t, and its variance fraction v or None, in x's shape and dtype."""
-        output = model(_as_taken(model, x), self._model_steps(t), **(model_kwargs or {}))
+        output = model(as_taken(model, x), self._model_steps(t), **(model_kwargs or {}))
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         want = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if output.shape != want:
@@ -468,8 +468,8 @@ def _choose_device(device, noise, model):
     return parameter.device
 
 
-def _as_taken(model, x):
-    """x as a network takes it: in half precision if the network was put in that, else as it is."""
+def as_taken(model: Model, x: Tensor) -> Tensor:
+    """x as a network takes it: in half precision if the network was put in that and there is no autocast, else as it is."""
     parameter = _first_parameter(model)
     halves = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
     return x.to(parameter.dtype) if halves and not torch.is_autocast_enabled(x.device.type) else x
