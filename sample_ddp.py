@@ -38,7 +38,7 @@ from torch import Tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from checkpoints import file_hash, list_checkpoints, weights_file
+from checkpoints import file_hash, list_checkpoints, read_bounded, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from presence import Presence, lock
@@ -149,7 +149,7 @@ def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
     if args.labels == "balanced":
         return torch.arange(count) % classes
     try:
-        lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bounded(args.labels).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import json
 
-from checkpoints import write_whole
+from checkpoints import read_bounded, write_whole
 
 LOGS = Path(__file__).resolve().parent / "logs"
 PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": ["precision", "recall"]}
@@ -26,7 +26,7 @@ PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": 
 
 def read_scores(path):
     """The lines of a metrics.jsonl that have scores, dicts in the order of their steps."""
-    return [row for row in map(json.loads, path.read_text(encoding="utf-8-sig").splitlines()) if "eval_fid" in row]
+    return [row for row in map(json.loads, read_bounded(path).decode("utf-8-sig").splitlines()) if "eval_fid" in row]
 
 
 def build_parser():
@@ -42,7 +42,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        rows, floor = read_scores(args.scores), json.loads(args.heldout.read_text(encoding="utf-8-sig"))["scores"]
+        rows, floor = read_scores(args.scores), json.loads(read_bounded(args.heldout).decode("utf-8-sig"))["scores"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         parser.error(f"cannot read the scores ({error}); give a metrics.jsonl and what evaluate.py --output wrote")
     if not rows:
