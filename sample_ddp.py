@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.ckpt} or {args.vae} changed while it was read; give the same command again")
     try:
         make_all(args, sampler, labels, folder, manifest, device, place)
+    except BrokenPipeError:  # of the output, which `door` answers
+        raise
     except OSError as error:
         what = f"{error.filename or folder}: {error.strerror or error}"
         parser.fail(f"{what}; when that is mended, the same command goes on")
