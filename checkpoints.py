@@ -593,8 +593,10 @@ def hidden_name(path: Path, suffix: str) -> Path:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
 
-    Raises OSError if the disk refuses.
+    Raises OSError if the disk refuses, or if something else than a file has the name: a device would be gone for all.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file, and is not replaced by one", str(path))
     temporary = hidden_name(path, ".partial")
     try:
         write(temporary)

@@ -1,18 +1,22 @@
 """Random flags with nasty values for every door: each ends well or in one line of error, quickly, and takes no nonsense.
 
 The doors run in this process, but for their work: what comes after all checks is replaced. A failure names the seed and
-the whole command line.
+the whole command line. Nothing outside of a case's own folder may be written, renamed or removed: what is written to gets
+no absolute path, and an attempt fails before it does harm, for whoever runs this may be root.
 """
 
 import argparse
 from collections.abc import Callable
 from importlib import import_module
+import os
 from pathlib import Path
 import random
 import re
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import time
 import traceback
 from types import SimpleNamespace
@@ -46,11 +50,24 @@ DEVICES = ["cpu", "cpu:0", "cpu:-1", "cpu:" + "9" * 30, "cuda", "cuda:99", "mps"
 PATHS = ["-", ".", "..", "~", "x" * 300, "x" * 250, "x" * 5000, "a/" * 3000, "é中", "\udcff\udcfe", "new\nline", "*", "["]
 PATHS += ["/dev/null", "/dev/full", "/dev/zero", "/proc", "/proc/self/mem", "/proc/self/nothing", "none", "new.png", "new.json"]
 PATHS += ["folder", "empty", "images", "text.txt", "text.txt/below", "loop", "dangling", "list.json", "deep.json", "new.gif"]
-PATHS += ["new.safetensors", "bad.npz", "bad.pt", "bad.safetensors", "labels.txt", "folder/new/new", "fifo-like.png"]
+PATHS += ["new.safetensors", "socket", "bad.npz", "bad.pt", "bad.safetensors", "labels.txt", "folder/new/new"]
+WRITTEN = {"output", "trajectory", "results_dir", "sample_dir", "folder", "resume", "results"}  # or locked, or tidied
 NEVER = ["", "\0", "a\0b", "=\0"]  # what no flag takes
 # Numbers that no flag takes.
 NO_WHOLE = {"-1", "9" * 40, str(2**63), str(2**64 + 1)}
 NO_REAL = {"nan", "inf", "-inf", "1e300", "-1e300", "1e999"}
+
+
+# Event of Python's audit hooks → how many of its first arguments are names of what is changed.
+CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.symlink": 2, "os.link": 2}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+INSIDE: list[str] = []  # the folder in which a test may write, while it runs
+OUTSIDE: list[str] = []  # what it tried elsewhere
+HOOKED: list[bool] = []
+SCRATCH = tuple(
+    os.path.join(os.path.realpath(place), "")
+    for place in (Path.home() / ".cache", Path.home() / ".config", "/dev/shm", tempfile.gettempdir())
+)
 
 
 class Door(NamedTuple):
@@ -153,7 +170,7 @@ DOORS = {
     "study": Door("study", [["--output", "study", "--device", "cpu"]], {"study.study": nothing}),
     "plot": Door("plot", [["--output", "figures"]], {"plot.draw_figure": nothing, "plot.draw_samples": nothing}),
 }
-FEW = 18  # cases of each door in every test, a multiple in the long one
+FEW = 24  # cases of each door in every test, a multiple in the long one
 MANY = 200
 
 
@@ -192,7 +209,33 @@ def place(tmp_path, monkeypatch):
     (folder / "loop").symlink_to("loop")
     (folder / "dangling").symlink_to("nowhere")
     monkeypatch.chdir(folder)
-    return folder
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")  # no file, no folder, and harmless
+    if not HOOKED:
+        sys.addaudithook(refuse_outside)  # for good: Python does not take one back
+        HOOKED.append(True)
+    INSIDE.append(os.path.realpath(tmp_path))
+    yield folder
+    INSIDE.clear()
+    OUTSIDE.clear()
+
+
+def refuse_outside(event, args):
+    """An audit hook of Python: raise AssertionError for what would change something outside of INSIDE, and note it."""
+    count = 1 if event == "open" and isinstance(args[2], int) and args[2] & WRITING else CHANGES.get(event, 0)
+    for place in args[:count] if INSIDE else ():
+        if isinstance(place, (str, bytes, os.PathLike)) and not may_change(place, event):
+            OUTSIDE.append(f"{event} of {place!r}, outside of the test's folder")
+            raise AssertionError(OUTSIDE[-1])
+
+
+def may_change(place, event):
+    """Whether what has this name lies, links to folders followed, below INSIDE, or is a library's scratch."""
+    parent, name = os.path.split(os.path.abspath(os.fsdecode(place)))
+    path = os.path.join(os.path.realpath(parent), name)
+    if event == "open" and path == os.devnull:
+        return True
+    return path.startswith((*INSIDE, *SCRATCH)) or "__pycache__" in path
 
 
 def options_of(name):
@@ -216,7 +259,8 @@ def value_for(action, rng):
         return rng.choice(DEVICES)
     if action.dest in ("weights", "cfg_channels", "class_labels", "host"):
         return rng.choice(TEXTS)
-    return rng.choice(PATHS if rng.random() < 0.8 else TEXTS)
+    paths = [path for path in PATHS if not (path.startswith("/") and action.dest in WRITTEN)]
+    return rng.choice(paths if rng.random() < 0.8 else TEXTS)
 
 
 def words_for(action, rng):
@@ -271,6 +315,8 @@ def complaint(name, argv, given, capsys):
         return traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if OUTSIDE:
+        return OUTSIDE.pop()
     if (took := time.process_time() - begun) > SECONDS:
         return f"it took {took:.1f} s"
     if "Traceback" in err:
@@ -322,3 +368,11 @@ def test_what_the_cases_begin_with_is_taken(name, place, capsys, monkeypatch):
         if base:
             code, err = run(name, [word.format(n=f"base-{number}") for word in base], capsys)
             assert code in (None, 0), err
+
+
+@pytest.mark.parametrize("change", [os.remove, os.rmdir, os.mkdir, lambda path: os.replace("text.txt", path)])
+def test_nothing_outside_of_the_folder_can_be_changed(change, place):
+    with pytest.raises(AssertionError, match="outside of the test's folder"):
+        change("/proc/self/nothing")
+    with pytest.raises(AssertionError, match="outside of the test's folder"):
+        open("/proc/self/nothing", "w")

@@ -16,9 +16,11 @@ from command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
+import io
 import json
 
-from checkpoints import read_bounded, write_whole
+from checkpoints import read_bounded
+from pictures import write_file
 
 LOGS = Path(__file__).resolve().parent / "logs"
 PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": ["precision", "recall"]}
@@ -63,7 +65,9 @@ def main(argv=None):
     kind = Path(args.output).suffix[1:] or "png"
     metadata = {"Date": None} if kind == "svg" else None
     with parser.refusing():  # an ending that matplotlib does not know, too
-        write_whole(Path(args.output), lambda temporary: figure.savefig(temporary, format=kind, metadata=metadata))
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, metadata=metadata)
+        write_file(args.output, file.getvalue())
     print(f"wrote {args.output}")
 
 
