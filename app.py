@@ -107,9 +107,8 @@ def main(argv: list[str] | None = None) -> None:
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Within it, in the main thread, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, once, with 128 + the number."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    handled = [number for number in numbers if before[number] is not signal.SIG_IGN]  # as nohup ignores one
+    handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in handled}
 
     def end(number, frame):
         for other in handled:
@@ -120,12 +119,13 @@ def ended_by_signals() -> Iterator[None]:
         yield
         return
     for number in handled:
-        signal.signal(number, end)
+        if number != getattr(signal, "SIGHUP", None) or before[number] is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
     try:
         yield
     finally:
         for number in handled:
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 @contextmanager

@@ -71,8 +71,14 @@ def weights_file(path: Path | str) -> Path:
     Raises ValueError if there is none.
     """
     path = Path(path)
+    check_name(path)
     if not path.is_dir():
         return path
+    if (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path} is a checkpoint of torch.distributed, split over files; make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt"
+        )
     if (path / "model_index.json").is_file():
         path = path / "transformer"
     if not (path / "config.json").is_file():
@@ -127,11 +133,7 @@ def _chosen(contents, which, path):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     tensors = sets.get(which)
-    if (
-        not isinstance(tensors, dict)
-        or not tensors
-        or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in tensors.items())
-    ):
+    if not is_state_dict(tensors):
         entries = ", ".join(str(key)[:60] for key in list(contents)[:6])
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {entries}; "
@@ -141,6 +143,13 @@ def _chosen(contents, which, path):
     for name, tensor in tensors.items():
         _check_plain(tensor, f"{path}: {name}")
     return tensors
+
+
+def is_state_dict(tensors: object) -> bool:
+    """Whether this is a dict of names and tensors, and not empty."""
+    if not isinstance(tensors, dict) or not tensors:
+        return False
+    return all(isinstance(name, str) and torch.is_tensor(value) for name, value in tensors.items())
 
 
 def _check_plain(tensor, name):
@@ -412,6 +421,8 @@ def _read_safetensors(path):
         config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
     except ValueError as error:
         raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
+    if not isinstance(config, (dict, type(None))):
+        raise ValueError(f"{path} has metadata whose config is a {type(config).__name__}; save it without, and give --model")
     says = {**metadata, "config": config}
     for key, text in metadata.items():
         if text.startswith("{"):
@@ -441,6 +452,9 @@ def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None
     differences += [f"{name} is not in the network" for name in got if name not in want]
     differences += [
         f"{name} is {got[name]}, wanted {want[name]}" for name in want if name in got and got[name] != want[name]
+    ]
+    differences += [
+        f"{name} is of {tensor.dtype}, wanted floating point" for name, tensor in tensors.items() if tensor.dtype not in FLOATS
     ]
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""

@@ -40,6 +40,7 @@ MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather th
 SAMPLED_FILES = 64  # of a data set, whose contents tell it from another with the same names
 WAIT = 5.0  # seconds for a batch, after which somebody looks whether to wait on
 GRACE = 3.0  # seconds that a loader's worker has to end by itself
+LOST = "the system ends one where memory is short (dmesg tells); pass fewer --num-workers, or give the job more memory"
 END_WORKER = getattr(signal, "SIGUSR2", None)
 
 
@@ -88,7 +89,7 @@ def list_images(root: Path | str, num_classes: int) -> Listing:
     if not root.is_dir():
         raise ValueError(f"--data-path {root} is not a folder; give one that holds one folder of images per class")
     left_out: Counter[str] = Counter()
-    folders = dict(_walk(str(root), (), left_out))
+    folders = _walk(str(root), left_out)
     if num_classes == 0:
         paths = sorted(path for images in folders.values() for path in images)
         if not paths:
@@ -107,38 +108,45 @@ def list_images(root: Path | str, num_classes: int) -> Listing:
     return Listing(paths, labels, classes, _notes(root, left_out))
 
 
-def _walk(folder, above, left_out):
-    """Yields (folder, its images in order) for a folder and all below it; counts in `left_out` what is not looked at.
+def _walk(root, left_out):
+    """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not looked at."""
+    found: dict[str, list[str]] = {}
+    waiting: list[tuple[str, tuple]] = [(root, ())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away") from None
+        above = (*above, (status.st_dev, status.st_ino))  # where a link may lead back to
+        below, found[folder] = _sorted_out(inside, above, left_out)
+        waiting += [(path, above) for path in below]
+    return found
 
-    `above` are the folders above it, each by device and number, which a link may lead back to.
-    """
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise ValueError(f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away") from None
-    above = (*above, (status.st_dev, status.st_ino))
-    images, below = [], []
+
+def _sorted_out(entries, above, left_out):
+    """(the folders, the images) among a folder's entries, as paths in order; what is neither is counted in `left_out`."""
+    folders, images = [], []
     for entry in entries:
         ending = os.path.splitext(entry.name)[1].lower()
-        is_folder = entry.is_dir()
+        try:
+            target = entry.stat() if entry.is_dir() else None
+        except OSError:  # a link to itself, say: whoever reads it says so
+            target = None
         if entry.name.startswith("."):
-            if is_folder or ending in IMG_EXTENSIONS:
-                left_out[f"hidden {'folders' if is_folder else 'files'} (names that begin with a dot)"] += 1
-        elif is_folder:
-            target = entry.stat()
-            if (target.st_dev, target.st_ino) in above:
-                left_out["links back to a folder above"] += 1
-            else:
-                below.append(entry.path)
+            if target or ending in IMG_EXTENSIONS:
+                left_out[f"hidden {'folders' if target else 'files'} (names that begin with a dot)"] += 1
+        elif target and (target.st_dev, target.st_ino) in above:
+            left_out["links back to a folder above"] += 1
+        elif target:
+            folders.append(entry.path)
         elif ending in IMG_EXTENSIONS:
             images.append(entry.path)
         elif ending in OTHER_FORMATS:
             left_out[f"{ending} files, a format that is not read"] += 1
-    yield folder, images
-    for path in below:
-        yield from _walk(path, above, left_out)
+    return folders, images
 
 
 def _told(left_out):
@@ -467,6 +475,10 @@ def read(loader: DataLoader, waiting: Callable[[float], None] = lambda seconds: 
                     raise explained(error) from None
                 waiting(time.monotonic() - began)
                 continue
+            except (OSError, EOFError) as error:  # it was just sending a batch
+                if not workers:
+                    raise
+                raise LoaderFailed(f"DataLoader worker was lost ({error}): {LOST}") from None
             yield batch
             began = time.monotonic()
     finally:
@@ -503,8 +515,5 @@ def explained(error: RuntimeError) -> Exception:
             "the loader's workers need more open files than allowed; pass fewer --num-workers, or ulimit -n 65536"
         )
     if "DataLoader worker (pid" in text:
-        return LoaderFailed(
-            f"{first}: the system does that where memory is short (dmesg tells); pass fewer --num-workers, or give the job "
-            "more memory"
-        )
+        return LoaderFailed(f"{first}: {LOST}")
     return error

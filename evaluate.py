@@ -27,7 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs
 import numpy as np
 import torch
 
-from checkpoints import write_whole
+from checkpoints import read_json, write_whole
 from features import MANIFOLD_IMAGES, Extractor, Team, load_extractor, spread, summarize
 from image_sets import (
     STATISTICS, Side, Streamed, hash_of, open_side, read_batches, remarks, summarize_reference, write_npz,
@@ -53,7 +53,10 @@ def build_parser() -> Parser:
     sides("--image-size", type=int, help=cropping)
     sides("--output", metavar="FILE", help="where to write the JSON as well, or the reference; must not exist")
     features = parser.add_argument_group("features").add_argument
-    kinds = "inception, pixels, a TorchScript file, or a folder that timm's save_for_hf wrote (default: %(default)s)"
+    kinds = (
+        "inception, pixels, a folder that timm's save_for_hf wrote, or a TorchScript file, which is a program: it runs with "
+        "your rights, so trust where it comes from (default: %(default)s)"
+    )
     features("--features", default="inception", metavar="{inception,pixels,PATH}", help=kinds)
     weights = "torch-fidelity's weights-inception-2015-12-05 (default: fetched on first use)"
     features("--inception-weights", metavar="FILE", help=weights)
@@ -169,7 +172,7 @@ def check_samples(samples: Side) -> list[str]:
     count, manifest = len(samples.images), Path(samples.path) / "manifest.json"
     wanted = count
     with suppress(OSError, ValueError, KeyError, TypeError):  # a folder of sample_ddp.py says how many there are to be
-        wanted = json.loads(manifest.read_text(encoding="utf-8"))["decides"]["num_fid_samples"]
+        wanted = read_json(manifest)["decides"]["num_fid_samples"]
     if wanted != count:
         raise ValueError(
             f"--samples {samples.path} holds {count} images, its manifest.json says {wanted}: give the same sample_ddp.py "

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 from contextlib import closing
+import errno
 from io import BytesIO
 import json
 import os
@@ -180,7 +181,11 @@ def make_array(path: Path, plan: dict) -> None:
         file.write(header)
         file.flush()
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
         file.truncate(size)
 
 

@@ -6,9 +6,11 @@ in turns, and what comes out is in the images' order, whatever the number of pro
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-import json
+from inspect import signature
 from pathlib import Path
 import pickle
+import re
+import sys
 from typing import NamedTuple
 import warnings
 
@@ -18,14 +20,16 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from checkpoints import file_hash
+from checkpoints import check_name, file_hash, read_json
 from devices import tf32
 from metrics import Moments, Summary
-from surroundings import is_installed
 from offline import why_offline
+from surroundings import is_installed
 
 SPATIAL_CHANNELS = 7  # of ADM's sFID
 MOST_FEATURES = 8192  # a covariance of so many takes half a GB, and a minute or two for its singular values
+MOST_INPUT, SMALL_NETWORK = 4096, 1024  # pixels a side, and the least bound for sizes, of a timm network
+LOADING = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 MANIFOLD_IMAGES = 10_000  # of a folder as reference, for precision and recall; as many as ADM's files have
 
 
@@ -96,6 +100,7 @@ def load_extractor(name: str, device: torch.device | str, inception_weights: Pat
             raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
         path = Path(inception_weights or fetch_inception())
         return Extractor(Inception(path).to(device), name, file_hash(path))
+    check_name(Path(name))
     path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
@@ -130,7 +135,7 @@ class Inception(torch.nn.Module):
         except pickle.UnpicklingError:
             raise ValueError(f"{path} holds other weights (it is no file of tensors alone); {advice}") from None
         except Exception as error:  # torch.load and load_state_dict have many kinds
-            raise ValueError(f"{path} holds other weights ({str(error).splitlines()[0]}); {advice}") from None
+            raise ValueError(f"{path} holds other weights ({_first_line(error)}); {advice}") from None
         self.trunk.Mixed_6d.branch1x1.register_forward_hook(self._tap)
 
     def _tap(self, module, args, output):
@@ -168,7 +173,9 @@ def fetch_inception() -> Path:
 
 
 def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
-    """A TorchScript module, called with images uint8 (n, 3, H, W), that returns features (n, D), or those and logits (n, K).
+    """A TorchScript module, which is a program and runs as it is, as an extractor.
+
+    Called with images uint8 (n, 3, H, W) it returns features (n, D), or those and logits (n, K).
 
     Raises ValueError if the file is none.
     """
@@ -177,8 +184,9 @@ def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Ten
             warnings.simplefilter("ignore", FutureWarning)  # that TorchScript will go some day
             module = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--features {path} is no TorchScript file ({reason}); save it with torch.jit.save") from None
+        raise ValueError(
+            f"--features {path} is no TorchScript file ({_first_line(error)}); save it with torch.jit.save"
+        ) from None
 
     def extract(images):
         out = module(images)
@@ -191,20 +199,18 @@ def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Ten
 def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
     """A timm classifier with the config.json that timm wrote beside it: its features before the classifier, and its logits.
 
-    Images are brought to its input size and normalised as config.json says. Raises ValueError if they do not fit together.
+    Images are brought to its input size and normalised as config.json says. Nothing that config.json names is fetched or
+    loaded beside it. Raises ValueError if they do not fit together.
     """
     try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        options = {"num_classes": config["num_classes"]} | config.get("model_args", {})
-        model = timm.create_model(config["architecture"], **options)
-        model.load_state_dict(load_file(path))
-        known = config["pretrained_cfg"]
-        size, (mean, std) = tuple(known["input_size"][1:]), (torch.tensor(known[key]) for key in ("mean", "std"))
+        config, tensors = read_json(path.parent / "config.json"), load_file(path)
+        model = timm.create_model(config["architecture"], **network_arguments(config, tensors))
+        model.load_state_dict(tensors)
+        size, mean, std = normalisation(config["pretrained_cfg"])
     except Exception as error:  # each library has kinds of its own
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--features {path} cannot be loaded ({type(error).__name__}: {reason}); it must be what timm's save_for_hf "
-            "writes, with config.json beside it"
+            f"--features {path} cannot be loaded ({type(error).__name__}: {_first_line(error)}); it must be what timm's "
+            "save_for_hf writes, with config.json beside it"
         ) from None
     model, mean, std = model.to(device).eval(), mean.to(device)[:, None, None], std.to(device)[:, None, None]
 
@@ -216,6 +222,45 @@ def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor]
         return Rows(features, None, model.get_classifier()(features) if model.num_classes else None)
 
     return extract
+
+
+def network_arguments(config: dict, tensors: dict[str, Tensor]) -> dict:
+    """Of a timm configuration's model_args, those that its networks take themselves; others, which may load files, are dropped.
+
+    Raises ValueError for an architecture that is none of timm's own, and for values that are not plain or far larger than what
+    is in the tensors.
+    """
+    name = config["architecture"]
+    if not isinstance(name, str) or not timm.is_model(name):  # which takes no source such as "hf-hub:"
+        raise ValueError(f"architecture is {str(name)[:60]!r}, none of timm's")
+    module = sys.modules[timm.models.model_entrypoint(name).__module__]
+    networks = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, torch.nn.Module)]
+    taken = {argument for network in networks for argument in signature(network.__init__).parameters} - LOADING
+    given = {"num_classes": config["num_classes"]} | (config.get("model_args") or {})
+    most = max([SMALL_NETWORK, *(side for tensor in tensors.values() for side in tensor.shape)])
+    for key, value in given.items():
+        limit = len(tensors) if re.search("depth|layers", key) else most
+        for part in value if isinstance(value, list) else [value]:
+            if not isinstance(part, (str, int, float)) and part is not None:
+                raise ValueError(f"{key} holds a {type(part).__name__}; wanted are numbers and texts")
+            if isinstance(part, (int, float)) and abs(part) > limit:
+                raise ValueError(f"{key} is {part}, far beyond what is in {len(tensors)} tensors")
+    return {key: value for key, value in given.items() if key in taken}
+
+
+def normalisation(known: dict) -> tuple[tuple[int, int], Tensor, Tensor]:
+    """((height, width), mean (3,), std (3,)) of the images that a timm network takes. Raises ValueError for nonsense."""
+    size = known["input_size"]
+    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_INPUT for n in size)):
+        raise ValueError(f"input_size is no list of channels, height and width, each at most {MOST_INPUT}")
+    mean, std = (torch.tensor(known[key], dtype=torch.float32) for key in ("mean", "std"))
+    if mean.shape != (3,) or std.shape != (3,) or not (std > 0).all():
+        raise ValueError("mean and std are not three numbers each, those of std above 0")
+    return (size[1], size[2]), mean, std
+
+
+def _first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
 # ---- many images ----

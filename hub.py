@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 import torch
 
 from checkpoints import (
-    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, check_name, check_readable, id2label, load_weights, read_json,
+    OUR_CLASS, PRETRAINED, Weights, check_classes, check_fits, check_readable, id2label, load_weights, read_json,
     save_weights, weights_file,
 )  # fmt: skip
 from diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, is_diffusers, to_diffusers
@@ -172,10 +172,9 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
 def whole_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
     folder = Path(folder)
-    check_name(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; give another name")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already; give another name")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name[:20]}.", dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 import hashlib
-import json
+import math
 import os
 from pathlib import Path
 from typing import BinaryIO
 import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from checkpoints import file_hash
+from checkpoints import check_name, file_hash, parse_json
 from data import center_crop_arr, list_images, make_loader, open_image, read, stack, to_rgb
 from features import MANIFOLD_IMAGES, Extractor, Team, deal, summarize
-from metrics import NEIGHBOURS, Statistics, Summary
+from metrics import NEIGHBOURS, SPLIT, Statistics, Summary, inception_score
 
 PUBLISHED = 50_000  # samples, of which published scores are
 NEEDS = {  # score → what it needs of both sides
@@ -32,7 +31,10 @@ NEEDS = {  # score → what it needs of both sides
     "precision": f"more than {NEIGHBOURS} images", "recall": f"more than {NEIGHBOURS} images",
 }  # fmt: skip
 STATISTICS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # what a Summary calls them → ADM's names
-IMAGES = "arr_0"
+IMAGES, LABELS = "arr_0", "arr_1"
+MOST_SIDE = 16_384  # pixels of images that are scored
+BOMB, SMALL = 500, 1 << 30  # times that an array may be packed, if it is larger than so many bytes
+UNEVEN = 0.03  # share of the Inception Score by which another order may change it without a word
 
 Item = tuple[Tensor | None, Tensor | str]  # an image, or a batch, and digests; or None and what is wrong
 Streamed = tuple[tuple[int, ...], type | np.dtype, Iterable[np.ndarray]]  # an array: shape, dtype, rows one at a time
@@ -82,25 +84,28 @@ def open_side(path: Path | str, flag: str, image_size: int | None = None, share:
     checked for those in `share`. Raises ValueError for what cannot be compared.
     """
     path = Path(path)
+    check_name(path)
     if path.is_dir():
         return Side(str(path), FolderImages(path, flag, image_size, share))
     if not path.is_file():
         raise ValueError(f"{flag} {path}: there is no such file or folder; give a folder of images or an .npz")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-            damaged = archive.testzip() if not share.start else None  # one process looks at every byte
-        if damaged:
-            raise ValueError(f"{damaged} is damaged; fetch or make it again")
+        names = array_names(path, whole=not share.start)  # one process looks at every byte
         statistics = {name: read_statistics(path, keys) for name, keys in STATISTICS.items() if names & set(keys)}
         images = ArrayImages(path) if IMAGES in names else None
+        if images and LABELS in names and (labels := open_array(path, LABELS)).shape[:1] != (len(images),):
+            raise ValueError(
+                f"{IMAGES} has {len(images)} images and {LABELS}, their labels, the shape {labels.shape}; one of them is cut "
+                "or of other samples: make the file again"
+            )
         made_from = read_made_from(path) if "made_from" in names else None
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"{flag} {path} cannot be read as an .npz ({error}); give a folder of images or an .npz"
-        ) from None
     except ValueError as error:
         raise ValueError(f"{flag} {path}: {error}") from None
+    except Exception as error:  # a broken file makes zipfile, zlib and NumPy raise many kinds
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{flag} {path} cannot be read as an .npz ({reason[:300]}); give a folder of images or an .npz"
+        ) from None
     if not images and not statistics:
         raise ValueError(
             f"{flag} {path} has {', '.join(sorted(names)) or 'nothing'}; wanted is {IMAGES} (uint8 images), or mu and sigma"
@@ -110,24 +115,27 @@ def open_side(path: Path | str, flag: str, image_size: int | None = None, share:
 
 def read_made_from(path: Path | str) -> dict | None:
     """What --make-reference wrote of itself into an .npz, a dict; None if that is somebody else's."""
-    with np.load(path) as file, suppress(ValueError):
-        made = json.loads(str(file["made_from"]))
-        if isinstance(made, dict) and {"features", "features_sha256"} <= made.keys():
+    with suppress(ValueError):
+        made = parse_json(str(open_array(path, "made_from")))
+        known = isinstance(made, dict) and {"features", "features_sha256"} <= made.keys()
+        if known and isinstance(made["features"], str):
             return made
     return None
 
 
 def read_statistics(path: Path | str, keys: tuple[str, str]) -> Statistics:
     """Statistics from an .npz under these keys. Raises ValueError if they are damaged or do not fit together."""
-    with np.load(path) as file:
-        if not set(keys) <= set(file.files):
-            raise ValueError(f"it has {' or '.join(keys)} alone; wanted are both of them, or neither")
-        mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in keys)
+    if not set(keys) <= array_names(path):
+        raise ValueError(f"it has {' or '.join(keys)} alone; wanted are both of them, or neither")
+    mean, covariance = (open_array(path, key) for key in keys)
     size = mean.size
-    if mean.shape != (size,) or covariance.shape != (size, size):
+    if mean.shape != (size,) or covariance.shape != (size, size) or not size:
         raise ValueError(
             f"{keys[0]} has the shape {mean.shape}, {keys[1]} {covariance.shape}; wanted are (D,) and (D, D)"
         )
+    if not all(np.issubdtype(array.dtype, np.floating) for array in (mean, covariance)):
+        raise ValueError(f"{keys[0]} is {mean.dtype}, {keys[1]} {covariance.dtype}; wanted are floating-point numbers")
+    mean, covariance = np.array(mean, dtype=np.float64), np.array(covariance, dtype=np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(
             f"{keys[0]} or {keys[1]} has values that are not finite; the file is damaged, fetch or make it again"
@@ -200,6 +208,8 @@ class ArrayImages(Dataset):
         shape, dtype = self.array.shape, self.array.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
+        if max(shape[1:]) > MOST_SIDE:
+            raise ValueError(f"{IMAGES} has images of {shape[2]}x{shape[1]}; at most {MOST_SIDE} pixels a side are scored")
         self.size = (shape[2], shape[1])
 
     def __len__(self) -> int:
@@ -295,6 +305,15 @@ def remarks(
         notes.append(
             f"{reference.path} does not say of which features its mu and sigma are; taken for those of {features}"
         )
+    if ours.logits is not None and len(ours.logits) > SPLIT:  # one Inception Score and more
+        mixed = torch.randperm(len(ours.logits), generator=torch.Generator().manual_seed(0))
+        there, other = scores["inception_score"], inception_score(ours.logits[mixed])
+        if there is not None and abs(there - other) > UNEVEN * other:
+            notes.append(
+                f"inception_score depends on the order of the samples, since it is taken of each {SPLIT:,} consecutive ones, "
+                f"as in ADM's suite: it is {there:.4g} in this order, perhaps class by class, and {other:.4g} in a random one; "
+                "published scores are of samples in random order"
+            )
     if reference.images and reference.images.size != size:
         notes.append("samples are of {}x{} pixels, the reference of {}x{}".format(*size, *reference.images.size))
     return notes
@@ -308,27 +327,60 @@ def hash_of(digests: Tensor) -> str:
 # ---- .npz files of any size ----
 
 
+def array_names(path: Path | str, whole: bool = False) -> set[str]:
+    """The names of the arrays in an .npz; with `whole`, every byte in it is looked at.
+
+    Raises ValueError if one is damaged, or packed so that it must be a trap; zipfile's and zlib's errors if it is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > SMALL and info.file_size > BOMB * info.compress_size:
+                raise ValueError(
+                    f"{info.filename} has {info.file_size:,} bytes, packed in {info.compress_size:,}; save it with np.savez"
+                )
+        damaged = archive.testzip() if whole else None
+        if damaged:
+            raise ValueError(f"{damaged} is damaged; fetch or make it again")
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
 def open_array(path: Path | str, name: str) -> np.ndarray:
-    """An array of an .npz, mapped from the file where it is not compressed. Raises ValueError, KeyError or OSError."""
+    """An array of an .npz, mapped from the file where it is not compressed. Raises ValueError, KeyError or OSError.
+
+    It is looked at in its header before anything is read or made room for.
+    """
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, dtype = read_header(file)
+            shape, fortran_order, dtype = _header(file, name)
             header = file.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran_order or dtype.hasobject:
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not read; save it as an array of numbers")
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size != info.file_size - header:
+        raise OSError(f"{name} is cut short, or its header is wrong: it says {shape} {dtype}")
+    if info.compress_type != zipfile.ZIP_STORED or fortran_order or not size:
         with np.load(path) as file:
             return file[name]
     with open(path, "rb") as file:  # the length of the name and of the extra field stand in the file's local header
         file.seek(info.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2").astype(int)
-    offset = info.header_offset + 30 + lengths.sum() + header
-    if offset + np.prod(shape) * dtype.itemsize > Path(path).stat().st_size:
+    offset = int(info.header_offset + 30 + lengths.sum() + header)
+    if offset + size > Path(path).stat().st_size:
         raise OSError(f"{name} is cut short")
     return np.memmap(path, dtype, "r", offset, shape)
+
+
+def _header(file, name):
+    """(shape, whether it is in Fortran's order, dtype) of an array in .npy's format. Raises ValueError for nonsense."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"{name} is in version {version} of .npy's format, which has named fields; save it as plain numbers")
+    try:
+        return readers[version](file)
+    except Exception as error:  # of nonsense, Python's parser makes many kinds
+        raise ValueError(f"{name} has a header that is none ({(str(error) or type(error).__name__)[:200]})") from None
 
 
 def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray | Streamed]) -> None:

@@ -302,7 +302,8 @@ def content_hash(name: str, args: argparse.Namespace, data: Data) -> str:
     """A hash of what lies at the path that an argument gives; "" if it gives none, or data that say no more than names."""
     value = vars(args).get(name)
     if name in ("data_path", "latents"):
-        return (data.sample if name == "data_path" else data.names) if value else ""
+        known = data.names if vars(args).get("latents") else data.sample  # latents are of the images with their names alone
+        return known if value else ""
     path = Path(value or "")
     if not value or not path.exists():
         return ""

@@ -43,6 +43,7 @@ from checkpoints import (
     check_fits,
     checkpoint_path,
     clean_names,
+    is_state_dict,
     list_checkpoints,
     load_weights,
     prune_checkpoints,
@@ -60,6 +61,7 @@ from diffusion import create_diffusion
 from features import Team, load_extractor
 from limits import check_memory
 from models import DiT, DiT_models
+from process_marks import check_process
 from runs import (
     Data, FolderLock, Meter, RunLog, Start, StopSignals, comparable, disk_space, find_start, has_row, new_folder, run_id,
 )  # fmt: skip
@@ -295,7 +297,11 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
     if lacking or isinstance(contents["step"], bool) or contents["step"] < 0:
         raise ValueError(f"--resume {checkpoint}: its {', '.join(lacking) or 'step'} is no checkpoint's of train.py")
-    contents["emas"] = {decay: clean_names(tensors) for decay, tensors in averages(contents).items()}
+    check_process({name: contents.get(name) for name in ("args", "config", "process")}, f"--resume {checkpoint}")
+    emas = averages(contents)
+    if not all(map(is_state_dict, (contents["model"], contents["ema"], *emas.values()))):
+        raise ValueError(f"--resume {checkpoint}: its weights, or an average of them, are no state dict; it is damaged")
+    contents["emas"] = {decay: clean_names(tensors) for decay, tensors in emas.items()}
     for part in ("model", "ema"):
         contents[part] = clean_names(contents[part])
     check_design(state.network, contents["model"], f"--resume {checkpoint}")
@@ -580,7 +586,8 @@ def save(job: Job, must: bool) -> None:
     if failure:
         good = [str(path) for path in list_checkpoints(folder)[-1:]] or ["none"]
         stopping = must or args.on_save_error == "stop"
-        job.log(f"{failure}; the last good checkpoint is {good[0]}; {'stopping' if stopping else 'going on without'}")
+        then = "stopping; make room, and --resume auto goes on from there" if stopping else "going on without"
+        job.log(f"{failure}; the last good checkpoint is {good[0]}; {then}")
         if stopping:
             sys.exit(1)
     elif args.keep_last and not sound:

@@ -96,7 +96,10 @@ def add_evaluation_flags(add: Callable) -> None:
     add("--eval-every", type=int, metavar="N", help=scoring)
     add("--eval-samples", type=int, default=10_000, help="how many are sampled for a score (default: %(default)s)")
     add("--eval-reference", metavar="PATH", help="what they are compared with; as evaluate.py --reference")
-    features = "by which features; as evaluate.py --features (default: %(default)s)"
+    features = (
+        "by which features; as evaluate.py --features, so a TorchScript file, too, which is a program: trust where it comes "
+        "from (default: %(default)s)"
+    )
     add("--eval-features", default="inception", metavar="{inception,pixels,PATH}", help=features)
 
 

@@ -138,7 +138,7 @@ class TrainState:
                 for i, moments in saved["state"].items()
             }
             self.opt.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the optimizer's state is not of this network ({error!r})") from None
         for group, own in zip(self.opt.param_groups, settings, strict=True):
             group.update(own)
@@ -151,12 +151,18 @@ class TrainState:
             moments = self.opt.state.get(parameter, {})
             if any(getattr(moments.get(name), "shape", None) != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError(f"at step {step} its optimizer has no moments for some of the network's parameters")
-            counted = float(moments.get("step", 0))
+            counted = _as_number(moments.get("step"))
             if counted != min(good, MOST_COUNTED) if "bad_steps" in log else not 1 <= counted <= good:
                 raise ValueError(
                     f"its step is {step}, of which {step - good} were skipped, but its optimizer has counted {counted:.0f}; "
                     "these are parts of different checkpoints"
                 )
+
+
+def _as_number(value):
+    """A number, or a tensor of one number, as a float; 0 for anything else."""
+    one = isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1 and not value.is_complex())
+    return float(value) if one else 0.0
 
 
 def checked_log(contents: dict) -> dict:

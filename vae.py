@@ -4,10 +4,14 @@ Scale factor, downsampling ratio and channels are read from the autoencoder's ow
 project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents (N, C, H/ratio, W/ratio).
 """
 
-from contextlib import suppress
+import codecs
+from contextlib import contextmanager, suppress
 import hashlib
+import json
 import math
 from pathlib import Path
+import shutil
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -79,9 +83,8 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
         return PixelSpace()
     latent_shape(name)
     try:
-        autoencoder, info = AutoencoderKL.from_pretrained(
-            HUB_VAES.get(name, name), torch_dtype=torch.float32, output_loading_info=True
-        )
+        with _as_diffusers_reads_it(HUB_VAES.get(name, name)) as source:
+            autoencoder, info = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # diffusers, huggingface_hub and safetensors each raise their own kinds
         raise ValueError(_cannot_load(name, error)) from error
     if info["missing_keys"]:
@@ -94,6 +97,18 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
         raise ValueError(_cannot_load(name, error)) from error
     scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
+
+
+@contextmanager
+def _as_diffusers_reads_it(name):
+    """The name itself; of a folder whose config.json begins with a byte order mark, which diffusers refuses, that of a copy."""
+    if not _is_folder(name) or not (Path(name) / "config.json").read_bytes().startswith(codecs.BOM_UTF8):
+        yield name
+        return
+    with TemporaryDirectory() as temporary:
+        copy = Path(shutil.copytree(name, Path(temporary) / "vae"))
+        (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json")), encoding="utf-8")
+        yield str(copy)
 
 
 def _is_folder(name):

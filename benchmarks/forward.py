@@ -13,9 +13,10 @@ from functools import partial
 import torch
 
 from benchmarks.anchors import Plain, Twin
+from benchmarks.networks import random_network, twin_of
 from benchmarks.sides import LIMIT, RATIO, alternate, best_product, compare, device, table, write
 from devices import tf32
-from models import DiT, DiT_models
+from models import DiT_models
 from sampling import PRECISIONS, prepare
 from training import training_flops
 
@@ -39,25 +40,6 @@ def build_parser():
         help="models whose compiled side is left out; without a model: none (default: %(default)s, slow to compile on a CPU)",
     )
     return parser
-
-
-def random_network(name):
-    """The network with normal weights of standard deviation 0.05, that samples only, on the device."""
-    torch.manual_seed(0)
-    with device():
-        network = DiT_models[name]().eval().requires_grad_(False)
-        for parameter in network.parameters():
-            if parameter is not network.pos_embed:
-                torch.nn.init.normal_(parameter, std=0.05)
-    return network
-
-
-def twin_of(network):
-    """Another network of the same class that shares the tensors."""
-    with torch.device("meta"):
-        twin = DiT(**network.config)
-    twin.load_state_dict(network.state_dict(), assign=True)
-    return twin.eval().requires_grad_(False)
 
 
 @torch.no_grad()

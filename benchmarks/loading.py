@@ -38,16 +38,22 @@ def make_files(folder, count):
     """Random JPEG files in two class folders, and random moments in one file and in a file each."""
     source = np.random.default_rng(0)
     (folder / "apart").mkdir()
-    moments = source.standard_normal((count, 2, *MOMENTS), dtype=np.float32)
-    np.save(folder / "moments.npy", moments)
-    np.save(folder / "labels.npy", np.zeros(count, dtype=np.int64))
-    (folder / "manifest.json").write_text(json.dumps({"classes": None}))
+    moments = make_cache(folder, source, count)
     for i in range(count):
         path = folder / "images" / f"class{i % 2}" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = source.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((500, 375)).save(path, quality=90)
         np.save(folder / "apart" / f"{i:05d}.npy", moments[i])
+
+
+def make_cache(folder, source, count, dtype=np.float32):
+    """Random cached latents in the folder, as CachedLatents reads them: their moments (count, 2, 2, C, h, w)."""
+    moments = source.standard_normal((count, 2, *MOMENTS), dtype=np.float32).astype(dtype, copy=False)
+    np.save(folder / "moments.npy", moments)
+    np.save(folder / "labels.npy", np.zeros(count, dtype=np.int64))
+    (folder / "manifest.json").write_text(json.dumps({"classes": None}))
+    return moments
 
 
 class Apart(Dataset):

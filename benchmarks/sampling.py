@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 import torch
 
 from benchmarks.anchors import diffusers_twin
-from benchmarks.forward import random_network, twin_of
+from benchmarks.networks import random_network, twin_of
 from benchmarks.sides import LIMIT, RATIO, ROOT, alternate, best_product, compare, device, table, write
 from devices import tf32
 from models import DiT_models, Modulation
@@ -62,6 +62,13 @@ def pipeline(network, dtype):
     return pipe
 
 
+def draw_images(network, space, labels, sampler, steps, mixed_precision):
+    """Images uint8 (n, H, W, 3), on the CPU, of labels (n,) with guidance."""
+    options = dict(cfg_scale=GUIDANCE, cfg_channels="all", mixed_precision=mixed_precision)
+    drawing = Sampler(network, space, None, steps, sampler, **options)
+    return drawing.decode(drawing.numbered_latents(0, range(len(labels)), labels)).cpu()
+
+
 def peak(call):
     """The GiB that a GPU's allocator held at most during a call; None on a CPU."""
     if not torch.cuda.is_available():
@@ -80,23 +87,10 @@ def measure(args):
         prepare(one, args.mixed_precision, "compiled" in name)
     once(networks["computed once"], n)
     labels = torch.arange(n, device=device())
-
-    def sample(one):
-        sampler = Sampler(
-            one,
-            space,
-            None,
-            args.steps,
-            "ddim",
-            cfg_scale=GUIDANCE,
-            cfg_channels="all",
-            mixed_precision=args.mixed_precision,
-        )
-        return sampler.decode(sampler.numbered_latents(0, range(n), labels)).cpu()
-
+    how = "ddim", args.steps, args.mixed_precision
     pipe = pipeline(network, dtype)
     draws = dict(generator=torch.Generator(device()).manual_seed(0), output_type="np")
-    sides = {name: partial(sample, one) for name, one in networks.items()}
+    sides = {name: partial(draw_images, one, space, labels, *how) for name, one in networks.items()}
     sides["diffusers"] = partial(pipe, labels.tolist(), GUIDANCE, num_inference_steps=args.steps, **draws)
     for side in sides.values():
         side()

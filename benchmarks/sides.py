@@ -8,6 +8,7 @@ import itertools
 import json
 from pathlib import Path
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -64,10 +65,10 @@ def ratios(seconds, base):
     return found
 
 
-def best_product(dtype=torch.float32):
+def best_product(dtype=torch.float32, matrix_sides=None):
     """(a call that multiplies two square matrices, its operations): of the size at which this machine does most a second."""
     best = None
-    for n in PRODUCT_SIDES[: None if torch.cuda.is_available() else -1]:
+    for n in matrix_sides or PRODUCT_SIDES[: None if torch.cuda.is_available() else -1]:
         a, b = (torch.randn(n, n, device=device(), dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
 
@@ -104,18 +105,32 @@ def machine():
     cpu = next(
         (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine()
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     script = Path(sys.argv[0]).resolve()
     inside = script.relative_to(ROOT) if ROOT in script.parents else Path(script.name)
     program = ["-m", f"benchmarks.{script.stem}"] if script.parent == ROOT / "benchmarks" else [str(inside)]
     return {
         "date": str(date.today()), "cpu": cpu, "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "timm", "diffusers", "accelerate")},
-        "commit": commit, "command": " ".join(["python", *program, *sys.argv[1:]]),
+        **{name: version(name) for name in ("torch", "timm", "diffusers", "accelerate")},
+        "commit": commit(), "command": shlex.join(["python", *program, *sys.argv[1:]]),
     }  # fmt: skip
+
+
+def version(package):
+    """The version of an installed package, None for one that is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit():
+    """The commit of this checkout, None where git, or its folder, is missing."""
+    asked = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def table(rows, columns):
@@ -128,8 +143,13 @@ def table(rows, columns):
 
 def write(name, result):
     """Write benchmarks/results/DATE-NAME.json with the machine's description, and say so. A second of a day gets a number."""
-    RESULTS.mkdir(exist_ok=True)
-    names = (f"{date.today()}-{name}{'' if i == 1 else f'-{i}'}.json" for i in itertools.count(1))
-    path = next(RESULTS / one for one in names if not (RESULTS / one).exists())
+    path = free_path(name)
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def free_path(name):
+    """benchmarks/results/DATE-NAME.json, or with the first number that no file there has."""
+    RESULTS.mkdir(exist_ok=True)
+    names = (f"{date.today()}-{name}{'' if i == 1 else f'-{i}'}.json" for i in itertools.count(1))
+    return next(RESULTS / one for one in names if not (RESULTS / one).exists())

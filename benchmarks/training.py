@@ -15,7 +15,8 @@ from copy import deepcopy
 import torch
 
 from benchmarks.anchors import Plain, Twin
-from benchmarks.forward import COLUMNS, random_network
+from benchmarks.forward import COLUMNS
+from benchmarks.networks import random_network, trained
 from benchmarks.sides import LIMIT, RATIO, alternate, best_product, compare, device, table, write
 from devices import tf32
 from diffusion import create_diffusion
@@ -57,12 +58,6 @@ class PlainLoop:
         with torch.no_grad():
             for average, value in zip(self.ema.parameters(), self.network.parameters()):
                 average.mul_(0.9999).add_(value, alpha=1 - 0.9999)
-
-
-def trained(network):
-    """The network with gradients for all but its position table."""
-    network.requires_grad_(True).pos_embed.requires_grad_(False)
-    return network
 
 
 def measure(name, args):

@@ -91,7 +91,10 @@ def main(argv=None):
             images, texts = KINDS[args.kind](args, device)
     rows, columns = images.shape[:2]
     canvas = picture(images.reshape(-1, *images.shape[2:]), [text for row in texts for text in row], per_row=columns)
-    save(canvas, args.output, {key: value for key, value in vars(args).items() if key != "said"})
+    try:
+        save(canvas, args.output, {key: value for key, value in vars(args).items() if key != "said"})
+    except ValueError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     print(f"wrote {args.output}: {rows} rows of {columns} images")
 
 

@@ -13,6 +13,14 @@ from models import DiT  # noqa: E402
 SMALL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=10)
 
 
+def pytest_collection_modifyitems(items):
+    """Skip the tests that are marked as needing a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 def generator(seed=0):
     """A generator of the CPU with this seed."""
     return torch.Generator().manual_seed(seed)

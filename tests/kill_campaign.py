@@ -3,13 +3,15 @@
     python tests/kill_campaign.py --data-path demo/digits/train --output campaign --kills 100
 
 Kills hit from outside at a random moment of a random step, at a random byte of a checkpoint's write, and just before and
-after it gets its name; on one process and on two. Prints a line per kill and a summary; exits with 1 unless all survived.
+after it gets its name; on one process and on two, from images and from cached latents, with two averages, accumulated and
+clipped gradients. Prints a line per kill and a summary; exits with 1 unless all survived.
 The images are those of examples/digits/make_dataset.py.
 """
 
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +31,7 @@ from benchmarks.sides import machine  # noqa: E402
 RUN = [
     "--vae", str(ROOT / "examples/digits/vae"), "--model", "DiT-Ti/2", "--image-size", "32", "--num-classes", "10",
     "--no-flip", "--global-batch-size", "16", "--max-steps", "40", "--lr", "2e-3", "--ema-decay", "0.9", "0.5",
+    "--grad-accum", "2", "--grad-clip", "0.5",
     "--num-workers", "1", "--device", "cpu", "--log-every", "5", "--ckpt-every", "7", "--resume", "auto",
 ]  # fmt: skip
 STEPS, SAVES = 40, 6  # of such a run: its steps, and its checkpoints
@@ -182,16 +185,25 @@ def random_death(source):
     return {"at": at, "save": source.randint(1, SAVES - 1 if at == "after" else SAVES), "share": source.random()}
 
 
-def survive(context, data, folder, processes, death, source):
+def survive(context, data, folder, processes, death, source, run=RUN):
     """Start a run, have it killed, start it again; (the step it was killed after, its fingerprint)."""
-    started = start(context, data, folder, processes, death)
+    started = start(context, data, folder, processes, death, run)
     if death:
         step = die(started, folder)
     else:
         step = kill_at(started, folder, source.randint(1, STEPS - 2), source.uniform(0, 0.02))
     assert 0 < step <= STEPS
-    end(start(context, data, folder, processes), 0)
+    end(start(context, data, folder, processes, run=run), 0)
     return step, fingerprint(folder)
+
+
+def cache(data, folder):
+    """Latents of the digits, in a folder; returns it."""
+    import extract_latents
+
+    flags = ["--data-path", str(data), "--output", str(folder), "--image-size", "32", "--num-classes", "10", "--no-flip"]
+    extract_latents.main([*flags, "--vae", RUN[1], "--num-workers", "0", "--device", "cpu"])
+    return folder
 
 
 def main(argv=None):
@@ -205,21 +217,23 @@ def main(argv=None):
         parser.error(f"--output {args.output} exists already, or --data-path {args.data_path} does not")
     print(json.dumps(machine()), flush=True)
     context, source, survived, steps = launcher(), random.Random(args.seed), 0, []
-    wanted = {}
-    for processes in (1, 2):
-        end(start(context, args.data_path, args.output / f"alone-{processes}", processes), 0)
-        wanted[processes] = fingerprint(args.output / f"alone-{processes}")
-    for number in range(args.kills):
-        processes, death = 1 + number % 2, random_death(source)
+    wanted, runs = {}, {"images": RUN, "latents": [*RUN, "--latents", str(cache(args.data_path, args.output / "latents"))]}
+    for kind, processes in itertools.product(runs, (1, 2)):
+        folder = args.output / f"alone-{kind}-{processes}"
+        end(start(context, args.data_path, folder, processes, run=runs[kind]), 0)
+        wanted[kind, processes] = fingerprint(folder)
+    for number, (kind, processes) in zip(range(args.kills), itertools.cycle(wanted)):
+        death = random_death(source)
         folder = args.output / f"killed-{number:03d}"
-        step, found = survive(context, args.data_path, folder, processes, death, source)
-        survived += found == wanted[processes]
+        step, found = survive(context, args.data_path, folder, processes, death, source, runs[kind])
+        right = found == wanted[kind, processes]
+        survived += right
         steps.append(step)
         how = "from outside" if death is None else " ".join(map(str, death.values()))
         print(
-            f"{number:03d}: {processes} process(es), {how}, after step {step}: {found == wanted[processes]}", flush=True
+            f"{number:03d}: {kind}, {processes} process(es), {how}, after step {step}: {right}", flush=True
         )
-        if found == wanted[processes]:
+        if right:
             shutil.rmtree(folder)
     print(f"steps hit: {sorted(steps)}\nsurvived: {survived} of {args.kills}")
     return survived < args.kills

@@ -1,14 +1,20 @@
 """The page: what it draws, without a browser; and, with one, that people get what they ask for."""
 
+import asyncio
 from contextlib import contextmanager
 from dataclasses import replace
+import http.client
 from io import BytesIO
 import json
+import os
 from pathlib import Path
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -22,7 +28,8 @@ from models import DiT
 from pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from sampling import SOLVERS, Sampler, imagenet_names, load_sampler
 from vae import PixelSpace
-from visitors import Visitors
+import visitors
+from visitors import Gate, Visitors
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -98,7 +105,40 @@ def test_taken_and_impossible_ports_are_refused_with_what_to_do(capsys, with_gra
     assert f"--port {port} cannot be used (Address already in use)" in message and "pass another --port" in message
     app.check_address("127.0.0.1", port)  # free again
     assert "from 1 to 65535" in refusal(capsys, "--port", "70000")
-    assert "--host no.such.host.invalid" in refusal(capsys, "--host", "no.such.host.invalid")
+    for host in ("no.such.host.invalid", " ", "192.0.2.1", "a" * 80, ".."):
+        assert "cannot be used" in refusal(capsys, f"--host={host}")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6 here")
+def test_ipv6_addresses_are_taken_with_and_without_brackets():
+    for host in ("::1", "[::1]"):
+        app.check_address(host, free_port())
+
+
+def test_help_says_whom_a_host_lets_in(capsys):
+    with pytest.raises(SystemExit):
+        app.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.0.0.0 (::, with IPv6) lets in everybody who reaches this machine, without a password" in said
+    assert "ssh -L 7860:localhost:7860" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_the_page_with_their_code_and_clean_up(number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as left, app.ended_by_signals(), app.private_folder() as folder:
+        assert os.stat(folder).st_mode & 0o777 == 0o700 and os.environ["GRADIO_TEMP_DIR"] == folder
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert left.value.code == 128 + number and not os.path.exists(folder)
+    assert signal.getsignal(number) == before and "GRADIO_TEMP_DIR" not in os.environ
+
+
+def test_without_a_place_for_temporary_files_one_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="no place for temporary files .No such file or directory.; set"):
+        with app.private_folder():
+            pass
 
 
 def test_an_autoencoder_without_its_network_is_refused(capsys, with_gradio):
@@ -130,7 +170,48 @@ def test_choices_have_numbers_and_names(digits):
     assert app.class_choices(digits.network, digits.classes)[3] == ("3", 3)
 
 
+def test_names_that_no_encoding_holds_can_be_sent(digits):
+    choices = app.class_choices(DiT(**TINY, num_classes=3), ["\udcff", "two\nlines", "x" * 10**6])
+    assert json.dumps(choices, ensure_ascii=False).encode() and choices[1][0] == "1: two lines" and len(choices[2][0]) < 300
+
+
+@pytest.mark.parametrize("value", [
+    float("nan"), float("inf"), -float("inf"), 1e308, 10**400, True, None, "x" * 10**6, "\ud800", [1], {"path": "x"}, -1, [[1]],
+], ids=lambda value: repr(value)[:12])  # fmt: skip
+@pytest.mark.parametrize("place", range(6))
+def test_whatever_is_no_choice_is_refused_in_one_short_line(digits, place, value):
+    choices = [[7], 1, 1.5, "dpm++", STEPS, "0"]
+    if (place, value) == (0, [1]):
+        return
+    choices[place] = value
+    with pytest.raises(ValueError) as refused:
+        app.read_choices(digits, *choices)
+    message = str(refused.value)
+    assert len(message) < 200 and message.encode() and message.isprintable() and message[0].isupper()
+
+
+def test_classes_are_whole_numbers_and_no_booleans(digits):
+    for wrong in ([True], [0.0], [-1], ["1"], [None]):
+        with pytest.raises(ValueError, match="The classes are .*; give a list of whole numbers from 0 to 9"):
+            app.chosen_labels(wrong, 1, 10)
+
+
+def test_guidance_is_refused_for_a_network_without_a_null_class():
+    sampler = Sampler(DiT(**TINY, num_classes=3, class_dropout_prob=0), PixelSpace(), None)
+    assert app.read_choices(sampler, [0], 1, 1, "ddim", 5, "0")[1]["cfg_scale"] == 1
+    with pytest.raises(ValueError, match="Guidance is 2; it must be a number from 1 to 1"):
+        app.read_choices(sampler, [0], 1, 2, "ddim", 5, "0")
+
+
 # ---- drawing ----
+
+
+def test_drawing_ends_before_the_next_step_when_nobody_waits(quick):
+    asked = iter([True, True, False])
+    drawn = app.draw(quick, [1], 0, CPU, lambda: next(asked))
+    assert [next(drawn)[0], next(drawn)[0]] == [1, 2]
+    with pytest.raises(ValueError, match="Nobody waits for these images"):
+        next(drawn)
 
 
 def test_an_image_depends_on_its_class_the_seed_and_its_place_alone(quick):
@@ -191,7 +272,7 @@ def test_wrong_choices_are_value_errors(digits):
         (([], 1, 4.0, "dpm++", STEPS, "0"), "No class is chosen"),
         (([7], 2.5, 4.0, "dpm++", STEPS, "0"), "How many images is 2.5; it must be a whole number"),
         (([7], 1, 4.0, "dpm++", 3.5, "0"), "Steps is 3.5; it must be a whole number"),
-        (([7], 1, 4.0, "dpm++", 1000, "0"), "it must be from 1 to 999"),
+        (([7], 1, 4.0, "dpm++", 1000, "0"), "Steps is 1000; it must be a whole number from 1 to 999"),
         (([7], None, 4.0, "dpm++", STEPS, "0"), "How many images is None; it must be a whole number"),
         (([7], 1, None, "dpm++", STEPS, "0"), "Guidance is None"),
         (([7], 1, 4.0, "euler", STEPS, "0"), "The solver is 'euler'; it must be one of ddpm"),
@@ -234,6 +315,168 @@ def test_what_a_network_does_not_have_is_not_shown(gradio):
     unguided = DiT(**TINY, num_classes=3, class_dropout_prob=0)
     shown = shown_controls(Sampler(unguided, PixelSpace(), None)).keys()
     assert always | {"Classes"} <= shown and "Guidance" not in shown
+
+
+# ---- visitors ----
+
+CHOICES = [[0], 2, 1.5, "dpm++", STEPS, "0"]
+JSON = {"Content-Type": "application/json"}
+
+
+def at_the_gate(method, path, body=b"", chunk=2**16):
+    """(status of the answer, what the app behind the Gate was given) for a request."""
+    passed, answers = [], []
+    chunks = [body[i : i + chunk] for i in range(0, len(body), chunk)] or [b""]
+    messages = [{"type": "http.request", "body": part, "more_body": True} for part in chunks]
+    messages[-1]["more_body"] = False
+
+    async def behind(scope, receive, send):
+        passed.append((await receive())["body"] if scope["method"] == "POST" else b"")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        answers.append(message)
+
+    there = Visitors("/folder")
+    there.queue = SimpleNamespace(event_ids_to_events={}, pending_messages_per_session={"known"})
+    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"session_hash=known"}
+    asyncio.run(Gate(behind, there, function=3, inputs=6)(scope, receive, send))
+    return answers[0]["status"], passed, len(messages)
+
+
+@pytest.mark.parametrize(("method", "path"), [
+    ("POST", "/gradio_api/upload"), ("POST", "/upload"), ("POST", "//gradio_api/upload"), ("PUT", "/gradio_api/upload"),
+    ("POST", "/gradio_api/process_recording"), ("POST", "/gradio_api/component_server"), ("POST", "/gradio_api/run/respond"),
+    ("POST", "/gradio_api/api/respond"), ("POST", "/gradio_api/stream/1"), ("POST", "/login"), ("GET", "/monitoring"),
+    ("GET", "/gradio_api/proxy=http://other"), ("GET", "/gradio_api/file=http://other"),
+    ("GET", "/gradio_api/file=/etc/passwd"), ("GET", "/gradio_api/file=/folder/../etc/passwd"),
+    ("GET", "/gradio_api/deep_link"), ("GET", "/gradio_api/file/folder/a"),
+    ("GET", "/gradio_api/call/respond/nobody"), ("DELETE", "/"),
+])  # fmt: skip
+def test_what_the_page_has_no_use_for_is_refused_unread(method, path):
+    status, passed, unread = at_the_gate(method, path, b"x")
+    assert status in (403, 404) and not passed and unread == 1
+
+
+@pytest.mark.parametrize("path", [
+    "/", "/config", "/theme.css", "/assets/a.js", "/gradio_api/info", "/gradio_api/queue/data", "/gradio_api/heartbeat/abc",
+    "/gradio_api/file=/folder/a/image.webp", "/gradio_api/call/respond/known",
+])  # fmt: skip
+def test_what_the_page_needs_is_let_through(path):
+    assert at_the_gate("GET", path)[:2] == (200, [b""])
+
+
+def test_of_a_job_gradio_is_told_what_it_needs_and_no_files():
+    file = {"path": "http://other/", "meta": {"_type": "gradio.FileData"}}
+    asked = {"data": [[file, 1, [2]], file, None, "ddpm", 5, "0"], "session_hash": "abc", "batched": True, "event_data": 1}
+    status, passed, _ = at_the_gate("POST", visitors.CALL, json.dumps(asked).encode(), chunk=7)
+    told = json.loads(passed[0])
+    assert status == 200 and told.keys() == {"data", "session_hash", "fn_index"} and told["fn_index"] == 3
+    assert not any(isinstance(value, dict) for value in [*told["data"], *told["data"][0]])
+    assert told["data"][2:] == asked["data"][2:]
+    assert told["data"][0][1] == 1 and "http://other/" in told["data"][1]
+
+
+@pytest.mark.parametrize(("body", "status"), [
+    (b"", 422), (b"{", 422), (b"[]", 422), (b"null", 422), (b"[" * 100_000, 422), (b"9" * 5000, 422), (b"\xff", 422),
+    (json.dumps({"data": CHOICES[1:]}).encode(), 422), (json.dumps({"data": CHOICES, "session_hash": "\ud800"}).encode(), 422),
+    (b" " * (visitors.LARGEST_BODY + 1), 413), (json.dumps({"data": CHOICES}).encode(), 200),
+], ids=lambda value: repr(value)[:12])  # fmt: skip
+def test_requests_that_are_none_do_not_reach_gradio(body, status):
+    answered, passed, _ = at_the_gate("POST", visitors.JOIN, body)
+    assert (answered, len(passed)) == (status, status == 200)
+
+
+def test_the_oldest_pictures_go_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(visitors, "MOST_KEPT", 250)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{i}.png", (i, i))
+    Visitors(str(tmp_path)).tidy()
+    assert sorted(os.listdir(tmp_path)) == ["2.png", "3.png"]
+
+
+class Slow(PixelSpace):
+    """Pixels that take a moment to be shown."""
+
+    def decode(self, latents):
+        time.sleep(0.02)
+        return super().decode(latents)
+
+
+@pytest.fixture(scope="module")
+def live():
+    """(port, folder) of a page in this process, with a small network of random weights."""
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
+    network = fill_randomly(DiT(**TINY, num_classes=3)).eval().requires_grad_(False)
+    port = free_port()
+    sampler, args = Sampler(network, Slow(), None), arguments("--port", str(port))
+    with app.private_folder() as folder, app.served(sampler, args, CPU, folder):
+        yield port, Path(folder)
+    assert not Path(folder).exists()
+
+
+def request(port, method, path, body=None):
+    """(status, content) of an answer to the end."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), JSON)
+    with connection.getresponse() as answer:
+        return answer.status, answer.read()
+
+
+def ask(port, choices):
+    """The status of the answer to a request for images, and what its job is called."""
+    status, content = request(port, "POST", visitors.CALL, {"data": choices})
+    return status, json.loads(content).get("event_id")
+
+
+def listen(port, job):
+    """The last event of a job, as (name, data)."""
+    _, content = request(port, "GET", f"{visitors.CALL}/{job}")
+    *_, name, data = content.decode().strip().splitlines()
+    return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def test_a_visitor_gets_a_picture_and_cannot_leave_a_byte(live):
+    port, folder = live
+    name, (status, shown, strip, download) = listen(port, ask(port, CHOICES)[1])
+    assert name == "complete" and status == "Seed 0"
+    for picture in (shown, strip, download["value"]):
+        code, content = request(port, "GET", f"{visitors.FILE}{picture['path']}")
+        assert code == 200 and Image.open(BytesIO(content)).format == "PNG"
+    before = sorted(folder.rglob("*"))
+    assert request(port, "POST", "/gradio_api/upload", b'--x\r\nContent-Disposition: form-data; name="files"')[0] == 403
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_nonsense_is_one_readable_error_over_the_api(live, capfd):
+    port, _ = live
+    for place, value in [(2, float("nan")), (1, 1e308), (4, True), (0, [[1]]), (0, {"path": "/etc/passwd"}), (5, "x" * 10**6)]:
+        name, data = listen(port, ask(port, [*CHOICES[:place], value, *CHOICES[place + 1 :]])[1])
+        assert name == "error" and len(data["error"]) < 200 and data["error"][0].isupper()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_jobs_of_those_who_left_make_room(live, monkeypatch):
+    port, _ = live
+    monkeypatch.setattr(visitors, "PATIENCE", 0.5)
+    endless = [[0], 16, 1.5, "ddpm", 1000, "0"]
+    accepted = sum(ask(port, endless)[0] == 200 for _ in range(25))
+    assert 1 <= accepted <= app.MOST_WAITING + 1
+    time.sleep(0.6)
+    began = time.monotonic()
+    assert listen(port, ask(port, CHOICES)[1])[0] == "complete" and time.monotonic() - began < 5
+
+
+def test_a_visitor_has_a_few_jobs_at_a_time(live, monkeypatch):
+    port, _ = live
+    monkeypatch.setattr(visitors, "PATIENCE", 0.5)
+    asked = {"data": [[0], 16, 1.5, "ddpm", 1000, "0"], "session_hash": "greedy"}
+    statuses = [request(port, "POST", visitors.JOIN, asked)[0] for _ in range(visitors.MOST_EACH + 1)]
+    assert statuses == [200] * visitors.MOST_EACH + [429]
 
 
 # ---- the page in a browser ----
@@ -408,3 +651,19 @@ def test_a_thousand_names_are_searched_and_a_solver_sets_its_steps(tmp_path, vis
         settings = json.loads(downloaded(page, 0)[1].text["settings"])
         assert settings["class_labels"] == [207, 88, 7, 207]
         assert (settings["sampler"], settings["num_sampling_steps"]) == ("ddpm", 5)
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_a_page_that_is_drawing(tmp_path):
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
+    port = free_port()
+    with open(tmp_path / "log.txt", "w") as log:
+        page = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"], stdout=subprocess.PIPE, stderr=log,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )  # fmt: skip
+    assert b"the page is at" in page.stdout.readline() and list(tmp_path.glob("dit-page-*"))
+    assert ask(port, [[0], 16, 1.5, "ddpm", 1000, "0"])[0] == 200
+    page.send_signal(signal.SIGINT)
+    assert page.wait(30) == 130
+    assert (tmp_path / "log.txt").read_text() == "" and not list(tmp_path.glob("dit-page-*"))

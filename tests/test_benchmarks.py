@@ -1,14 +1,24 @@
 """The benchmarks: that each runs and says where, that sides do the same work, and that documents show the committed numbers."""
 
+import importlib
+import inspect
 import json
+import os
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import depth, forward, loading, plot_solvers, process, sampling, sides, solvers, training
+from benchmarks import (
+    depth, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading, plot_solvers,
+    process, sampling, sides, solvers, training,
+)  # fmt: skip
 from benchmarks.anchors import Plain, Twin
+from benchmarks.networks import TINY, random_network, trained
 from conftest import ROOT, small_dit
 from models import DiT
+from training import Recipe, new_state
 
 
 @pytest.fixture
@@ -119,3 +129,306 @@ def test_every_setting_is_scored_on_2000_samples():
     assert found["samples"] == 2000
     assert {f"{setting}, seed 0" for setting in solvers.SETTINGS} <= found["scores"].keys()
     assert sum(name.startswith(f"{solvers.BASE}, seed") for name in found["scores"]) == 2
+
+
+# ---- everything on a GPU ----
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_each_part_is_a_function_that_takes_its_sizes(name):
+    part = gpu.PARTS[name]
+    signature = inspect.signature(getattr(importlib.import_module(part.module), part.function))
+    for sizes in (part.sizes, part.tiny):
+        signature.bind("report", **sizes)
+        assert json.loads(json.dumps(sizes)) == sizes  # an order is a line of JSON
+
+
+def test_a_run_of_one_part_is_written_with_the_machine_and_as_dry(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main(["--parts", "limits", "--dry-run", "--output", str(tmp_path / "a.json")])
+    result = json.loads((tmp_path / "a.json").read_text())
+    found = result["parts"]["limits"]["found"]
+    assert result["dry_run"] and result["machine"]["torch"] and list(result["parts"]) == ["limits"]
+    assert result["parts"]["limits"]["status"] == "done" and found["copy_terabytes_per_second"] > 0
+    assert min(found["teraflops_per_second"].values()) > 0
+    assert [goal["met"] for goal in result["goals"]] == [None] * 6
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.long
+def test_a_dry_run_does_every_part(tmp_path):
+    path = tmp_path / "a.json"
+    gpu.main(["--dry-run", "--output", str(path)])
+    result = json.loads(path.read_text())
+    assert list(result["parts"]) == list(gpu.PARTS)
+    for name, part in result["parts"].items():
+        assert part["status"] in ("done", gpu_worker.STOPPED) and not part.get("failed"), (name, part)
+        assert part["found"], name
+    parts = {name: part["found"] for name, part in result["parts"].items()}
+    for name in ("training DiT-XL/2", "training DiT-B/2", "training DiT-S/2"):
+        assert parts[name]["sides"].keys() == gpu_training.SIDES.keys()
+    every = {*gpu_sampling.OURS, gpu_sampling.DIFFUSERS}
+    assert parts["sampling DiT-XL/2"]["DDIM 3"].keys() == parts["sampling DiT-XL/2"]["dpm++ 2"].keys() == every
+    assert parts["exactness"]["differences"]["float32, DDIM 3"]["largest"] == 0
+    if not torch.cuda.is_available():
+        assert parts["tests"]["collected"] == parts["tests"]["skipped"] > 4
+    one = parts["one process"]["loss_of_the_first_step"]
+    assert one["DDP"] == pytest.approx(one["bare"]) and one["FSDP2"] == pytest.approx(one["bare"])
+    assert parts["scaling"]["preset"] == "tiny" and parts["scaling"]["finished"] >= 0
+    for section in gpu_tables.SECTIONS.values():  # and what a GPU's would be is shown
+        assert "tiny" not in section((path, result)) and "eager" in gpu_tables.training_section((path, result))
+
+
+FAKE = """
+import os, subprocess, sys, time
+def hangs(report):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report.set(child=child.pid)
+    time.sleep(600)
+def dies(report):
+    report.set(so_far=1)
+    os._exit(3)
+"""
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and is not yet waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="processes are looked for in /proc")
+def test_a_part_that_hangs_is_cut_with_its_children_and_one_that_dies_is_told(tmp_path, monkeypatch):
+    (tmp_path / "fake_parts.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    workers = {name: gpu.Worker("fake_parts") for name in ("hangs", "dies")}
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(gpu, "time", clock)
+
+    def changed(report):
+        if "child" in report["found"]:
+            clock.monotonic = lambda: float("inf")  # the limit, just after it reported something
+
+    reports = {}
+    for name in ("dies", "hangs"):
+        order = {"name": name, "function": name, "sizes": {}, "path": str(tmp_path / name), "seconds": 60}
+        reports[name] = workers[name].follow(order, 60, changed)
+    child = reports["hangs"]["found"]["child"]
+    assert reports["dies"] == {"status": "error", "error": "its process ended with 3", "found": {"so_far": 1}}
+    assert reports["hangs"]["status"] == "killed at its time limit" and alive(child)
+    for worker in workers.values():
+        worker.end()
+    for _ in range(100):
+        if not alive(child):
+            break
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_a_part_that_raises_and_one_that_lacks_a_library_say_so(tmp_path):
+    def raises(report, what):
+        report.set(half=1)
+        gpu_worker.attempt(report, "a piece", int, "x")
+        raise what
+
+    def end(what):
+        report = gpu_worker.Report(tmp_path / "report.json", 60)
+        gpu_worker.run(report, raises, {"what": what})
+        return json.loads((tmp_path / "report.json").read_text())
+
+    error, missing = end(torch.OutOfMemoryError("no room")), end(ModuleNotFoundError("no", name="diffusers"))
+    assert error["status"] == "error" and error["error"] == "OutOfMemoryError: no room" and error["found"] == {"half": 1}
+    assert error["failed"] == {"a piece": "ValueError: invalid literal for int() with base 10: 'x'"}
+    assert (missing["status"], missing["why"]) == ("left out", "diffusers is not installed")
+    assert end(SystemExit("a door refused"))["error"] == "SystemExit: a door refused"
+
+
+def test_a_part_without_time_for_another_round_ends_with_what_it_has():
+    report, shown, order = gpu_worker.Report(None, 0), [], []
+    sides = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = gpu_worker.take_turns(report, sides, 5, lambda seconds: shown.append(1), ready=order.append)
+    assert order == ["a", "a", "b", "b"] and len(shown) == len(seconds["a"]) == 1
+    assert report.outcome == {"status": gpu_worker.STOPPED}
+    in_time = gpu_worker.Report(None, 60)
+    assert len(gpu_worker.take_turns(in_time, sides, 5, lambda seconds: None)["b"]) == 5
+    assert in_time.outcome == {"status": "done"} and "".join(order[4:]) == "abbaabbaab"
+
+
+def deadlines(minutes, dry, *names):
+    run = SimpleNamespace(args=SimpleNamespace(minutes=minutes, parts=names), dry=dry, began=100.0)
+    return [gpu.Run.deadline(run, name) for name in names]
+
+
+def test_a_part_may_take_its_share_and_what_earlier_ones_left():
+    shares = [part.share for part in gpu.PARTS.values()]
+    assert sum(shares) == 480  # seconds of the default
+    found = deadlines(8, False, *gpu.PARTS)
+    assert found == pytest.approx([100 + sum(shares[: i + 1]) for i in range(len(shares))])
+    assert deadlines(1, False, "loader", "one process") == pytest.approx([100 + 60 * 15 / 33, 160])
+    assert deadlines(1, True, "loader", "one process") == [160, 160]
+
+
+@pytest.mark.parametrize("fixed, each, most, want", [
+    (20e9, 5e8, 512, 144),  # (100·0.92 - 20) / 0.5
+    (20e9, 5e8, 64, 64),
+    (60e9, 19e8, 512, 16),  # the second of the two small ones does not fit
+])  # fmt: skip
+def test_a_batch_is_found_by_memory(fixed, each, most, want):
+    tried = []
+
+    def peak(batch):
+        tried.append(batch)
+        if fixed + each * batch > 100e9:
+            raise torch.OutOfMemoryError
+        return fixed + each * batch
+
+    assert gpu_training.batch_that_fits(peak, 100e9, most) == want and len(tried) <= 3
+
+
+def test_a_batch_that_does_not_fit_after_all_becomes_smaller():
+    def peak(batch):
+        if batch > 100:
+            raise torch.OutOfMemoryError
+        return batch
+
+    assert gpu_training.batch_that_fits(peak, 1000, 512) == 96
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_training.fitting(lambda batch: peak(1000), 64)
+
+
+def test_the_sides_of_training_share_a_state_whose_switches_they_set():
+    state = new_state(trained(random_network(TINY)), Recipe())
+    state.network.to("cpu")
+    called = []
+    blocks = [lambda *args, block=block: called.append(block) or block._call_impl(*args) for block in state.network.blocks]
+    eager, compiled = gpu_training.Steps(state), gpu_training.Steps(state, blocks, checkpointing=True)
+    for side in (eager, compiled):
+        side.resize(2)
+    eager.ready()
+    assert not called and not state.network.grad_checkpointing
+    compiled.ready()
+    assert called and state.network.grad_checkpointing
+    begun = len(called)
+    eager.ready()
+    eager()
+    assert len(called) == begun and state.step == 3 + gpu_training.STEPS
+    eager.latents.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        eager.ready()
+
+
+def test_values_read_back_in_a_step_are_counted():
+    report = gpu_worker.Report(None, 60)
+    report.set(counted_per_step={})
+
+    def call(steps):
+        torch.ones(3).sum().item()  # before the steps, and not of them
+        for _ in range(steps):
+            torch.ones(3).sum().item() + torch.ones(3).sum().item()
+
+    gpu_sampling.count_steps(report, "sampling", call)
+    assert report.found["counted_per_step"]["sampling"] == {"aten::_local_scalar_dense": 2, "aten::item": 2}
+    gpu_sampling.count_steps(report, "nothing", lambda steps: None)
+    assert report.found["counted_per_step"]["nothing"] == {}
+
+
+def sampled(compiled, theirs):
+    """What a part of sampling may have found."""
+    figures = {"compiled, bf16": compiled, "bf16": 0.6 * compiled, "diffusers, bf16": theirs}
+    sides = {name: {gpu_tables.IMAGES: value, gpu_tables.SHARE: value / 20} for name, value in figures.items()}
+    return {"status": "done", "found": {"DDIM 50": sides}}
+
+
+def test_goals_are_met_missed_or_not_measured():
+    figures = {gpu_tables.IMAGES: 520.0, gpu_tables.SHARE: 0.44, "batch": 160, gpu_tables.MEMORY: 70.0}
+    parts = {
+        "training DiT-XL/2": {"status": "done", "found": {"sides": {"eager": figures}}},
+        "sampling DiT-XL/2": sampled(12.0, 5.0),
+    }
+    found = {goal["goal"]: (goal["figure"], goal["met"]) for goal in gpu_tables.goals(parts)}
+    assert found["training DiT-XL/2, images per second"] == (520, True)
+    assert found["training DiT-XL/2, share of the limit"] == (0.44, False)
+    assert found["sampling DiT-XL/2, DDIM 50, times diffusers"] == (2.4, True)
+    assert found["sampling DiT-XL/2, DDIM 50, share of the limit"] == (0.6, True)
+    assert found["sampling DiT-XL/2, dpm++ 20, times diffusers"] == (None, None)
+    parts["sampling DiT-XL/2"]["found"]["DDIM 50"] = {"diffusers, bf16": {gpu_tables.IMAGES: 5.0, gpu_tables.SHARE: 0.9}}
+    assert {goal["met"] for goal in gpu_tables.goals(parts) if "DDIM" in goal["goal"]} == {None}  # diffusers' is not ours
+
+
+def test_sections_show_what_was_measured_and_say_what_was_not(tmp_path):
+    parts = {"sampling DiT-XL/2": sampled(12.0, 5.0)}
+    result = {"machine": {"gpu": "A GPU", "torch": "2.11.0"}, "parts": parts, "goals": gpu_tables.goals(parts)}
+    text = gpu_tables.sampling_section((tmp_path / "2030-01-02-gpu.json", result))
+    assert "| DDIM 50 | compiled, bf16 | 12 | 0.6 |" in text and "| dpm++ 20 | not measured | not measured |" in text
+    assert "times diffusers: 2.4, met (goal: at least 2)" in text and "2030-01-02-gpu.json" in text
+    assert "Tests that need a GPU: not measured." in text
+    assert "| DiT-S/2 | not measured |" in gpu_tables.training_section((tmp_path / "2030-01-02-gpu.json", result))
+
+
+def test_the_newest_result_is_that_of_the_latest_day_and_number_and_no_dry_run(tmp_path):
+    assert gpu_tables.newest(tmp_path) is None
+    for name, dry in (("2030-01-02-gpu-2", False), ("2030-01-02-gpu-10", False), ("2030-01-01-gpu-30", False),
+                      ("2030-01-03-gpu", True), ("2030-01-04-gpu-dry-run", False), ("2030-01-05-loading", False)):  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps({"dry_run": dry}))
+    assert gpu_tables.newest(tmp_path)[0].name == "2030-01-02-gpu-10.json"
+
+
+@pytest.mark.parametrize("name, section", gpu_tables.SECTIONS.items())
+def test_documents_show_the_newest_result_of_a_gpu(name, section):
+    text, found = (ROOT / name).read_text(), gpu_tables.newest()
+    assert text.count(gpu_tables.BEGIN) == text.count(gpu_tables.END) == 1
+    assert gpu_tables.with_section(text, section(found)) == text, "python -m benchmarks.gpu --tables brings it up to date"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--minutes", "nan"], "--minutes is nan; it must be above 0 and at most 1440"),
+    (["--minutes", "0"], "--minutes is 0; it must be above 0"),
+    (["--minutes", "1e9"], "--minutes is 1e+09; it must be above 0"),
+    (["--parts", "tests", "tests"], "--parts has a part twice"),
+    (["--parts", "test"], "invalid choice: 'test'"),
+    (["--output", "pyproject.toml"], "--output pyproject.toml exists, and no result is overwritten"),
+    (["--output", "nowhere/a.json"], "there is no folder nowhere; make it first"),
+])  # fmt: skip
+def test_what_a_run_cannot_be_is_refused_before_it_begins(flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(flags)
+    assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_test_that_needs_a_gpu_has_its_mark():
+    """A skip of its own would hide it from benchmarks.gpu."""
+    marked, needle = [], "needs a" + " GPU"
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text()
+        assert f'reason="{needle}"' not in text, path.name
+        marked += gpu_commands.MARKED.findall(text)
+    assert len(marked) >= 4
+
+
+def outcome(**values):
+    """A report of pytest on a test."""
+    return SimpleNamespace(**{"nodeid": "tests/a.py::b", "when": "call", "longrepr": None, **values})
+
+
+def test_tests_are_counted_once_and_failures_named():
+    report = gpu_worker.Report(None, 60)
+    recorder = gpu_commands.Recorder(report)
+    recorder.pytest_collection_finish(SimpleNamespace(items="abcd"))
+    recorder.pytest_collectreport(SimpleNamespace(failed=True, nodeid="tests/d.py", longrepr="no library"))
+    for one in (
+        outcome(when="setup", outcome="passed"), outcome(outcome="passed"), outcome(when="teardown", outcome="passed"),
+        outcome(nodeid="tests/b.py::c", outcome="failed", longrepr="1 is not 2"),
+        outcome(nodeid="tests/c.py::d", when="setup", outcome="skipped", longrepr=("c.py", 1, "Skipped: no library")),
+        outcome(nodeid="tests/e.py::f", outcome="passed"),
+        outcome(nodeid="tests/e.py::f", when="teardown", outcome="failed", longrepr="it left something"),
+    ):  # fmt: skip
+        recorder.pytest_runtest_logreport(one)
+    found = report.found
+    assert [found[kind] for kind in gpu_tables.KINDS] == [4, 1, 2, 1]
+    assert found["failures"] == {"d.py": "no library", "b.py::c": "1 is not 2", "e.py::f": "it left something"}
+    assert found["reasons"] == {"c.py::d": "Skipped: no library"}
+    assert gpu.went_wrong({"status": "done", "found": found}) and not gpu.went_wrong({"status": "left out"})

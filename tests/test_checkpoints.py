@@ -4,6 +4,7 @@ import collections
 from contextlib import nullcontext
 import datetime
 import decimal
+import errno
 import functools
 import json
 import os
@@ -550,6 +551,7 @@ def test_fitting_weights_pass():
     (lambda t: t.update({"3.bias": torch.ones(2)}), "3.bias is not in the network"),
     (lambda t: t.update({"2.weight": torch.ones(2, 4)}), r"2.weight is \(2, 4\), wanted \(4, 2\)"),
     (lambda t: t.update({"2.bias": torch.ones(1, 4)}), r"2.bias is \(1, 4\), wanted \(4,\)"),
+    (lambda t: t.update({"2.bias": torch.ones(4).int()}), "2.bias is of torch.int32, wanted floating point"),
 ])  # fmt: skip
 def test_each_misfit_is_named(change, says):
     tensors = dict(network().state_dict())
@@ -608,6 +610,47 @@ def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch, name, before)
     SAVES[name](path)  # what the failure left behind is not in the way
     assert sorted(load_weights(path).tensors) == sorted(state_dict())
     assert os.listdir(path.parent) == [name]
+
+
+@pytest.mark.parametrize("name", ["0" * 252 + ".pt", "é" * 121 + ".safetensors"])
+def test_a_name_as_long_as_may_be_is_written(tmp_path, name):
+    SAVES["0000009.pt" if name.endswith(".pt") else "a.safetensors"](tmp_path / name)
+    assert os.listdir(tmp_path) == [name] and load_weights(tmp_path / name).tensors
+
+
+@pytest.mark.parametrize("path, says", [("x" * 256, "File name too long"), ("a\0b", "null"), ("file/x", "Not a directory")])
+def test_paths_that_no_file_can_have(tmp_path, path, says):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"is no name for a file or folder .*{says}.*; give another"):
+        load_weights(tmp_path / path)
+
+
+@pytest.mark.parametrize("number, fails", [
+    (errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EACCES, False), (errno.EIO, True),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch, number, fails):
+    """As on Windows and some network disks; a file that cannot is one."""
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, "refused")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="refused") if fails else nullcontext():
+        save_checkpoint(tmp_path / "a.pt", ours())
+    assert os.listdir(tmp_path) == ["a.pt"]
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "refused")))
+    with pytest.raises(OSError, match=f"refused: '{tmp_path}/b.pt'"):
+        save_checkpoint(tmp_path / "b.pt", ours())
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_a_split_checkpoint_of_torch_distributed_is_called_that(tmp_path):
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(ValueError, match="split over files; make one file of it: python -m torch.distributed.checkpoint"):
+        load_weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", SAVES)

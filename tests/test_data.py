@@ -4,6 +4,7 @@ from functools import partial
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_links_back_are_not_followed_and_others_are(tmp_path, num_classes):
     assert relative(listing, tmp_path / "data") == ["a/1.png", "b/2.png", "b/a/1.png", "c/3.png"]
     assert listing.labels == ([0, 1, 1, 2] if num_classes else [0] * 4)
     assert "left out 3 links back to a folder above" in listing.notes[0]
+
+
+def test_a_folder_as_deep_as_paths_go_and_links_to_themselves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    for depth in range(1, 1500):  # makedirs goes by recursion
+        os.mkdir(os.path.join("data", *["a"] * depth))
+    (tmp_path / "data/a/loop").symlink_to("loop")
+    (tmp_path / "data/a/loop.png").symlink_to("loop.png")
+    assert relative(list_images("data", 0), "data") == ["a/loop.png"]
+    subprocess.run(["rm", "-rf", "data"], check=True)  # which Python cannot
 
 
 def test_what_else_is_left_out_is_counted(tmp_path):
@@ -539,7 +551,7 @@ def block(path):
 
 
 def test_a_worker_that_was_killed_is_said_and_not_waited_for():
-    with pytest.raises(LoaderFailed, match=r"DataLoader worker \(pid.*memory is short.*fewer --num-workers"):
+    with pytest.raises(LoaderFailed, match=r"DataLoader worker .*memory is short.*fewer --num-workers"):
         list(walk(kill_myself))
 
 

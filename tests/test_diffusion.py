@@ -840,3 +840,20 @@ def test_variances_keep_their_digits_in_float32():
     _, variance, _ = d.q_mean_variance(x, t)
     exact = torch.from_numpy(1 - d.alphas_cumprod[:3])
     torch.testing.assert_close(variance[:, 0, 0, 0].double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", ["float32", "as the network"])
+def test_a_network_in_half_precision_learns_and_samples(dtype, given):
+    """The coefficients are float32, and so is x_t whatever the images are; the network gets it as it can take it."""
+    process, halves = create_diffusion("10"), small_dit().to(dtype)
+    x, noise = (randn(2, 4, 8, 8).to(torch.float32 if given == "float32" else dtype) for _ in range(2))
+    t, y = torch.tensor([0, 9]), dict(y=torch.tensor([0, 1]))
+    with torch.no_grad():
+        losses = process.training_losses(halves, x, t, y, noise)
+        full = process.training_losses(halves.float(), x.float(), t, y, noise.float())
+        halves.to(dtype)
+        for loop in (process.p_sample_loop, process.ddim_sample_loop):
+            assert loop(halves, x.shape, noise, model_kwargs=y).isfinite().all()
+    for name, loss in losses.items():
+        assert torch.allclose(loss.float(), full[name], rtol=0.05, atol=0.05)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ import evaluate
 from features import load_extractor
 import image_sets
 from image_sets import open_array, open_side, write_npz
+import metrics
 from test_metrics import exponential_divergence, shares
 
 CLASSIFIER = str(ROOT / "examples" / "digits" / "classifier")
@@ -208,7 +210,7 @@ def test_an_unfinished_folder_of_samples_is_refused(sets, capsys, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({"decides": {"num_fid_samples": 6}}))
     err = refused(capsys, "--samples", folder, "--reference", sets / "real", "--features", "pixels")
     assert "holds 5 images, its manifest.json says 6: give the same sample_ddp.py command again" in err
-    (folder / "manifest.json").write_text("[]")
+    (folder / "manifest.json").write_text("[" * 100_000)
     run(capsys, "--samples", folder, "--reference", sets / "real", "--features", "pixels")
 
 
@@ -293,8 +295,13 @@ def test_unequal_and_colourless_images_are_named(sets, capsys, tmp_path):
     ({"arr_0": np.zeros((5, 8, 0, 3), np.uint8)}, "wanted are images, uint8 (N, H, W, 3)"),
     ({"arr_0": np.zeros((5, 9, 9, 3), np.uint8)}, "has 243 features in its images, samples have 192 by --features pixels"),
     ({"mu": np.ones(192), "arr_0": np.zeros((5, 8, 8, 3), np.uint8)}, "it has mu or sigma alone; wanted are both"),
+    ({"mu": np.ones(0), "sigma": np.ones((0, 0))}, "mu has the shape (0,)"),
+    ({"mu": np.array(["x"] * 3), "sigma": np.eye(3)}, "mu is <U1, sigma float64; wanted are floating-point"),
+    ({"arr_0": np.zeros((5, 8, 8, 3), np.uint8), "arr_1": np.zeros(4)}, "5 images and arr_1, their labels, the shape (4,)"),
+    ({"arr_0": np.zeros((5, 8, 8, 3), np.uint8), "arr_1": np.zeros(())}, "5 images and arr_1, their labels, the shape ()"),
+    ({"arr_0": np.zeros((1, 1, 20_000, 3), np.uint8)}, "images of 20000x1; at most 16384 pixels a side"),
     ({"mu": np.ones(192), "sigma": -np.eye(192)}, "sigma has variances below 0, so it is no covariance"),
-    ({"arr_0": np.array([{}], object)}, "Object arrays cannot be loaded"),
+    ({"arr_0": np.array([{}], object)}, "arr_0 holds Python objects, which are not read"),
 ])  # fmt: skip
 def test_references_that_cannot_be_used(sets, capsys, tmp_path, arrays, message):
     np.savez(tmp_path / "r.npz", **arrays)
@@ -324,6 +331,72 @@ def test_a_changed_byte_in_an_npz_is_noticed(sets, capsys, tmp_path, save):
     (tmp_path / "r.npz").write_bytes(content)
     err = refused(capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features", "pixels")
     assert "arr_0.npy is damaged; fetch or make it again" in err or "cannot be read as an .npz" in err
+
+
+HEADER = "{{'descr': '{0}', 'fortran_order': {1}, 'shape': {2}, }}"
+
+
+@pytest.mark.parametrize("header, message", [
+    (HEADER.format("|u1", False, (10**12, 8, 8, 3)), "arr_0 is cut short, or its header is wrong"),
+    (HEADER.format("|u1", True, (10**12, 8, 8, 3)), "arr_0 is cut short, or its header is wrong"),
+    (HEADER.format("|u1", False, (-5, 8, 8, 3)), "arr_0 is cut short, or its header is wrong"),
+    (HEADER.format("|u1", False, (2**62, 2**62, 8, 3)), "arr_0 is cut short, or its header is wrong"),
+    (HEADER.format("|O", False, (5, 8, 8, 3)), "arr_0 holds Python objects"), (HEADER.format("|V0", False, ()), "arr_0"),
+    (HEADER.format("nonsense", False, (5,)), "arr_0 has a header that is none"), ("5", "arr_0 has a header that is none"),
+    (HEADER.format("|u1", False, "(" * 5000), "arr_0 has a header that is none"), ("[" * 9000, "arr_0 has a header that is"),
+    (HEADER.format("|u1", False, "(5, 'x', 1.5)"), "arr_0 has a header that is none"), ("", "arr_0 has a header that is none"),
+    (HEADER.format("|u1", 5, (5, 8, 8, 3)), "arr_0 has a header that is none"), ("x" * 60_000, "arr_0 has a header"),
+])  # fmt: skip
+@pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_headers_of_arrays_that_are_nonsense(tmp_path, header, message, packed):
+    data = header.encode() + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(data).to_bytes(2, "little") + data + bytes(5 * 8 * 8 * 3)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", packed) as archive:
+        archive.writestr("arr_0.npy", content)
+    with pytest.raises(ValueError, match=f"--samples {tmp_path}/a.npz.*{message}"):
+        open_side(tmp_path / "a.npz", "--samples")
+
+
+def test_archives_that_are_traps_or_of_other_forms(tmp_path, monkeypatch):
+    def refuses(message):
+        with pytest.raises(ValueError, match=f"--samples {tmp_path}/a.npz.*{message}"):
+            open_side(tmp_path / "a.npz", "--samples")
+
+    monkeypatch.setattr(image_sets, "SMALL", 1000)
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((5000, 8, 8, 3), np.uint8))
+    refuses("arr_0.npy has 960,128 bytes, packed in")
+    for name in ("arr_0", "../arr_0.npy", "arr_0.npy/"):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.writestr(name, b"")
+        refuses("cannot be read as an .npz|wanted is arr_0")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x03\x00\x00\x00\x00\x00")
+    refuses("arr_0 is in version .3, 0. of .npy's format")
+
+
+def test_samples_class_by_class_are_remarked(tmp_path, capsys, monkeypatch):
+    """The Inception Score is taken of consecutive images, so it is another where they are sorted."""
+    for module in (image_sets, metrics):
+        monkeypatch.setattr(module, "SPLIT", 100)
+
+    class Bright(torch.nn.Module):
+        def forward(self, images: torch.Tensor):
+            features = images.float().flatten(1) / 255
+            logit = (features.mean(1, keepdim=True) - 0.5) * 40
+            return features, torch.cat([logit, -logit], 1)
+
+    path = tmp_path / "bright.pt"
+    torch.jit.save(torch.jit.trace(Bright(), torch.zeros(3, 3, 2, 2, dtype=torch.uint8)), path)
+    source = np.random.default_rng(0)
+    images = np.repeat(np.array([20, 220]), 100)[:, None, None, None] + source.integers(-15, 15, (200, 2, 2, 3))
+    told = {}
+    for name, order in {"sorted": np.arange(200), "mixed": source.permutation(200)}.items():
+        np.savez(tmp_path / f"{name}.npz", images[order].astype(np.uint8))
+        flags = ["--reference", tmp_path / "sorted.npz", "--features", path]
+        report, told[name] = run(capsys, "--samples", tmp_path / f"{name}.npz", *flags)
+    assert "inception_score depends on the order of the samples" in told["sorted"]
+    assert "it is 1 in this order, perhaps class by class, and 1.98 in a random one" in told["sorted"]
+    assert "order" not in told["mixed"] and report["scores"]["inception_score"] == pytest.approx(2, rel=0.02)
 
 
 def test_a_made_from_of_somebody_else_is_passed_over(sets, capsys, tmp_path):

@@ -237,6 +237,53 @@ def test_features_that_cannot_be_loaded(tmp_path):
         load_extractor(str(tmp_path), CPU)
 
 
+def changed(folder, **changes):
+    """A copy of the digits' classifier with other entries in config.json."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes((CLASSIFIER / "model.safetensors").read_bytes())
+    config = json.loads((CLASSIFIER / "config.json").read_text())
+    args = config["model_args"] | changes.pop("model_args", {})
+    text = json.dumps(config | {"model_args": args} | changes, ensure_ascii=False)
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+    return str(folder)
+
+
+def test_a_timm_configuration_loads_nothing_beside_its_weights(tmp_path, monkeypatch):
+    """Arguments of the factory, which fetch or open files, are dropped; those of the network itself count."""
+    given = []
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: given.append(options) or create(name, **options))
+    hostile = {
+        "pretrained": True, "checkpoint_path": str(tmp_path / "evil.pt"), "pretrained_cfg": "x", "cache_dir": "/tmp",
+        "pretrained_cfg_overlay": "x", "pretrained_strict": False, "features_only": True, "scriptable": True, "made_up": 1,
+    }  # fmt: skip
+    rows = load_extractor(changed(tmp_path / "c", model_args=hostile), CPU)(images(2, 32))
+    assert torch.equal(rows.features, load_extractor(str(CLASSIFIER), CPU)(images(2, 32)).features)
+    assert not hostile.keys() & given[0].keys() and given[0]["channels"] == [16, 32, 64, 64]
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"architecture": "hf-hub:some/one"}, "none of timm's"), ({"architecture": 5}, "none of timm's"),
+    ({"architecture": "local-dir:/x"}, "none of timm's"),
+    ({"model_args": {"num_classes": 10**9}}, "num_classes is 1000000000, far beyond"),
+    ({"model_args": {"layers": [10**6] * 4}}, "layers is 1000000, far beyond"), ({"model_args": 5}, "TypeError"),
+    ({"model_args": {"stem_width": {"a": 1}}}, "stem_width holds a dict"), ({"pretrained_cfg": 5}, "TypeError"),
+    ({"pretrained_cfg": {"input_size": [3, 10**9, 4]}}, "input_size is no list"),
+    ({"model_args": {"num_classes": "x"}}, "cannot be loaded"),
+    ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1, 1, 1], "std": [0, 1, 1]}}, "those of std above 0"),
+    ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["x"], "std": [1, 1, 1]}}, "cannot be loaded"),
+])  # fmt: skip
+def test_nonsense_in_a_timm_configuration_is_one_message(tmp_path, changes, says):
+    if not isinstance(changes.get("model_args", {}), dict):
+        folder = changed(tmp_path / "c")
+        config = json.loads((tmp_path / "c" / "config.json").read_text(encoding="utf-8-sig"))
+        (tmp_path / "c" / "config.json").write_text(json.dumps(config | changes))
+    else:
+        folder = changed(tmp_path / "c", **changes)
+    with pytest.raises(ValueError, match=rf"--features {folder}/model.safetensors cannot be loaded .*{says}|{says}.*"):
+        load_extractor(folder, CPU)
+
+
 # ---- many images ----
 
 
@@ -303,7 +350,7 @@ def test_processes_together_give_the_summary_of_one():
     assert summarize(extractor, ((source[turn[1]], None) for turn in turns), 11, team=Team(1, 3, gathered)) == (None, None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_features_on_a_gpu_are_those_of_the_cpu(inception_weights):
     rows = [load_extractor("inception", torch.device(d), inception_weights)(images(4, 64).to(d)) for d in ("cpu", "cuda")]
     for on_cpu, on_gpu in zip(*rows):

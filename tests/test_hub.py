@@ -271,6 +271,56 @@ def test_load_pretrained_undoes_save_pretrained(tmp_path):
     assert config == {"_class_name": "DiT", **ours.config, "id2label": {"0": "a", "1": "b", "2": "é"}}
 
 
+def test_class_names_that_are_no_text_are_named_where_others_read(tmp_path, vae):
+    """A folder in Latin-1 has such a name; train.py and sample.py take it."""
+    names = ["a", "caf\udce9"]
+    for write in (lambda: hub.save_pretrained(network(), tmp_path / "a", names),
+                  lambda: hub.export_diffusers(network(), load_vae(vae), tmp_path / "b", names)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*--format safetensors"):
+            write()
+    assert not list(tmp_path.iterdir())
+    save_weights(tmp_path / "c.safetensors", Weights(network().state_dict(), network().config, names))
+    assert load_weights(tmp_path / "c.safetensors").classes == names
+    hub.save_pretrained(network(), tmp_path / "d", training={"step": 1, "args": {"model": "caf\udce9", "vae": 5}})
+    assert "# caf?" in (tmp_path / "d" / "README.md").read_text()
+
+
+def test_a_disk_that_takes_no_more_is_named(tmp_path, vae, monkeypatch):
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(ValueError, match="cannot write .*/a .No space left on device.; nothing is left of it: make room"):
+        hub.save_pretrained(network(), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_that_brings_code_is_not_run(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "p")
+    index = tmp_path / "p" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer": ["evil", "DiTTransformer2DModel"]}))
+    (tmp_path / "p" / "transformer" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="its transformer is of .'evil'., not of diffusers; code in a folder is never run"):
+        hub.load_exported(tmp_path / "p")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_hub_offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="some/one is no file.*set to be offline, by HF_HUB_OFFLINE, and there is no copy"):
+        hub.local_path("some/one")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_any_precision_become_float32(tmp_path, dtype):
+    ours = network()
+    torch.save({"ema": {name: value.to(dtype) for name, value in ours.state_dict().items()}, "config": ours.config},
+               tmp_path / "a.pt")  # fmt: skip
+    back, _ = hub.load_pretrained(tmp_path / "a.pt")
+    for name, value in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value.to(dtype).float())
+
+
 def test_card_says_what_the_checkpoint_says():
     training = {"step": 1234, "args": {"model": "DiT-Ti/1", "lr": 1e-3, "vae": "some/vae", "results_dir": "/home/me"}}
     card = hub.model_card(network(), NAMES, training)

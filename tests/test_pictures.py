@@ -1,6 +1,10 @@
 """pictures.py, sample.py --trajectory and Sampler.trajectory: what is shown of the way from noise to images."""
 
+import errno
 import json
+import os
+from pathlib import Path
+import threading
 
 import numpy as np
 from PIL import Image
@@ -11,7 +15,8 @@ from conftest import ROOT, fill_randomly, randn
 from hub import save_pretrained
 from models import DiT
 from pictures import (
-    FRAME_MS, GIF_MOMENTS, LAST_FRAME_MS, SETTINGS, STRIP_MOMENTS, captions, moments, picture, save, save_trajectory,
+    ENDINGS, FRAME_MS, GIF_MOMENTS, LAST_FRAME_MS, SETTINGS, STRIP_MOMENTS, captions, moments, picture, save,
+    save_trajectory, write_file,
 )  # fmt: skip
 import sample
 from sampling import SOLVERS, Sampler
@@ -158,3 +163,102 @@ def test_strip_of_images_without_names(tmp_path):
     save_trajectory(frames, tmp_path / "a.png", captions([0, 0], 0, None))
     expected = picture(np.concatenate([np.stack([f[i] for _, f in frames]) for i in range(2)]), ["t = 30", "t = 20", ""] * 2, 3)
     assert np.array_equal(Image.open(tmp_path / "a.png"), expected)
+
+
+# ---- files ----
+
+SQUARE = Image.new("RGB", (40, 40), "red")
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that takes the first bytes of what is written and no more."""
+
+    def write_bytes(path, content):
+        with path.open("wb") as file:
+            file.write(content[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+FRAMES = [(1, np.zeros((1, 8, 8, 3), np.uint8)), (None, np.ones((1, 8, 8, 3), np.uint8))]
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: save(SQUARE, path, {"seed": 1}), lambda path: save_trajectory(FRAMES, path, ["a"]),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["o.png", "o.gif", "o.webp"])
+def test_a_full_disk_is_one_message_and_leaves_the_old_picture(tmp_path, full_disk, name, write):
+    old = tmp_path / name
+    with old.open("wb") as file:
+        file.write(b"old picture")
+    with pytest.raises(ValueError, match=f"cannot write .*/{name} .No space left on device.; .* make room, or choose another"):
+        write(old)
+    assert old.read_bytes() == b"old picture" and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_are_what_pillow_itself_writes(tmp_path, ending):
+    save(SQUARE, tmp_path / f"ours{ending}", {})
+    SQUARE.save(tmp_path / f"theirs{ending}")
+    ours, theirs = Image.open(tmp_path / f"ours{ending}"), Image.open(tmp_path / f"theirs{ending}")
+    assert ours.format == theirs.format and np.array_equal(ours.convert("RGB"), theirs.convert("RGB"))
+    if ending != ".png":  # which has the settings as well
+        assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"theirs{ending}").read_bytes()
+
+
+def test_a_new_picture_has_the_permissions_of_the_old_one_or_of_any_new_file(tmp_path):
+    old, new = tmp_path / "old.png", tmp_path / "new.png"
+    old.touch()
+    old.chmod(0o640)
+    before = os.umask(0o027)
+    try:
+        for path in (old, new):
+            save(SQUARE, path, {})
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (old, new)] == [0o640, 0o640]
+    old.chmod(0o604)
+    save(SQUARE, old, {})
+    assert old.stat().st_mode & 0o777 == 0o604
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "far" / "o.png")
+    for colour in ("red", "blue"):  # once without a target, once with one
+        save(Image.new("RGB", (2, 2), colour), tmp_path / "link.png", {})
+        assert (tmp_path / "link.png").is_symlink() and Image.open(tmp_path / "far" / "o.png").size == (2, 2)
+    assert Image.open(tmp_path / "link.png").getpixel((0, 0)) == (0, 0, 255)
+    (tmp_path / "a.png").symlink_to("a.png")
+    with pytest.raises(ValueError, match="cannot write .*/a.png"):
+        save(SQUARE, tmp_path / "a.png", {})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe, read = tmp_path / "pipe.png", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    save(SQUARE, pipe, {})
+    reader.join(10)
+    save(SQUARE, tmp_path / "file.png", {})
+    assert read == [(tmp_path / "file.png").read_bytes()] and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".png", "é" * 125 + "x.png"])
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path, name):
+    sample.check_output("--output", str(tmp_path / name))
+    write_file(tmp_path / name, b"whole")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"whole"
+    with pytest.raises(ValueError, match="File name too long"):
+        sample.check_output("--output", str(tmp_path / f"n{name}"))
+    with pytest.raises(ValueError, match="File name too long"):
+        write_file(tmp_path / f"n{name}", b"")
+
+
+@pytest.mark.parametrize("name", ["\udcff\udcfe", "two\nlines\tand more", "\x00", "x" * 100_000, "\ud83d\ude00 é"])
+def test_any_class_name_can_be_written_below_an_image(name):
+    assert picture(np.zeros((1, 96, 96, 3), np.uint8), [name]).size == (104, 120)

@@ -214,6 +214,19 @@ def test_a_label_is_one_class_or_refused(text, want):
             label_indices([text], 10, names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_a_network_put_in_half_precision_samples(dtype, sampler):
+    """network.half(), as users of other implementations do it."""
+    images = {}
+    for kind in (torch.float32, dtype):
+        network = fill_randomly(DiT(4, 2, 3, 16, 2, 2, num_classes=3)).eval().requires_grad_(False).to(kind)
+        made = Sampler(network, PixelSpace(), None, 4, sampler, cfg_scale=2.0)
+        images[kind] = made.numbered_latents(0, range(3), torch.arange(3))
+    assert images[dtype].dtype == torch.float32
+    assert 0 < (images[dtype] - images[torch.float32]).abs().mean() < 0.1
+
+
 def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):
     network = write_bare(tmp_path / "a.pt")
     write_bare(tmp_path / "b.pt", wrap=lambda state: {"model": {}, "ema": {f"module.{k}": v for k, v in state.items()}})
@@ -726,7 +739,7 @@ def test_packing_takes_no_more_memory_for_more_images(tmp_path):
     assert abs(peaks[1] - peaks[0]) < 50 and max(peaks) < 1000
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
     """The images of the overlapped run are those decoded one chunk after the other; CPU and GPU have folders of their own."""
     folder, array = many(ckpt, vae, tmp_path, "--device", "cuda")

@@ -305,7 +305,7 @@ def test_compiled_networks_draw_the_same_digits(sampler, steps, digits):
         assert grey(*images) < bar
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_gpu_with_graphs_draws_the_digits_of_float32(precision, digits):
     load, _, labels, noise = digits
@@ -328,7 +328,7 @@ def test_a_gpu_with_graphs_draws_the_digits_of_float32(precision, digits):
     assert grey(*images) < 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_graphs_are_safe_beside_decoding_and_a_smaller_last_batch(tmp_path):
     common = [
         "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--num-fid-samples", "7", "--steps", "10",

@@ -16,7 +16,7 @@ from diffusion import create_diffusion
 from models import DiT, DiT_models
 import sample
 from test_runs import rows
-from test_train import QUICK, fresh_accelerator, images, pixel_state, run, same  # noqa: F401
+from test_train import QUICK, SIZE, fresh_accelerator, images, pixel_state, run, same  # noqa: F401
 import train
 from training import QUARTERS, Recipe, Window, draw, train_step, training_flops
 
@@ -317,6 +317,22 @@ def test_tensorboard_gets_the_metrics(images, tmp_path):  # noqa: F811
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == pytest.approx({row["step"]: row[name] for row in rows(folder)}, rel=1e-5)
     assert len(rows(folder)) == 4
+
+
+def test_tensorboard_gets_the_previews(images, tmp_path):  # noqa: F811
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(images, tmp_path, "--max-steps", "2", "--sample-every", "1", "--log-with", "tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "000-DiT-Ti-8" / "tensorboard"))
+    events.Reload()
+    shown = events.Images("previews")
+    assert [one.step for one in shown] == [1, 2] and shown[0].width * shown[0].height == 16 * SIZE**2
+
+
+def test_a_tracker_that_accelerate_does_not_find(images, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *args, **kwargs: None)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, "--log-with", "tensorboard")
+    assert "--log-with tensorboard cannot start" in capsys.readouterr().err
 
 
 def test_a_tracker_that_is_not_installed(images, tmp_path, capsys, monkeypatch):  # noqa: F811

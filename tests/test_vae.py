@@ -314,6 +314,39 @@ def test_broken_configuration(folders, tmp_path, how, call):
     assert "config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"block_out_channels": "abc"}, "block_out_channels is no list"), ({"block_out_channels": []}, "channels is no list"),
+    ({"block_out_channels": [1] * 10**4}, "block_out_channels is no list"), ({"block_out_channels": [True]}, "is no whole"),
+    ({"block_out_channels": [10**9]}, "is no whole number"), ({"latent_channels": "4"}, "latent_channels is no whole number"),
+    ({"latent_channels": 0}, "latent_channels is no whole"), ({"latent_channels": None}, "latent_channels is no whole"),
+    ({"layers_per_block": 10**4}, "layers_per_block is 10000, and at most"), ({"layers_per_block": 10**9}, "block is no"),
+    ({"scaling_factor": "x"}, "scaling_factor is no number"), ({"scaling_factor": 0}, "scaling_factor is 0; it must be above"),
+    ({"shift_factor": [1]}, "shift_factor is no number"), ({"norm_num_groups": 0}, "norm_num_groups is no whole number"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
+    ({"_class_name": "AutoencoderKLWan"}, "another AutoencoderKLWan"),
+])  # fmt: skip
+@pytest.mark.parametrize("call", [latent_shape, load_vae])
+def test_nonsense_in_a_configuration_is_named_before_anything_is_built(folders, tmp_path, change, says, call):
+    folder = edited(folders["plain"], tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"cannot load VAE '{folder}' .*{says}"):
+        call(str(folder))
+
+
+def test_a_configuration_with_a_byte_order_mark(folders, tmp_path):
+    folder = edited(folders["plain"], tmp_path / "vae")
+    (folder / "config.json").write_text((folder / "config.json").read_text(), encoding="utf-8-sig")
+    assert latent_shape(str(folder)) == latent_shape(str(folders["plain"])) == load_vae(str(folder)).shape
+
+
+def test_an_offline_machine_is_told_so_and_not_to_give_what_it_gave():
+    said = "set to be offline, by HF_HUB_OFFLINE, .*no copy of stabilityai/sd-vae-ft-ema"
+    with pytest.raises(ValueError, match=said) as caught:
+        load_vae("ema")
+    assert "give --vae a local folder" in str(caught.value) and "ema or mse" not in str(caught.value)
+
+
 @pytest.mark.parametrize("how", BROKEN_WEIGHTS)
 def test_broken_weights(folders, tmp_path, how):
     folder = edited(folders["plain"], tmp_path / "vae", BROKEN_WEIGHTS[how])
