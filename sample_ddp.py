@@ -38,7 +38,7 @@ from torch import Tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from checkpoints import file_hash, list_checkpoints, read_bounded, weights_file
+from checkpoints import file_hash, list_checkpoints, read_bounded, read_json, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from presence import Presence, lock
@@ -214,7 +214,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     """Write manifest.json, this start beside those before it, and say if they were made under other circumstances."""
     run, earlier = manifest["run"], []
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["runs"]
+        found = read_json(folder / "manifest.json")["runs"]
         earlier = [one for one in found if one["started"] != run["started"]]
     if run["seconds"] is None:
         for name in ("threads", "device", "versions"):
