@@ -33,7 +33,7 @@ import plain_pickle
 from process_marks import check_process
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
-MOST_JSON = 256 << 20  # bytes of a JSON file that is read; a list of a million files is far below
+MOST_TEXT = 256 << 20  # bytes of a file of text that is read; a list of a million files is far below
 MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
 LONGEST_NAME = 255  # bytes, on the file systems that are met
 # What the system says where a folder cannot be opened or synced, as on Windows and on some network disks.
@@ -242,13 +242,20 @@ def read_json(file: Path) -> dict:
     Raises ValueError, naming the file, if it cannot be read or holds something else.
     """
     try:
-        if file.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
-        contents = parse_json(file.read_bytes())
+        contents = parse_json(read_bounded(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is no configuration: it holds a {type(contents).__name__}")
+    return contents
+
+
+def read_bounded(path: Path | str, most: int = MOST_TEXT) -> bytes:
+    """What is in a file, or comes out of a pipe. Raises ValueError for more than `most` bytes, as devices without end have."""
+    with open(path, "rb") as file:
+        contents = file.read(most + 1)
+    if len(contents) > most:
+        raise ValueError(f"it has more than {most >> 20} MiB")
     return contents
 
 
@@ -600,16 +607,20 @@ def hidden_name(path: Path, suffix: str) -> Path:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
 
-    Raises OSError if the disk refuses.
+    Raises OSError if the disk refuses, or if something else than a file has the name: a device would be gone for all.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file, and is not replaced by one", str(path))
     temporary = hidden_name(path, ".partial")
     try:
         write(temporary)
         _to_disk(temporary, os.O_RDWR)  # Windows syncs only what may be written
         os.replace(temporary, path)
-    except Exception as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         reason: BaseException | None = error
         while reason and not isinstance(reason, OSError):  # torch.save hides the disk's answer behind its own
             reason = reason.__context__

@@ -22,7 +22,7 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError("--device meta holds no numbers; leave the flag out or pass cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last for kinds that PyTorch has no part for here
         raise ValueError(
             f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave the flag out or pass cpu"
         ) from None

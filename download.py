@@ -77,7 +77,7 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_name(f".{model_name}.lock"), "w")
+        lock = open(path.with_name(f".{model_name}.lock"), "w", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot keep {path} ({error.strerror}); choose a folder that is writable") from None
     with lock:

@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
             if place.rank == 0:
                 finish(folder, plan, presence)
                 print(f"{plan['images']} images in {folder}")
+    except BrokenPipeError:  # of the output, which `door` answers
+        raise
     except OSError as error:
         parser.fail(f"{error.filename or folder}: {error.strerror or error}; when that is mended, the same command goes on")
     except ValueError as error:

@@ -38,7 +38,7 @@ from torch import Tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from checkpoints import file_hash, list_checkpoints, weights_file
+from checkpoints import file_hash, list_checkpoints, read_bounded, read_json, weights_file
 from devices import process_device, tf32
 from image_sets import open_array, write_npz
 from presence import Presence, lock
@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.ckpt} or {args.vae} changed while it was read; give the same command again")
     try:
         make_all(args, sampler, labels, folder, manifest, device, place)
+    except BrokenPipeError:  # of the output, which `door` answers
+        raise
     except OSError as error:
         what = f"{error.filename or folder}: {error.strerror or error}"
         parser.fail(f"{what}; when that is mended, the same command goes on")
@@ -149,7 +151,7 @@ def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
     if args.labels == "balanced":
         return torch.arange(count) % classes
     try:
-        lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bounded(args.labels).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
@@ -212,7 +214,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     """Write manifest.json, this start beside those before it, and say if they were made under other circumstances."""
     run, earlier = manifest["run"], []
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["runs"]
+        found = read_json(folder / "manifest.json")["runs"]
         earlier = [one for one in found if one["started"] != run["started"]]
     if run["seconds"] is None:
         for name in ("threads", "device", "versions"):

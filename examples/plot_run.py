@@ -16,10 +16,11 @@ from command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
+import io
 import itertools
 import json
 
-from checkpoints import write_whole
+from pictures import write_file
 
 PANELS = {
     "loss": ["loss", "mse", "vb"],
@@ -63,8 +64,9 @@ def main(argv=None):
         axes.set(title=title, xlabel="step")
         axes.legend()
     with parser.refusing():  # an ending that matplotlib does not know, too
-        kind = Path(args.output).suffix[1:] or "png"
-        write_whole(Path(args.output), lambda temporary: figure.savefig(temporary, format=kind))
+        file = io.BytesIO()
+        figure.savefig(file, format=Path(args.output).suffix[1:] or "png")
+        write_file(args.output, file.getvalue())
     print(f"wrote {args.output}")
 
 

@@ -16,9 +16,11 @@ from command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
+import io
 import json
 
-from checkpoints import write_whole
+from checkpoints import read_bounded
+from pictures import write_file
 
 LOGS = Path(__file__).resolve().parent / "logs"
 PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": ["precision", "recall"]}
@@ -26,7 +28,7 @@ PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": 
 
 def read_scores(path):
     """The lines of a metrics.jsonl that have scores, dicts in the order of their steps."""
-    return [row for row in map(json.loads, path.read_text(encoding="utf-8-sig").splitlines()) if "eval_fid" in row]
+    return [row for row in map(json.loads, read_bounded(path).decode("utf-8-sig").splitlines()) if "eval_fid" in row]
 
 
 def build_parser():
@@ -42,7 +44,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        rows, floor = read_scores(args.scores), json.loads(args.heldout.read_text(encoding="utf-8-sig"))["scores"]
+        rows, floor = read_scores(args.scores), json.loads(read_bounded(args.heldout).decode("utf-8-sig"))["scores"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         parser.error(f"cannot read the scores ({error}); give a metrics.jsonl and what evaluate.py --output wrote")
     if not rows:
@@ -63,7 +65,9 @@ def main(argv=None):
     kind = Path(args.output).suffix[1:] or "png"
     metadata = {"Date": None} if kind == "svg" else None
     with parser.refusing():  # an ending that matplotlib does not know, too
-        write_whole(Path(args.output), lambda temporary: figure.savefig(temporary, format=kind, metadata=metadata))
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, metadata=metadata)
+        write_file(args.output, file.getvalue())
     print(f"wrote {args.output}")
 
 
