@@ -1,5 +1,6 @@
 """Scores while training: what they are, that they leave the run alone, and that stopping and restarting lose none."""
 
+from copy import deepcopy
 import json
 import os
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys,
     average = train.whole_average
 
     def broken(job):
-        network = average(job)
+        network = deepcopy(average(job))
         network.final_layer.linear.bias.data.fill_(float("nan"))
         return network
 
