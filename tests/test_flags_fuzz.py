@@ -171,7 +171,7 @@ DOORS = {
     "plot": Door("plot", [["--output", "figures"]], {"plot.draw_figure": nothing, "plot.draw_samples": nothing}),
 }
 FEW = 24  # cases of each door in every test, a multiple in the long one
-MANY = 200
+MANY = 110
 
 
 def late_stubs(name):
