@@ -7,8 +7,8 @@ bare state dict, a .safetensors file with `config` and `classes` as JSON in its 
 diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what plain_pickle.py admits by name.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 import errno
 import hashlib
 import json
@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 import pickle
 import re
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 import zipfile
 
@@ -366,8 +367,8 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
     Raises ValueError if the file is cut short or no such file, holds something else, or wants to run code.
     """
     try:
-        with plain_pickle.only_plain_values():
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with plain_pickle.only_plain_values(), readable_name(path) as name:
+            contents = torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = plain_pickle.refusal(error) if zipfile.is_zipfile(path) or "GLOBAL" in str(error) else None
         raise ValueError(f"{path} {reason}" if reason else _broken(path)) from None
@@ -378,6 +379,21 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dict")
     return contents
+
+
+@contextmanager
+def readable_name(path: Path | str) -> Iterator[Path]:
+    """The path; if it is not in UTF-8, which libraries that are not Python's refuse, a link to it that is."""
+    path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix.encode(errors='ignore').decode()}"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def check_whole(path: Path | str) -> None:
@@ -409,7 +425,7 @@ def _broken(path):
 def _read_safetensors(path):
     """(tensors, config, classes, all that its metadata say) of a .safetensors file."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with readable_name(path) as name, safetensors.safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -18,6 +18,10 @@ from typing import Any, NoReturn, TextIO
 INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # exit codes, as shells have them for SIGINT and SIGPIPE
 LONGEST_MESSAGE = 1000  # characters; a number with thousands of digits is cut in its middle
 OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|integer multiplication overflow|size calculation overflow")
+LOST_WORKER = "the system ends one where memory is short (dmesg tells); pass fewer --num-workers, or give the job more memory"
+# What torch says when another process of the job is no more.
+PEER = re.compile(r"gloo|NCCL|Connection (?:reset|closed) by peer|TCPStore|Broken pipe", re.IGNORECASE)
+PEER_GONE = "another process of this job has ended, or cannot be reached; look at what it said"
 AMOUNT = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 Main = Callable[..., None]  # takes argv, the words of the command line; None for those of this process
@@ -132,7 +136,7 @@ def door(lower: str = "", resumes: bool = False) -> Callable[[Main], Main]:
             as_script = signal.getsignal(signal.SIGINT) is _leave
             if as_script:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            with printable(), ending(prog, lower, resumes, as_script):
+            with open_streams(), printable(), ending(prog, lower, resumes, as_script):
                 main(argv)
 
         return guarded
@@ -158,6 +162,9 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
         again = "; mend that, and the same command goes on" if resumes else ""
         raise ended(1, f"{prog}: error: {reason(error)}{again}") from None
     except (MemoryError, RuntimeError) as error:
+        if lost := why_lost(error):
+            again = "; the same command goes on" if resumes else ""
+            raise ended(1, f"{prog}: error: {lost}{again}") from None
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         amount = AMOUNT.search(str(error))
@@ -166,6 +173,37 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
         raise ended(1, f"{prog}: error: the memory is too small for this{wanted}{advice}") from None
     finally:
         leave_nothing(sys.stdout)
+
+
+def why_lost(error: Exception) -> str | None:
+    """That a loader's worker or another process of the job is no more, if an error of torch says so; None for others."""
+    text = str(error)
+    first = text.splitlines()[0].rstrip(" .")[:200] if text else ""
+    if "DataLoader worker" in text:
+        return f"{first}: {LOST_WORKER}"
+    return f"{PEER_GONE} ({first})" if PEER.search(text) else None
+
+
+@contextmanager
+def open_streams() -> Iterator[None]:
+    """Within it, standard streams that were closed lead nowhere: what is opened next must not take their numbers."""
+    fill_descriptors()
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (stream or nowhere for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def fill_descriptors() -> None:
+    """Open the null device for each of the three standard streams that is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 @contextmanager
@@ -217,6 +255,7 @@ def end_at_interrupt() -> None:
 
     For scripts, before they import what takes seconds.
     """
+    fill_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 

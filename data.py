@@ -8,6 +8,7 @@ import atexit
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+import ctypes
 from functools import partial
 import hashlib
 import math
@@ -15,18 +16,20 @@ import multiprocessing
 import os
 from pathlib import Path
 import signal
+import sys
 from threading import Thread
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageColor, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from checkpoints import read_json
+from command_line import LOST_WORKER
 
 # Formats that people have images in and that are not read here; files of them are counted.
 OTHER_FORMATS = (
@@ -37,10 +40,15 @@ BACKGROUND = "white"  # behind what is transparent
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of a resized image; a strip that would have more is cropped first
 MOST_TEXT = 2**26  # bytes of text in a PNG file that are passed over; Pillow refuses one of 1 MB
 MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather than an image broken
+TELL_SECONDS = 60  # between lines about a batch that does not come
 SAMPLED_FILES = 64  # of a data set, whose contents tell it from another with the same names
 WAIT = 5.0  # seconds for a batch, after which somebody looks whether to wait on
 GRACE = 3.0  # seconds that a loader's worker has to end by itself
-LOST = "the system ends one where memory is short (dmesg tells); pass fewer --num-workers, or give the job more memory"
+NO_SHARED_MEMORY = (
+    "/dev/shm is too small for their batches; pass --num-workers 0 or fewer, or enlarge it (docker run --shm-size=8g, or "
+    "--ipc=host)"
+)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 END_WORKER = getattr(signal, "SIGUSR2", None)
 
 
@@ -111,42 +119,51 @@ def list_images(root: Path | str, num_classes: int) -> Listing:
 def _walk(root, left_out):
     """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not looked at."""
     found: dict[str, list[str]] = {}
-    waiting: list[tuple[str, tuple]] = [(root, ())]
-    while waiting:
-        folder, above = waiting.pop()
+    folders, links, seen = [root], list[str](), set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()  # links last: what they lead to may be listed by itself
         try:
             status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                left_out["links to a folder that is listed by itself"] += 1
+                continue
             with os.scandir(folder) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise ValueError(f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away") from None
-        above = (*above, (status.st_dev, status.st_ino))  # where a link may lead back to
-        below, found[folder] = _sorted_out(inside, above, left_out)
-        waiting += [(path, above) for path in below]
+        seen.add((status.st_dev, status.st_ino))
+        below, linked, found[folder] = _sorted_out(inside, left_out)
+        folders += below
+        links = linked[::-1] + links
     return found
 
 
-def _sorted_out(entries, above, left_out):
-    """(the folders, the images) among a folder's entries, as paths in order; what is neither is counted in `left_out`."""
-    folders, images = [], []
+def _sorted_out(entries, left_out):
+    """(folders, links to folders, images) among a folder's entries, as paths in order; the rest is counted in `left_out`."""
+    folders, links, images = list[str](), list[str](), list[str]()
     for entry in entries:
         ending = os.path.splitext(entry.name)[1].lower()
-        try:
-            target = entry.stat() if entry.is_dir() else None
-        except OSError:  # a link to itself, say: whoever reads it says so
-            target = None
+        kind = _kind(entry)
         if entry.name.startswith("."):
-            if target or ending in IMG_EXTENSIONS:
-                left_out[f"hidden {'folders' if target else 'files'} (names that begin with a dot)"] += 1
-        elif target and (target.st_dev, target.st_ino) in above:
-            left_out["links back to a folder above"] += 1
-        elif target:
-            folders.append(entry.path)
+            if kind == "folder" or ending in IMG_EXTENSIONS:
+                left_out[f"hidden {kind}s (names that begin with a dot)"] += 1
+        elif kind == "folder":
+            (links if entry.is_symlink() else folders).append(entry.path)
+        elif kind != "file":
+            left_out["pipes, sockets and devices"] += 1
         elif ending in IMG_EXTENSIONS:
             images.append(entry.path)
         elif ending in OTHER_FORMATS:
             left_out[f"{ending} files, a format that is not read"] += 1
-    return folders, images
+    return folders, links, images
+
+
+def _kind(entry):
+    """What an entry of a folder is, or leads to: "folder", "file" or "other"; a link to nothing is a file, for its reader."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
+    except OSError:  # a link to itself, say
+        return "file"
 
 
 def _told(left_out):
@@ -173,6 +190,12 @@ def _check_classes(root, num_classes, by_class, left_out):
             f"--data-path {root} has {len(classes)} class folders, --num-classes is {num_classes}: there is no room "
             f"for {', '.join(classes[num_classes:][:5])}; pass --num-classes {len(classes)}"
         )
+
+
+def check_outside(root: Path | str, flag: str, folder: Path | str) -> None:
+    """Raise ValueError if a folder to be written lies at or below that of the images, where it would be taken for more."""
+    if Path(root).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        raise ValueError(f"{flag} {folder} lies inside --data-path {root} and would be taken for images; choose another")
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
@@ -210,15 +233,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for kinds without a known range.
     """
-    if image.mode.startswith("I;16"):  # which convert would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # which convert would clip at 255
+        image = _eight_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no range that is known; save it with 8 or 16 bits")
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:  # of a PNG with 16 bits, which Pillow halves
+        image.info["transparency"] = tuple(level >> 8 for level in key)
     if image.has_transparency_data:  # what lies under it is often what an editor left there
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return image.convert("RGB")
+
+
+def _eight_bits(image):
+    """A grey image with 16 bits as one with 8, BACKGROUND where it has the colour that is transparent."""
+    levels, key = np.asarray(image), image.info.get("transparency")
+    grey = (levels >> 8).astype(np.uint8)
+    if isinstance(key, int):
+        grey[levels == key] = ImageColor.getcolor(BACKGROUND, "L")
+    return Image.fromarray(grey)
 
 
 class BadImage(NamedTuple):
@@ -435,6 +470,8 @@ def heed_the_trainer(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if END_WORKER is not None:
         signal.signal(END_WORKER, lambda *_: os._exit(0))
+    with suppress(OSError, AttributeError):  # Linux can end it with its trainer, though it be blocked
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def make_loader(
@@ -452,14 +489,28 @@ class LoaderFailed(ValueError):
     """A loader's worker was ended by the system, or had no memory; says what happened and what to do."""
 
 
-def read(loader: DataLoader, waiting: Callable[[float], None] = lambda seconds: None) -> Generator[Any]:
+def say_waiting(seconds: float, say: Callable[[str], None] | None = None) -> None:
+    """Say every TELL_SECONDS for how long a batch has not come; on the error output, unless told otherwise.
+
+    To be called every WAIT seconds.
+    """
+    if int(seconds / TELL_SECONDS) > int((seconds - WAIT) / TELL_SECONDS):
+        line = f"no batch for {seconds:.0f} s: is the disk with the images there? waiting on"
+        say(line) if say else print(line, file=sys.stderr, flush=True)
+
+
+def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> Generator[Any]:
     """The loader's batches; to be closed, which ends the loader's workers, whatever blocks them.
 
     waiting(seconds) is called every WAIT seconds for which no batch has come; what it raises ends the
     wait. Raises LoaderFailed.
     """
     before = set(multiprocessing.active_children())
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:  # no room for their queues
+        _end([child for child in multiprocessing.active_children() if child not in before], 0.0)
+        raise LoaderFailed(f"the loader's workers cannot start ({error.strerror or error}): {NO_SHARED_MEMORY}") from None
     workers = [child for child in multiprocessing.active_children() if child not in before]
     end_at_exit = partial(_end, workers, 0.0)
     atexit.register(end_at_exit)  # for whoever does not come to close this: Python itself would wait for ever
@@ -472,15 +523,17 @@ def read(loader: DataLoader, waiting: Callable[[float], None] = lambda seconds: 
                 return
             except RuntimeError as error:
                 if "timed out" not in str(error):
-                    raise explained(error) from None
+                    raise
                 waiting(time.monotonic() - began)
                 continue
             except (OSError, EOFError) as error:  # it was just sending a batch
                 if not workers:
                     raise
-                raise LoaderFailed(f"DataLoader worker was lost ({error}): {LOST}") from None
+                raise LoaderFailed(f"DataLoader worker was lost ({error}): {LOST_WORKER}") from None
             yield batch
             began = time.monotonic()
+    except RuntimeError as error:  # torch tells of a lost worker wherever the program is
+        raise explained(error) from None
     finally:
         if workers:
             Thread(target=_end, args=(workers, GRACE), daemon=True).start()
@@ -506,14 +559,11 @@ def explained(error: RuntimeError) -> Exception:
     text = str(error)
     first = text.splitlines()[0].rstrip(" .") if text else ""
     if "shared memory" in text:
-        return LoaderFailed(
-            "the loader's workers have too little shared memory (/dev/shm) for their batches; pass --num-workers 0 or fewer, "
-            "a smaller batch, or enlarge it (docker run --shm-size=8g, or --ipc=host)"
-        )
+        return LoaderFailed(f"the loader's workers have too little shared memory: {NO_SHARED_MEMORY}")
     if "open files" in text or "ancdata" in text:
         return LoaderFailed(
             "the loader's workers need more open files than allowed; pass fewer --num-workers, or ulimit -n 65536"
         )
     if "DataLoader worker (pid" in text:
-        return LoaderFailed(f"{first}: {LOST}")
+        return LoaderFailed(f"{first}: {LOST_WORKER}")
     return error

@@ -30,7 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from checkpoints import read_json, write_whole
-from data import ImageDataset, Listing, list_images, make_loader, open_cache, read, unreadable
+from data import ImageDataset, Listing, check_outside, list_images, make_loader, open_cache, read, unreadable
 from devices import process_device, tf32
 from limits import check_memory, check_numbers
 from presence import Presence
@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         space = load_vae(args.vae, device)
         assert isinstance(space, LatentSpace)  # check_arguments refuses pixels
         folder = Path(args.output)
+        if folder.resolve() != Path(args.data_path).resolve():  # which open_folder refuses, as what holds something else
+            check_outside(args.data_path, "--output", folder)
         plan = describe(args, listing, space)
         open_folder(folder, plan, place)
     except (ValueError, OSError) as error:
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for note in listing.notes if place.rank == 0 else ():
             print(f"note: {note}", flush=True)
-        with Presence(folder, place) as presence:
+        with Presence(folder, place, only=True) as presence:
             with tf32(args.tf32):
                 encode_share(args, listing, space, folder, plan, device, place)
             if place.rank == 0:
@@ -241,7 +243,7 @@ def finish(folder: Path, plan: dict, presence: Presence) -> None:
         time.sleep(POLL_SECONDS)
     if (folder / "manifest.json").exists():
         return
-    chunks = [read_chunk(path) for path in wanted]
+    chunks = [read_chunk(path, min(CHUNK, plan["images"] - number * CHUNK)) for number, path in enumerate(wanted)]
     bad = sorted({image for chunk in chunks for image in chunk["bad_images"]})
     for image in bad:
         print(f"skipped unreadable image {image}")
@@ -257,11 +259,12 @@ def finish(folder: Path, plan: dict, presence: Presence) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-def read_chunk(path: Path) -> dict:
-    """What a chunk's note says: crc32, labels, bad_images. Raises ValueError if it is damaged."""
+def read_chunk(path: Path, images: int) -> dict:
+    """What the note of a chunk of so many images says: crc32, labels, bad_images. Raises ValueError if it is damaged."""
     chunk = read_json(path)
     labels, bad = chunk.get("labels"), chunk.get("bad_images")
-    right = isinstance(labels, list) and all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    labels = labels if isinstance(labels, list) else []
+    right = len(labels) == images and all(type(label) is int and 0 <= label < 2**31 for label in labels)
     if not (right and isinstance(bad, list) and all(isinstance(one, str) for one in bad) and type(chunk.get("crc32")) is int):
         raise ValueError(f"{path} is damaged; remove it and give the same command again")
     return chunk

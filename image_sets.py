@@ -171,6 +171,7 @@ class FolderImages(Dataset):
         try:
             with open_image(path) as image:
                 mode, size = image.mode, image.size
+                mode += " with transparency" if image.has_transparency_data else ""
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it or make it again") from None
         if mode != "RGB":

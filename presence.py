@@ -13,20 +13,29 @@ class Presence:
     """A context manager: within it this process is seen to be at work in the folder, and sees the others.
 
     Each process holds a lock on a file of its own, .process-RANK, which the system takes back from a
-    process that was killed. A process that ends by an exception leaves its file.
+    process that was killed. A process that ends by an exception leaves its file. With `only`, entering
+    raises ValueError if another process of the same rank is there.
     """
 
-    def __init__(self, folder: Path, place: Place) -> None:
-        self.folder, self.place = folder, place
+    def __init__(self, folder: Path, place: Place, only: bool = False) -> None:
+        self.folder, self.place, self.only = folder, place, only
         self.handle: int | None = None
+        self.seen: set[int] = set()  # at work, since this one began
 
     def __enter__(self) -> "Presence":
+        is_own = True
         with suppress(OSError):  # then nobody can tell, and everybody waits
             self.handle = os.open(self._path(self.place.rank), os.O_RDWR | os.O_CREAT, 0o666)
-            lock(self.handle)
-            os.ftruncate(self.handle, 0)
-            os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            is_own = lock(self.handle)
+            if is_own:
+                os.ftruncate(self.handle, 0)
+                os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self.began = os.fstat(self.handle).st_mtime_ns
+        if self.only and not is_own:
+            holder = self._path(self.place.rank).read_text(errors="replace").strip() or "another process"
+            raise ValueError(f"{self.folder} is being written by {holder}; wait until that ends or stop it")
+        for rank in range(self.place.world_size):
+            self.at_work(rank)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -51,19 +60,21 @@ class Presence:
         except OSError:
             return True
         try:
-            return not lock(handle)
+            there = not lock(handle)
         except OSError:
             return True
         finally:
             os.close(handle)
+        self.seen |= {rank} if there else set()
+        return there
 
     def is_gone(self, rank: int) -> bool:
         """Whether a process that has been there since this one began is no more, its work not done."""
-        if self.at_work(rank) or self.handle is None:
+        if self.at_work(rank) or self.handle is None or not self._path(rank).exists():  # it never was there, or ended well
             return False
         try:
-            return self._path(rank).stat().st_mtime_ns >= self.began
-        except OSError:  # it never was there, or ended well
+            return rank in self.seen or self._path(rank).stat().st_mtime_ns >= self.began
+        except OSError:
             return False
 
     def missed(self, ranks: set[int]) -> str:

@@ -6,30 +6,43 @@ trained further, as if they predicted the noise of 1,000 steps with linear betas
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from itertools import islice
 import math
 import re
 from typing import Any
 
 from diffusion import create_diffusion
 
+MOST_ENTRIES = 10_000  # of lists and dicts in one another that are looked at
 NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps", "pred_epsilon", "ddpm"}
 GAUSSIAN = {"gaussian", "ddpm", "iddpm", "diffusion", "gaussian_diffusion", "improved_diffusion"}
 # Key of a configuration → the texts, in small letters, under it that mean the process of this project.
 TEXTS = {
-    **dict.fromkeys(("prediction", "prediction_type", "pred_type", "parameterization", "parametrization"), NOISE),
+    **dict.fromkeys(
+        ("prediction", "prediction_type", "pred_type", "predict_type", "pred", "predict", "predicts", "parameterization",
+         "parametrization", "prediction_target"), NOISE,
+    ),
+    **dict.fromkeys(("model_mean_type", "mean_type"), NOISE),
     **dict.fromkeys(("process", "diffusion_process"), GAUSSIAN),
-    **dict.fromkeys(("noise_schedule", "beta_schedule"), {"linear"}),
+    **dict.fromkeys(("noise_schedule", "beta_schedule", "schedule_name"), {"linear"}),
     "path_type": set(),
 }
 # Keys that say it by having a value.
 SWITCHES = {
-    "predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "rescale_betas_zero_snr", "zero_terminal_snr",
-    "flow", "use_flow", "flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow", "use_flow_sigmas",
-    "flow_shift", "velocity", "edm", "use_edm", "p_mean", "sigma_data",
+    "predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "rescale_betas_zero_snr",
+    "zero_terminal_snr", "flow", "use_flow", "is_flow", "fm", "velocity_prediction", "predict_velocity", "zero_snr",
+    "flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow", "use_flow_sigmas", "flow_shift",
+    "velocity", "edm", "use_edm", "p_mean", "sigma_data",
 }  # fmt: skip
-STEPS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps")
+STEPS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "num_timesteps", "timesteps")
 NAMES = ("model", "arch", "architecture", "model_name", "model_type", "_class_name", "class_name")
-OPEN = (*NAMES, "objective", "loss_type", "loss", "framework", "formulation", "training_type", "transport", "diffusion_type")
+OPEN = (
+    *NAMES, "objective", "loss_type", "loss", "loss_fn", "framework", "formulation", "training_type", "training", "trainer",
+    "transport", "diffusion_type", "diffusion", "type", "method", "algorithm", "precond", "preconditioning", "scheduler",
+    "noise_scheduler", "weighting", "mode", "interpolant", "timestep_type",
+)  # fmt: skip
+WHOLE = {"v", "x0", "u", "flow", "velocity"}  # as the whole text of one of OPEN
+SAID = re.compile(r"""["']?-{0,2}(\w+)["']?\s*[=:,]\s*["']?([\w.+-]+)""")  # an entry of a configuration that was kept as text
 # In the texts of OPEN.
 OTHER = re.compile(
     r"(?<![a-z])(sit|lightningdit|jit|flow(?!er)\w*|rectified\w*|reflow|velocity|v[-_ ]?pred\w*|edm\w*|karras|meanflow|score|"
@@ -37,6 +50,7 @@ OTHER = re.compile(
     re.IGNORECASE,
 )
 CLASS = re.compile("SiT|FlowMatch|RectifiedFlow|EDM|LCM|Consistency|CMStochastic|TCD")  # in the names of diffusers' classes
+TEXT_OF_ARGUMENTS = ("args", "config", "cfg", "hparams", "opt", "options", "params", "command", "argv")
 DEEPEST = 4  # of containers in one another
 
 
@@ -71,7 +85,7 @@ def _mark(key, value):
     elif key in ("beta_start", "beta_end") and not isinstance(value, str):
         wrong = not math.isclose(value, _betas()[0 if key == "beta_start" else -1], rel_tol=1e-6)
     elif key in OPEN and isinstance(value, str):
-        wrong = bool(OTHER.search(text) or (key in NAMES and CLASS.search(text)))
+        wrong = bool(OTHER.search(text) or CLASS.search(text)) or text.lower() in WHOLE
     return f"{key}: {text[:60]}" if wrong else None
 
 
@@ -86,10 +100,22 @@ def _are_ours(value):
     return numbers and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(value, ours))
 
 
-def _entries(said: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _entries(said: Any, depth: int = 0, key: str = "") -> Iterator[tuple[str, Any]]:
     """(key in small letters and without what stands before a dot, value) of each entry, also of those inside."""
-    inside = vars(said) if isinstance(said, Namespace) else said if isinstance(said, Mapping) else {}
-    for key, value in inside.items():
-        yield str(key)[:200].rpartition(".")[2].lower().replace("-", "_"), value
+    if isinstance(said, Namespace):
+        said = vars(said)
+    if isinstance(said, Mapping):
+        inside = list(islice(said.items(), MOST_ENTRIES))
+    elif isinstance(said, (list, tuple)):
+        inside = [(key, value) for value in islice(said, MOST_ENTRIES)]
+        texts = [value for value in said[:MOST_ENTRIES] if isinstance(value, str)]
+        inside += [(name[2:], value) for name, value in zip(texts, texts[1:]) if name.startswith("--")]
+    elif isinstance(said, str) and key in ("", *TEXT_OF_ARGUMENTS):
+        inside = SAID.findall(said[:MOST_ENTRIES])
+    else:
+        return
+    for name, value in inside:
+        name = str(name)[:200].rpartition(".")[2].lower().replace("-", "_")
+        yield name, value
         if depth < DEEPEST:
-            yield from _entries(value, depth + 1)
+            yield from _entries(value, depth + 1, name)

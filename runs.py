@@ -86,6 +86,7 @@ def find_start(args: argparse.Namespace, data: Data, lock: "FolderLock") -> Star
         why = f"which was made with other {others}"
     else:
         why = "which is not the newest of a run folder"
+    lock.begin(Path(args.results_dir), start_key(args, data))
     for _, folder_begun in sorted(run_folders(args.results_dir), reverse=True):
         if not differences(folder_begun, args, data) and begun_at(folder_begun) == path:
             lock.take(folder_begun)
@@ -131,7 +132,8 @@ def check_tells(folder: Path, args: argparse.Namespace, data: Data) -> None:
     try:
         record = read_record(folder)
     except ValueError as error:
-        if (folder / "lock").exists() and not decided_otherwise(checkpoints[-1], args):
+        same = decided_the_same(checkpoints[-1], args)
+        if same or (same is None and (folder / "lock").exists()):
             raise ValueError(f"--resume auto cannot tell whether {folder} is this run ({error}); {advice}") from None
         return
     known = record.get("content") or {}
@@ -147,13 +149,13 @@ def check_tells(folder: Path, args: argparse.Namespace, data: Data) -> None:
         )
 
 
-def decided_otherwise(checkpoint: Path, args: argparse.Namespace) -> bool:
-    """Whether a checkpoint says that its run had other deciding arguments, paths aside; False if it says nothing."""
+def decided_the_same(checkpoint: Path, args: argparse.Namespace) -> bool | None:
+    """Whether a checkpoint says that its run had these deciding arguments, paths aside; None if it says nothing."""
     try:
         theirs = read_checkpoint(checkpoint, mmap=True).get("args")
     except ValueError:
-        return False
-    return isinstance(theirs, dict) and any(name not in PATHS for name in different(theirs, args))
+        return None
+    return all(name in PATHS for name in different(theirs, args)) if isinstance(theirs, dict) else None
 
 
 def go_on(folder: Path, note: str = "") -> Start:
@@ -167,6 +169,8 @@ def go_on(folder: Path, note: str = "") -> Start:
     if not list_checkpoints(folder):
         record = read_record(folder)
         first = Path(record["from"]) if record.get("from") else None
+        if first and not first.is_file():
+            raise ValueError(f"{folder} began at {first}, which is gone, and has no checkpoint yet; take that folder away")
         if first:
             check_whole(first)
         return Start(f"starting over in {folder}, which has no checkpoint yet, from {first or 'step 0'}", first, folder)
@@ -227,6 +231,7 @@ def read_record(folder: Path) -> dict:
         and isinstance(record.get("id"), str)
         and isinstance(record.get("content", {}), dict)
         and all(isinstance(record.get(name, ""), str) for name in ("from", "resume"))
+        and set(DECIDING) <= {*LATER, *record["args"]}
     ):
         raise ValueError(f"{folder / 'run.json'} is damaged")
     return record
@@ -395,8 +400,9 @@ class FolderLock:
         if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
             os.close(self.handles.pop(path))
             return False
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: nobody needs to read it
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return True
 
     def _try(self, handle):

@@ -248,6 +248,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
             file.flush()
             temporary.replace(path)  # still locked
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,11 @@ COUNTED_BY = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+    "mvapich's mpirun": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    "jsrun": ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    "flux run": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+    "PALS's aprun": ("PALS_SIZE", "PALS_RANKID"),
+    "prun": ("PMIX_SIZE", "PMIX_RANK"),
 }
 # What `accelerate launch` hands over in the environment and the scripts here do in another way, or not at all.
 ACCELERATE_SWITCHES = {
@@ -50,6 +55,9 @@ def own_place() -> Place:
     for name, text in told.items():
         if not text.isdecimal():
             raise ValueError(f"the environment has {name}={text!r} beside {_other(told, name)}; {TORCHRUN}")
+    local = os.environ.get("LOCAL_RANK", "").strip()
+    if local and not local.isdecimal():
+        raise ValueError(f"the environment has LOCAL_RANK={local!r}; {TORCHRUN}")
     rank, world_size = int(told["RANK"]), int(told["WORLD_SIZE"])
     if rank >= world_size:
         raise ValueError(f"the environment has RANK={rank} and WORLD_SIZE={world_size}; {TORCHRUN}")
@@ -89,11 +97,13 @@ def check_accelerate(**own: object) -> None:
     `own` are the values of these flags by name, such as mixed_precision="bf16".
     """
     for name, what in ACCELERATE_SWITCHES.items():
-        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
+        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
             raise ValueError(
                 f"accelerate asks for {what} ({name}={os.environ[name]}), which is not heeded here; start with torchrun, or "
                 "switch it off with accelerate config"
             )
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE", "").strip():
+        raise ValueError(f"the environment has ACCELERATE_TORCH_DEVICE={device}, which is not heeded here; pass --device")
     for name, flag in ACCELERATE_VALUES.items():
         asked = os.environ.get(name, "").strip().lower()
         if asked not in NEUTRAL and asked != str(own.get(flag, "")).lower():

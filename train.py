@@ -11,7 +11,7 @@ same run on any number of processes and workers, up to float rounding; with --re
 run stopped, however it stopped. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint first.
 """
 
-from command_line import door, end_at_interrupt
+from command_line import door, end_at_interrupt, reason, why_lost
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -53,8 +53,8 @@ from checkpoints import (
     write_whole,
 )
 from data import (
-    BadImage, CachedLatents, ImageDataset, LoaderFailed, StepBatches, center_crop_arr, explained, list_images, make_loader,
-    read, sample_hash, steps_per_epoch, unreadable,
+    BadImage, CachedLatents, ImageDataset, LoaderFailed, StepBatches, center_crop_arr, check_outside, explained, list_images,
+    make_loader, read, sample_hash, say_waiting, steps_per_epoch, unreadable,
 )  # fmt: skip
 from devices import tf32
 from diffusion import create_diffusion
@@ -79,7 +79,6 @@ from vae import LatentShape, LatentSpace, Space, from_uint8, load_vae, vae_hashe
 __all__ = ["center_crop_arr", "main", "requires_grad", "update_ema"]
 
 METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl has more
-TELL_SECONDS = 60  # between lines about a batch that does not come
 STOP_PATIENCE = 15  # seconds for which several processes, told to stop, still wait for a batch of one of them
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # others wait this long while one downloads a VAE or writes a checkpoint
 
@@ -93,7 +92,7 @@ def once(accelerator: Accelerator, function: Callable, *args: Any) -> Any:
         except ValueError as error:
             result = [error]
         except OSError as error:
-            result = [ValueError(f"{error.filename or ''}: {error.strerror}; check that it exists and is allowed")]
+            result = [ValueError(f"{reason(error)}; look whether it exists, may be written, and has room")]
     answer = broadcast_object_list(result)[0]
     if isinstance(answer, ValueError):
         raise answer
@@ -135,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         except (LoaderFailed, RuntimeError) as error:  # torch tells of a lost worker wherever the program is
             failure = explained(error) if type(error) is RuntimeError else error
             if not isinstance(failure, LoaderFailed):
+                first = (str(error).splitlines() or [""])[0]
+                job.log(f"stopped after step {job.state.step} by an error: {why_lost(error) or first}")
                 raise
             leave(job, f"{failure}; --resume auto goes on from the last checkpoint")
         except KeyboardInterrupt:
@@ -174,6 +175,8 @@ def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
         check_memory(args.global_batch_size // processes, args.image_size, "--global-batch-size or --image-size")
     if args.fsdp and processes == 1:
         raise ValueError("--fsdp splits a network over processes and there is one; start several with torchrun")
+    if args.data_path is not None:
+        check_outside(args.data_path, "--results-dir", args.results_dir)
     dataset, data = load_data(args, accelerator)
     if Path(args.init_labels).is_file():
         data = data._replace(names=f"{data.names} {hashlib.sha256(Path(args.init_labels).read_bytes()).hexdigest()}")
@@ -389,7 +392,7 @@ def train(job: Job, signals: StopSignals) -> None:
             if not save_scores(job, signals):  # for which the run was stopped the last time
                 return log("stopped while scoring; nothing is lost")
     loader = make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
-    with closing(read(loader, partial(wait_on, job, signals, {}))) as loaded:
+    with closing(read(loader, partial(wait_on, job, signals))) as loaded:
         for batch, labels, bad in loaded:
             check_readable(job, batch, bad)
             skipped.here.update(bad)
@@ -410,22 +413,15 @@ def train(job: Job, signals: StopSignals) -> None:
     conclude(job)
 
 
-def wait_on(job: Job, signals: StopSignals, told: dict[str, float], seconds: float) -> None:
-    """Say that a batch has not come for so long, now and then; leave the program if it was told to stop meanwhile.
-
-    `told` is for this function, to remember when it last said so.
-    """
+def wait_on(job: Job, signals: StopSignals, seconds: float) -> None:
+    """Say now and then that a batch has not come for so long; leave the program if it was told to stop meanwhile."""
     alone = job.accelerator.num_processes == 1
     if signals.received and (alone or seconds > STOP_PATIENCE):
         if alone:
             save(job, must=True)
         kept = f"saved at step {job.state.step}" if alone else "not saved"
         leave(job, f"stopped by {signals.received.name} while waiting for images, {kept}; --resume auto goes on from there")
-    if seconds < TELL_SECONDS:
-        told.clear()
-    elif seconds - told.get("at", 0.0) >= TELL_SECONDS:
-        told["at"] = seconds
-        job.log(f"no batch for {seconds:.0f} s: is the disk with the images there? waiting on")
+    say_waiting(seconds, job.log)
 
 
 def leave(job: Job, message: str) -> None:
@@ -556,9 +552,9 @@ class Skipped:
 
     def report(self) -> None:
         """Log those that are new since the last report, counted, from all processes, each of which calls this."""
-        for path, reason in sorted(set(gather_object(list(self.here))) - self.reported):
-            self.reported.add(BadImage(path, reason))
-            self.log(f"skipped unreadable image {path} ({reason}), {len(self.reported)} so far")
+        for path, why in sorted(set(gather_object(list(self.here))) - self.reported):
+            self.reported.add(BadImage(path, why))
+            self.log(f"skipped unreadable image {path} ({why}), {len(self.reported)} so far")
         self.here.clear()
 
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from checkpoints import read_json
+from checkpoints import read_json, readable_name
 from offline import cache_of_the_hub, why_offline
 
 
@@ -102,8 +102,12 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
 @contextmanager
 def _as_diffusers_reads_it(name):
     """The name itself; of a folder whose config.json begins with a byte order mark, which diffusers refuses, that of a copy."""
-    if not _is_folder(name) or not (Path(name) / "config.json").read_bytes().startswith(codecs.BOM_UTF8):
+    if not _is_folder(name):
         yield name
+        return
+    if not (Path(name) / "config.json").read_bytes().startswith(codecs.BOM_UTF8):
+        with readable_name(name) as folder:
+            yield str(folder)
         return
     with TemporaryDirectory() as temporary:
         copy = Path(shutil.copytree(name, Path(temporary) / "vae"))

@@ -4,8 +4,10 @@ from functools import partial
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import time
+import zlib
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -128,16 +130,32 @@ def test_hidden_files_and_folders_are_left_out(tmp_path, num_classes):
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_links_back_are_not_followed_and_others_are(tmp_path, num_classes):
+def test_no_folder_is_listed_twice_by_links(tmp_path, num_classes):
     empty_files(tmp_path / "data", "a/1.png", "b/2.png")
     empty_files(tmp_path / "elsewhere", "3.png")
-    for link, target in (("a/up", ".."), ("b/self", "."), ("top", ".."), ("c", "../elsewhere"), ("b/a", "../a")):
+    links = {"a/up": "..", "b/self": ".", "c": "../elsewhere", "b/a": "../a", "a/b": "../b", "d": "../elsewhere"}
+    for link, target in links.items():
         (tmp_path / "data" / link).symlink_to(target)
-    (tmp_path / "data" / "top").unlink()
     listing = list_images(tmp_path / "data", num_classes)
-    assert relative(listing, tmp_path / "data") == ["a/1.png", "b/2.png", "b/a/1.png", "c/3.png"]
-    assert listing.labels == ([0, 1, 1, 2] if num_classes else [0] * 4)
-    assert "left out 3 links back to a folder above" in listing.notes[0]
+    assert relative(listing, tmp_path / "data") == ["a/1.png", "b/2.png", "c/3.png"]
+    assert listing.labels == ([0, 1, 2] if num_classes else [0] * 3)
+    assert "left out 5 links to a folder that is listed by itself" in listing.notes[0]
+
+
+def test_pipes_are_no_images(tmp_path):
+    empty_files(tmp_path, "a/1.png")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    (tmp_path / "a" / "3.png").symlink_to("2.png")
+    listing = list_images(tmp_path, 1)
+    assert relative(listing, tmp_path) == ["a/1.png"] and "left out 2 pipes, sockets and devices" in listing.notes[0]
+
+
+@pytest.mark.parametrize("inside", [".", "a", "a/new/folder", "../data/results"])
+def test_nothing_is_written_among_the_images(tmp_path, inside, monkeypatch):
+    monkeypatch.chdir(empty_files(tmp_path / "data", "a/1.png"))
+    with pytest.raises(ValueError, match="--results-dir .* lies inside --data-path .; .*|lies inside --data-path"):
+        data.check_outside(".", "--results-dir", inside)
+    data.check_outside("a", "--results-dir", "ab")
 
 
 def test_a_folder_as_deep_as_paths_go_and_links_to_themselves(tmp_path, monkeypatch):
@@ -293,6 +311,30 @@ def test_a_transparent_colour_is_white(tmp_path):
     for name, image in (("grey", Image.fromarray(levels)), ("palette", Image.fromarray(levels).convert("P"))):
         image.save(tmp_path / f"{name}.png", transparency=10)
         assert (read(tmp_path / f"{name}.png", 16).numpy() == np.where(levels == 10, 255, 200)).all()
+
+
+def png(path, header, rows, transparent):
+    """Write a PNG chunk by chunk: Pillow cannot write these kinds."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    parts = [chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white(tmp_path):
+    levels = np.kron([[0x1234, 0xC800], [0xC800, 0x1234]], np.ones((8, 8))).astype(">u2")
+    for kind, channels in ((0, 1), (2, 3)):
+        rows = b"".join(b"\0" + np.repeat(row, channels).tobytes() for row in levels)
+        png(tmp_path / "1.png", struct.pack(">IIBBBBB", 16, 16, 16, kind, 0, 0, 0), rows, b"\x12\x34" * channels)
+        assert (read(tmp_path / "1.png", 16).numpy() == np.where(levels == 0x1234, 255, 0xC8)).all()
+
+
+def test_sixteen_bit_portable_grey_maps(tmp_path):
+    levels = np.arange(256, dtype=">u2").reshape(16, 16) * 257
+    (tmp_path / "1.pgm").write_bytes(b"P5 16 16 65535\n" + levels.astype(">u2").tobytes())
+    assert np.abs(read(tmp_path / "1.pgm", 16).numpy().astype(int) - levels // 257).max() <= 1
 
 
 def test_opaque_images_with_an_alpha_channel_keep_their_pixels(tmp_path):
@@ -563,8 +605,32 @@ def no_memory():
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
 
 
+def test_workers_that_cannot_start_are_said_and_ended(monkeypatch):
+    start, started = multiprocessing.Process.start, []
+
+    def refuse(self):
+        if started:
+            raise OSError(28, "No space left on device")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", refuse)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(LoaderFailed, match="cannot start .No space left on device.*/dev/shm"):
+        list(data.read(make_loader(Troubled(lambda: None), [[i] for i in range(6)], 2)))
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_waiting_is_said_once_a_minute(capsys):
+    for seconds in np.arange(5.0, 200.0, 5.0):
+        data.say_waiting(seconds)
+    assert [line.split(" s:")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"no batch for {seconds}" for seconds in (60, 120, 180)
+    ]
+
+
 def test_too_little_shared_memory_is_said():
-    with pytest.raises(LoaderFailed, match="too little shared memory .*pass --num-workers 0"):
+    with pytest.raises(LoaderFailed, match="too little shared memory: /dev/shm .*pass --num-workers 0"):
         list(walk(no_memory))
 
 

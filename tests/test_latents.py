@@ -209,7 +209,8 @@ def test_a_process_that_ends_without_its_share_is_not_waited_for(images, tmp_pat
 def test_a_damaged_note_of_a_chunk(images, tmp_path, vae, capsys):  # noqa: F811
     folder = extract(images, tmp_path / "latents", vae)
     (folder / "manifest.json").unlink()
-    for text in ("", "5", '{"labels": [0.5], "bad_images": [], "crc32": 1}', '{"labels": 5}'):
+    short = json.dumps({**json.loads((folder / "chunks" / "0000001.json").read_text()), "labels": [0]})
+    for text in (short, "", "5", '{"labels": [0.5], "bad_images": [], "crc32": 1}', '{"labels": 5}'):
         (folder / "chunks" / "0000001.json").write_text(text)
         with pytest.raises(SystemExit):
             extract(images, folder, vae)

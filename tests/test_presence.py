@@ -54,6 +54,24 @@ def test_a_process_that_is_killed_is_gone(tmp_path, other):
     assert sorted(os.listdir(tmp_path)) == [".process-1"]
 
 
+def test_a_process_that_was_there_before_and_is_killed_is_gone(tmp_path, other):
+    child = other()
+    os.utime(tmp_path / ".process-1", (1, 1))
+    with Presence(tmp_path, Place(0, 2)) as presence:
+        assert not presence.is_gone(1)
+        kill(child)
+        assert presence.is_gone(1)
+
+
+def test_only_one_process_of_a_rank_where_that_is_wanted(tmp_path):
+    with Presence(tmp_path, Place(0, 1), only=True):
+        with Presence(tmp_path, Place(0, 1)):
+            pass
+    with Presence(tmp_path, Place(0, 1)), pytest.raises(ValueError, match="is being written by process"):
+        with Presence(tmp_path, Place(0, 1), only=True):
+            pass
+
+
 def test_what_an_earlier_start_left_says_nothing(tmp_path, other):
     kill(other())
     os.utime(tmp_path / ".process-1", (1, 1))

@@ -121,12 +121,18 @@ def test_told_to_stop_while_an_image_does_not_come(images, tmp_path, monkeypatch
     """As where a network's disk hangs: what was learned is saved, and the blocked worker is not waited for."""
     monkeypatch.setattr("data.WAIT", 0.2)
     monkeypatch.setattr("data.GRACE", 0.2)
-    monkeypatch.setattr(train, "TELL_SECONDS", 0.3)
+    monkeypatch.setattr("data.TELL_SECONDS", 0.3)
     folder = copied(images, tmp_path / "images")
     order = np.random.default_rng([0, 0, 0]).permutation(12)
     blocked = sorted(folder.glob("*/*.png"), key=lambda path: (path.parent.name, path.name))[order[9]]
-    blocked.unlink()
-    os.mkfifo(blocked)  # in the third batch
+    make_loader = train.make_loader
+
+    def blocking(*args, **kwargs):
+        blocked.unlink()
+        os.mkfifo(blocked)  # in the third batch
+        return make_loader(*args, **kwargs)
+
+    monkeypatch.setattr(train, "make_loader", blocking)
     log = RunLog.__call__
 
     def stop(self, line):
@@ -267,15 +273,43 @@ def test_a_record_that_says_less_is_no_reason_to_start_over(images, tmp_path, ca
     assert "its --data-path is gone" in capsys.readouterr().err and len(list(results.iterdir())) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"args": 5, "data": "", "id": ""}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"args": 5, "data": "", "id": ""}', "[" * 100_000, "NO LR"])
 def test_a_damaged_record_is_no_reason_to_start_over(images, tmp_path, capsys, text):  # noqa: F811
     run(images, tmp_path, "--max-steps", "2")
-    (tmp_path / "000-DiT-Ti-8" / "run.json").write_text(text)
+    record = tmp_path / "000-DiT-Ti-8" / "run.json"
+    found = json.loads(record.read_text())
+    del found["args"]["lr"]
+    record.write_text(text.replace("NO LR", json.dumps(found)))
+    (tmp_path / "000-DiT-Ti-8" / "lock").unlink()  # as a copy may lack it
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
     error = capsys.readouterr().err
     assert "cannot tell whether" in error and f"give --resume {tmp_path / '000-DiT-Ti-8'}" in error
     assert run(images, tmp_path, "--max-steps", "3", "--resume", "auto", "--lr", "3e-4")["step"] == 3  # it is another
+
+
+def test_a_start_from_a_checkpoint_waits_for_the_same_one(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "2")
+    begun = []
+    monkeypatch.setattr(FolderLock, "begin", lambda self, results, key: begun.append(results))
+    run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", str(tmp_path / "000-DiT-Ti-8"))
+    assert begun == [tmp_path]
+
+
+def test_a_run_whose_beginning_is_gone_says_where_that_was(images, tmp_path, capsys):  # noqa: F811
+    run(images, tmp_path, "--max-steps", "2")
+    first = checkpoint_path(tmp_path / "000-DiT-Ti-8", 2)
+    run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", str(first))
+    checkpoint_path(tmp_path / "001-DiT-Ti-8", 3).unlink()
+    first.rename(first.with_name("kept"))
+    run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", "auto")
+    assert f"001-DiT-Ti-8 began at {first}, which is gone" in capsys.readouterr().out
+
+
+def test_a_run_in_a_folder_that_is_not_utf8(images, tmp_path):  # noqa: F811
+    results = tmp_path / os.fsdecode(b"r\xe9sultats")
+    run(images, results, "--max-steps", "1")
+    assert run(images, results, "--max-steps", "2", "--resume", "auto")["step"] == 2 and len(list(results.iterdir())) == 1
 
 
 def test_the_autoencoder_may_move(images, tmp_path, vae):  # noqa: F811
