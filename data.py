@@ -536,8 +536,9 @@ def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> 
         raise explained(error) from None
     finally:
         if workers:
-            Thread(target=_end, args=(workers, GRACE), daemon=True).start()
             with suppress(RuntimeError):  # by which torch tells that a worker was killed
+                Thread(target=_end, args=(workers, GRACE), daemon=True).start()
+            with suppress(RuntimeError):
                 batches.__del__()  # type: ignore[attr-defined]  # waits for the workers
         atexit.unregister(end_at_exit)
 

@@ -618,7 +618,7 @@ def test_workers_that_cannot_start_are_said_and_ended(monkeypatch):
     before = set(multiprocessing.active_children())
     with pytest.raises(LoaderFailed, match="cannot start .No space left on device.*/dev/shm"):
         list(data.read(make_loader(Troubled(lambda: None), [[i] for i in range(6)], 2)))
-    assert set(multiprocessing.active_children()) == before
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_waiting_is_said_once_a_minute(capsys):
@@ -656,4 +656,4 @@ def test_a_blocked_worker_is_told_and_then_ended(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         list(walk(partial(block, tmp_path / "pipe"), waiting))
     assert 0.2 <= waited[0] < waited[1]
-    assert set(multiprocessing.active_children()) == before and time.monotonic() - began < 10
+    assert not set(multiprocessing.active_children()) - before and time.monotonic() - began < 10
