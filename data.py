@@ -506,12 +506,18 @@ def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> 
     wait. Raises LoaderFailed.
     """
     before = set(multiprocessing.active_children())
+    refused = None
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what torch has half built complains when it goes
     try:
         batches = iter(loader)
-    except OSError as error:  # no room for their queues
-        _end([child for child in multiprocessing.active_children() if child not in before], 0.0)
-        raise LoaderFailed(f"the loader's workers cannot start ({error.strerror or error}): {NO_SHARED_MEMORY}") from None
+    except OSError as error:  # no room for the workers' queues
+        refused = error.strerror or str(error)
+    finally:
+        sys.unraisablehook = hook
     workers = [child for child in multiprocessing.active_children() if child not in before]
+    if refused:
+        _end(workers, 0.0)
+        raise LoaderFailed(f"the loader's workers cannot start ({refused}): {NO_SHARED_MEMORY}")
     end_at_exit = partial(_end, workers, 0.0)
     atexit.register(end_at_exit)  # for whoever does not come to close this: Python itself would wait for ever
     began = time.monotonic()
