@@ -32,7 +32,7 @@ class Presence:
                 os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self.began = os.fstat(self.handle).st_mtime_ns
         if self.only and not is_own:
-            holder = self._path(self.place.rank).read_text(errors="replace").strip() or "another process"
+            holder = self._path(self.place.rank).read_text(encoding="utf-8", errors="replace").strip() or "another process"
             raise ValueError(f"{self.folder} is being written by {holder}; wait until that ends or stop it")
         for rank in range(self.place.world_size):
             self.at_work(rank)

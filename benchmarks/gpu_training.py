@@ -65,10 +65,10 @@ def limits(report, rounds, mebibytes, matrix_sides=None):
             rates = {name: sides[name][1] / median(times) for name, times in seconds.items()}
             report.set(
                 teraflops_per_second={
-                    k: round(v / 1e12, 3) for k, v in rates.items() if k != "copy"
+                    k: float(f"{v / 1e12:.4g}") for k, v in rates.items() if k != "copy"
                 }
             )
-            report.set(copy_terabytes_per_second=round(rates["copy"] / 1e12, 4))
+            report.set(copy_terabytes_per_second=float(f"{rates['copy'] / 1e12:.4g}"))
 
         calls = {name: call for name, (call, _) in sides.items()}
         for call in calls.values():
