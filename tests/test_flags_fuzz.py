@@ -170,7 +170,7 @@ DOORS = {
     "study": Door("study", [["--output", "study", "--device", "cpu"]], {"study.study": nothing}),
     "plot": Door("plot", [["--output", "figures"]], {"plot.draw_figure": nothing, "plot.draw_samples": nothing}),
 }
-FEW = 24  # cases of each door in every test, a multiple in the long one
+FEW = 16  # cases of each door in every test, a multiple in the long one
 MANY = 110
 
 

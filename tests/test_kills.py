@@ -53,6 +53,7 @@ def alone(context, data, tmp_path_factory):
     return of
 
 
+@pytest.mark.long
 def test_killed_once_from_outside(context, data, alone, tmp_path):
     step, found = survive(context, data, tmp_path, 1, None, random.Random(time.time_ns()))
     assert 0 < step < STEPS and found == alone(1)

@@ -147,6 +147,7 @@ def survive(context, folder, processes, how, source):
     return left, hashes(folder)
 
 
+@pytest.mark.long
 def test_a_killed_group_goes_on_where_it_stopped(alone, tmp_path):
     """The command itself, in a process group of its own, killed as a scheduler would."""
     command = [sys.executable, "sample_ddp.py", *RUN, "--sample-dir", str(tmp_path / "samples")]
