@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from checkpoints import read_json
-from command_line import LOST_WORKER
+from command_line import LOST_WORKER, why_lost
 
 # Formats that people have images in and that are not read here; files of them are counted.
 OTHER_FORMATS = (
@@ -564,7 +564,6 @@ def _end(workers, patience):
 def explained(error: RuntimeError) -> Exception:
     """LoaderFailed for what torch raises when something happens to a loader's worker, or the error itself."""
     text = str(error)
-    first = text.splitlines()[0].rstrip(" .") if text else ""
     if "shared memory" in text:
         return LoaderFailed(f"the loader's workers have too little shared memory: {NO_SHARED_MEMORY}")
     if "open files" in text or "ancdata" in text:
@@ -572,5 +571,5 @@ def explained(error: RuntimeError) -> Exception:
             "the loader's workers need more open files than allowed; pass fewer --num-workers, or ulimit -n 65536"
         )
     if "DataLoader worker (pid" in text:
-        return LoaderFailed(f"{first}: {LOST_WORKER}")
+        return LoaderFailed(why_lost(error))
     return error
