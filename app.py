@@ -7,7 +7,7 @@
 Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw does not depend on it.
 """
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -33,13 +33,17 @@ from typing import TYPE_CHECKING
 from PIL import Image
 import torch
 
-from devices import choose_device, tf32
+from runtime.devices import choose_device, tf32
 from models import DiT
-from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip
-from sampling import SOLVERS, ImageNoise, Sampler, load_sampler, readable
-from sampling_flags import add_network_flags, check_sampling_flags
-from surroundings import is_installed
-from visitors import ENDPOINT, Gate, Visitors
+from sampling.pictures import (
+    GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
+)  # fmt: skip
+from conditions.labels import readable
+from sampling.loading import load_sampler
+from sampling.sampler import SOLVERS, ImageNoise, Sampler
+from sampling.flags import add_network_flags, check_sampling_flags
+from runtime.surroundings import is_installed
+from page.visitors import ENDPOINT, Gate, Visitors
 
 if TYPE_CHECKING:
     import gradio  # which is slow to import, and need not be there

@@ -8,7 +8,7 @@
 that the checkpoint names; where it names none, --vae does.
 """
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -16,11 +16,13 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from checkpoints import Weights, check_name, load_weights, save_weights
-from hub import export_diffusers, save_pretrained
-from limits import check_numbers
-from sampling import build_network, check_writable, choose_vae, class_names, find_checkpoint
-from sampling_flags import add_network_flags
+from checkpoints.weights import Weights, load_weights, save_weights
+from runtime.disk import check_name
+from checkpoints.publish import export_diffusers, save_pretrained
+from runtime.limits import check_numbers
+from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
+from runtime.disk import check_writable
+from sampling.flags import add_network_flags
 from vae import latent_shape, load_vae
 
 FORMATS = ("hub", "diffusers", "safetensors")

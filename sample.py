@@ -8,7 +8,7 @@
 A checkpoint of this project says itself how its network is built; for others --model, --image-size and --num-classes do.
 """
 
-from command_line import Parser, door, end_at_interrupt, reason
+from runtime.command_line import Parser, door, end_at_interrupt, reason
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -20,10 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from devices import choose_device, tf32
-from pictures import GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory
-from sampling import Sampler, check_writable, label_indices, load_sampler, readable
-from sampling_flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
+from runtime.devices import choose_device, tf32
+from sampling.pictures import (
+    GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory,
+)  # fmt: skip
+from conditions.labels import label_indices, readable
+from runtime.disk import check_writable
+from sampling.loading import load_sampler
+from sampling.sampler import Sampler
+from sampling.flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 

@@ -18,8 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from checkpoints import read_json, readable_name
-from offline import cache_of_the_hub, why_offline
+from runtime.disk import readable_name
+from runtime.json_files import read_json
+from runtime.offline import cache_of_the_hub, why_offline
 
 
 class LatentShape(NamedTuple):

@@ -4,7 +4,7 @@ from diffusers import DiTTransformer2DModel
 import torch
 import torch.nn.functional as F
 
-from diffusers_format import OWN, config_to_diffusers, to_diffusers
+from checkpoints.diffusers_format import OWN, config_to_diffusers, to_diffusers
 
 
 def diffusers_twin(network):

@@ -15,9 +15,9 @@ import torch
 from benchmarks.sides import RATIO, alternate, device, ratios, table, write
 from benchmarks.solvers import BATCH, DIGITS, Setting, load, make_sampler, real_digits, real_statistics, score
 from diffusion import create_diffusion
-from features import load_extractor
+from evaluation.features import load_extractor
 from models import DiT
-from training import update_ema
+from training.step import update_ema
 from vae import from_uint8
 
 SETTING = Setting("unipc", 20)

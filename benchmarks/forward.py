@@ -15,10 +15,10 @@ import torch
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import random_network, twin_of
 from benchmarks.sides import LIMIT, RATIO, alternate, best_product, compare, device, table, write
-from devices import tf32
+from runtime.devices import tf32
 from models import DiT_models
-from sampling import PRECISIONS, prepare
-from training import training_flops
+from sampling.speed import PRECISIONS, prepare
+from training.cost import training_flops
 
 COLUMNS = ("ratio to ours, quartiles", "share of the limit")
 

@@ -28,7 +28,7 @@ from benchmarks import gpu_tables
 from benchmarks.gpu_worker import RUNNING, STOPPED
 from benchmarks.networks import TINY
 from benchmarks.sides import ROOT, free_path, machine
-from checkpoints import write_whole
+from runtime.disk import write_whole
 
 POLL_SECONDS = 0.1
 MOST_MINUTES = 24 * 60

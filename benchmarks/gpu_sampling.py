@@ -13,10 +13,12 @@ from benchmarks.gpu_worker import attempt, take_turns
 from benchmarks.networks import random_network, trained, twin_of
 from benchmarks.sampling import GUIDANCE, VAE, draw_images, pipeline
 from benchmarks.sides import ROOT, device, share_of_limit, synchronize
-from devices import tf32
-from hub import load_pretrained
-from sampling import Sampler, prepare
-from training import Recipe, new_state, training_flops
+from runtime.devices import tf32
+from checkpoints.loading import load_pretrained
+from sampling.sampler import Sampler
+from sampling.speed import prepare
+from training.cost import training_flops
+from training.state import Recipe, new_state
 from vae import load_vae
 
 WARM = 2  # steps of a trajectory that only warms up

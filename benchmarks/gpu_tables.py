@@ -4,7 +4,7 @@ import json
 import re
 
 from benchmarks.sides import RESULTS, ROOT
-from checkpoints import write_whole
+from runtime.disk import write_whole
 
 MODELS = "DiT-XL/2", "DiT-B/2", "DiT-S/2"
 NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-gpu(?:-(\d+))?\.json")  # not that of a dry run

@@ -7,9 +7,11 @@ import torch
 from benchmarks.gpu_worker import attempt, take_turns
 from benchmarks.networks import random_network, trained
 from benchmarks.sides import LIMIT, best_product, device, share_of_limit, synchronize, timed
-from devices import tf32
+from runtime.devices import tf32
 from diffusion import create_diffusion
-from training import Recipe, draw, new_state, train_step, training_flops
+from training.cost import training_flops
+from training.state import Recipe, new_state
+from training.step import draw, train_step
 
 STEPS = 2  # in a turn
 PRODUCTS = (

@@ -17,10 +17,13 @@ from benchmarks.gpu_worker import attempt, take_turns
 from benchmarks.loading import make_cache
 from benchmarks.networks import random_network, trained
 from benchmarks.sides import device, ratios
-from data import CachedLatents, StepBatches, make_loader
-from devices import tf32
-from train import to_latents
-from training import Recipe, new_state, shard_network
+from data.batches import StepBatches
+from data.cache import CachedLatents
+from data.loader import make_loader
+from runtime.devices import tf32
+from training.loop import to_latents
+from training.sharding import shard_network
+from training.state import Recipe, new_state
 from vae import LatentShape, LatentSpace
 
 SPACE = LatentShape(

@@ -20,7 +20,7 @@ import time
 import traceback
 
 from benchmarks.sides import timed
-from checkpoints import write_whole
+from runtime.disk import write_whole
 
 
 RUNNING, STOPPED = "running", "stopped at its time limit"  # of a part

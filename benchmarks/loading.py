@@ -20,7 +20,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, Lambda, Normalize, RandomHorizontalFlip, ToTensor
 
 from benchmarks.sides import RATIO, alternate, ratios, table, write
-from data import CachedLatents, ImageDataset, StepBatches, center_crop_arr, list_images, make_loader
+from data.batches import StepBatches
+from data.cache import CachedLatents
+from data.images import ImageDataset, center_crop_arr
+from data.listing import list_images
+from data.loader import make_loader
 
 SIZE, BATCH = 256, 64
 MOMENTS = (2, 4, 32, 32)

@@ -17,10 +17,11 @@ import torch
 from benchmarks.anchors import diffusers_twin
 from benchmarks.networks import random_network, twin_of
 from benchmarks.sides import LIMIT, RATIO, ROOT, alternate, best_product, compare, device, table, write
-from devices import tf32
+from runtime.devices import tf32
 from models import DiT_models, Modulation
-from sampling import PRECISIONS, Sampler, prepare
-from training import training_flops
+from sampling.sampler import Sampler
+from sampling.speed import PRECISIONS, prepare
+from training.cost import training_flops
 from vae import load_vae
 
 VAE = ROOT / "examples" / "digits" / "vae"

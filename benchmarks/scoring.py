@@ -13,7 +13,9 @@ import time
 import torch
 
 from benchmarks.sides import write
-from metrics import Moments, Summary, frechet_distance, inception_score, precision_and_recall
+from evaluation.metrics import (
+    Moments, Summary, frechet_distance, inception_score, precision_and_recall,
+)  # fmt: skip
 
 FEATURES, SPATIAL, LOGITS, FACTORS, BATCH = 2048, 2023, 1008, 256, 500
 

@@ -23,11 +23,14 @@ import numpy as np
 import torch
 
 from benchmarks.sides import RATIO, RESULTS, ROOT, alternate, device, machine, ratios, table, write
-from checkpoints import load_weights
-from features import deal, load_extractor, summarize
-from metrics import frechet_distance
+from checkpoints.weights import load_weights
+from evaluation.features import load_extractor
+from evaluation.summaries import deal, summarize
+from evaluation.metrics import frechet_distance
 from models import DiT
-from sampling import SCHEDULERS, Sampler, prepare, random_labels
+from conditions.labels import random_labels
+from sampling.sampler import SCHEDULERS, Sampler
+from sampling.speed import prepare
 from vae import load_vae, to_uint8
 
 DIGITS = ROOT / "examples" / "digits"

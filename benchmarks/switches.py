@@ -22,9 +22,11 @@ from accelerate import Accelerator
 from benchmarks.sides import RATIO, ROOT, alternate, ratios, write
 from diffusion import create_diffusion
 from models import DiT_models
-from devices import tf32
-import training
-from training import Recipe, draw, new_state, shard_network, train_step
+from runtime.devices import tf32
+from training import step as training_step
+from training.sharding import shard_network
+from training.state import Recipe, new_state
+from training.step import draw, train_step
 
 # Name → recipe, and what else is done (see Side). "plain" is the base: TF32 on, fused AdamW, EMA in bulk, one read a step.
 SIDES = {
@@ -86,7 +88,7 @@ class Side:
                 with patch.object(torch.Tensor, "tolist", lambda values: [0.0] * len(values)):
                     step()
             elif self.also == "one-by-one":
-                with patch.object(training, "update_ema", one_by_one):
+                with patch.object(training_step, "update_ema", one_by_one):
                     step(reduce)
             else:
                 step(reduce)

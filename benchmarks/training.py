@@ -18,10 +18,12 @@ from benchmarks.anchors import Plain, Twin
 from benchmarks.forward import COLUMNS
 from benchmarks.networks import random_network, trained
 from benchmarks.sides import LIMIT, RATIO, alternate, best_product, compare, device, table, write
-from devices import tf32
+from runtime.devices import tf32
 from diffusion import create_diffusion
 from models import DiT_models
-from training import Recipe, draw, new_state, train_step, training_flops
+from training.cost import training_flops
+from training.state import Recipe, new_state
+from training.step import draw, train_step
 
 
 def build_parser():

@@ -18,7 +18,7 @@ import sys
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -26,11 +26,14 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from devices import choose_device, tf32
+from runtime.devices import choose_device, tf32
 from models import DiT
-from pictures import captions, ending, picture, save
-from sampling import check_writable, label_indices, load_sampler, prepare, readable
-from sampling_flags import add_network_flags, add_process_flags, check_sampling_flags
+from sampling.pictures import captions, ending, picture, save
+from conditions.labels import label_indices, readable
+from runtime.disk import check_writable
+from sampling.loading import load_sampler
+from sampling.speed import prepare
+from sampling.flags import add_network_flags, add_process_flags, check_sampling_flags
 
 DIGITS = ROOT / "examples" / "digits"
 

@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -20,7 +20,7 @@ import io
 import itertools
 import json
 
-from pictures import write_file
+from sampling.pictures import write_file
 
 PANELS = {
     "loss": ["loss", "mse", "vb"],

@@ -49,30 +49,31 @@ def launcher(door="train"):
 
 def worker(argv, folder, env, death):
     """Run train.py in this process, noting each step in folder/progress; dies by itself as `death` says, if at all."""
-    import checkpoints
-    import torch
     import train
+    from training import loop
 
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of one's own
     os.environ.update(env)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    step_of, progress = train.train_step, os.open(folder / "progress", os.O_WRONLY | os.O_CREAT)
+    step_of, progress = loop.train_step, os.open(folder / "progress", os.O_WRONLY | os.O_CREAT)
 
     def noted(state, *args, **kwargs):
         report = step_of(state, *args, **kwargs)
         os.pwrite(progress, b"%07d" % state.step, 0)
         return report
 
-    train.train_step = noted
+    loop.train_step = noted
     if death and env.get("RANK", "0") == "0":
-        arm(death, checkpoints, torch)
+        arm(death)
     train.main(argv)
 
 
-def arm(death, checkpoints, torch):
+def arm(death):
     """Have this process kill itself at its save number death["save"]: at a share of its bytes, or about its renaming."""
+    import torch
+
     save, replace, count = torch.save, os.replace, iter(range(1, 1000))
 
     def dying_save(contents, file):
@@ -92,7 +93,7 @@ def arm(death, checkpoints, torch):
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints.torch.save, checkpoints.os.replace = dying_save, dying_replace
+    torch.save, os.replace = dying_save, dying_replace
 
 
 def start(context, data, folder, processes, death=None, run=RUN):

@@ -22,14 +22,16 @@ import pytest
 import torch
 
 import app
-from checkpoints import Weights, save_weights
+from page import visitors
+from checkpoints.weights import Weights, save_weights
 from conftest import ROOT, fill_randomly
 from models import DiT
-from pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
-from sampling import SOLVERS, Sampler, imagenet_names, load_sampler
+from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
+from conditions.labels import imagenet_names
+from sampling.loading import load_sampler
+from sampling.sampler import SOLVERS, Sampler
 from vae import PixelSpace
-import visitors
-from visitors import Gate, Visitors
+from page.visitors import Gate, Visitors
 
 CPU = torch.device("cpu")
 STEPS = 4

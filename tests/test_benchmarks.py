@@ -18,7 +18,7 @@ from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
 from conftest import ROOT, small_dit
 from models import DiT
-from training import Recipe, new_state
+from training.state import Recipe, new_state
 
 
 @pytest.fixture

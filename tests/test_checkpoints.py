@@ -22,11 +22,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from checkpoints import (
-    Weights, check_fits, checkpoint_path, clean_names, list_checkpoints, load_weights, newest_checkpoint,
-    read_checkpoint, read_json, save_checkpoint, save_weights,
+from checkpoints.files import (
+    checkpoint_path, list_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint,
 )  # fmt: skip
-from train_flags import build_parser as train_parser
+from checkpoints.fitting import check_fits
+from checkpoints.weights import Weights, clean_names, load_weights, save_weights
+from runtime.json_files import read_json
+from training.flags import build_parser as train_parser
 
 CONFIG = {"input_size": 8, "depth": 2, "mlp_ratio": 4.0, "learn_sigma": True}
 CLASSES = ["ant", "bee"]

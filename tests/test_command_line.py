@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from conftest import ROOT
-from checkpoints import write_whole
-from command_line import LONGEST_MESSAGE, Parser, door, one_line
+from runtime.disk import write_whole
+from runtime.command_line import LONGEST_MESSAGE, Parser, door, one_line
 import count
-import limits
-from limits import check_memory, check_numbers
+from runtime import limits
+from training import flags as training_flags
+from runtime.limits import check_memory, check_numbers
 from models import DiT, MOST_CLASSES
 import sample
-import train_flags
 
 INTERRUPTIBLE = [
     "train.py", "sample.py", "sample_ddp.py", "extract_latents.py", "evaluate.py", "export.py", "download.py", "count.py",
@@ -67,7 +67,7 @@ def test_what_is_not_given_twice_is_not_told(words, capsys):
 
 
 def test_a_switch_and_its_contrary_are_told(capsys):
-    args = train_flags.build_parser().parse_args(["--data-path", "x", "--flip", "--no-flip"])
+    args = training_flags.build_parser().parse_args(["--data-path", "x", "--flip", "--no-flip"])
     assert args.flip is False
     assert "--flip and --no-flip decide the same; the last one, --no-flip, counts" in capsys.readouterr().err
 
@@ -121,9 +121,9 @@ def test_a_name_that_the_system_refuses_is_one_message(name, tmp_path, monkeypat
     (["--ema-decay", *["0.9"] * 17], "--ema-decay has 17 values; it takes 16 at most"),
 ])  # fmt: skip
 def test_numbers_beyond_what_exists(flags, message):
-    args = train_flags.build_parser().parse_args(["--data-path", "x", *flags])
+    args = training_flags.build_parser().parse_args(["--data-path", "x", *flags])
     with pytest.raises(ValueError) as refused:
-        train_flags.check_arguments(args)
+        training_flags.check_arguments(args)
     assert str(refused.value) == message
 
 

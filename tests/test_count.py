@@ -11,10 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from conftest import ROOT, fill_randomly
 import count
+from training import cost as training_cost
 from diffusion import create_diffusion
 from models import BLOCKS, DiT, DiT_models
 from test_blocks import PAPER
-from training import Recipe, draw, new_state, train_step
+from training.state import Recipe, new_state
+from training.step import draw, train_step
 
 SMALL = dict(input_size=16, patch_size=2, hidden_size=64, depth=3, num_heads=4, num_classes=10)
 
@@ -76,10 +78,10 @@ def test_what_is_kept_is_what_a_real_network_keeps(block, bf16, grad_checkpointi
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 network(torch.randn(n, 4, 16, 16), torch.arange(n), torch.arange(n))
         sizes.append(sum(size for size, _ in kept.values()))
-    fixed, per_image = count.kept(config, bf16, grad_checkpointing)
+    fixed, per_image = training_cost.kept(config, bf16, grad_checkpointing)
     assert per_image == (sizes[1] - sizes[0]) / 3 > 0 and fixed == sizes[0] - 2 * per_image
-    cost = count.count(config, bf16, grad_checkpointing)
-    assert cost.training == count.TRAINING_BYTES * cost.parameters + fixed
+    cost = training_cost.count(config, bf16, grad_checkpointing)
+    assert cost.training == training_cost.TRAINING_BYTES * cost.parameters + fixed
     assert cost.per_image > per_image if grad_checkpointing else cost.per_image == per_image
 
 
@@ -100,7 +102,7 @@ def test_checkpointing_is_given_one_block_more(bf16):
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         peaks.append(max(accumulate(changes)))
-    assert count.count(config, bf16, True).per_image == pytest.approx((peaks[1] - peaks[0]) / 16, rel=0.15)
+    assert training_cost.count(config, bf16, True).per_image == pytest.approx((peaks[1] - peaks[0]) / 16, rel=0.15)
 
 
 def test_training_state_is_20_bytes_per_parameter():
@@ -113,14 +115,14 @@ def test_training_state_is_20_bytes_per_parameter():
     train_step(state, create_diffusion(""), latents, labels, draw(0, 0, 2, (4, 16, 16), 0.1, 1000, "cpu"))
     tensors = [*state.network.parameters(), *state.ema.parameters(), *taken]
     tensors += [v for moments in state.opt.state.values() for v in moments.values() if v.dim()]
-    cost = count.count(SMALL)
+    cost = training_cost.count(SMALL)
     frozen = 12 * state.network.pos_embed.numel()  # the table has neither gradient nor moments
     assert cost.weights == sum(p.numel() * 4 for p in state.network.parameters())
     assert cost.training - frozen == sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_checkpointing_keeps_less_and_bf16_about_half(capsys):
-    plain, checkpointed, half = (count.count(SMALL, *flags).per_image for flags in ((), (False, True), (True,)))
+    plain, checkpointed, half = (training_cost.count(SMALL, *flags).per_image for flags in ((), (False, True), (True,)))
     assert checkpointed < plain / 2 and 0.4 < half / plain < 0.8
 
 

@@ -17,10 +17,13 @@ import torch
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 
-import data
-from data import (
-    ImageDataset, Listing, LoaderFailed, StepBatches, center_crop_arr, collate, list_images, make_loader, steps_per_epoch,
-)  # fmt: skip
+from data import images as data_images
+from data import listing as data_listing
+from data import loader
+from data.batches import StepBatches, collate, steps_per_epoch
+from data.images import ImageDataset, center_crop_arr
+from data.listing import Listing, list_images
+from data.loader import LoaderFailed, make_loader
 
 
 def noise_picture(width, height, seed=0, channels=3):
@@ -154,8 +157,8 @@ def test_pipes_are_no_images(tmp_path):
 def test_nothing_is_written_among_the_images(tmp_path, inside, monkeypatch):
     monkeypatch.chdir(empty_files(tmp_path / "data", "a/1.png"))
     with pytest.raises(ValueError, match="--results-dir .* lies inside --data-path .; .*|lies inside --data-path"):
-        data.check_outside(".", "--results-dir", inside)
-    data.check_outside("a", "--results-dir", "ab")
+        data_listing.check_outside(".", "--results-dir", inside)
+    data_listing.check_outside("a", "--results-dir", "ab")
 
 
 def test_a_folder_as_deep_as_paths_go_and_links_to_themselves(tmp_path, monkeypatch):
@@ -357,7 +360,7 @@ def test_a_strip_is_cropped_before_it_is_enlarged(monkeypatch):
     strip = Image.fromarray(noise_picture(4000, 2))
     sizes, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
-    monkeypatch.setattr(data, "MOST_PIXELS", 2**20)
+    monkeypatch.setattr(data_images, "MOST_PIXELS", 2**20)
     cropped = np.array(center_crop_arr(strip, 64))
     assert sizes == [[64, 64]] and (cropped == np.array(center_crop_arr(strip.crop((1999, 0, 2001, 2)), 64))).all()
 
@@ -418,13 +421,13 @@ def test_all_images_unreadable(broken):
 
 
 def test_a_disk_that_is_gone_is_not_an_image_that_is_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_UNREADABLE", 3)
+    monkeypatch.setattr(data_images, "MOST_UNREADABLE", 3)
     gone = [f"{tmp_path}/{i}.png" for i in range(9)]
     image, _, bad = ImageDataset(listing_of(*gone), 16, skip_bad=True)[2, False]
     assert image is None and [one.path for one in bad] == gone[2:5]
-    told = data.unreadable(bad, skip_bad=True)
+    told = data_images.unreadable(bad, skip_bad=True)
     assert "--skip-bad-images" not in told and "none of the 3 images after it" in told
-    assert "pass --skip-bad-images" in data.unreadable(bad, skip_bad=False)
+    assert "pass --skip-bad-images" in data_images.unreadable(bad, skip_bad=False)
 
 
 def test_collate():
@@ -584,7 +587,7 @@ class Troubled(torch.utils.data.Dataset):
 
 
 def walk(trouble, waiting=lambda seconds: None):
-    return data.read(make_loader(Troubled(trouble), [[i] for i in range(6)], 1), waiting)
+    return loader.read(make_loader(Troubled(trouble), [[i] for i in range(6)], 1), waiting)
 
 
 def block(path):
@@ -617,13 +620,13 @@ def test_workers_that_cannot_start_are_said_and_ended(monkeypatch):
     monkeypatch.setattr(multiprocessing.Process, "start", refuse)
     before = set(multiprocessing.active_children())
     with pytest.raises(LoaderFailed, match="cannot start .No space left on device.*/dev/shm"):
-        list(data.read(make_loader(Troubled(lambda: None), [[i] for i in range(6)], 2)))
+        list(loader.read(make_loader(Troubled(lambda: None), [[i] for i in range(6)], 2)))
     assert not set(multiprocessing.active_children()) - before
 
 
 def test_waiting_is_said_once_a_minute(capsys):
     for seconds in np.arange(5.0, 200.0, 5.0):
-        data.say_waiting(seconds)
+        loader.say_waiting(seconds)
     assert [line.split(" s:")[0] for line in capsys.readouterr().err.splitlines()] == [
         f"no batch for {seconds}" for seconds in (60, 120, 180)
     ]
@@ -642,8 +645,8 @@ def test_workers_put_batches_where_the_trainer_reads_them(monkeypatch):
 
 
 def test_a_blocked_worker_is_told_and_then_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WAIT", 0.2)
-    monkeypatch.setattr(data, "GRACE", 0.2)
+    monkeypatch.setattr(loader, "WAIT", 0.2)
+    monkeypatch.setattr(loader, "GRACE", 0.2)
     os.mkfifo(tmp_path / "pipe")
     waited, before = [], set(multiprocessing.active_children())
 

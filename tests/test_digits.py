@@ -21,9 +21,9 @@ import plot_scores  # noqa: E402
 import train_classifier  # noqa: E402
 import train_vae  # noqa: E402
 import evaluate  # noqa: E402
-from features import load_extractor  # noqa: E402
+from evaluation.features import load_extractor  # noqa: E402
 import sample  # noqa: E402
-from sampling import load_sampler  # noqa: E402
+from sampling.loading import load_sampler  # noqa: E402
 from vae import from_uint8, load_vae, to_uint8  # noqa: E402
 
 # The README's settings.

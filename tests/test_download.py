@@ -13,9 +13,11 @@ import zipfile
 import pytest
 import torch
 
-from checkpoints import load_weights
-import download
-from download import download_model, fetch, find_model, main, released_name
+from checkpoints.weights import load_weights
+from checkpoints import released as checkpoints_released
+from checkpoints.loading import find_model
+from checkpoints.released import download_model, fetch, released_name
+from download import main
 
 NAME, OTHER = "DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"
 STATE = {"weight": torch.arange(4000) / 7, "bias": torch.ones(3)}
@@ -108,8 +110,8 @@ def server(monkeypatch):
 def pauses(monkeypatch):
     """Nobody sleeps; the pauses that were meant to be made."""
     made = []
-    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=made.append))
-    monkeypatch.setattr(download, "BLOCK", 1 << 10)  # so that the file takes several
+    monkeypatch.setattr(checkpoints_released, "time", SimpleNamespace(sleep=made.append))
+    monkeypatch.setattr(checkpoints_released, "BLOCK", 1 << 10)  # so that the file takes several
     return made
 
 
@@ -157,9 +159,9 @@ def test_folder_is_made(server, tmp_path):
 
 
 def test_where_released_checkpoints_lie():
-    assert download.BASE_URL == "https://dl.fbaipublicfiles.com/DiT/models"
-    assert download.pretrained_models == {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
-    assert download_model.__defaults__ == ("pretrained_models", download.BASE_URL)
+    assert checkpoints_released.BASE_URL == "https://dl.fbaipublicfiles.com/DiT/models"
+    assert checkpoints_released.pretrained_models == {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
+    assert download_model.__defaults__ == ("pretrained_models", checkpoints_released.BASE_URL)
 
 
 # ---- interruptions ----
@@ -178,8 +180,8 @@ def test_partial_file_is_kept_between_runs_and_taken_up(server, get, tmp_path, p
     with pytest.raises(ValueError, match=f"cannot download {server.url}/{NAME} .*5 times in a row.* kept, try again"):
         get()
     assert visible(tmp_path) == [f"{NAME}.partial"] and partial(tmp_path).read_bytes() == FILE[:3000]
-    assert len(server.asked) == 1 + download.TRIES
-    assert len(pauses) == download.TRIES - 1 and pauses == sorted(pauses) and 0 < pauses[0] and sum(pauses) < 60
+    assert len(server.asked) == 1 + checkpoints_released.TRIES
+    assert len(pauses) == checkpoints_released.TRIES - 1 and pauses == sorted(pauses) and 0 < pauses[0] and sum(pauses) < 60
 
     server.asked.clear()
     server.always = Answer()
@@ -188,7 +190,7 @@ def test_partial_file_is_kept_between_runs_and_taken_up(server, get, tmp_path, p
 
 
 def test_only_tries_in_a_row_count(server, get):
-    empty = [Answer(cut=0)] * (download.TRIES - 1)
+    empty = [Answer(cut=0)] * (checkpoints_released.TRIES - 1)
     server.plan = [*empty, Answer(cut=10), *empty, Answer(cut=10), *empty]
     assert get().read_bytes() == FILE
 
@@ -232,17 +234,17 @@ def test_server_that_finds_no_range_satisfiable(server, get, tmp_path):
 
 @pytest.mark.parametrize("stall", [-1, 0])
 def test_silent_server_is_not_waited_for_without_end(server, get, tmp_path, monkeypatch, stall):
-    monkeypatch.setattr(download, "PATIENCE", 0.1)
+    monkeypatch.setattr(checkpoints_released, "PATIENCE", 0.1)
     server.always = Answer(stall=stall)
     with pytest.raises(ValueError, match="timed out.* times in a row"):
         get()
-    assert len(server.asked) == download.TRIES
+    assert len(server.asked) == checkpoints_released.TRIES
     assert not (tmp_path / NAME).exists()
 
 
 def test_silence_is_an_interruption(server, get, monkeypatch):
     """Also where it falls in the middle of a block: what has come is not lost."""
-    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    monkeypatch.setattr(checkpoints_released, "PATIENCE", 0.2)
     server.plan = [Answer(stall=-1), Answer(stall=3000), Answer(stall=0)]
     assert get().read_bytes() == FILE
     assert server.ranges == [None, None, "bytes=3000-", "bytes=3000-"]
@@ -354,7 +356,7 @@ def test_no_alteration_is_taken_for_good(server, tmp_path):
 # ---- several at once ----
 
 def test_one_fetches_and_the_others_wait(server, get, monkeypatch):
-    together, paths, receive = threading.Barrier(4), [], download._receive
+    together, paths, receive = threading.Barrier(4), [], checkpoints_released._receive
 
     def slowly(*args):
         threading.Event().wait(0.2)  # time for the others to get as far, if nothing held them
@@ -364,7 +366,7 @@ def test_one_fetches_and_the_others_wait(server, get, monkeypatch):
         together.wait()
         paths.append(get())
 
-    monkeypatch.setattr(download, "_receive", slowly)
+    monkeypatch.setattr(checkpoints_released, "_receive", slowly)
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -485,7 +487,7 @@ def test_a_full_disk_is_named_at_once(server, get, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download, "_receive", full)
+    monkeypatch.setattr(checkpoints_released, "_receive", full)
     with pytest.raises(ValueError, match=r"cannot write .*\.partial .No space left on device.; make room there") as caught:
         get()
     assert "times in a row" not in str(caught.value)

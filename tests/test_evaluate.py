@@ -14,10 +14,14 @@ import torch
 
 from conftest import ROOT
 import evaluate
-from features import load_extractor
-import image_sets
-from image_sets import open_array, open_side, write_npz
-import metrics
+from evaluation import image_sets
+from evaluation import metrics
+from evaluation import report as evaluation_report
+from evaluation import sides
+from runtime import npz
+from evaluation.features import load_extractor
+from evaluation.sides import open_side
+from runtime.npz import open_array, write_npz
 from test_metrics import exponential_divergence, shares
 
 CLASSIFIER = str(ROOT / "examples" / "digits" / "classifier")
@@ -186,7 +190,7 @@ def test_a_reference_of_three_images_has_no_third_neighbours(sets, capsys, tmp_p
 
 
 def test_all_images_of_a_file_count_and_of_a_folder_those_that_are_kept(sets, capsys, monkeypatch):
-    monkeypatch.setattr(image_sets, "MANIFOLD_IMAGES", 100)
+    monkeypatch.setattr(sides, "MANIFOLD_IMAGES", 100)
     for name, kept in (("real.npz", 300), ("real", 100)):
         report, _ = run(capsys, "--samples", sets / "samples", "--reference", sets / name, "--features", "pixels")
         assert report["settings"]["reference_images_in_precision_and_recall"] == kept
@@ -246,7 +250,8 @@ def test_reference_of_photographs_is_cropped_as_training_crops(capsys, tmp_path)
     out, _ = run(
         capsys, "--make-reference", folder.parent, "--image-size", "8", "--features", "pixels", "--output", tmp_path / "r.npz"
     )
-    from data import ImageDataset, list_images
+    from data.images import ImageDataset
+    from data.listing import list_images
 
     dataset = ImageDataset(list_images(folder, 0), 8)
     wanted = np.stack([dataset[i, False][0].permute(1, 2, 0).numpy() for i in range(4)])
@@ -257,7 +262,7 @@ def test_reference_of_photographs_is_cropped_as_training_crops(capsys, tmp_path)
 
 
 def test_a_reference_keeps_evenly_spread_images(sets, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "MANIFOLD_IMAGES", 30)
+    monkeypatch.setattr(evaluation_report, "MANIFOLD_IMAGES", 30)
     run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features", "pixels")
     with np.load(tmp_path / "r.npz") as file:
         assert np.array_equal(file["arr_0"], pictures(300, seed=1)[::10])
@@ -362,7 +367,7 @@ def test_archives_that_are_traps_or_of_other_forms(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"--samples {tmp_path}/a.npz.*{message}"):
             open_side(tmp_path / "a.npz", "--samples")
 
-    monkeypatch.setattr(image_sets, "SMALL", 1000)
+    monkeypatch.setattr(npz, "SMALL", 1000)
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((5000, 8, 8, 3), np.uint8))
     refuses("arr_0.npy has 960,128 bytes, packed in")
     for name in ("arr_0", "../arr_0.npy", "arr_0.npy/"):

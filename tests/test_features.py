@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT, generator
-import features
-from features import Extractor, Rows, Team, deal, load_extractor, spread, summarize
-from metrics import Moments
+from evaluation import features
+from evaluation.features import Extractor, Rows, load_extractor
+from evaluation.summaries import deal, spread, summarize
+from runtime.team import Team
+from evaluation.metrics import Moments
 
 CPU = torch.device("cpu")
 CLASSIFIER = ROOT / "examples" / "digits" / "classifier"

@@ -33,7 +33,7 @@ EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
 sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling")]
 
-from count import Cost  # noqa: E402
+from training.cost import Cost  # noqa: E402
 
 SECONDS = 5  # of computing that a case may take
 HANGS = 60  # seconds after which it is broken off

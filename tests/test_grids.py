@@ -8,10 +8,10 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import Weights, save_weights
+from checkpoints.weights import Weights, save_weights
 from conftest import ROOT, fill_randomly
 from models import DiT
-from sampling import load_sampler
+from sampling.loading import load_sampler
 
 sys.path.insert(0, str(ROOT / "examples"))
 import grids

@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))
-PRODUCT_FILES = ROOT_FILES + sorted((ROOT / "diffusion").glob("*.py"))
-ROOMS = {path.stem for path in ROOT_FILES} | {"diffusion"}
+WINGS = ["checkpoints", "conditions", "data", "diffusion", "evaluation", "page", "runtime", "sampling", "training"]
+WING_FILES = sorted(path for wing in WINGS for path in (ROOT / wing).glob("*.py"))
+PRODUCT_FILES = ROOT_FILES + WING_FILES
+ROOMS = {path.stem for path in ROOT_FILES} | set(WINGS)
 DOORS = {"train", "sample", "sample_ddp", "download", "extract_latents", "evaluate", "count", "export", "app"} & ROOMS
 IMPORTABLE_DOORS = {"download"}  # also the room that turns a checkpoint's name into a path
 

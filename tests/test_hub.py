@@ -13,15 +13,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoints import PRETRAINED, Weights, load_weights, save_checkpoint, save_weights, weights_file
+from checkpoints.files import save_checkpoint
+from checkpoints.names import PRETRAINED, weights_file
+from checkpoints.weights import Weights, load_weights, save_weights
 from conftest import ROOT, fill_randomly, randn
-import diffusers_format
+from checkpoints import diffusers_format
+from checkpoints import loading
+from checkpoints import names as checkpoints_names
+from checkpoints import publish
 from diffusion import create_diffusion
 import export
-import hub
 from models import DiT
 import sample
-from sampling import Sampler
+from sampling.sampler import Sampler
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=3, num_heads=2, num_classes=10)
@@ -38,7 +42,7 @@ def network(**changes):
 def exported(vae, tmp_path_factory):
     """A pipeline's folder, written from network()."""
     folder = tmp_path_factory.mktemp("exported") / "pipeline"
-    hub.export_diffusers(network(), load_vae(vae), folder, NAMES)
+    publish.export_diffusers(network(), load_vae(vae), folder, NAMES)
     return folder
 
 
@@ -53,8 +57,8 @@ def inputs(ours, null_label):
 @pytest.mark.parametrize("changes", [{}, dict(learn_sigma=False, num_classes=1000), dict(patch_size=1, num_classes=1)])
 def test_exported_network_gives_our_numbers(tmp_path, vae, changes):
     ours = network(**changes)
-    hub.export_diffusers(ours, load_vae(vae), tmp_path / "p")
-    pipeline = hub.load_exported(tmp_path / "p")
+    publish.export_diffusers(ours, load_vae(vae), tmp_path / "p")
+    pipeline = publish.load_exported(tmp_path / "p")
     x, t, here, there = inputs(ours, 1000)
     here, there = here.clamp(max=ours.null_label), torch.where(here >= ours.num_classes, 1000, there)
     with torch.no_grad():
@@ -95,14 +99,14 @@ def grey_levels(a, b):
 
 
 def test_pipeline_draws_our_pictures_of_digits(tmp_path, monkeypatch):
-    ours, classes = hub.load_pretrained(DIGITS / "dit.safetensors")
+    ours, classes = loading.load_pretrained(DIGITS / "dit.safetensors")
     space = load_vae(str(DIGITS / "vae"))
-    hub.export_diffusers(ours, space, tmp_path / "p", classes)
-    assert hub.load_exported(tmp_path / "p").get_label_ids(["3", "7"]) == [3, 7]
+    publish.export_diffusers(ours, space, tmp_path / "p", classes)
+    assert publish.load_exported(tmp_path / "p").get_label_ids(["3", "7"]) == [3, 7]
     labels, noise = torch.arange(10), randn(10, *Sampler(ours, space, classes).latent).float()
     expected = ours_as_the_pipeline_does_it(ours, space, labels, noise, 20, 1.5)
     assert expected.float().std() > 50  # pictures of digits, not grey
-    images = theirs(hub.load_exported(tmp_path / "p"), labels, noise, 20, 1.5, monkeypatch)
+    images = theirs(publish.load_exported(tmp_path / "p"), labels, noise, 20, 1.5, monkeypatch)
     assert grey_levels(images, expected) < 0.05
     stock = theirs(DiTPipeline.from_pretrained(tmp_path / "p"), labels, noise, 20, 1.5, monkeypatch)
     gap = grey_levels(stock, expected)
@@ -112,7 +116,7 @@ def test_pipeline_draws_our_pictures_of_digits(tmp_path, monkeypatch):
 
 
 def test_import_undoes_export(exported):
-    ours, (back, classes) = network(), hub.import_diffusers(exported)
+    ours, (back, classes) = network(), loading.import_diffusers(exported)
     assert back.config == ours.config and classes == NAMES
     state = back.state_dict()
     assert state.keys() == ours.state_dict().keys()
@@ -123,7 +127,7 @@ def test_import_undoes_export(exported):
 @pytest.mark.parametrize("options", [{}, {"safe_serialization": False}])
 def test_import_of_what_diffusers_saved_again(exported, tmp_path, options):
     DiTPipeline.from_pretrained(exported, torch_dtype=torch.float16).save_pretrained(tmp_path / "again", **options)
-    back, classes = hub.import_diffusers(tmp_path / "again")
+    back, classes = loading.import_diffusers(tmp_path / "again")
     assert back.config == network().config and classes == NAMES
     halves = {name: value.half().float() for name, value in network().state_dict().items() if name != "pos_embed"}
     assert all(torch.equal(back.state_dict()[name], value) for name, value in halves.items())
@@ -153,7 +157,7 @@ def test_import_of_a_folder_that_diffusers_made(stock_folder, older):
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "diffusion_pytorch_model.safetensors").unlink()
         torch.save(theirs.state_dict(), folder / "diffusion_pytorch_model.bin")
-    ours, classes = hub.import_diffusers(folder)
+    ours, classes = loading.import_diffusers(folder)
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     x, t, here, there = inputs(ours, 1000)
@@ -171,7 +175,7 @@ def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
     tensors[f"transformer_blocks.1.norm1.emb.{name}"][0] += 1e-3
     safetensors.torch.save_file(tensors, file)
     with pytest.raises(ValueError, match=rf"config.json: its blocks have embedders of their own \(.*blocks.1.*{name}"):
-        hub.import_diffusers(folder)
+        loading.import_diffusers(folder)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -200,7 +204,7 @@ def test_import_refuses_what_is_no_dit(stock_folder, change, message):
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        hub.load_pretrained(folder)
+        loading.load_pretrained(folder)
 
 
 @pytest.mark.parametrize("change, says", [
@@ -217,23 +221,23 @@ def test_a_pipelines_scheduler_says_its_process(exported, tmp_path, change, says
     file = tmp_path / "p" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     if says is None:
-        hub.import_diffusers(tmp_path / "p")
+        loading.import_diffusers(tmp_path / "p")
         return
     for path in (tmp_path / "p", tmp_path / "p" / "transformer"):
         with pytest.raises(ValueError, match=rf"scheduler_config.json is of another process \({says}"):
-            hub.load_pretrained(path)
+            loading.load_pretrained(path)
 
 
 def test_import_takes_diffusers_format_alone(tmp_path):
-    hub.save_pretrained(network(), tmp_path / "dit")
+    publish.save_pretrained(network(), tmp_path / "dit")
     for other in (tmp_path / "dit", DIGITS / "dit.safetensors", DIGITS / "vae"):
         with pytest.raises(ValueError, match="is no DiT of diffusers; load_pretrained reads everything else"):
-            hub.import_diffusers(other)
+            loading.import_diffusers(other)
 
 
 def test_an_autoencoder_is_no_checkpoint():
     with pytest.raises(ValueError, match="config.json: it is of AutoencoderKL, not of a DiT"):
-        hub.load_pretrained(DIGITS / "vae")
+        loading.load_pretrained(DIGITS / "vae")
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -245,26 +249,26 @@ def test_an_autoencoder_is_no_checkpoint():
 ])  # fmt: skip
 def test_export_refuses_what_the_pipeline_cannot_be(tmp_path, vae, changes, reason):
     with pytest.raises(ValueError, match=f"diffusers' DiT cannot be this network: {reason}"):
-        hub.export_diffusers(network(**changes), load_vae(vae), tmp_path / "p")
+        publish.export_diffusers(network(**changes), load_vae(vae), tmp_path / "p")
     assert not list(tmp_path.iterdir())
 
 
 def test_export_refuses_pixels_and_shifted_latents(tmp_path, vae):
     with pytest.raises(ValueError, match="this network makes pixels"):
-        hub.export_diffusers(network(in_channels=3), PixelSpace(), tmp_path / "p")
+        publish.export_diffusers(network(in_channels=3), PixelSpace(), tmp_path / "p")
     space = load_vae(vae)
     space.shift = 0.1
     with pytest.raises(ValueError, match="shifted by 0.1"):
-        hub.export_diffusers(network(), space, tmp_path / "p")
+        publish.export_diffusers(network(), space, tmp_path / "p")
 
 
 # ---- pretrained folders ----
 
 def test_load_pretrained_undoes_save_pretrained(tmp_path):
     ours = network(block="adaln", num_classes=3)
-    hub.save_pretrained(ours, tmp_path / "a" / "dit", ["a", "b", "é"])
+    publish.save_pretrained(ours, tmp_path / "a" / "dit", ["a", "b", "é"])
     assert sorted(p.name for p in (tmp_path / "a" / "dit").iterdir()) == ["README.md", "config.json", PRETRAINED]
-    back, classes = hub.load_pretrained(tmp_path / "a" / "dit")
+    back, classes = loading.load_pretrained(tmp_path / "a" / "dit")
     assert back.config == ours.config and classes == ["a", "b", "é"] and not back.training and not back.pos_embed.requires_grad
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
     config = json.loads((tmp_path / "a" / "dit" / "config.json").read_text())
@@ -274,14 +278,14 @@ def test_load_pretrained_undoes_save_pretrained(tmp_path):
 def test_class_names_that_are_no_text_are_named_where_others_read(tmp_path, vae):
     """A folder in Latin-1 has such a name; train.py and sample.py take it."""
     names = ["a", "caf\udce9"]
-    for write in (lambda: hub.save_pretrained(network(), tmp_path / "a", names),
-                  lambda: hub.export_diffusers(network(), load_vae(vae), tmp_path / "b", names)):  # fmt: skip
+    for write in (lambda: publish.save_pretrained(network(), tmp_path / "a", names),
+                  lambda: publish.export_diffusers(network(), load_vae(vae), tmp_path / "b", names)):  # fmt: skip
         with pytest.raises(ValueError, match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*--format safetensors"):
             write()
     assert not list(tmp_path.iterdir())
     save_weights(tmp_path / "c.safetensors", Weights(network().state_dict(), network().config, names))
     assert load_weights(tmp_path / "c.safetensors").classes == names
-    hub.save_pretrained(network(), tmp_path / "d", training={"step": 1, "args": {"model": "caf\udce9", "vae": 5}})
+    publish.save_pretrained(network(), tmp_path / "d", training={"step": 1, "args": {"model": "caf\udce9", "vae": 5}})
     assert "# caf?" in (tmp_path / "d" / "README.md").read_text()
 
 
@@ -291,7 +295,7 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path, vae, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(ValueError, match="cannot write .*/a .No space left on device.; nothing is left of it: make room"):
-        hub.save_pretrained(network(), tmp_path / "a")
+        publish.save_pretrained(network(), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
@@ -301,14 +305,14 @@ def test_a_pipeline_that_brings_code_is_not_run(exported, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer": ["evil", "DiTTransformer2DModel"]}))
     (tmp_path / "p" / "transformer" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ValueError, match="its transformer is of .'evil'., not of diffusers; code in a folder is never run"):
-        hub.load_exported(tmp_path / "p")
+        publish.load_exported(tmp_path / "p")
     assert not (tmp_path / "ran").exists()
 
 
 def test_the_hub_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="some/one is no file.*set to be offline, by HF_HUB_OFFLINE, and there is no copy"):
-        hub.local_path("some/one")
+        checkpoints_names.local_path("some/one")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
@@ -316,21 +320,21 @@ def test_weights_of_any_precision_become_float32(tmp_path, dtype):
     ours = network()
     torch.save({"ema": {name: value.to(dtype) for name, value in ours.state_dict().items()}, "config": ours.config},
                tmp_path / "a.pt")  # fmt: skip
-    back, _ = hub.load_pretrained(tmp_path / "a.pt")
+    back, _ = loading.load_pretrained(tmp_path / "a.pt")
     for name, value in ours.state_dict().items():
         assert torch.equal(back.state_dict()[name], value.to(dtype).float())
 
 
 def test_card_says_what_the_checkpoint_says():
     training = {"step": 1234, "args": {"model": "DiT-Ti/1", "lr": 1e-3, "vae": "some/vae", "results_dir": "/home/me"}}
-    card = hub.model_card(network(), NAMES, training)
+    card = publish.model_card(network(), NAMES, training)
     for said in ("# DiT-Ti/1", "| training steps | 1234 |", "| lr | 0.001 |", "--vae some/vae", "10 classes", "| depth | 3 |",
                  f"{sum(p.numel() for p in network().parameters()):,} parameters", "digit 0, digit 1"):  # fmt: skip
         assert said in card
     assert "/home/me" not in card
-    assert "--vae VAE\n" in hub.model_card(network(), vae=str(DIGITS / "vae"))  # a folder of this machine
-    assert "| classes | a&#124;b c |" in hub.model_card(network(), ["a|b\nc"])
-    assert "that makes\nimages. It is" in hub.model_card(network(num_classes=0))
+    assert "--vae VAE\n" in publish.model_card(network(), vae=str(DIGITS / "vae"))  # a folder of this machine
+    assert "| classes | a&#124;b c |" in publish.model_card(network(), ["a|b\nc"])
+    assert "that makes\nimages. It is" in publish.model_card(network(num_classes=0))
 
 
 def test_config_beside_any_safetensors_file(tmp_path):
@@ -362,11 +366,11 @@ def test_config_beside_any_safetensors_file(tmp_path):
     ('{"depth": ' + "9" * 5000 + "}", "cannot read .*config.json .it has the number of 5,000 digits"),
 ])  # fmt: skip
 def test_broken_configurations(tmp_path, text, message):
-    hub.save_pretrained(network(), tmp_path / "dit")
+    publish.save_pretrained(network(), tmp_path / "dit")
     safetensors.torch.save_file(network().state_dict(), tmp_path / "dit" / PRETRAINED)  # without metadata
     (tmp_path / "dit" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        hub.load_pretrained(tmp_path / "dit")
+        loading.load_pretrained(tmp_path / "dit")
 
 
 def test_folders_without_weights(tmp_path, exported):
@@ -387,27 +391,27 @@ def test_class_names_that_are_none(tmp_path, classes, message):
     with pytest.raises(ValueError, match=f"a.safetensors has .*{message}"):
         load_weights(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
-        hub.save_pretrained(network(), tmp_path / "dit", classes)
+        publish.save_pretrained(network(), tmp_path / "dit", classes)
     assert not (tmp_path / "dit").exists()
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "dit").mkdir()
-    hub.save_pretrained(network(), tmp_path / "dit")  # an empty folder may be filled
+    publish.save_pretrained(network(), tmp_path / "dit")  # an empty folder may be filled
     before = (tmp_path / "dit" / PRETRAINED).stat()
     (tmp_path / ".dit.partial").mkdir()  # somebody's
     with pytest.raises(ValueError, match="dit exists already; give another name"):
-        hub.save_pretrained(network(), tmp_path / "dit")
+        publish.save_pretrained(network(), tmp_path / "dit")
     assert (tmp_path / "dit" / PRETRAINED).stat() == before
-    monkeypatch.setattr(hub, "model_card", lambda *args: 1 / 0)
+    monkeypatch.setattr(publish, "model_card", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        hub.save_pretrained(network(), tmp_path / "other")
+        publish.save_pretrained(network(), tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".dit.partial", "dit"]
     with pytest.raises(OSError, match="(?i)no such file"):
         save_weights(tmp_path / "no" / "a.safetensors", Weights(network().state_dict(), None, None))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot write .*(Not a directory|File exists)"):
-        hub.save_pretrained(network(), tmp_path / "file" / "dit")
+        publish.save_pretrained(network(), tmp_path / "file" / "dit")
 
 
 # ---- the hub ----
@@ -418,32 +422,32 @@ def offline_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     revision = "0" * 40
-    hub.save_pretrained(network(), tmp_path / "models--me--dit" / "snapshots" / revision, NAMES)
+    publish.save_pretrained(network(), tmp_path / "models--me--dit" / "snapshots" / revision, NAMES)
     (tmp_path / "models--me--dit" / "refs").mkdir()
     (tmp_path / "models--me--dit" / "refs" / "main").write_text(revision)
 
 
 def test_name_on_the_hub(offline_cache, monkeypatch, tmp_path):
-    ours, classes = hub.load_pretrained("me/dit")
+    ours, classes = loading.load_pretrained("me/dit")
     assert ours.config == network().config and classes == NAMES
     monkeypatch.chdir(tmp_path)
-    hub.save_pretrained(network(depth=1), tmp_path / "me" / "dit")
-    assert hub.load_pretrained("me/dit")[0].config["depth"] == 1  # a folder here counts more
+    publish.save_pretrained(network(depth=1), tmp_path / "me" / "dit")
+    assert loading.load_pretrained("me/dit")[0].config["depth"] == 1  # a folder here counts more
 
 
 def test_name_that_the_hub_does_not_give(offline_cache):
     with pytest.raises(ValueError, match="me/other is no file or folder here, and cannot be fetched from the hub"):
-        hub.load_pretrained("me/other")
+        loading.load_pretrained("me/other")
     for path in ("me/dit.pt", "a/b/c", "dit"):
         with pytest.raises(ValueError, match=f"there is no checkpoint {path}"):
-            hub.load_pretrained(path)
+            loading.load_pretrained(path)
 
 
 def test_weights_without_a_configuration(tmp_path):
     save_checkpoint(tmp_path / "bare.pt", network().state_dict())
     with pytest.raises(ValueError, match="bare.pt does not say how its network is built; pass config"):
-        hub.load_pretrained(tmp_path / "bare.pt")
-    assert hub.load_pretrained(tmp_path / "bare.pt", config=CONFIG)[0].config == network().config
+        loading.load_pretrained(tmp_path / "bare.pt")
+    assert loading.load_pretrained(tmp_path / "bare.pt", config=CONFIG)[0].config == network().config
 
 
 # ---- the doors ----
@@ -470,8 +474,8 @@ def test_every_form_gives_the_same_picture(tmp_path, vae, exported):
 
 
 def test_export_says_what_is_wrong(tmp_path, vae, capsys):
-    hub.save_pretrained(network(), tmp_path / "dit")
-    hub.save_pretrained(network(num_classes=0), tmp_path / "none")
+    publish.save_pretrained(network(), tmp_path / "dit")
+    publish.save_pretrained(network(num_classes=0), tmp_path / "none")
     ours = ["--ckpt", str(tmp_path / "dit"), "--vae", vae]
     none = ["--ckpt", str(tmp_path / "none"), "--vae", vae]
     single = [*ours, "--format", "safetensors", "--output"]
@@ -508,4 +512,4 @@ def test_export_as_a_script(tmp_path):
     command = [sys.executable, "export.py", *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'dit'}\n", done.stderr
-    assert hub.load_pretrained(tmp_path / "dit")[0].config["hidden_size"] == 128
+    assert loading.load_pretrained(tmp_path / "dit")[0].config["hidden_size"] == 128

@@ -15,14 +15,19 @@ import pytest
 import torch
 
 from conftest import ROOT, fill_randomly
-from data import CachedLatents, ImageDataset, list_images
+from data.cache import CachedLatents
+from data.images import ImageDataset
+from data.listing import list_images
 import extract_latents
-from presence import Presence
-from surroundings import Place
+from data import cache
+from training import job
+from training import loop
+from runtime.presence import Presence
+from runtime.surroundings import Place
 from test_runs import without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
-from train import METRICS
+from training.records import METRICS
 from vae import from_uint8, load_vae
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -43,7 +48,7 @@ def vae(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Five images at a time, so that twelve make three chunks."""
-    monkeypatch.setattr(extract_latents, "CHUNK", 5)
+    monkeypatch.setattr(cache, "CHUNK", 5)
 
 
 def extract(images, output, vae, *flags):  # noqa: F811
@@ -87,7 +92,7 @@ def test_cached_moments_are_the_autoencoders(images, tmp_path, vae, dtype, toler
 
 
 def test_two_processes_write_what_one_does_and_again_changes_nothing(images, tmp_path, vae, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(extract_latents, "CHUNK", 64)
+    monkeypatch.setattr(cache, "CHUNK", 64)
     alone = contents_of(extract(images, tmp_path / "one", vae))
     flags = ["--data-path", str(images), "--output", str(tmp_path / "two"), "--vae", vae, "--image-size", "16"]
     flags += ["--num-classes", "3", "--num-workers", "1", "--device", "cpu"]
@@ -105,13 +110,13 @@ def test_chunks_are_dealt_to_processes(images, tmp_path, vae, monkeypatch):  # n
     alone = contents_of(extract(images, tmp_path / "one", vae))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(extract_latents, "finish", lambda *_: None)
+    monkeypatch.setattr(cache, "finish", lambda *_: None)
     extract(images, tmp_path / "two", vae)
     assert [p.name for p in sorted((tmp_path / "two" / "chunks").iterdir())] == ["0000000.json", "0000002.json"]
     monkeypatch.setenv("RANK", "1")
     extract(images, tmp_path / "two", vae)
     monkeypatch.undo()
-    monkeypatch.setattr(extract_latents, "CHUNK", 5)
+    monkeypatch.setattr(cache, "CHUNK", 5)
     assert contents_of(extract(images, tmp_path / "two", vae)) == alone
 
 
@@ -129,14 +134,14 @@ def test_killed_extraction_goes_on_to_the_same_files(images, tmp_path, vae, one_
     for end in (1, 2):  # dies after the data of a chunk, before it is noted as done
         child = os.fork()
         if child == 0:
-            count, write = iter(range(10)), extract_latents.write_whole
+            count, write = iter(range(10)), cache.write_whole
 
             def dying(path, how):
                 if path.parent.name == "chunks" and next(count) == end - 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 write(path, how)
 
-            extract_latents.write_whole = dying
+            cache.write_whole = dying
             extract(images, tmp_path / "parts", vae)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -187,7 +192,7 @@ def test_arrays_that_do_not_fit_together(images, tmp_path, vae, name, change):  
 
 
 def test_a_process_that_ends_without_its_share_is_not_waited_for(images, tmp_path, vae, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(extract_latents, "POLL_SECONDS", 0)
+    monkeypatch.setattr(cache, "POLL_SECONDS", 0)
     folder = tmp_path / "latents"
 
     def die_beside(*args):
@@ -197,8 +202,8 @@ def test_a_process_that_ends_without_its_share_is_not_waited_for(images, tmp_pat
         (folder / "kept").rename(presence._path(1))
         encode_share(*args)
 
-    encode_share = extract_latents.encode_share
-    monkeypatch.setattr(extract_latents, "encode_share", die_beside)
+    encode_share = cache.encode_share
+    monkeypatch.setattr(cache, "encode_share", die_beside)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as stopped:
@@ -242,7 +247,7 @@ def test_each_epoch_draws_afresh(images, tmp_path, vae):  # noqa: F811
     cached, space = CachedLatents(extract(images, tmp_path / "latents", vae)), load_vae(vae)
     batch = torch.stack([cached[i, False][0] for i in range(3)])
     noises = [torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    first, second = (train.to_latents(space, batch, noise) for noise in noises)
+    first, second = (loop.to_latents(space, batch, noise) for noise in noises)
     mean, std = batch.float().unbind(1)
     torch.testing.assert_close(first, (mean + std * noises[0]) * 0.5)
     assert (first - second).abs().min() > 0
@@ -254,7 +259,7 @@ def test_a_run_on_latents_resumes_and_needs_no_autoencoder(images, tmp_path, vae
     def forbidden(*_):
         raise AssertionError("the autoencoder was loaded")
 
-    monkeypatch.setattr(train, "load_vae", forbidden)
+    monkeypatch.setattr(job, "load_vae", forbidden)
     flags = ["--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae)]
     train.main([*flags, "--max-steps", "3"])
     train.main([*flags, "--resume", "auto"])

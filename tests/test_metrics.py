@@ -11,8 +11,9 @@ from scipy.spatial.distance import cdist
 import torch
 
 from conftest import ROOT, randn
-from metrics import (
-    SPLIT, Moments, Statistics, Summary, frechet_distance, inception_score, precision_and_recall, score,
+from evaluation.metrics import (
+    SPLIT, Moments, Statistics, Summary, frechet_distance, inception_score, precision_and_recall,
+    score,
 )  # fmt: skip
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from conftest import ROOT, fill_randomly, randn
-from hub import save_pretrained
+from checkpoints.publish import save_pretrained
 from models import DiT
-from pictures import (
-    ENDINGS, FRAME_MS, GIF_MOMENTS, LAST_FRAME_MS, SETTINGS, STRIP_MOMENTS, captions, moments, picture, save,
-    save_trajectory, write_file,
+from sampling.pictures import (
+    ENDINGS, FRAME_MS, GIF_MOMENTS, LAST_FRAME_MS, SETTINGS, STRIP_MOMENTS, captions, moments,
+    picture, save, save_trajectory, write_file,
 )  # fmt: skip
 import sample
-from sampling import SOLVERS, Sampler
+from sampling.sampler import SOLVERS, Sampler
 from vae import PixelSpace
 
 DIGITS = ROOT / "examples" / "digits"

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from presence import Presence
-import sample_ddp
-from surroundings import Place
+from runtime.presence import Presence
+from sampling import many
+from runtime.surroundings import Place
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def test_where_there_are_no_locks_nobody_is_gone(tmp_path, monkeypatch):
 
 def test_the_first_process_waits_for_nobody_who_is_gone(tmp_path, other, monkeypatch):
     """Images 2 and 3 of 4, in chunks of two, are those of process 1."""
-    monkeypatch.setattr(sample_ddp, "POLL_SECONDS", 0)
+    monkeypatch.setattr(many, "POLL_SECONDS", 0)
     for i in (0, 1, 2):
         (tmp_path / f"{i:06d}.png").touch()
     with pytest.raises(ValueError, match="process 1 of 2 has ended"), Presence(tmp_path, Place(0, 2)) as presence:
         kill(other())
-        sample_ddp.wait_for_all(tmp_path, 4, presence, 2)
+        many.wait_for_all(tmp_path, 4, presence, 2)

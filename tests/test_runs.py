@@ -14,16 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import (
-    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints, read_checkpoint,
-    save_checkpoint,
+from checkpoints.files import (
+    check_whole, checkpoint_path, list_checkpoints, newest_whole_checkpoint, prune_checkpoints,
+    read_checkpoint, save_checkpoint,
 )  # fmt: skip
 from conftest import ROOT
-import runs
-from runs import FolderLock, Meter, RunLog, StopSignals
+from training import flags as training_flags
+from training import folder_lock
+from training import loop
+from training import records
+from training import run_folder
+from training import run_log
+from training.folder_lock import FolderLock
+from training.run_log import Meter, RunLog, StopSignals
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
-import train_flags
 
 HOLD = """
 import sys, time
@@ -55,7 +60,7 @@ def holder(tmp_path):
 
 
 def test_a_second_writer_is_refused_with_host_and_process(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(folder_lock, "LOCK_PATIENCE", 0)
     with FolderLock() as lock, pytest.raises(ValueError) as refused:
         lock.take(tmp_path / "000-DiT-Ti-8")
     assert f"written by process {holder.pid} on {os.uname().nodename};" in str(refused.value)
@@ -64,7 +69,7 @@ def test_a_second_writer_is_refused_with_host_and_process(holder, tmp_path, monk
 def test_lock_of_a_killed_process_is_free_at_once(holder, tmp_path, monkeypatch):
     holder.kill()
     holder.wait()
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(folder_lock, "LOCK_PATIENCE", 0)
     with FolderLock() as lock:
         lock.take(tmp_path / "000-DiT-Ti-8")
 
@@ -103,7 +108,7 @@ def test_resuming_a_run_that_goes_on_elsewhere_is_refused(images, tmp_path, monk
     run(images, tmp_path, "--max-steps", "2")
     folder = tmp_path / "000-DiT-Ti-8"
     before = contents_of(folder)
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(folder_lock, "LOCK_PATIENCE", 0)
     with FolderLock() as lock:
         lock.take(folder)
         for resume in ("auto", str(folder), str(checkpoint_path(folder, 2))):
@@ -119,20 +124,20 @@ def contents_of(folder):
 
 def test_told_to_stop_while_an_image_does_not_come(images, tmp_path, monkeypatch, capsys):  # noqa: F811
     """As where a network's disk hangs: what was learned is saved, and the blocked worker is not waited for."""
-    monkeypatch.setattr("data.WAIT", 0.2)
-    monkeypatch.setattr("data.GRACE", 0.2)
-    monkeypatch.setattr("data.TELL_SECONDS", 0.3)
+    monkeypatch.setattr("data.loader.WAIT", 0.2)
+    monkeypatch.setattr("data.loader.GRACE", 0.2)
+    monkeypatch.setattr("data.loader.TELL_SECONDS", 0.3)
     folder = copied(images, tmp_path / "images")
     order = np.random.default_rng([0, 0, 0]).permutation(12)
     blocked = sorted(folder.glob("*/*.png"), key=lambda path: (path.parent.name, path.name))[order[9]]
-    make_loader = train.make_loader
+    make_loader = loop.make_loader
 
     def blocking(*args, **kwargs):
         blocked.unlink()
         os.mkfifo(blocked)  # in the third batch
         return make_loader(*args, **kwargs)
 
-    monkeypatch.setattr(train, "make_loader", blocking)
+    monkeypatch.setattr(loop, "make_loader", blocking)
     log = RunLog.__call__
 
     def stop(self, line):
@@ -154,7 +159,7 @@ def test_a_lost_worker_is_said_wherever_it_is_noticed(images, tmp_path, monkeypa
     def interrupted(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises((SystemExit, KeyError, RuntimeError)) as stopped:
         run(images, tmp_path, "--max-steps", "2")
     told = "worker (pid 7) is killed by signal: Killed: the system" in (tmp_path / "000-DiT-Ti-8/log.txt").read_text()
@@ -213,15 +218,15 @@ def test_resumed_metrics_and_state_are_those_of_one_run(images, tmp_path):  # no
 
 def test_lines_that_are_no_rows_are_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('5\n{"step": "x", "a": 1}\n{"step": 2, "a": 1}\n' + "[" * 10**5 + "\n")
-    assert runs.has_row(tmp_path, 2, "a") and not runs.has_row(tmp_path, 2, "b")
+    assert run_log.has_row(tmp_path, 2, "a") and not run_log.has_row(tmp_path, 2, "b")
 
 
 def test_rows_beyond_the_step_and_half_written_ones_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 0.5}\n{"step": 4}\n{"step": 6}\n{"st')
-    runs.cut_rows(path, 4)
+    run_log.cut_rows(path, 4)
     assert path.read_text() == '{"step": 2, "loss": 0.5}\n{"step": 4}\n'
-    runs.cut_rows(tmp_path / "none.jsonl", 4)
+    run_log.cut_rows(tmp_path / "none.jsonl", 4)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -322,7 +327,7 @@ def test_the_autoencoder_may_move(images, tmp_path, vae):  # noqa: F811
 
 def test_two_starts_of_one_run_at_once(tmp_path, monkeypatch):
     """The second waits until the first has its folder, and then finds it; starts of other runs do not wait."""
-    monkeypatch.setattr(runs, "START_PATIENCE", 0)
+    monkeypatch.setattr(folder_lock, "START_PATIENCE", 0)
     results = tmp_path / "results"
     with FolderLock() as first, FolderLock() as second, FolderLock() as other:
         first.begin(results, "a")
@@ -380,9 +385,9 @@ def test_parts_of_a_checkpoint_that_do_not_belong_together(images, tmp_path, cap
 
 
 def test_deciding_flags_are_those_that_the_documentation_says():
-    groups = {group.title: group._group_actions for group in train_flags.build_parser()._action_groups}
+    groups = {group.title: group._group_actions for group in training_flags.build_parser()._action_groups}
     flags = {action.dest for title in ("data", "network", "recipe") for action in groups[title]}
-    assert set(runs.DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
+    assert set(run_folder.DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
 
 
 def test_another_number_of_processes_is_told(images, tmp_path, capsys):  # noqa: F811
@@ -481,7 +486,7 @@ def test_a_read_error_is_no_damage(images, tmp_path, monkeypatch, capsys):  # no
     def fail(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("checkpoints.zipfile.ZipFile.testzip", fail)
+    monkeypatch.setattr("checkpoints.files.zipfile.ZipFile.testzip", fail)
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--max-steps", "6", "--resume", "auto")
     assert "0000004.pt: Input/output error" in capsys.readouterr().err and contents_of(tmp_path) == before
@@ -525,7 +530,7 @@ def test_damaged_files_get_names_of_their_own(tmp_path):
         checkpoint_path(folder, 2).write_bytes(content)
         assert newest_whole_checkpoint(folder)[0] == checkpoint_path(folder, 1)
         (folder / "checkpoints" / ".0000002.pt.partial").touch()
-        assert runs.go_on(folder).checkpoint == checkpoint_path(folder, 1)
+        assert run_folder.go_on(folder).checkpoint == checkpoint_path(folder, 1)
     found = {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir() if path.suffix != ".pt"}
     assert found == {"0000002.pt.damaged": b"one", "0000002.pt.damaged1": b"two"}
 
@@ -613,7 +618,7 @@ def test_a_preview_that_cannot_be_written_does_not_end_the_run(images, tmp_path,
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "write_whole", full)
+    monkeypatch.setattr(records, "write_whole", full)
     assert run(images, tmp_path, "--max-steps", "2", "--sample-every", "1")["step"] == 2
     assert "previews/0000001.png was not written (No space left on device" in capsys.readouterr().out
 
@@ -637,7 +642,7 @@ def test_the_disks_reason_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on_later(images, tmp_path, monkeypatch, capsys, number, code):  # noqa: F811
     whole = run(images, tmp_path / "whole", "--max-steps", "6")
-    step_of = train.train_step
+    step_of = loop.train_step
 
     def step_with_signal(state, *args, **kwargs):
         if state.step == 2:
@@ -645,7 +650,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(images, tmp_path, monkeypatch,
         return step_of(state, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", step_with_signal)
+        patched.setattr(loop, "train_step", step_with_signal)
         if code:
             with pytest.raises(SystemExit) as stopped:
                 run(images, tmp_path / "parts", "--max-steps", "6")
@@ -670,7 +675,9 @@ def test_a_second_interruption_stops_at_once():
 
 
 def test_loader_workers_leave_signals_to_the_training_process(images):  # noqa: F811
-    from data import ImageDataset, list_images, make_loader
+    from data.images import ImageDataset
+    from data.listing import list_images
+    from data.loader import make_loader
 
     dataset = ImageDataset(list_images(images, 3), 8)
     loader = iter(make_loader(dataset, [[(i, False)] for i in range(8)], num_workers=1))
@@ -685,7 +692,7 @@ def test_loader_workers_leave_signals_to_the_training_process(images):  # noqa: 
 
 def test_meter_leaves_pauses_out(monkeypatch):
     now = iter([0.0, 10.0, 13.0, 15.0, 15.0, 16.0])
-    monkeypatch.setattr(runs.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(folder_lock.time, "monotonic", lambda: next(now))
     meter = Meter()
     meter.steps = 6
     with meter.paused():  # from 10 to 13

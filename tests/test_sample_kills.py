@@ -33,6 +33,7 @@ def context():
 
 def worker(folder, rank, processes, death):
     """sample_ddp.py as process `rank` of so many; rank 0 kills itself as `death` says, if at all."""
+    from sampling import many
     import sample_ddp
     import torch
 
@@ -43,13 +44,13 @@ def worker(folder, rank, processes, death):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
     if death and rank == 0:
-        arm(death, sample_ddp)
+        arm(death, many)
     sample_ddp.main([*RUN, "--sample-dir", str(folder)])
 
 
-def arm(death, sample_ddp):
+def arm(death, many):
     """Have this process kill itself at a share of an image's bytes, about its renaming, or within the .npz."""
-    write_whole, replace, images = sample_ddp.write_whole, Path.replace, iter(range(COUNT))
+    write_whole, replace, images = many.write_whole, Path.replace, iter(range(COUNT))
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -78,7 +79,7 @@ def arm(death, sample_ddp):
         if dies:
             die()
 
-    sample_ddp.write_whole, sample_ddp.Path.replace = dying_write, dying_replace
+    many.write_whole, many.Path.replace = dying_write, dying_replace
 
 
 def start(context, folder, processes, death=None):

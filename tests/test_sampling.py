@@ -17,18 +17,23 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import Weights, checkpoint_path, save_checkpoint, save_weights
+from checkpoints.files import checkpoint_path, save_checkpoint
+from checkpoints.weights import Weights, save_weights
 from conftest import ROOT, fill_randomly
-from devices import choose_device, tf32
+from runtime.devices import choose_device, tf32
 from diffusion import create_diffusion
-from image_sets import open_array
+from runtime.npz import open_array
 from models import DiT, DiT_models
 import sample
+from sampling import many as sampling_many
 import sample_ddp
-from pictures import FONT_SIZE, LEAST_TILE, MARGIN, captions, picture
-from presence import Presence
-from sampling import ImageNoise, Sampler, build_network, check_writable, label_indices, random_labels, readable
-from surroundings import Place
+from sampling.pictures import FONT_SIZE, LEAST_TILE, MARGIN, captions, picture
+from runtime.presence import Presence
+from checkpoints.loading import build_network
+from conditions.labels import label_indices, random_labels, readable
+from runtime.disk import check_writable
+from sampling.sampler import ImageNoise, Sampler
+from runtime.surroundings import Place
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
@@ -667,7 +672,7 @@ def test_a_full_disk_gets_one_message(tmp_path, vae, ckpt, capsys, monkeypatch):
 
 def test_png_files_are_written_while_the_next_chunk_is_sampled(tmp_path, vae, ckpt, monkeypatch):
     """Each write waits until the network has been asked for the chunk after it, which it would never be otherwise."""
-    began, latents, write = [], Sampler.latents, sample_ddp.write_whole
+    began, latents, write = [], Sampler.latents, sampling_many.write_whole
     more = threading.Condition()
 
     def noted(self, labels, *rest):
@@ -684,7 +689,7 @@ def test_png_files_are_written_while_the_next_chunk_is_sampled(tmp_path, vae, ck
         write(path, content)
 
     monkeypatch.setattr(Sampler, "latents", noted)
-    monkeypatch.setattr(sample_ddp, "write_whole", waiting)
+    monkeypatch.setattr(sampling_many, "write_whole", waiting)
     folder, array = many(ckpt, vae, tmp_path)
     assert began == [2, 2, 2, 1] and len(array) == 7
 
@@ -695,11 +700,11 @@ def test_progress_tells_the_time_left(tmp_path, vae, ckpt, capsys):
 
 
 def test_the_first_process_says_whom_it_waits_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample_ddp, "TELL_SECONDS", 0)
-    monkeypatch.setattr(sample_ddp.time, "sleep", lambda _: (tmp_path / "000001.png").touch())
+    monkeypatch.setattr(sampling_many, "TELL_SECONDS", 0)
+    monkeypatch.setattr(sampling_many.time, "sleep", lambda _: (tmp_path / "000001.png").touch())
     (tmp_path / "000000.png").touch()
     with Presence(tmp_path, Place(0, 2)) as presence:
-        sample_ddp.wait_for_all(tmp_path, 2, presence, 1)
+        sampling_many.wait_for_all(tmp_path, 2, presence, 1)
     assert capsys.readouterr().out == (
         "waiting for 1 images of other processes (process 1 of 2 is not there: start it)\n"
     )
@@ -748,7 +753,7 @@ def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
     ])  # fmt: skip
     device = torch.device("cuda:0")
     sampler = sample_ddp.load_sampler(args, device)
-    labels = sample_ddp.all_labels(args, sampler).to(device)
+    labels = sampling_many.all_labels(args, sampler).to(device)
     with tf32(True):
         for start in range(0, 7, 2):
             indices = range(start, min(start + 2, 7))
@@ -841,7 +846,7 @@ def test_ctrl_c_is_no_traceback(tmp_path, vae, ckpt, capsys, monkeypatch):
 
 
 def test_a_wrong_autoencoder_is_found_before_the_released_weights_are_fetched(tmp_path, vae, capsys, monkeypatch):
-    monkeypatch.setattr("sampling.download_model", lambda name: pytest.fail("a download began"))
+    monkeypatch.setattr("checkpoints.loading.download_model", lambda name: pytest.fail("a download began"))
     with pytest.raises(SystemExit):
         sample_ddp.main(["--vae", str(tmp_path), "--sample-dir", str(tmp_path / "s"), "--device", "cpu"])
     assert "is a folder without config.json" in capsys.readouterr().err
@@ -852,9 +857,9 @@ def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
     replace = Path.replace
 
     def replaced_while_another_clears_up(self, target):
-        sample_ddp.remove_leftovers(tmp_path)
+        sampling_many.remove_leftovers(tmp_path)
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", replaced_while_another_clears_up)
-    sample_ddp.write_whole(tmp_path / "000000.png", lambda file: file.write(b"whole"))
+    sampling_many.write_whole(tmp_path / "000000.png", lambda file: file.write(b"whole"))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("000000.png", b"whole")]

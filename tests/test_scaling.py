@@ -15,7 +15,7 @@ import torch
 
 from conftest import ROOT
 from models import BLOCKS, DiT
-from training import training_flops
+from training.cost import training_flops
 
 pytest.importorskip("sklearn", reason="the photographs come with scikit-learn: pip install .[digits]")
 EXAMPLE = ROOT / "examples" / "scaling"
@@ -150,7 +150,7 @@ def test_what_another_process_finished_meanwhile_is_not_lost(tiny, tmp_path, mon
     study.main(["--output", str(folder), *TINY, "--workers", "1"])
     assert f"{len(lines)} networks are done, 0 are left" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr("runs.LOCK_PATIENCE", 0)
+    monkeypatch.setattr("training.folder_lock.LOCK_PATIENCE", 0)
     with study.FolderLock() as lock:
         lock.take(folder)
         with pytest.raises(SystemExit):

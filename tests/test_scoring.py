@@ -13,12 +13,15 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import list_checkpoints, read_checkpoint
+from checkpoints.files import list_checkpoints, read_checkpoint
 from conftest import ROOT
 import evaluate
+from runtime import team
+from training import job as training_job
+from training import records
+from training import scores as training_scores
 from kill_campaign import end, launcher, start
 import sample_ddp
-import scoring
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
 
@@ -70,8 +73,8 @@ def test_scores_are_those_of_sample_ddp_and_evaluate(images, square, tmp_path, c
     (checkpoint,) = list_checkpoints(tmp_path / "000-DiT-Ti-8")
     sample_ddp.main([
         "--ckpt", str(checkpoint), "--vae", "none", "--num-fid-samples", "10", "--per-proc-batch-size", "4", "--cfg-scale",
-        "1", "--sampler", scoring.SAMPLER, "--num-sampling-steps", str(scoring.STEPS), "--sample-dir", str(tmp_path / "s"),
-        "--device", "cpu", "--global-seed", "5",
+        "1", "--sampler", training_scores.SAMPLER, "--num-sampling-steps", str(training_scores.STEPS),
+        "--sample-dir", str(tmp_path / "s"), "--device", "cpu", "--global-seed", "5",
     ])  # fmt: skip
     (samples,) = (tmp_path / "s").glob("*.npz")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -95,18 +98,18 @@ def test_two_processes_score_what_one_does(images, square, tmp_path, more):  # n
 def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(images, square, tmp_path, monkeypatch, capsys):  # noqa: F811
     flags = ["--max-steps", "5", "--ckpt-every", "100", *scored(square), "--resume", "auto"]
     run(images, tmp_path / "alone", *flags)
-    score = scoring.score_samples
+    score = training_scores.score_samples
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return score(*args)
 
-    monkeypatch.setattr(train, "score_samples", signalled)
+    monkeypatch.setattr(records, "score_samples", signalled)
     assert run(images, tmp_path / "stopped", *flags)["step"] == 3
     assert rows(tmp_path / "stopped") == [] and "stopped by SIGTERM after step 3" in capsys.readouterr().out
     run(images, tmp_path / "stopped", *flags)  # and again, before the first step of the restart
     assert "stopped while scoring" in capsys.readouterr().out
-    monkeypatch.setattr(train, "score_samples", score)
+    monkeypatch.setattr(records, "score_samples", score)
     end = run(images, tmp_path / "stopped", *flags)
     assert end["step"] == 5 and rows(tmp_path / "stopped") == rows(tmp_path / "alone")
     steps = [row["step"] for row in rows(tmp_path / "stopped", "step")]
@@ -124,12 +127,12 @@ def test_a_restart_does_not_score_twice(images, square, tmp_path):  # noqa: F811
 def test_cached_latents_are_decoded_for_scores(images, square, tmp_path, monkeypatch):  # noqa: F811
     """Where latents are cached the VAE is loaded for that alone."""
     asked = []
-    monkeypatch.setattr(train, "load_vae", lambda name, device: asked.append(name))
+    monkeypatch.setattr(training_job, "load_vae", lambda name, device: asked.append(name))
     for flags in (["--latents", "x"], ["--latents", "x", *scored(square)]):
         args = train.build_parser().parse_args(flags)
         dataset = type("", (), {"manifest": {"channels": 4, "ratio": 8, "scale": 1.0, "shift": 0.0}})
-        accelerator = train.Accelerator(cpu=True)
-        train.load_space(args, accelerator, dataset)
+        accelerator = team.Accelerator(cpu=True)
+        training_job.load_space(args, accelerator, dataset)
     assert asked == ["ema"]
 
 
@@ -149,14 +152,14 @@ def test_samples_without_finite_features_do_not_end_a_run(images, square, tmp_pa
 
 def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys, monkeypatch):  # noqa: F811
     """NaN in the average: neither scores nor previews come of it, and the run goes on."""
-    average = train.whole_average
+    average = records.whole_average
 
     def broken(job):
         network = deepcopy(average(job))
         network.final_layer.linear.bias.data.fill_(float("nan"))
         return network
 
-    monkeypatch.setattr(train, "whole_average", broken)
+    monkeypatch.setattr(records, "whole_average", broken)
     assert run(images, tmp_path, "--max-steps", "4", *scored(square), "--sample-every", "4")["step"] == 4
     out = capsys.readouterr().out
     assert "step 0000003: not scored (the images that the network draws are not finite)" in out
@@ -167,7 +170,7 @@ def test_features_that_are_not_finite_are_reported_by_every_process(images, squa
     def fail(*args, **kwargs):
         raise ValueError("the features of some image are not finite")
 
-    monkeypatch.setattr(scoring, "summarize", fail)
+    monkeypatch.setattr(training_scores, "summarize", fail)
     assert run(images, tmp_path, "--max-steps", "4", *scored(square))["step"] == 4
     assert "step 0000003: not scored (the features of some image are not finite)" in capsys.readouterr().out
 

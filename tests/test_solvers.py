@@ -7,21 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import load_weights
+from checkpoints.weights import load_weights
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT
 import sample
+from sampling import loading
+from sampling import sampler as sampling_sampler
+from sampling import speed
 import sample_ddp
-import sampling
-from sampling import SOLVERS, ImageNoise, Sampler, prepare
-from sampling_flags import check_sampling_flags
+from sampling.sampler import SOLVERS, ImageNoise, Sampler
+from sampling.speed import prepare
+from sampling.flags import check_sampling_flags
 from vae import PixelSpace, load_vae
 
 DIGITS = ROOT / "examples" / "digits"
 SMALL = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=10)
 ABAR = create_diffusion("").alphas_cumprod
-MULTISTEP = sorted(sampling.SCHEDULERS)
+MULTISTEP = sorted(sampling_sampler.SCHEDULERS)
 OLD_NAME = "dit-cfg-1.5-steps-3-ddpm-seed-0-n-2-2edc23ea"  # of the version before --cfg-interval and --compile
 
 
@@ -251,7 +254,7 @@ def test_casting_weights_once_is_what_autocast_does_each_time(precision, digits)
     load, _, labels, noise = digits
     plain, cast = load(), load()
     prepare(cast, precision)
-    assert cast.blocks[0].mlp.fc1.weight.dtype == sampling.PRECISIONS[precision]
+    assert cast.blocks[0].mlp.fc1.weight.dtype == speed.PRECISIONS[precision]
     assert cast.pos_embed.dtype == cast.y_embedder.embedding_table.weight.dtype == torch.float32
     one, other = (
         Sampler(net, Unbounded(), None, 4, "unipc", cfg_scale=1.5, mixed_precision=precision).latents(labels, noise)
@@ -355,7 +358,7 @@ def loaded(monkeypatch, *given):
 
     monkeypatch.setattr(torch, "compile", record)
     args = flags("--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), *given)
-    return sampling.load_sampler(args, torch.device("cpu")), compiled
+    return loading.load_sampler(args, torch.device("cpu")), compiled
 
 
 def test_flags_reach_the_network(monkeypatch):

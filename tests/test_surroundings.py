@@ -3,10 +3,10 @@
 import pytest
 
 import evaluate
+from runtime import surroundings
 import extract_latents
 import sample_ddp
-import surroundings
-from surroundings import Place, check_accelerate, is_installed, lone_task_note, own_place
+from runtime.surroundings import Place, check_accelerate, is_installed, lone_task_note, own_place
 import train
 
 VARIABLES = [

@@ -10,15 +10,20 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import Weights, adapt, load_weights, read_label_map, weights_choice
+from checkpoints.fitting import adapt, read_label_map
+from checkpoints.weights import Weights, load_weights, weights_choice
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 import sample
+from training import loop
+from training import records
 from test_runs import rows
 from test_train import QUICK, SIZE, fresh_accelerator, images, pixel_state, run, same  # noqa: F401
 import train
-from training import QUARTERS, Recipe, Window, draw, train_step, training_flops
+from training.cost import training_flops
+from training.state import QUARTERS, Recipe, Window
+from training.step import draw, train_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -156,7 +161,7 @@ def test_one_read_per_step(monkeypatch):
 
 
 def test_window_means():
-    window, report = Window(), dict.fromkeys(train.METRICS, 4.0)
+    window, report = Window(), dict.fromkeys(records.METRICS, 4.0)
     report |= {f"{name}_q{q}": 0.0 for name in ("mse", "samples") for q in range(1, 5)} | {
         "mse_q2": 3.0,
         "samples_q2": 2.0,
@@ -179,13 +184,13 @@ def test_operations_of_training():
 
 def poisoned(monkeypatch, bad_steps):
     """train_step, with latents that are not a number at these steps."""
-    step_of = train.train_step
+    step_of = loop.train_step
 
     def step(state, diffusion, latents, *args, **kwargs):
         latents = latents * float("nan") if state.step in bad_steps else latents
         return step_of(state, diffusion, latents, *args, **kwargs)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
 
 
 def test_a_bad_step_changes_nothing_and_is_counted():
@@ -275,7 +280,7 @@ def test_a_run_that_ends_in_bad_steps_says_so_and_deletes_nothing(images, tmp_pa
 
 
 def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monkeypatch, capsys):  # noqa: F811
-    step = train.train_step
+    step = loop.train_step
 
     def ruins(state, *args, **kwargs):
         report = step(state, *args, **kwargs)
@@ -283,7 +288,7 @@ def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monke
             torch.nn.init.constant_(state.network.final_layer.linear.bias, float("inf"))
         return report
 
-    monkeypatch.setattr(train, "train_step", ruins)
+    monkeypatch.setattr(loop, "train_step", ruins)
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path, "--max-steps", "3", "--ckpt-every", "2", "--keep-last", "1")
     assert "the run ended badly: it has weights that are not finite" in stopped.value.code
@@ -336,7 +341,7 @@ def test_a_tracker_that_accelerate_does_not_find(images, tmp_path, capsys, monke
 
 
 def test_a_tracker_that_is_not_installed(images, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("surroundings.find_spec", lambda name: None)
+    monkeypatch.setattr("runtime.surroundings.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(images, tmp_path / "r", "--log-with", "wandb")
     assert "--log-with wandb: it is not installed; pip install wandb" in capsys.readouterr().err

@@ -13,14 +13,18 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import list_checkpoints, newest_checkpoint, read_checkpoint
+from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoint
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
-import runs
+from training import flags as training_flags
+from training import folder_lock
+from training import loop
+from training import records
+from training import run_folder
 import train
-import train_flags
-from training import Recipe, draw, new_state, train_step, update_ema
+from training.state import Recipe, new_state
+from training.step import draw, train_step, update_ema
 
 SIZE = 16
 QUICK = [
@@ -59,7 +63,7 @@ def same(a, b):
 
 
 def test_flags_found_in_the_wild_keep_their_defaults():
-    args = vars(train_flags.build_parser("").parse_args(["--data-path", "x"]))
+    args = vars(training_flags.build_parser("").parse_args(["--data-path", "x"]))
     wild = dict(
         data_path="x", results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
         global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50000,
@@ -89,7 +93,7 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
     assert log == capsys.readouterr().out
     lines = [line for line in log.splitlines() if " images/s" in line]
     assert [line.split("] ")[1].split(" of")[0] for line in lines] == ["step 0000002", "step 0000004", "step 0000005"]
-    assert all(name.replace("_", " ") in line for line in lines for name in train.METRICS)
+    assert all(name.replace("_", " ") in line for line in lines for name in records.METRICS)
 
 
 def test_loss_falls(images, tmp_path, capsys):
@@ -188,10 +192,10 @@ def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(images,
 
 
 def test_a_number_that_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "run_folders", lambda results_dir: [])
+    monkeypatch.setattr(run_folder, "run_folders", lambda results_dir: [])
     args = argparse.Namespace(results_dir=str(tmp_path), model="DiT-S/2", resume=None)
-    with runs.FolderLock() as lock:
-        folders = [runs.new_folder(args, runs.Data(""), lock).name for _ in range(3)]
+    with folder_lock.FolderLock() as lock:
+        folders = [run_folder.new_folder(args, run_folder.Data(""), lock).name for _ in range(3)]
     assert folders == ["000-DiT-S-2", "001-DiT-S-2", "002-DiT-S-2"]
 
 
@@ -210,7 +214,7 @@ def test_interrupted_from_the_keyboard(images, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train_step", interrupt)
+    monkeypatch.setattr(loop, "train_step", interrupt)
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path, "--max-steps", "2")
     assert stopped.value.code == 130 and "interrupted after step 0" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -27,9 +27,9 @@ from sklearn.svm import SVC
 import torch
 
 from make_dataset import IMAGE_SIZE, load_split, reduce
-from devices import choose_device
-from sampling import load_sampler
-from sampling_flags import add_sampling_flags, check_sampling_flags
+from runtime.devices import choose_device
+from sampling.loading import load_sampler
+from sampling.flags import add_sampling_flags, check_sampling_flags
 
 BATCH = 100
 CLASSES = 10

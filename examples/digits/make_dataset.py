@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from checkpoints import write_whole
+from runtime.disk import write_whole
 
 IMAGE_SIZE = 32
 SIDE, LEVELS = 8, 16  # of the digits as they come

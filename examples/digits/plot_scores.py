@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -19,8 +19,8 @@ if __name__ == "__main__":
 import io
 import json
 
-from checkpoints import read_bounded
-from pictures import write_file
+from runtime.json_files import read_bounded
+from sampling.pictures import write_file
 
 LOGS = Path(__file__).resolve().parent / "logs"
 PANELS = {"FID, in the classifier's features": ["fid"], "precision and recall": ["precision", "recall"]}

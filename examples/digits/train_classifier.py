@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -21,9 +21,10 @@ from timm.models import save_for_hf
 import torch
 import torch.nn.functional as F
 
-from data import ImageDataset, list_images
-from hub import whole_folder
-from limits import check_numbers
+from data.images import ImageDataset
+from data.listing import list_images
+from checkpoints.publish import whole_folder
+from runtime.limits import check_numbers
 from vae import from_uint8
 
 SIZE, CLASSES = 32, 10

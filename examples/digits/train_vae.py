@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -19,9 +19,10 @@ if __name__ == "__main__":
 import torch
 from diffusers import AutoencoderKL
 
-from data import ImageDataset, list_images
-from hub import whole_folder
-from limits import check_numbers
+from data.images import ImageDataset
+from data.listing import list_images
+from checkpoints.publish import whole_folder
+from runtime.limits import check_numbers
 from vae import from_uint8
 
 KL_WEIGHT = 0.001

@@ -12,7 +12,7 @@ import sys
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
 
-from command_line import Parser, door, end_at_interrupt, reason
+from runtime.command_line import Parser, door, end_at_interrupt, reason
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
-from checkpoints import write_whole
+from runtime.disk import write_whole
 from records import read_study
 
 ROOT = Path(__file__).resolve().parents[2]

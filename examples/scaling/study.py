@@ -15,7 +15,7 @@ import sys
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -34,17 +34,21 @@ from typing import NamedTuple
 from PIL import Image
 import torch
 
-from checkpoints import read_checkpoint, write_whole
-from devices import choose_device
+from checkpoints.files import read_checkpoint
+from runtime.disk import write_whole
+from runtime.devices import choose_device
 from diffusion import create_diffusion
-from metrics import Moments, Statistics, frechet_distance
-from limits import check_numbers
+from evaluation.metrics import SCORED, Moments, Statistics, frechet_distance
+from runtime.limits import check_numbers
 from models import BLOCKS, DiT
 from patches import CLASSES, REAL, REFERENCE, TRAINING, Classifier, draw_patches, train_classifier
 from records import Point, read_about, read_rows
-from runs import FolderLock
-from sampling import Sampler, random_labels
-from training import Recipe, Window, draw, new_state, train_step, training_flops
+from training.folder_lock import FolderLock
+from conditions.labels import random_labels
+from sampling.sampler import Sampler
+from training.cost import training_flops
+from training.state import Recipe, Window, new_state
+from training.step import draw, train_step
 from vae import from_uint8, load_vae
 
 SEEDS = (0, 1)
@@ -327,7 +331,7 @@ def main(argv=None):
             device = choose_device(args.device)
             if args.workers is None:
                 args.workers = os.cpu_count() if device.type == "cpu" else 1
-            check_numbers(args)
+            check_numbers(args, num_samples=SCORED)
             args.output.mkdir(parents=True, exist_ok=True)
             lock.take(args.output)
             if device.type == "cpu":

@@ -1,0 +1,172 @@
+"""Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers, both ways.
+
+A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under id2label) and a model card,
+`README.md`. Reading is checkpoints.load_weights' task; here are the hub's names, and what writes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors import SafetensorError
+
+from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
+from checkpoints.names import PRETRAINED, local_path
+from checkpoints.weights import (
+    OUR_CLASS, Weights, check_classes, check_readable, id2label, save_weights,
+)  # fmt: skip
+from diffusion import create_diffusion
+from models import DiT
+from runtime.json_files import read_json
+from vae import LatentSpace, Space
+
+
+def save_pretrained(
+    network: DiT, folder: Path | str, classes: list[str] | None = None, training: dict | None = None, vae: str | None = None
+) -> None:
+    """Write a network as a pretrained folder: weights, config.json and model card.
+
+    For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder. Raises ValueError if the
+    folder has files already, or cannot be written.
+    """
+    check_classes(classes, network.config, "the network")
+    check_readable(classes)
+    with whole_folder(folder) as partial:
+        tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+        save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
+        names = {"id2label": id2label(classes)} if classes else {}
+        contents = {"_class_name": OUR_CLASS, **network.config, **names}
+        (partial / "config.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        card = model_card(network, classes, training, vae)  # arguments of the run may be paths that are no UTF-8
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
+
+
+def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None) -> None:
+    """Write a network and the LatentSpace behind which it was trained as a pipeline of diffusers, with a DDIM scheduler.
+
+    `load_exported` loads it and gives our numbers; DiTPipeline.from_pretrained loads it as well, and is a little off (see
+    there). Raises ValueError for a network or space that diffusers' pipeline cannot have, and as save_pretrained.
+    """
+    if not isinstance(space, LatentSpace):
+        raise ValueError("diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported")
+    if space.shift:
+        raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
+    check_classes(classes, network.config, "the network")
+    check_readable(classes)
+    config = config_to_diffusers(network.config)
+    transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
+    transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
+    transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))  # strict: every weight of theirs is given
+    betas = create_diffusion("").betas
+    scheduler = DDIMScheduler(
+        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]), beta_schedule="linear",
+        clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
+    )  # fmt: skip
+    with whole_folder(folder) as partial:
+        DiTPipeline(transformer.eval(), space.autoencoder, scheduler).save_pretrained(partial)
+        if classes:  # the pipeline reads them and does not write them
+            index = partial / "model_index.json"
+            contents = json.loads(index.read_text(encoding="utf-8")) | {"id2label": id2label(classes)}
+            index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def load_exported(folder: Path | str) -> DiTPipeline:
+    """The DiTPipeline in a folder, or on the hub, with the timestep frequencies of a DiT.
+
+    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises ValueError for
+    a folder whose parts are not diffusers' own, and OSError or ValueError, diffusers', if it cannot be loaded.
+    """
+    folder = local_path(folder)
+    for name, part in read_json(folder / "model_index.json").items():
+        if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
+            raise ValueError(f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run")
+    pipeline = DiTPipeline.from_pretrained(folder)
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return pipeline
+
+
+@contextmanager
+def whole_folder(folder: Path | str) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
+    folder = Path(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already; give another name")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name[:20]}.", dir=folder.parent) as temporary:
+            partial = Path(temporary) / folder.name
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+    except (OSError, SafetensorError) as error:  # the second of diffusers' writing
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another place, and give the command "
+            "again"
+        ) from None
+
+
+CARD = """---
+library_name: pytorch
+pipeline_tag: {task}
+tags:
+- dit
+- diffusion
+---
+
+# {title}
+
+A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), {parameters:,} parameters, that makes
+{what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not read it.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+In a clone of REPOSITORY, after `pip install .`:
+
+```bash
+python sample.py --ckpt OWNER/NAME --vae {vae}
+```
+
+```python
+from hub import load_pretrained
+
+network, classes = load_pretrained("OWNER/NAME")   # or a path to this folder
+```
+
+## Data, evaluation, licence
+
+To be filled in by whoever publishes this: REPOSITORY, OWNER/NAME and, if it stands above, VAE; what it was trained on, how good
+its samples are and how that was measured, what it must not be used for, and under which licence it is given.
+"""
+
+
+def model_card(
+    network: DiT, classes: list[str] | None = None, training: dict | None = None, vae: str | None = None
+) -> str:
+    """A model card in Markdown, filled with what the network and its checkpoint say."""
+    config, args = network.config, (training or {}).get("args") or {}
+    rows = {key.replace("_", " "): value for key, value in config.items()}
+    if training:
+        shown = ("model", "image_size", "global_batch_size", "lr", "ema_decay", "mixed_precision", "global_seed")
+        rows |= {"training steps": training.get("step")} | {key.replace("_", " "): args[key] for key in shown if key in args}
+    if classes:
+        rows["classes"] = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
+    vae = str(vae or args.get("vae", "VAE"))
+    with suppress(OSError, ValueError):  # of what is no path
+        vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
+    return CARD.format(
+        title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
+        task="unconditional-image-generation" if not config["num_classes"] else "other",
+        what=f"images of {config['num_classes']} classes" if config["num_classes"] else "images",
+        rows="\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '&#124;')} |" for key, value in rows.items()),
+    )  # fmt: skip

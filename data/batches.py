@@ -1,0 +1,77 @@
+"""Which samples a step sees, and how they become a batch."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler, get_worker_info
+
+from data.images import BadImage, Item
+
+NO_SHARED_MEMORY = (
+    "/dev/shm is too small for their batches; pass --num-workers 0 or fewer, or enlarge it (docker run --shm-size=8g, or "
+    "--ipc=host)"
+)
+
+
+def collate(items: list[Item]) -> tuple[Tensor | None, Tensor, list[BadImage]]:
+    """(images or moments (n, ...), labels (n,), bad images met); images is None where one had no readable stand-in."""
+    images, labels, bad = zip(*items)
+    batch = None if any(image is None for image in images) else stack(images)
+    return batch, stack([torch.tensor(label) for label in labels]), [one for several in bad for one in several]
+
+
+def stack(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors of one shape as one (n, ...), in a loader's worker in memory that it shares with the training process.
+
+    The queue would move them there later, in a thread whose errors nobody hears of.
+    """
+    tensors = list(tensors)
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    shared = torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype).share_memory_()
+    return torch.stack(tensors, out=shared)
+
+
+class StepBatches(Sampler):
+    """For each step from `start` to `stop` - 1, the (index, flip) pairs of one process's share of the global batch.
+
+    Each epoch is a permutation drawn from (seed, epoch), cut into whole batches; flips are drawn from (seed, step).
+    Raises ValueError if there are fewer images than one batch takes.
+    """
+
+    def __init__(
+        self, num_images: int, global_batch_size: int, seed: int, start: int, stop: int, rank: int = 0,
+        world_size: int = 1, flip: bool = True,
+    ) -> None:  # fmt: skip
+        self.num_images, self.batch, self.seed = num_images, global_batch_size, seed
+        self.steps_per_epoch = steps_per_epoch(num_images, global_batch_size)
+        self.start, self.stop, self.flip = start, stop, flip
+        self.ordered_epoch: int | None = None  # the epoch that was asked for last
+        self.order = np.empty(0, np.int64)  # its permutation
+        share = global_batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        for step in range(self.start, self.stop):
+            flips = self.flip & (np.random.default_rng([self.seed, 1, step]).random(self.batch) < 0.5)
+            yield list(zip(self.indices(step)[self.share].tolist(), flips[self.share].tolist()))
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which images the global batch of a step holds, an int64 array (global_batch_size,)."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.ordered_epoch:
+            self.order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.num_images)
+            self.ordered_epoch = epoch
+        return self.order[i * self.batch : (i + 1) * self.batch]
+
+
+def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
+    """Whole batches in one pass over the images. Raises ValueError if there is none."""
+    if num_images < global_batch_size:
+        raise ValueError(f"{num_images} images do not fill one batch of {global_batch_size}; lower --global-batch-size")
+    return num_images // global_batch_size

@@ -1,0 +1,131 @@
+"""A file to an image: opening, colours, the centre crop, and the data set of a Listing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageColor, PngImagePlugin
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.listing import Listing
+
+BACKGROUND = "white"  # behind what is transparent
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of a resized image; a strip that would have more is cropped first
+MOST_TEXT = 2**26  # bytes of text in a PNG file that are passed over; Pillow refuses one of 1 MB
+MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather than an image broken
+
+
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
+    """The central square of a PIL image as a PIL image of image_size × image_size, resized as ADM does it.
+
+    The image is halved with a box filter while its short side is at least twice the target, then scaled bicubically.
+    A strip so long that it would have more than MOST_PIXELS then is cropped before it is scaled.
+    """
+    while min(pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize([side // 2 for side in pil_image.size], Image.Resampling.BOX)
+    short = min(pil_image.size)
+    scale = image_size / short
+    if scale**2 * math.prod(pil_image.size) > MOST_PIXELS:
+        left, top = ((side - short) // 2 for side in pil_image.size)
+        pil_image = pil_image.crop((left, top, left + short, top + short))
+    pil_image = pil_image.resize([round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - image_size) // 2 for side in pil_image.size)
+    return pil_image.crop((left, top, left + image_size, top + image_size))
+
+
+@contextmanager
+def open_image(path: Path | str) -> Iterator[Image.Image]:
+    """The image in a file, not decoded yet, whatever text is stored with it. Raises what Pillow raises, of many kinds."""
+    before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT
+    try:
+        with Image.open(path) as image:
+            yield image
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any kind as RGB with 8 bits a channel, on BACKGROUND where it is transparent.
+
+    Raises ValueError for kinds without a known range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # which convert would clip at 255
+        image = _eight_bits(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no range that is known; save it with 8 or 16 bits")
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:  # of a PNG with 16 bits, which Pillow halves
+        image.info["transparency"] = tuple(level >> 8 for level in key)
+    if image.has_transparency_data:  # what lies under it is often what an editor left there
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image):
+    """A grey image with 16 bits as one with 8, BACKGROUND where it has the colour that is transparent."""
+    levels, key = np.asarray(image), image.info.get("transparency")
+    grey = (levels >> 8).astype(np.uint8)
+    if isinstance(key, int):
+        grey[levels == key] = ImageColor.getcolor(BACKGROUND, "L")
+    return Image.fromarray(grey)
+
+
+class BadImage(NamedTuple):
+    """A file that could not be read, and why."""
+
+    path: str
+    reason: str
+
+
+# What a data set gives for an (index, flip): pixels or moments, None if unreadable; label; bad images met.
+Item = tuple[Tensor | None, int, list[BadImage]]
+
+
+class ImageDataset(Dataset):
+    """Images of a Listing by (index, flip), as (uint8 (3, S, S), label, bad images met).
+
+    An unreadable file is reported rather than raised: with skip_bad the next readable image stands in for it, else the
+    image is None.
+    """
+
+    def __init__(self, listing: Listing, image_size: int, skip_bad: bool = False) -> None:
+        self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad
+        self.classes, self.notes = listing.classes, listing.notes
+
+    def __len__(self) -> int:
+        return len(self.listing.paths)
+
+    def __getitem__(self, key: tuple[int, bool]) -> Item:
+        index, flip = key
+        bad: list[BadImage] = []
+        for i in range(min(len(self), MOST_UNREADABLE)):
+            at = (index + i) % len(self)
+            try:
+                return self._read(self.listing.paths[at], flip), self.listing.labels[at], bad
+            except Exception as error:  # Pillow's decoders raise many kinds for broken files
+                bad.append(BadImage(self.listing.paths[at], str(error) or type(error).__name__))
+            if not self.skip_bad:
+                break
+        return None, 0, bad
+
+    def _read(self, path, flip):
+        with open_image(path) as image:
+            pixels = np.array(center_crop_arr(to_rgb(image), self.image_size))  # (S, S, 3)
+        pixels = pixels[:, ::-1] if flip else pixels
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
+
+
+def unreadable(bad: list[BadImage], skip_bad: bool) -> str:
+    """The sentence for images of which none can be taken, whose bad ones these are."""
+    first = f"cannot read {bad[0].path} ({bad[0].reason})"
+    if not skip_bad:
+        return f"{first}; mend it, or pass --skip-bad-images"
+    return f"{first}, and none of the {len(bad):,} images after it; look whether their disk is still there"

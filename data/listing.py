@@ -1,0 +1,162 @@
+"""A folder of images to a list of files with their classes."""
+
+from collections import Counter
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+# Formats that people have images in and that are not read here; files of them are counted.
+OTHER_FORMATS = (
+    ".apng", ".avif", ".dds", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".psd",
+    ".raw", ".svg", ".tga",
+)  # fmt: skip
+SAMPLED_FILES = 64  # of a data set, whose contents tell it from another with the same names
+
+
+class Listing(NamedTuple):
+    """Image files with their class indices; `classes` are the names in index order, None without classes.
+
+    `notes` say, in sentences, what below the folder was left out.
+    """
+
+    paths: list[str]
+    labels: list[int]
+    classes: list[str] | None
+    notes: tuple[str, ...] = ()
+
+    def hash(self, root: Path | str) -> str:
+        """SHA-256, in hexadecimal, of the files' names below root and their labels."""
+        lines = (f"{label} {str(path).removeprefix(str(Path(root)))}\n" for path, label in zip(self.paths, self.labels))
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def sample_hash(paths: list[str]) -> str:
+    """SHA-256, in hexadecimal, of the bytes of up to SAMPLED_FILES of these files, evenly spread.
+
+    "" if one cannot be read, or is no regular file.
+    """
+    digest = hashlib.sha256()
+    count = min(SAMPLED_FILES, len(paths))
+    for path in (Path(paths[i * len(paths) // count]) for i in range(count)):
+        try:
+            if not path.is_file():  # a pipe, say, which might not end
+                return ""
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError:
+            return ""
+    return digest.hexdigest()
+
+
+def list_images(root: Path | str, num_classes: int) -> Listing:
+    """The Listing of a folder with one folder per class; with num_classes 0, of all images below it, whatever the folder.
+
+    The order is that of torchvision's ImageFolder. Hidden files and folders are left out, and links back to a folder
+    above. Raises ValueError if the folder is missing, cannot be read, holds no images or an empty
+    class, or has more classes than num_classes.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"--data-path {root} is not a folder; give one that holds one folder of images per class")
+    left_out: Counter[str] = Counter()
+    folders = _walk(str(root), left_out)
+    if num_classes == 0:
+        paths = sorted(path for images in folders.values() for path in images)
+        if not paths:
+            raise ValueError(f"--data-path {root} holds no images ({', '.join(IMG_EXTENSIONS)}){_told(left_out)}")
+        return Listing(paths, [0] * len(paths), None, _notes(root, left_out))
+    loose = folders.pop(str(root))
+    if loose:
+        left_out["loose images beside the class folders"] = len(loose)
+    by_class: dict[str, list[str]] = {}
+    for folder in sorted(folders):
+        by_class.setdefault(os.path.relpath(folder, root).split(os.sep)[0], []).extend(folders[folder])
+    classes = sorted(by_class)
+    _check_classes(root, num_classes, by_class, left_out)
+    paths = [path for name in classes for path in by_class[name]]
+    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
+    return Listing(paths, labels, classes, _notes(root, left_out))
+
+
+def _walk(root, left_out):
+    """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not looked at."""
+    found: dict[str, list[str]] = {}
+    folders, links, seen = [root], list[str](), set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()  # links last: what they lead to may be listed by itself
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                left_out["links to a folder that is listed by itself"] += 1
+                continue
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away") from None
+        seen.add((status.st_dev, status.st_ino))
+        below, linked, found[folder] = _sorted_out(inside, left_out)
+        folders += below
+        links = linked[::-1] + links
+    return found
+
+
+def _sorted_out(entries, left_out):
+    """(folders, links to folders, images) among a folder's entries, as paths in order; the rest is counted in `left_out`."""
+    folders, links, images = list[str](), list[str](), list[str]()
+    for entry in entries:
+        ending = os.path.splitext(entry.name)[1].lower()
+        kind = _kind(entry)
+        if entry.name.startswith("."):
+            if kind == "folder" or ending in IMG_EXTENSIONS:
+                left_out[f"hidden {kind}s (names that begin with a dot)"] += 1
+        elif kind == "folder":
+            (links if entry.is_symlink() else folders).append(entry.path)
+        elif kind != "file":
+            left_out["pipes, sockets and devices"] += 1
+        elif ending in IMG_EXTENSIONS:
+            images.append(entry.path)
+        elif ending in OTHER_FORMATS:
+            left_out[f"{ending} files, a format that is not read"] += 1
+    return folders, links, images
+
+
+def _kind(entry):
+    """What an entry of a folder is, or leads to: "folder", "file" or "other"; a link to nothing is a file, for its reader."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
+    except OSError:  # a link to itself, say
+        return "file"
+
+
+def _told(left_out):
+    """What was left out, to end a message with."""
+    return "".join(f"; left out: {count:,} {what}" for what, count in sorted(left_out.items()))
+
+
+def _notes(root, left_out):
+    """What was left out, as the notes of a Listing."""
+    return tuple(f"{root}: left out {count:,} {what}" for what, count in sorted(left_out.items()))
+
+
+def _check_classes(root, num_classes, by_class, left_out):
+    """Raise ValueError unless there are class folders, each with images, and no more than num_classes."""
+    classes = sorted(by_class)
+    empty = [name for name in classes if not by_class[name]]
+    if not classes or empty:
+        lacking = f"no images in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else "no class folders"
+        raise ValueError(
+            f"--data-path {root}: {lacking}{_told(left_out)}. One folder of images per class is wanted, or --num-classes 0"
+        )
+    if len(classes) > num_classes:
+        raise ValueError(
+            f"--data-path {root} has {len(classes)} class folders, --num-classes is {num_classes}: there is no room "
+            f"for {', '.join(classes[num_classes:][:5])}; pass --num-classes {len(classes)}"
+        )
+
+
+def check_outside(root: Path | str, flag: str, folder: Path | str) -> None:
+    """Raise ValueError if a folder to be written lies at or below that of the images, where it would be taken for more."""
+    if Path(root).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        raise ValueError(f"{flag} {folder} lies inside --data-path {root} and would be taken for images; choose another")

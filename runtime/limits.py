@@ -1,0 +1,106 @@
+"""Which numbers flags may have, in every door: what is far beyond all that exists is refused before any work."""
+
+from argparse import Namespace
+import os
+from typing import NamedTuple
+
+from models import MOST_CLASSES
+
+COUNTS = 10**9  # of steps, epochs and the like: more than a century of work
+IMAGE_SIZE = 2**14
+LONGEST_NUMBER = 30  # characters of it that a message shows
+CHANNELS = 3
+
+
+class Range(NamedTuple):
+    """The least and the most that a flag's number may be."""
+
+    least: float
+    most: float
+
+
+# Flag → its range. Upper ends are generous: nobody's sensible use is refused, and nothing that passes overflows.
+RANGES = {
+    "image_size": Range(1, IMAGE_SIZE),
+    "num_classes": Range(0, MOST_CLASSES),
+    # training
+    "epochs": Range(1, COUNTS),
+    "max_steps": Range(1, COUNTS),
+    "steps": Range(1, COUNTS),
+    "warmup_steps": Range(0, COUNTS),
+    "max_bad_steps": Range(1, COUNTS),
+    "global_batch_size": Range(1, 2**20),
+    "grad_accum": Range(1, 2**20),
+    "log_every": Range(1, COUNTS),
+    "ckpt_every": Range(1, COUNTS),
+    "sample_every": Range(1, COUNTS),
+    "eval_every": Range(1, COUNTS),
+    "keep_last": Range(1, COUNTS),
+    "ckpt_minutes": Range(1e-12, 1e9),
+    "lr": Range(1e-12, 100.0),
+    "weight_decay": Range(0.0, 1000.0),
+    "grad_clip": Range(1e-12, 1e12),
+    # scores and samples
+    "num_fid_samples": Range(1, 10**7),
+    "per_proc_batch_size": Range(1, 2**16),
+    "batch_size": Range(1, 2**14),
+    "cfg_scale": Range(-1000.0, 1000.0),
+    "steps_between": Range(0, 1000),
+    # both
+    "num_workers": Range(0, 1024),
+    "workers": Range(1, 1024),
+    "global_seed": Range(0, 2**63 - 1),
+    "seed": Range(0, 2**63 - 1),
+}
+# Flag → how many values may stand after it.
+MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "cfg_scale": 64}
+
+
+def check_numbers(args: Namespace, **others: Range) -> None:
+    """Raise ValueError for a number out of its range, or for too many values after a flag; `others` add to RANGES."""
+    ranges = RANGES | others
+    for name in ranges | MOST_VALUES:
+        given = getattr(args, name, None)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        if len(values) > MOST_VALUES.get(name, len(values)):
+            raise ValueError(f"{flag(name)} has {len(values)} values; it takes {MOST_VALUES[name]} at most")
+        for value in values if name in ranges else ():
+            least, most = ranges[name]
+            if not least <= value <= most:
+                is_small = isinstance(value, int) and value < least
+                wanted = f"at least {least}" if is_small else f"from {bound(least)} to {bound(most)}"
+                raise ValueError(f"{flag(name)} is {short(value)}; it must be {wanted}")
+
+
+def flag(name: str) -> str:
+    """The option that an attribute of the arguments comes from."""
+    return f"--{name.replace('_', '-')}"
+
+
+def short(number: float) -> str:
+    """A number for a message, cut where it is long."""
+    text = str(number)
+    return text if len(text) <= LONGEST_NUMBER else f"{text[:10]}… ({len(text)} digits)"
+
+
+def bound(number: float) -> str:
+    """An end of a Range for a message."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+def check_memory(images: int, side: int, lower: str) -> None:
+    """Raise ValueError if so many images of side × side pixels are more than the machine's memory; `lower` names the flags."""
+    wanted, there = images * side * side * CHANNELS, memory()
+    if there is not None and wanted > there:
+        raise ValueError(
+            f"{images} images of {side}x{side} pixels, which are held at a time, take {wanted / 1e9:,.0f} GB, and this "
+            f"machine has {there / 1e9:,.0f} GB of memory; lower {lower}"
+        )
+
+
+def memory() -> int | None:
+    """The bytes of memory that the machine has; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

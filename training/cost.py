@@ -1,0 +1,73 @@
+"""What a network costs: parameters, operations and memory, counted on tensors without contents."""
+
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import DiT
+
+TRAINING_BYTES = 4 * 5  # of a parameter in float32: weight, gradient, two moments, average
+
+
+class Cost(NamedTuple):
+    """What one network takes; sizes in bytes."""
+
+    parameters: int
+    macs: int
+    training_flops: int
+    weights: int
+    training: int
+    per_image: int
+
+
+def count(config: dict, bf16: bool = False, grad_checkpointing: bool = False) -> Cost:
+    """The Cost of the DiT with these arguments. Raises ValueError if they do not fit together."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiT(**config).parameters())
+    flops = training_flops(config)
+    copies, per_image = kept(config, bf16, grad_checkpointing)
+    if grad_checkpointing:
+        per_image += (kept(config, bf16, False)[1] - per_image) // config["depth"]  # one block, as it is without
+    return Cost(parameters, flops // 6, flops, 4 * parameters, TRAINING_BYTES * parameters + copies, per_image)
+
+
+def kept(config: dict, bf16: bool, grad_checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass: (whatever the batch, for each of its images)."""
+    one, two = (kept_for_backward(config, n, bf16, grad_checkpointing) for n in (1, 2))
+    return 2 * one - two, two - one
+
+
+def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpointing: bool) -> int:
+    """Bytes that a forward pass in training keeps for the backward pass, counted on tensors without contents."""
+    kept: dict[int, torch.Tensor] = {}
+    with FakeTensorMode():
+        network = DiT(**config).train()
+        network.grad_checkpointing = grad_checkpointing
+        parameters = {p.untyped_storage()._cdata for p in network.parameters()}
+
+        def keep(tensor):
+            if tensor.untyped_storage()._cdata not in parameters:
+                kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        x = torch.zeros(batch_size, network.in_channels, network.input_size, network.input_size)
+        labels = torch.zeros(batch_size, dtype=torch.long) if network.num_classes else None
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                out = network(x, torch.zeros(batch_size), labels)
+        del out
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def training_flops(config: dict) -> int:
+    """Floating-point operations (2 per multiply-add) that training on one latent takes: forward, and twice that backward.
+
+    Counted on the network with this configuration; what gradient checkpointing computes again is not in it.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = DiT(**config)
+        labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
+        network(torch.zeros(1, network.in_channels, network.input_size, network.input_size), torch.zeros(1), labels)
+    return 3 * counter.get_total_flops()

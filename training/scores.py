@@ -1,0 +1,96 @@
+"""How good a network's samples are while it trains: the same scores as evaluate.py, from the moving average's weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from conditions.labels import random_labels
+from evaluation.features import Extractor
+from evaluation.metrics import Summary, score
+from evaluation.remarks import remarks
+from evaluation.sides import Side, open_side, summarize_reference
+from evaluation.summaries import deal, summarize
+from models import DiT
+from runtime.team import Team
+from sampling.sampler import Sampler
+from vae import Space, to_uint8
+
+STEPS, SAMPLER, GUIDANCE = 50, "ddim", 1.0  # quick, and in published scores near 250 DDPM steps
+
+
+class Stopped(Exception):
+    """The evaluation was broken off, in every process."""
+
+
+class Judge(NamedTuple):
+    """What samples are scored by, and how many; the reference's Summary is None but in the first process."""
+
+    extractor: Extractor
+    side: Side
+    reference: Summary | None
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    batch_size: int
+    team: Team
+
+
+def load_judge(
+    reference: Path | str, extractor: Extractor, image_size: int, count: int, batch_size: int, device: torch.device,
+    team: Team, num_workers: int,
+) -> Judge:  # fmt: skip
+    """The Judge, for samples of image_size, by a reference as evaluate.py takes it. Raises ValueError if it does not fit."""
+    side = open_side(reference, "--eval-reference", share=slice(team.rank, None, team.world_size))
+    side.check_features(extractor, (image_size, image_size), device)
+    summary, _ = summarize_reference(side, extractor, device, batch_size, team, num_workers)
+    return Judge(extractor, side, summary, count, batch_size, team)
+
+
+def score_samples(
+    judge: Judge, network: DiT, space: Space, seed: int, device: torch.device, any_process: Callable[..., bool]
+) -> tuple[dict[str, float | None] | None, list[str] | None]:
+    """(the scores, as of metrics.score, of samples from a network; remarks on them) in the first process; else (None, None).
+
+    Image i depends on (seed, i) alone and nothing is drawn from torch's generators. any_process(flag, if None: whether to
+    stop) says in each process whether it holds in one of them; it is asked before each batch, and once more before the score
+    is made up. Raises Stopped in every process if it is to stop; ValueError in every process for images, and in the first for
+    features, that are not finite.
+    """
+    sampler = Sampler(network, space, None, STEPS, SAMPLER, cfg_scale=GUIDANCE)
+
+    def batches():
+        for indices in deal(judge.count, judge.batch_size, judge.team):
+            if any_process():
+                raise Stopped
+            labels = random_labels(seed, indices, max(1, network.num_classes)).to(device)
+            images = space.decode(sampler.numbered_latents(seed, indices, labels))  # (n, 3, H, W)
+            if any_process(not images.isfinite().all()):
+                raise ValueError("the images that the network draws are not finite")
+            yield to_uint8(images).permute(0, 3, 1, 2), None
+
+    samples = failure = None
+    try:
+        samples, _ = summarize(judge.extractor, batches(), judge.count, with_logits=True, team=judge.team)
+    except ValueError as error:
+        failure = error
+    if any_process():  # which every process must come to, also the first alone with features that are not finite
+        raise Stopped
+    if failure:
+        raise failure
+    if samples is None or judge.reference is None:  # not the first process
+        return None, None
+    scores, side = score(samples, judge.reference), judge.side
+    size = (network.input_size * space.shape.ratio,) * 2
+    return scores, remarks(scores, (judge.count, size), side, (samples, judge.reference), judge.extractor.name)
+
+
+PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
+
+
+def preview(network: DiT, space: Space, seed: int, device: torch.device | str) -> Tensor:
+    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same noise for the same seed."""
+    scale = PREVIEW_GUIDANCE if network.null_label is not None else 1.0
+    sampler = Sampler(network, space, None, PREVIEW_STEPS, "ddim", cfg_scale=scale)
+    labels = torch.arange(PREVIEW_IMAGES, device=device) * network.num_classes // PREVIEW_IMAGES
+    return sampler.decode(sampler.numbered_latents(seed, range(PREVIEW_IMAGES), labels))
