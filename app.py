@@ -1,10 +1,12 @@
-"""A page in the browser for sampling: choose classes, guidance and solver, and watch the images come about.
+"""A page in the browser for sampling: choose classes, guidance and solver, and watch the images
+come about.
 
     python app.py                                            # the digits of examples/digits, with nothing to download
     python app.py --ckpt released                            # the released XL/2, ImageNet at 256 pixels, names to search
     python app.py --ckpt results/000-DiT-XL-2 --vae ema --port 7861
 
-Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw does not depend on it.
+Needs Gradio: pip install .[demo]. Visitors wait for one another; what they draw does not depend on
+it.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -86,7 +88,9 @@ def build_parser() -> Parser:
         without=f"the digits of {EXAMPLE.parent.name}/{EXAMPLE.name} beside this file and their own VAE; {RELEASED} is the "
         "released network, fetched on first use",
     )
-    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    network.add_argument(
+        "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
+    )
     parser.set_defaults(  # what visitors choose, and what nobody does
         sampler=SOLVER, num_sampling_steps=SOLVERS[SOLVER].steps, cfg_scale=1.0, eta=0.0, cfg_channels=3,
         cfg_interval=[0.0, 1.0], mixed_precision="no", compile=False,
@@ -100,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with ended_by_signals(), parser.refusing():
         if not is_installed("gradio"):
-            raise ValueError("the page needs Gradio, which is not installed here: pip install .[demo]")
+            raise ValueError(
+                "the page needs Gradio, which is not installed here: pip install .[demo]"
+            )
         check_address(args.host, args.port)
         choose_network(args)
         check_sampling_flags(args)
@@ -110,8 +116,12 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within it, in the main thread, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, once, with 128 + the number."""
-    handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    """Within it, in the main thread, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, once,
+    with 128 + the number.
+    """
+    handled = [
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]
     before = {number: signal.getsignal(number) for number in handled}
 
     def end(number, frame):
@@ -123,7 +133,8 @@ def ended_by_signals() -> Iterator[None]:
         yield
         return
     for number in handled:
-        if number != getattr(signal, "SIGHUP", None) or before[number] is not signal.SIG_IGN:  # as nohup has it
+        # As nohup has it
+        if number != getattr(signal, "SIGHUP", None) or before[number] is not signal.SIG_IGN:
             signal.signal(number, end)
     try:
         yield
@@ -134,13 +145,16 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def private_folder() -> Iterator[str]:
-    """A new folder for the page's pictures that this user alone can read, gone afterwards; Gradio is told of it.
+    """A new folder for the page's pictures that this user alone can read, gone afterwards; Gradio
+    is told of it.
 
     Raises ValueError if there is no place for one.
     """
     before = os.environ.get("GRADIO_TEMP_DIR")
     try:
-        folder = TemporaryDirectory(prefix="dit-page-", dir=before or None, ignore_cleanup_errors=True)
+        folder = TemporaryDirectory(
+            prefix="dit-page-", dir=before or None, ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise ValueError(
             f"there is no place for temporary files ({error.strerror or error}); set TMPDIR to a folder that you can write"
@@ -161,14 +175,21 @@ def check_address(host: str, port: int) -> None:
     try:
         if not host.strip():
             raise OSError(None, "it is empty")
-        family, kind, protocol, _, place = socket.getaddrinfo(bare(host), port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            bare(host), port, type=socket.SOCK_STREAM
+        )[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended is not in the way
+            # A page that has just ended is not in the way
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except (OSError, UnicodeError) as error:
-        advice = ADVICE.get(getattr(error, "errno", None) or 0, "give an address of this machine, such as 127.0.0.1")
+        advice = ADVICE.get(
+            getattr(error, "errno", None) or 0, "give an address of this machine, such as 127.0.0.1"
+        )
         reason = getattr(error, "strerror", None) or "no host has such a name"
-        raise ValueError(f"--host {host} --port {port} cannot be used ({reason}); {advice}") from None
+        raise ValueError(
+            f"--host {host} --port {port} cannot be used ({reason}); {advice}"
+        ) from None
 
 
 def bare(host: str) -> str:
@@ -177,7 +198,8 @@ def bare(host: str) -> str:
 
 
 def choose_network(args: argparse.Namespace) -> None:
-    """Set --ckpt and --vae to the digits' if there is no --ckpt, and --ckpt to None, load_sampler's word for it, if RELEASED.
+    """Set --ckpt and --vae to the digits' if there is no --ckpt, and --ckpt to None, load_sampler's
+    word for it, if RELEASED.
 
     Raises ValueError for an autoencoder without a checkpoint.
     """
@@ -195,7 +217,9 @@ def choose_network(args: argparse.Namespace) -> None:
 
 
 def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, int]]:
-    """[(text, class index)] to search in: the number and the name, the number alone if there is no other name."""
+    """[(text, class index)] to search in: the number and the name, the number alone if there is no
+    other name.
+    """
     texts = map(legible, captions(range(network.num_classes), network.num_classes, classes))
     return [(text if text == str(i) else f"{i}: {text}", i) for i, text in enumerate(texts)]
 
@@ -204,16 +228,27 @@ def read_seed(text: object) -> int:
     """The seed that a visitor wrote. Raises ValueError if it is none."""
     text = text.strip() if isinstance(text, str) else repr(text)
     if not text.isdecimal() or len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
-        raise ValueError(f"The seed is {text[:40]!r}; it must be a whole number from 0 to 2^63 - 1, such as 0.")
+        raise ValueError(
+            f"The seed is {text[:40]!r}; it must be a whole number from 0 to 2^63 - 1, such as 0."
+        )
     return int(text)
 
 
 def bounded(name: str, number: object, least: float, most: float, kind: str = "number") -> float:
-    """The number that a visitor gave. Raises ValueError if it is none, not from `least` to `most`, or not of the kind."""
-    if isinstance(number, (int, float)) and not isinstance(number, bool) and least <= number <= most:
+    """The number that a visitor gave.
+
+    Raises ValueError if it is none, not from `least` to `most`, or not of the kind.
+    """
+    if (
+        isinstance(number, (int, float))
+        and not isinstance(number, bool)
+        and least <= number <= most
+    ):
         if kind != WHOLE or number % 1 == 0:
             return number
-    raise ValueError(f"{name} is {reprlib.repr(number)}; it must be a {kind} from {least:g} to {most:g}.")
+    raise ValueError(
+        f"{name} is {reprlib.repr(number)}; it must be a {kind} from {least:g} to {most:g}."
+    )
 
 
 def whole(name: str, number: object, least: int, most: int) -> int:
@@ -222,13 +257,18 @@ def whole(name: str, number: object, least: int, most: int) -> int:
 
 
 def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
-    """The class indices of `count` images, for which the chosen classes take turns. Raises ValueError if none is chosen."""
+    """The class indices of `count` images, for which the chosen classes take turns.
+
+    Raises ValueError if none is chosen.
+    """
     if num_classes == 0:
         return [0] * count  # placeholders: the network is not given them
     if not isinstance(classes, list) or not classes:
         raise ValueError("No class is chosen: search for one by its name or number.")
     if not all(type(label) is int and 0 <= label < num_classes for label in classes):
-        raise ValueError(f"The classes are {reprlib.repr(classes)}; give a list of whole numbers from 0 to {num_classes - 1}.")
+        raise ValueError(
+            f"The classes are {reprlib.repr(classes)}; give a list of whole numbers from 0 to {num_classes - 1}."
+        )
     return [classes[i % len(classes)] for i in range(count)]
 
 
@@ -238,13 +278,15 @@ def always() -> bool:
 
 
 def draw(
-    sampler: Sampler, labels: list[int], seed: int, device: torch.device, wanted: Callable[[], bool] = always
-) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:
-    """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS steps, and at the end
-    (steps, picture of the images, strip of how the first STRIP_ROWS came about).
+    sampler: Sampler, labels: list[int], seed: int, device: torch.device,
+    wanted: Callable[[], bool] = always,
+) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:  # fmt: skip
+    """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS
+    steps, and at the end (steps, picture of the images, strip of how the first STRIP_ROWS came
+    about).
 
-    Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError as Sampler.decode, and
-    before a step if wanted() does not hold.
+    Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError
+    as Sampler.decode, and before a step if wanted() does not hold.
     """
     texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
     noise_fn = ImageNoise(seed, range(len(labels)), device)
@@ -260,7 +302,10 @@ def draw(
                 frames.append((out["t"], images[:STRIP_ROWS]))
             yield i + 1, picture(images, texts), None
     images = sampler.decode(out["sample"]).cpu().numpy()
-    yield steps, picture(images, texts), strip([*frames[:-1], (None, images[:STRIP_ROWS])], texts[:STRIP_ROWS])
+    yield (
+        steps, picture(images, texts),
+        strip([*frames[:-1], (None, images[:STRIP_ROWS])], texts[:STRIP_ROWS]),
+    )  # fmt: skip
 
 
 def while_wanted(way: Iterator[dict], wanted: Callable[[], bool]) -> Iterator[dict]:
@@ -273,11 +318,13 @@ def while_wanted(way: Iterator[dict], wanted: Callable[[], bool]) -> Iterator[di
 
 
 def answer(
-    base: Sampler, args: argparse.Namespace, device: torch.device, classes: object, count: object, guidance: object,
-    solver: object, steps: object, seed: object, wanted: Callable[[], bool] = always,
+    base: Sampler, args: argparse.Namespace, device: torch.device, classes: object, count: object,
+    guidance: object, solver: object, steps: object, seed: object,
+    wanted: Callable[[], bool] = always,
 ) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
-    """draw for a visitor's choices, of whatever type, of a base Sampler; yields (status, picture, strip, PNG file), the last
-    two None before the end. At the end the picture is that file too, which is gone when the generator goes on.
+    """draw for a visitor's choices, of whatever type, of a base Sampler; yields (status, picture,
+    strip, PNG file), the last two None before the end. At the end the picture is that file too,
+    which is gone when the generator goes on.
 
     Raises ValueError for choices that make no sense, before any work, and as draw.
     """
@@ -293,24 +340,39 @@ def answer(
 
 
 def read_choices(
-    base: Sampler, classes: object, count: object, guidance: object, solver: object, steps: object, seed: object
-) -> tuple[Sampler, dict]:
-    """(the Sampler for a visitor's choices, the settings that they are). Raises ValueError for those that make no sense."""
+    base: Sampler, classes: object, count: object, guidance: object, solver: object, steps: object,
+    seed: object,
+) -> tuple[Sampler, dict]:  # fmt: skip
+    """(the Sampler for a visitor's choices, the settings that they are).
+
+    Raises ValueError for those that make no sense.
+    """
     if not isinstance(solver, str) or solver not in SOLVERS:
-        raise ValueError(f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(SOLVERS)}.")
+        raise ValueError(
+            f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(SOLVERS)}."
+        )
     steps = whole("Steps", steps, 1, SOLVERS[solver].most)
-    guidance = bounded("Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1)
-    labels = chosen_labels(classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes)
-    chosen = dict(
-        cfg_scale=guidance, sampler=solver, num_sampling_steps=steps, seed=read_seed(seed), class_labels=labels
+    guidance = bounded(
+        "Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1
     )
+    labels = chosen_labels(
+        classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes
+    )
+    chosen = dict(
+        cfg_scale=guidance, sampler=solver, num_sampling_steps=steps, seed=read_seed(seed),
+        class_labels=labels,
+    )  # fmt: skip
     return replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps), chosen
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What a picture depends on beside a visitor's choices, to be written into it; not where files lie on this machine."""
+    """What a picture depends on beside a visitor's choices, to be written into it; not where files
+    lie on this machine.
+    """
     names = {"ckpt": Path(args.ckpt or RELEASED).name, "vae": Path(args.vae).name}
-    return {key: value for key, value in vars(args).items() if key not in ("host", "port", "said")} | names
+    return {
+        key: value for key, value in vars(args).items() if key not in ("host", "port", "said")
+    } | names
 
 
 # ---- the page ----
@@ -319,21 +381,31 @@ def settings(args: argparse.Namespace) -> dict:
 def serve(sampler: Sampler, args: argparse.Namespace, device: torch.device) -> None:
     """Run the page until SystemExit ends it. Raises ValueError if it cannot be started."""
     try:
-        with tf32(True), private_folder() as folder, served(sampler, args, device, folder) as address:
+        with (
+            tf32(True), private_folder() as folder,
+            served(sampler, args, device, folder) as address,
+        ):  # fmt: skip
             print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
             while True:
                 time.sleep(HOUR)
     except SystemExit as end:
-        others = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        others = [
+            one
+            for one in threading.enumerate()
+            if not one.daemon and one is not threading.main_thread()
+        ]
         for thread in others:
             thread.join(END_SECONDS / len(others))
-        if any(thread.is_alive() for thread in others):  # Python would wait for the step that it computes
+        # Python would wait for the step that it computes
+        if any(thread.is_alive() for thread in others):
             os._exit(int(end.code or 0))
         raise
 
 
 @contextmanager
-def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, folder: str) -> Iterator[str]:
+def served(
+    sampler: Sampler, args: argparse.Namespace, device: torch.device, folder: str
+) -> Iterator[str]:
     """Within it, the page runs, at the address that comes back, with its files in the folder.
 
     Raises ValueError if it cannot be started.
@@ -350,13 +422,16 @@ def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, fol
     ask_directly(host)
     try:
         _, address, _ = page.launch(
-            server_name=f"[{host}]" if ":" in host else host, server_port=args.port, share=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[], theme=page_theme(), app_kwargs={"middleware": [gate]},
-            max_file_size=1, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+            server_name=f"[{host}]" if ":" in host else host, server_port=args.port, share=False,
+            quiet=True, prevent_thread_lock=True, footer_links=[], theme=page_theme(),
+            app_kwargs={"middleware": [gate]}, max_file_size=1, ssr_mode=False, mcp_server=False,
+            enable_monitoring=False,
         )  # fmt: skip
     except Exception as error:  # Gradio raises many kinds, for one a bare Exception
         page.close(verbose=False)
-        raise ValueError(f"the page cannot be started ({error}); try another --host or --port") from None
+        raise ValueError(
+            f"the page cannot be started ({error}); try another --host or --port"
+        ) from None
     try:
         yield address
     finally:
@@ -365,9 +440,13 @@ def served(sampler: Sampler, args: argparse.Namespace, device: torch.device, fol
 
 
 def ask_directly(host: str) -> None:
-    """Have this process reach itself without the proxy that the environment may name: Gradio asks whether its server is up."""
+    """Have this process reach itself without the proxy that the environment may name: Gradio asks
+    whether its server is up.
+    """
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [others, "localhost", host]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
+        filter(None, [others, "localhost", host])
+    )
 
 
 def build_page(
@@ -377,18 +456,22 @@ def build_page(
     import gradio as gr
 
     def respond(
-        classes: object, count: object, guidance: object, solver: object, steps: object, seed: object, request: gr.Request
-    ) -> Iterator[tuple]:
+        classes: object, count: object, guidance: object, solver: object, steps: object,
+        seed: object, request: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
         wanted = partial(visitors.waits_for, request.session_hash)
         try:
-            answered = answer(sampler, args, device, classes, count, guidance, solver, steps, seed, wanted)
+            answered = answer(
+                sampler, args, device, classes, count, guidance, solver, steps, seed, wanted
+            )
             for text, drawn, rows, path in answered:
                 yield text, drawn, rows, gr.DownloadButton(value=path, interactive=path is not None)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except torch.OutOfMemoryError:
             raise gr.Error(
-                "The device's memory is too small for this: draw fewer images.", print_exception=False
+                "The device's memory is too small for this: draw fewer images.",
+                print_exception=False,
             ) from None
         finally:
             visitors.tidy()
@@ -402,7 +485,9 @@ def build_page(
                 look = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
                 status = gr.Markdown("Nothing drawn yet", container=True)
                 shown = gr.Image(label="Images", height=360, **look)
-                download = gr.DownloadButton("Download PNG, with its settings inside", interactive=False)
+                download = gr.DownloadButton(
+                    "Download PNG, with its settings inside", interactive=False
+                )
                 gr.Markdown(
                     f"How the first {STRIP_ROWS} came about: what the network took for the clean image at step t"
                 )
@@ -410,23 +495,31 @@ def build_page(
         gr.Markdown(HELP)
         outputs = [status, shown, rows, download]
         gr.on(
-            [button.click, choices[-1].submit], respond, choices, outputs, show_progress_on=status, api_name=ENDPOINT,
-            preprocess=False,
+            [button.click, choices[-1].submit], respond, choices, outputs, show_progress_on=status,
+            api_name=ENDPOINT, preprocess=False,
         )  # fmt: skip
     return page
 
 
 def page_theme() -> "gradio.themes.Default":
-    """Gradio's look in the fonts of the visitor's system, so that nothing is fetched from elsewhere."""
+    """Gradio's look in the fonts of the visitor's system, so that nothing is fetched from
+    elsewhere.
+    """
     import gradio as gr
 
-    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
 
 
 def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
-    """The inputs in the order of `answer`, and the button, in the part of the page that is being built."""
+    """The inputs in the order of `answer`, and the button, in the part of the page that is being
+    built.
+    """
     network = sampler.network
-    total, has_classes, guidable = network.num_classes, network.num_classes > 0, network.null_label is not None
+    total, has_classes, guidable = (
+        network.num_classes, network.num_classes > 0, network.null_label is not None,
+    )  # fmt: skip
     classes = gr.Dropdown(
         class_choices(network, readable(sampler.classes)), multiselect=True,
         value=sorted({i * total // COUNT for i in range(COUNT)}) if total else [],
@@ -434,10 +527,13 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
     )  # fmt: skip
     count = gr.Slider(1, MOST_IMAGES, COUNT, step=1, label="How many images")
     guidance = gr.Slider(
-        1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance", info="1 is none"
-    )
+        1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance",
+        info="1 is none",
+    )  # fmt: skip
     solver = gr.Dropdown(list(SOLVERS), value=SOLVER, label="Solver")
-    steps = gr.Slider(1, max(one.most for one in SOLVERS.values()), SOLVERS[SOLVER].steps, step=1, label="Steps")
+    steps = gr.Slider(
+        1, max(one.most for one in SOLVERS.values()), SOLVERS[SOLVER].steps, step=1, label="Steps"
+    )
     seed = gr.Textbox("0", label="Seed", max_lines=1)
     own = json.dumps({name: one.steps for name, one in SOLVERS.items()})
     solver.change(None, solver, steps, js=f"name => ({own})[name]")

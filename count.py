@@ -1,4 +1,5 @@
-"""Print what a DiT costs: parameters, multiply-adds, the operations of training on an image, and memory.
+"""Print what a DiT costs: parameters, multiply-adds, the operations of training on an image, and
+memory.
 
     python count.py                                                   # the paper's sizes, and ours, at 256 pixels
     python count.py --model DiT-XL/2 --image-size 512
@@ -42,22 +43,24 @@ def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
     names = ", ".join(DiT_models)
     parser.add_argument(
-        "--model",
-        nargs="+",
-        choices=DiT_models,
-        default=list(DiT_models),
-        metavar="MODEL",
+        "--model", nargs="+", choices=DiT_models, default=list(DiT_models), metavar="MODEL",
         help=f"{names} (default: all)",
-    )
+    )  # fmt: skip
     blocks = "one or more designs (default: adaln_zero)"
     parser.add_argument("--block", nargs="+", choices=BLOCKS, default=["adaln_zero"], help=blocks)
-    parser.add_argument("--image-size", type=int, default=256, help="in pixels (default: %(default)s)")
-    parser.add_argument("--num-classes", type=int, default=1000, help="0 for none (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, default=1000, help="0 for none (default: %(default)s)"
+    )
     vae = "what lies between pixels and network: ema, mse, a hub id, a local folder, or none (default: %(default)s)"
     parser.add_argument("--vae", default="ema", help=vae)
     bf16 = "bf16: memory as train.py has it with this flag (default: %(default)s)"
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help=bf16)
-    parser.add_argument("--grad-checkpointing", action="store_true", help="memory as train.py has it with this flag")
+    parser.add_argument(
+        "--grad-checkpointing", action="store_true", help="memory as train.py has it with this flag"
+    )
     return parser
 
 
@@ -66,11 +69,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
-        check_numbers(Namespace(image_size=args.image_size))  # the network itself looks at the classes
+        # The network itself looks at the classes
+        check_numbers(Namespace(image_size=args.image_size))
         shape = latent_shape(args.vae)
-        sides = {name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"]) for name in args.model}
+        sides = {
+            name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"])
+            for name in args.model
+        }
         configs = [
-            dict(input_size=sides[name], in_channels=shape.channels, num_classes=args.num_classes, block=block)
+            dict(
+                input_size=sides[name],
+                in_channels=shape.channels,
+                num_classes=args.num_classes,
+                block=block,
+            )
             for name in args.model
             for block in args.block
         ]
@@ -79,7 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     print(ROW.format(*HEADER))
     for name, config in zip((name for name in args.model for _ in args.block), configs):
         with parser.refusing():  # of one size alone
-            cost = count(DiT_models[name].keywords | config, args.mixed_precision == "bf16", args.grad_checkpointing)
+            cost = count(
+                DiT_models[name].keywords | config, args.mixed_precision == "bf16",
+                args.grad_checkpointing,
+            )  # fmt: skip
         print(
             ROW.format(
                 name, config["block"], f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}", f"{cost.training_flops / 1e12:.4f}",

@@ -3,8 +3,9 @@
     python download.py                         # both
     python download.py DiT-XL-2-256x256.pt     # one
 
-A download that breaks off is taken up where it stopped. A file gets its name only when its length is the one announced
-and every part of it passes the archive's own CRC-32; before, it is called NAME.partial.
+A download that breaks off is taken up where it stopped. A file gets its name only when its length
+is the one announced and every part of it passes the archive's own CRC-32; before, it is called
+NAME.partial.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, one_line, reason
@@ -14,13 +15,20 @@ if __name__ == "__main__":
 
 import sys
 
-from checkpoints.released import FOLDER, RELEASED, download_model
+from checkpoints.released import (
+    FOLDER, RELEASED, download_model, find_model, pretrained_models,
+)  # fmt: skip
+
+# main, and what others import from here
+__all__ = ["download_model", "find_model", "main", "pretrained_models"]
 
 
 def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
     released = ", ".join(RELEASED)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{released}, or DiT-XL/2 for both (the default)")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"{released}, or DiT-XL/2 for both (the default)"
+    )
     parser.add_argument("--folder", default=FOLDER, help="where to put them (default: %(default)s)")
     return parser
 

@@ -1,11 +1,12 @@
-"""Write a checkpoint in a form that others read: a folder for the Hugging Face hub, a pipeline of diffusers, or one file.
+"""Write a checkpoint in a form that others read: a folder for the Hugging Face hub, a pipeline of
+diffusers, or one file.
 
     python export.py --ckpt results/000-DiT-XL-2 --output my-dit                              # for the hub, with a model card
     python export.py --ckpt results/000-DiT-XL-2 --format diffusers --output my-pipeline
     python export.py --ckpt my-pipeline --format safetensors --output dit.safetensors         # and back
 
---ckpt takes whatever sample.py takes, so also what this script wrote, and pipelines of diffusers. The autoencoder is the one
-that the checkpoint names; where it names none, --vae does.
+--ckpt takes whatever sample.py takes, so also what this script wrote, and pipelines of diffusers.
+The autoencoder is the one that the checkpoint names; where it names none, --vae does.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -31,7 +32,10 @@ FORMATS = ("hub", "diffusers", "safetensors")
 def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("export")
-    group.add_argument("--output", required=True, help="folder or, for safetensors, file to write; it must not exist")
+    group.add_argument(
+        "--output", required=True,
+        help="folder or, for safetensors, file to write; it must not exist",
+    )  # fmt: skip
     group.add_argument(
         "--format",
         choices=FORMATS,
@@ -68,11 +72,16 @@ def write(args: argparse.Namespace) -> None:
     if args.format == "safetensors":
         check_writable(output)
         if output.suffix != ".safetensors":
-            raise ValueError(f"--output {output} is to be one file; give a name that ends in .safetensors")
+            raise ValueError(
+                f"--output {output} is to be one file; give a name that ends in .safetensors"
+            )
     checkpoint = find_checkpoint(args)
     weights = load_weights(checkpoint, args.weights)
     args.vae = trained_with(args, checkpoint, weights)
-    network, classes = build_network(args, weights, latent_shape(args.vae)), class_names(args, weights)
+    network, classes = (
+        build_network(args, weights, latent_shape(args.vae)),
+        class_names(args, weights),
+    )
     if args.format == "diffusers":
         export_diffusers(network, load_vae(args.vae), output, classes)
     elif args.format == "hub":
@@ -82,12 +91,17 @@ def write(args: argparse.Namespace) -> None:
 
 
 def trained_with(args: argparse.Namespace, checkpoint: Path, weights: Weights) -> str:
-    """The autoencoder's name: --vae, the pipeline's own, or what the checkpoint says. Raises ValueError if nobody says it."""
+    """The autoencoder's name: --vae, the pipeline's own, or what the checkpoint says.
+
+    Raises ValueError if nobody says it.
+    """
     recorded = ((weights.training or {}).get("args") or {}).get("vae")
     recorded = recorded if isinstance(recorded, str) else None
     vae = choose_vae(args, checkpoint) or recorded or ("ema" if args.ckpt is None else None)
     if vae is None:
-        raise ValueError(f"{args.ckpt} does not say behind which autoencoder it was trained; pass --vae")
+        raise ValueError(
+            f"{args.ckpt} does not say behind which autoencoder it was trained; pass --vae"
+        )
     return vae
 
 

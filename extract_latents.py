@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 extract_latents.py --data-path imagenet/train --output imagenet-latents
     python extract_latents.py --verify imagenet-latents
 
-What is cached is the mean and standard deviation of the VAE's posterior, of each image and its mirror image: training
-draws afresh from it each time. moments.npy is one array (images, 1 or 2 flips, 2, C, h, w), labels.npy one of (images,);
-manifest.json says what they are, with a checksum per chunk of images, and appears when all is done. The same command goes
-on where it stopped; the result is the same on any number of processes.
+What is cached is the mean and standard deviation of the VAE's posterior, of each image and its
+mirror image: training draws afresh from it each time. moments.npy is one array (images, 1 or 2
+flips, 2, C, h, w), labels.npy one of (images,); manifest.json says what they are, with a checksum
+per chunk of images, and appears when all is done. The same command goes on where it stopped; the
+result is the same on any number of processes.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, reason
@@ -32,10 +33,22 @@ def build_parser() -> Parser:
     data = parser.add_argument_group("data").add_argument
     data("--data-path", help="folder with one folder of images per class")
     data("--output", metavar="DIR", help="folder to write; for train.py --latents")
-    data("--verify", metavar="DIR", help="instead, compare the checksums of such a folder, and report")
-    data("--image-size", type=int, default=256, help="pixels along each side, after the crop (default: %(default)s)")
-    data("--num-classes", type=int, default=1000, help="0: none, all images below --data-path (default: %(default)s)")
-    data("--flip", action=argparse.BooleanOptionalAction, default=True, help="also the mirror images (default: on)")
+    data(
+        "--verify", metavar="DIR",
+        help="instead, compare the checksums of such a folder, and report",
+    )  # fmt: skip
+    data(
+        "--image-size", type=int, default=256,
+        help="pixels along each side, after the crop (default: %(default)s)",
+    )  # fmt: skip
+    data(
+        "--num-classes", type=int, default=1000,
+        help="0: none, all images below --data-path (default: %(default)s)",
+    )  # fmt: skip
+    data(
+        "--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="also the mirror images (default: on)",
+    )  # fmt: skip
     skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
     data("--skip-bad-images", action="store_true", help=skipping)
     run = parser.add_argument_group("run").add_argument
@@ -44,8 +57,14 @@ def build_parser() -> Parser:
     run("--latents-dtype", choices=["float16", "float32"], default="float16", help=dtypes)
     tf32_help = "TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)"
     run("--tf32", action=argparse.BooleanOptionalAction, default=True, help=tf32_help)
-    run("--num-workers", type=int, default=4, help="loader processes per process (default: %(default)s)")
-    run("--device", help="such as cpu or cuda:1 (default: the GPU of the process's rank, if there is one)")
+    run(
+        "--num-workers", type=int, default=4,
+        help="loader processes per process (default: %(default)s)",
+    )  # fmt: skip
+    run(
+        "--device",
+        help="such as cpu or cuda:1 (default: the GPU of the process's rank, if there is one)",
+    )
     return parser
 
 
@@ -68,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         space = load_vae(args.vae, device)
         assert isinstance(space, LatentSpace)  # check_arguments refuses pixels
         folder = Path(args.output)
-        if folder.resolve() != Path(args.data_path).resolve():  # which open_folder refuses, as what holds something else
+        # Which open_folder refuses, as what holds something else
+        if folder.resolve() != Path(args.data_path).resolve():
             check_outside(args.data_path, "--output", folder)
         plan = describe(args, listing, space)
         open_folder(folder, plan, place)
@@ -86,7 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # of the output, which `door` answers
         raise
     except OSError as error:
-        parser.fail(f"{error.filename or folder}: {error.strerror or error}; when that is mended, the same command goes on")
+        parser.fail(
+            f"{error.filename or folder}: {error.strerror or error}; when that is mended, the same command goes on"
+        )
     except ValueError as error:
         parser.fail(str(error))
 
@@ -95,11 +117,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for missing flags and for sizes that do not fit."""
     for name in ("data_path", "output"):
         if getattr(args, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is missing; give --data-path and --output, or --verify")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is missing; give --data-path and --output, or --verify"
+            )
     check_numbers(args)
     check_memory(CHUNK * (1 + args.flip), args.image_size, "--image-size")
     if args.vae == "none":
-        raise ValueError("--vae none: pixels have no latents to cache; train on the images themselves")
+        raise ValueError(
+            "--vae none: pixels have no latents to cache; train on the images themselves"
+        )
     latent_shape(args.vae).side(args.image_size)
 
 

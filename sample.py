@@ -5,7 +5,8 @@
     python sample.py --ckpt results/000-DiT-XL-2 --vae ema --sampler ddim --num-sampling-steps 50
     python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae --class-labels 3 1 4 --trajectory 314.gif
 
-A checkpoint of this project says itself how its network is built; for others --model, --image-size and --num-classes do.
+A checkpoint of this project says itself how its network is built; for others --model, --image-size
+and --num-classes do.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, reason
@@ -37,15 +38,14 @@ def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
     group = parser.add_argument_group("picture")
     group.add_argument(
-        "--class-labels",
-        nargs="+",
-        metavar="LABEL",
+        "--class-labels", nargs="+", metavar="LABEL",
         help="numbers, or names if the checkpoint knows them; index:3 or name:3 where 3 is both (default: eight classes)",
-    )
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
-        "--output", default="sample.png", help="file to write, replaced if it exists (default: %(default)s)"
-    )
+        "--output", default="sample.png",
+        help="file to write, replaced if it exists (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument(
         "--trajectory",
         metavar="FILE",
@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.trajectory:
             check_output("--trajectory", args.trajectory)
             if Path(args.trajectory).resolve() == Path(args.output).resolve():
-                raise ValueError(f"--trajectory and --output are both {args.output}; give two files")
+                raise ValueError(
+                    f"--trajectory and --output are both {args.output}; give two files"
+                )
         device = choose_device(args.device)
         sampler = load_sampler(args, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
@@ -76,21 +78,32 @@ def main(argv: list[str] | None = None) -> None:
             images, frames = sample(sampler, labels, args.seed, device, shown)
         texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
         save(picture(images, texts), args.output, settings(args, labels))
-        print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels")
+        print(
+            f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels"
+        )
         if args.trajectory:
             save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)
-            print(f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps")
-    except (ValueError, OSError) as error:  # Pillow's, too, of a picture that is too large for its format
+            print(
+                f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps"
+            )
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # Pillow's, too, of a picture that is too large for its format
         parser.fail(reason(error))
 
 
 def settings(args: argparse.Namespace, labels: list[int]) -> dict:
     """What the picture depends on, to be written into it."""
-    return {key: value for key, value in vars(args).items() if key != "said"} | {"class_labels": labels}
+    return {key: value for key, value in vars(args).items() if key != "said"} | {
+        "class_labels": labels
+    }
 
 
 def check_output(flag: str, path: str) -> None:
-    """Raise ValueError unless a picture can be written at path, in the format that its ending names."""
+    """Raise ValueError unless a picture can be written at path, in the format that its ending
+    names.
+    """
     try:
         check_writable(path)
         ending(path)
@@ -105,10 +118,17 @@ def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] |
     """
     if num_classes == 0:
         if given:
-            raise ValueError("--class-labels: the network was trained without classes; leave the flag out")
-        return [0] * len(IMAGENET_LABELS)  # placeholders, one per image: the network is not given them
+            raise ValueError(
+                "--class-labels: the network was trained without classes; leave the flag out"
+            )
+        # placeholders, one per image: the network is not given them
+        return [0] * len(IMAGENET_LABELS)
     if not given:
-        return IMAGENET_LABELS if num_classes == NUM_CLASSES else list(range(min(num_classes, len(IMAGENET_LABELS))))
+        return (
+            IMAGENET_LABELS
+            if num_classes == NUM_CLASSES
+            else list(range(min(num_classes, len(IMAGENET_LABELS))))
+        )
     try:
         return label_indices(given, num_classes, classes)
     except ValueError as error:
@@ -116,16 +136,20 @@ def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] |
 
 
 def sample(
-    sampler: Sampler, labels: list[int], seed: int, device: torch.device, shown: Collection[int] = ()
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps with the indices in `shown`.
+    sampler: Sampler, labels: list[int], seed: int, device: torch.device,
+    shown: Collection[int] = (),
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:  # fmt: skip
+    """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps
+    with the indices in `shown`.
 
     From torch's generator, seeded with `seed` just before the first draw.
     """
     torch.manual_seed(seed)
     noise = torch.randn(len(labels), *sampler.latent, device=device)
     frames = []
-    for i, out in enumerate(sampler.trajectory(torch.tensor(labels, device=device), noise, progress=True)):
+    for i, out in enumerate(
+        sampler.trajectory(torch.tensor(labels, device=device), noise, progress=True)
+    ):
         if i in shown:
             frames.append((out["t"], sampler.decode(out["pred_xstart"]).cpu().numpy()))
     return sampler.decode(out["sample"]).cpu().numpy(), frames

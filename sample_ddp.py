@@ -3,10 +3,11 @@
     torchrun --nproc_per_node=8 sample_ddp.py --num-fid-samples 50000
     python sample_ddp.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae --num-fid-samples 100
 
-Image i, its label included, depends on --global-seed and i alone, however the work is shared. Images go to
-SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W, 3)), where NAME tells checkpoint,
-guidance, steps, sampler, seed and number, and ends in a hash of these and all else that decides the content (interval,
-precision, VAE …); NAME/manifest.json lists it. The same command goes on where it stopped.
+Image i, its label included, depends on --global-seed and i alone, however the work is shared.
+Images go to SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W,
+3)), where NAME tells checkpoint, guidance, steps, sampler, seed and number, and ends in a hash of
+these and all else that decides the content (interval, precision, VAE …); NAME/manifest.json lists
+it. The same command goes on where it stopped.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -27,12 +28,14 @@ from sampling.many import all_labels, make_all, open_folder, stamps
 def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
     run = parser.add_argument_group("run")
-    run.add_argument("--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)")
-    batching = (
-        "images at a time in each process; another number changes images by float rounding (default: %(default)s)"
+    run.add_argument(
+        "--num-fid-samples", type=int, default=50000, help="images in all (default: %(default)s)"
     )
+    batching = "images at a time in each process; another number changes images by float rounding (default: %(default)s)"
     run.add_argument("--per-proc-batch-size", type=int, default=32, help=batching)
-    run.add_argument("--sample-dir", default="samples", help="where folder and .npz go (default: %(default)s)")
+    run.add_argument(
+        "--sample-dir", default="samples", help="where folder and .npz go (default: %(default)s)"
+    )
     run.add_argument("--global-seed", type=int, default=0, help="(default: %(default)s)")
     policies = (
         "random: drawn for each image; balanced: image i is of class i modulo their number; or a file with a number or name "
@@ -65,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         labels = all_labels(args, sampler)
         folder, manifest = open_folder(args, sampler, labels, device, place)
         if stamps(checkpoint, args.vae) != before:
-            raise ValueError(f"{args.ckpt} or {args.vae} changed while it was read; give the same command again")
+            raise ValueError(
+                f"{args.ckpt} or {args.vae} changed while it was read; give the same command again"
+            )
     try:
         make_all(args, sampler, labels, folder, manifest, device, place)
     except BrokenPipeError:  # of the output, which `door` answers

@@ -6,9 +6,10 @@
     python train.py --data-path digits/train --num-classes 10 --no-flip --model DiT-Ti/1 --image-size 32 \
       --vae examples/digits/vae
 
-Each run gets a folder results/NNN-MODEL with log.txt, metrics.jsonl and checkpoints/SSSSSSS.pt. The same seed gives the
-same run on any number of processes and workers, up to float rounding; with --resume auto the same command goes on where a
-run stopped, however it stopped. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint first.
+Each run gets a folder results/NNN-MODEL with log.txt, metrics.jsonl and checkpoints/SSSSSSS.pt. The
+same seed gives the same run on any number of processes and workers, up to float rounding; with
+--resume auto the same command goes on where a run stopped, however it stopped. SIGTERM, SIGUSR1 and
+Ctrl-C save a checkpoint first.
 """
 
 from runtime.command_line import door, end_at_interrupt, why_lost
@@ -49,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
             failure = explained(error) if type(error) is RuntimeError else error
             if not isinstance(failure, LoaderFailed):
                 first = (str(error).splitlines() or [""])[0]
-                job.log(f"stopped after step {job.state.step} by an error: {why_lost(error) or first}")
+                job.log(
+                    f"stopped after step {job.state.step} by an error: {why_lost(error) or first}"
+                )
                 raise
             leave(job, f"{failure}; --resume auto goes on from the last checkpoint")
         except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """Pixels ↔ latents: the autoencoder that a DiT works behind, and everything that is known about it.
 
-Scale factor, downsampling ratio and channels are read from the autoencoder's own configuration; nothing else in the
-project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents (N, C, H/ratio, W/ratio).
+Scale factor, downsampling ratio and channels are read from the autoencoder's own configuration;
+nothing else in the project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents
+(N, C, H/ratio, W/ratio).
 """
 
 import codecs
@@ -24,13 +25,18 @@ from runtime.offline import cache_of_the_hub, why_offline
 
 
 class LatentShape(NamedTuple):
-    """What a network must know of a latent space: its channels, and the pixels per latent along each side."""
+    """What a network must know of a latent space: its channels, and the pixels per latent along
+    each side.
+    """
 
     channels: int
     ratio: int
 
     def side(self, image_size: int, patch_size: int = 1) -> int:
-        """The side of the latents of image_size pixels. Raises ValueError if patches do not fill them exactly."""
+        """The side of the latents of image_size pixels.
+
+        Raises ValueError if patches do not fill them exactly.
+        """
         unit = self.ratio * patch_size
         if image_size < 1 or image_size % unit:
             below = image_size // unit * unit
@@ -44,19 +50,22 @@ class LatentShape(NamedTuple):
 
 PIXELS = LatentShape(channels=3, ratio=1)  # diffusion in pixel space: no autoencoder
 
-# The two fine-tuned autoencoders of Stable Diffusion. Their shape stands here as well as in their configuration so that
-# a wrong image size is found before they are downloaded.
+# The two fine-tuned autoencoders of Stable Diffusion. Their shape stands here as well as in their
+# configuration so that a wrong image size is found before they are downloaded.
 HUB_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 HUB_SHAPE = LatentShape(channels=4, ratio=8)
 
 SIZES = ("latent_channels", "in_channels", "out_channels", "layers_per_block", "norm_num_groups")
-MOST_LEVELS, MOST_CHANNELS, MOST_LAYERS = 8, 16_384, 64  # of an autoencoder; no known one comes near
+# Of an autoencoder; no known one comes near
+MOST_LEVELS, MOST_CHANNELS, MOST_LAYERS = 8, 16_384, 64
 
-PIXELS_AT_ONCE = 8 * 256 * 256  # what one call of the autoencoder sees: 8 images of 256 px, 2 of 512 px
+# What one call of the autoencoder sees: 8 images of 256 px, 2 of 512 px
+PIXELS_AT_ONCE = 8 * 256 * 256
 
 
 def latent_shape(name: str) -> LatentShape:
-    """The LatentShape of a VAE, its weights not loaded: "ema", "mse", "none" (pixels), a local folder, or a hub id.
+    """The LatentShape of a VAE, its weights not loaded: "ema", "mse", "none" (pixels), a local
+    folder, or a hub id.
 
     Raises ValueError if there is no such VAE.
     """
@@ -69,14 +78,20 @@ def latent_shape(name: str) -> LatentShape:
             f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote"
         )
     try:
-        config = read_json(Path(name) / "config.json") if _is_folder(name) else AutoencoderKL.load_config(name)
+        config = (
+            read_json(Path(name) / "config.json")
+            if _is_folder(name)
+            else AutoencoderKL.load_config(name)
+        )
         return _shape_of(_checked(config))
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(_cannot_load(name, error)) from error
 
 
 def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
-    """The VAE called `name` on the device: a PixelSpace for "none", else a LatentSpace. Names as in latent_shape.
+    """The VAE called `name` on the device: a PixelSpace for "none", else a LatentSpace.
+
+    Names as in latent_shape.
 
     Raises ValueError, with the reason, if it cannot be loaded or its weights are not complete.
     """
@@ -85,8 +100,12 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
     latent_shape(name)
     try:
         with _as_diffusers_reads_it(HUB_VAES.get(name, name)) as source:
-            autoencoder, info = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # diffusers, huggingface_hub and safetensors each raise their own kinds
+            autoencoder, info = AutoencoderKL.from_pretrained(
+                source, torch_dtype=torch.float32, output_loading_info=True
+            )
+    except (
+        Exception
+    ) as error:  # diffusers, huggingface_hub and safetensors each raise their own kinds
         raise ValueError(_cannot_load(name, error)) from error
     if info["missing_keys"]:
         raise ValueError(
@@ -97,12 +116,16 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
     except (ValueError, KeyError, TypeError) as error:  # of the hub's, which was not looked at before
         raise ValueError(_cannot_load(name, error)) from error
     scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
-    return LatentSpace(_shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False))
+    return LatentSpace(
+        _shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False)
+    )
 
 
 @contextmanager
 def _as_diffusers_reads_it(name):
-    """The name itself; of a folder whose config.json begins with a byte order mark, which diffusers refuses, that of a copy."""
+    """The name itself; of a folder whose config.json begins with a byte order mark, which diffusers
+    refuses, that of a copy.
+    """
     if not _is_folder(name):
         yield name
         return
@@ -112,7 +135,9 @@ def _as_diffusers_reads_it(name):
         return
     with TemporaryDirectory() as temporary:
         copy = Path(shutil.copytree(name, Path(temporary) / "vae"))
-        (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json")), encoding="utf-8")
+        (copy / "config.json").write_text(
+            json.dumps(read_json(copy / "config.json")), encoding="utf-8"
+        )
         yield str(copy)
 
 
@@ -123,7 +148,9 @@ def _is_folder(name):
 
 
 def vae_hashes(name: str) -> dict[str, str]:
-    """File name → SHA-256 for a VAE in a local folder; nothing for others, whose names say what they are."""
+    """File name → SHA-256 for a VAE in a local folder; nothing for others, whose names say what
+    they are.
+    """
     files = [path for path in sorted(Path(name).glob("*")) if path.is_file()]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -134,7 +161,9 @@ def _cannot_load(name, error):
         reason = f"config.json lacks {reason}"
     repository = HUB_VAES.get(name, name)
     if offline := why_offline(error):
-        reason = f"{offline}, and there is no copy of {repository} in the cache {cache_of_the_hub()}"
+        reason = (
+            f"{offline}, and there is no copy of {repository} in the cache {cache_of_the_hub()}"
+        )
     if name in HUB_VAES:
         advice = (
             f"give --vae a local folder with config.json and weights, or fetch {repository} where there is a network (hf "
@@ -149,25 +178,41 @@ def _cannot_load(name, error):
 
 
 def _checked(config):
-    """A configuration of an AutoencoderKL whose entries are of their kinds and of sizes that exist; else ValueError."""
+    """A configuration of an AutoencoderKL whose entries are of their kinds and of sizes that exist;
+    else ValueError.
+    """
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
-        raise ValueError(f"an AutoencoderKL with one scale factor for all channels is wanted, this is another {kind}")
+        raise ValueError(
+            f"an AutoencoderKL with one scale factor for all channels is wanted, this is another {kind}"
+        )
     if config.get("quantization_config"):
-        raise ValueError("its weights are quantized, by quantization_config; give one in floating point")
+        raise ValueError(
+            "its weights are quantized, by quantization_config; give one in floating point"
+        )
     widths = config["block_out_channels"]
     if not isinstance(widths, (list, tuple)) or not 1 <= len(widths) <= MOST_LEVELS:
-        raise ValueError(f"in config.json block_out_channels is no list of 1 to {MOST_LEVELS} widths")
+        raise ValueError(
+            f"in config.json block_out_channels is no list of 1 to {MOST_LEVELS} widths"
+        )
     numbers = {f"block_out_channels, {width!r}"[:80]: width for width in widths}
-    numbers |= {key: config[key] for key in SIZES if key == "latent_channels" or config.get(key) is not None}
+    numbers |= {
+        key: config[key] for key in SIZES if key == "latent_channels" or config.get(key) is not None
+    }
     for key, value in numbers.items():
         if type(value) is not int or not 1 <= value <= MOST_CHANNELS:
             raise ValueError(f"in config.json {key} is no whole number from 1 to {MOST_CHANNELS}")
     if config.get("layers_per_block", 1) > MOST_LAYERS:
-        raise ValueError(f"in config.json layers_per_block is {config['layers_per_block']}, and at most {MOST_LAYERS} are read")
+        raise ValueError(
+            f"in config.json layers_per_block is {config['layers_per_block']}, and at most {MOST_LAYERS} are read"
+        )
     for key, other in {"scaling_factor": 1.0, "shift_factor": 0.0}.items():
         value = other if config.get(key) is None else config[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
             raise ValueError(f"in config.json {key} is no number")
         if key == "scaling_factor" and value <= 0:
             raise ValueError(f"in config.json scaling_factor is {value}; it must be above 0")
@@ -179,7 +224,8 @@ def _shape_of(config):
 
 
 class LatentSpace:
-    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent - shift)·scale.
+    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent -
+    shift)·scale.
 
     Without the autoencoder, it still draws from moments that were computed before.
     """
@@ -187,32 +233,46 @@ class LatentSpace:
     clip_denoised = False  # latents have no range to clip predictions to
 
     def __init__(
-        self, shape: LatentShape, scale: float, shift: float = 0.0, autoencoder: AutoencoderKL | None = None
-    ) -> None:
+        self, shape: LatentShape, scale: float, shift: float = 0.0,
+        autoencoder: AutoencoderKL | None = None,
+    ) -> None:  # fmt: skip
         self.shape, self.scale, self.shift, self.autoencoder = shape, scale, shift, autoencoder
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled, both (N, C, h, w)."""
+        """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled, both (N,
+        C, h, w).
+        """
         assert self.autoencoder is not None  # whoever has stored moments does not ask for them
-        posteriors = [self.autoencoder.encode(part).latent_dist for part in images.split(_chunk(images, 1))]
+        posteriors = [
+            self.autoencoder.encode(part).latent_dist for part in images.split(_chunk(images, 1))
+        ]
         return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
     def draw(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """A latent (N, C, h, w) from the posterior with these moments, scaled as the network sees it."""
+        """A latent (N, C, h, w) from the posterior with these moments, scaled as the network sees
+        it.
+        """
         return (mean + std * noise - self.shift) * self.scale
 
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] and standard normal noise (N, C, h, w) → scaled latents (N, C, h, w)."""
+        """Images (N, 3, H, W) in [-1, 1] and standard normal noise (N, C, h, w) → scaled latents
+        (N, C, h, w).
+        """
         return self.draw(*self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1], a fixed number of pixels at a time."""
+        """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1], a fixed number of
+        pixels at a time.
+        """
         assert self.autoencoder is not None
         latents = latents / self.scale + self.shift
         return torch.cat(
-            [self.autoencoder.decode(part).sample for part in latents.split(_chunk(latents, self.shape.ratio))]
+            [
+                self.autoencoder.decode(part).sample
+                for part in latents.split(_chunk(latents, self.shape.ratio))
+            ]
         )
 
 
@@ -235,7 +295,8 @@ Space = LatentSpace | PixelSpace
 
 
 def _chunk(x, ratio):
-    """How many of x (N, C, h, w), each standing for h·ratio × w·ratio pixels, are handled at once."""
+    """How many of x (N, C, h, w), each standing for h·ratio × w·ratio pixels, are handled at once.
+    """
     return max(1, PIXELS_AT_ONCE // (x.shape[-1] * x.shape[-2] * ratio**2))
 
 

@@ -1,11 +1,12 @@
-"""Training from cached latents against training from images with the VAE in the loop: images per second, end to end.
+"""Training from cached latents against training from images with the VAE in the loop: images per
+second, end to end.
 
     python -m benchmarks.cached_latents                              # DiT-S/2 at 256 pixels, minutes on a CPU
     python -m benchmarks.cached_latents --model DiT-XL/2 --batch-size 64 --images 512 --mixed-precision bf16
 
-Runs extract_latents.py and train.py themselves, on random JPEG files, with Stable Diffusion's autoencoder architecture
-(its weights random). The two kinds of training take turns in one process; rates are those of their metrics.jsonl, the first
-steps of each run left out.
+Runs extract_latents.py and train.py themselves, on random JPEG files, with Stable Diffusion's
+autoencoder architecture (its weights random). The two kinds of training take turns in one process;
+rates are those of their metrics.jsonl, the first steps of each run left out.
 """
 
 import argparse
@@ -30,14 +31,21 @@ ARCHITECTURE = dict(
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="DiT-S/2", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--images", type=int, default=16, help="random files to make (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=4, help="per run, of which half are measured (default: %(default)s)"
+        "--images", type=int, default=16, help="random files to make (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=4,
+        help="per run, of which half are measured (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)"
+    )
     parser.add_argument("--num-workers", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--mixed-precision", default="no", help="(default: %(default)s)")
     return parser
@@ -51,26 +59,28 @@ def main(argv=None):
         torch.manual_seed(0)
         AutoencoderKL(**ARCHITECTURE).save_pretrained(folder / "vae")
         common = [
-            "--num-classes",
-            "2",
-            "--no-flip",
-            "--vae",
-            str(folder / "vae"),
-            "--num-workers",
+            "--num-classes", "2", "--no-flip", "--vae", str(folder / "vae"), "--num-workers",
             str(args.num_workers),
-        ]
-        extract_latents.main(["--data-path", str(folder / "images"), "--output", str(folder / "latents"), *common])
+        ]  # fmt: skip
+        extract_latents.main(
+            ["--data-path", str(folder / "images"), "--output", str(folder / "latents"), *common]
+        )
         training = [
-            *common, "--model", args.model, "--global-batch-size", str(args.batch_size), "--max-steps", str(args.steps),
-            "--log-every", "1", "--results-dir", str(folder / "results"), "--mixed-precision", args.mixed_precision,
+            *common, "--model", args.model, "--global-batch-size", str(args.batch_size),
+            "--max-steps", str(args.steps), "--log-every", "1", "--results-dir",
+            str(folder / "results"), "--mixed-precision", args.mixed_precision,
         ]  # fmt: skip
         seconds = {"images and VAE": [], "cached latents": []}
         for _ in range(args.rounds):
-            for name, data in zip(seconds, (["--data-path", folder / "images"], ["--latents", folder / "latents"])):
+            for name, data in zip(
+                seconds, (["--data-path", folder / "images"], ["--latents", folder / "latents"])
+            ):
                 train.main([*map(str, data), *training])
                 seconds[name].append(seconds_per_image(folder / "results", args.steps // 2))
     found = ratios(seconds, "cached latents")
-    print(f"images and VAE take {found['images and VAE'][0]} times as long as cached latents ({found})")
+    print(
+        f"images and VAE take {found['images and VAE'][0]} times as long as cached latents ({found})"
+    )
     write(
         f"cached-latents-{args.model.replace('/', '-')}",
         {"settings": vars(args), RATIO: found},
@@ -83,7 +93,9 @@ def make_images(folder, count):
     for i in range(count):
         path = folder / f"class{i % 2}" / f"{i:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(source.integers(0, 256, (36, 32, 3), dtype=np.uint8)).resize((256, 288)).save(path)
+        Image.fromarray(source.integers(0, 256, (36, 32, 3), dtype=np.uint8)).resize(
+            (256, 288)
+        ).save(path)
 
 
 def seconds_per_image(results, skip):

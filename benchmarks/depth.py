@@ -1,10 +1,12 @@
-"""A trial of step-dependent depth on digits: fewer blocks where noise is high, as the network is and after a short training.
+"""A trial of step-dependent depth on digits: fewer blocks where noise is high, as the network is
+and after a short training.
 
     python -m benchmarks.depth                            # ten minutes on a CPU core
 
-Sampled by unipc in 20 guided steps. At steps t from a threshold on, some of the six blocks are left out. First every choice is
-scored with the committed weights; then the better ones of those that may save enough, and for comparison the whole network, are
-trained on with their depth for a while. Scores as in benchmarks.solvers.
+Sampled by unipc in 20 guided steps. At steps t from a threshold on, some of the six blocks are left
+out. First every choice is scored with the committed weights; then the better ones of those that may
+save enough, and for comparison the whole network, are trained on with their depth for a while.
+Scores as in benchmarks.solvers.
 """
 
 import argparse
@@ -13,7 +15,9 @@ from copy import deepcopy
 import torch
 
 from benchmarks.sides import RATIO, alternate, device, ratios, table, write
-from benchmarks.solvers import BATCH, DIGITS, Setting, load, make_sampler, real_digits, real_statistics, score
+from benchmarks.solvers import (
+    BATCH, DIGITS, Setting, load, make_sampler, real_digits, real_statistics, score,
+)  # fmt: skip
 from diffusion import create_diffusion
 from evaluation.features import load_extractor
 from models import DiT
@@ -38,7 +42,9 @@ class StepDepth(DiT):
         high = t >= self.threshold
         for mask, left_out in ((high, self.left_out), (~high, ())):
             if mask.any():
-                self.blocks = torch.nn.ModuleList(block for i, block in enumerate(every) if i not in left_out)
+                self.blocks = torch.nn.ModuleList(
+                    block for i, block in enumerate(every) if i not in left_out
+                )
                 drop = None if force_drop_ids is None else force_drop_ids[mask]
                 part = super().forward(x[mask], t[mask], y[mask], drop)
                 out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
@@ -56,23 +62,29 @@ def build(network, left_out, threshold):
 
 
 def train_on(network, space, steps):
-    """A moving average of the network, trained on the digits for so many steps at the depth it has."""
+    """A moving average of the network, trained on the digits for so many steps at the depth it has.
+    """
     diffusion, generator = create_diffusion(""), torch.Generator().manual_seed(0)
     images, labels = real_digits()
     mean, std = space.moments(from_uint8(images).to(device()))
     average = deepcopy(network)
     network.train().requires_grad_(True).pos_embed.requires_grad_(False)
-    opt = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0)
+    opt = torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0
+    )
     for _ in range(steps):
         chosen = torch.randint(len(mean), (TRAINING_BATCH,), generator=generator)
         t = torch.randint(1000, (TRAINING_BATCH,), generator=generator).to(device())
         latents = space.draw(
-            mean[chosen], std[chosen], torch.randn(mean[chosen].shape, generator=generator).to(device())
-        )
+            mean[chosen], std[chosen],
+            torch.randn(mean[chosen].shape, generator=generator).to(device()),
+        )  # fmt: skip
         drop = (torch.rand(TRAINING_BATCH, generator=generator) < 0.1).long().to(device())
         noise = torch.randn(latents.shape, generator=generator).to(device())
         condition = dict(y=labels[chosen].to(device()), force_drop_ids=drop)
-        diffusion.training_losses(network, latents, t, condition, noise=noise)["loss"].mean().backward()
+        diffusion.training_losses(network, latents, t, condition, noise=noise)[
+            "loss"
+        ].mean().backward()
         opt.step()
         opt.zero_grad()
         update_ema(average, network, DECAY)
@@ -80,8 +92,12 @@ def train_on(network, space, steps):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=500, help="for each score (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--samples", type=int, default=500, help="for each score (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=800, help="of training (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="of times (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -95,7 +111,9 @@ def main(argv=None):
         return lambda: sampler.decode(sampler.numbered_latents(0, range(BATCH), labels)).cpu()
 
     def scored(depth):
-        return round(score(make_sampler(depth, space, SETTING), extractor, reference, args.samples, 0), 4)
+        return round(
+            score(make_sampler(depth, space, SETTING), extractor, reference, args.samples, 0), 4
+        )
 
     whole = "all six"
     networks = {whole: build(network, (), 1000)}
@@ -117,8 +135,14 @@ def main(argv=None):
         {name: (found[name], trained.get(name, ""), times[name]) for name in found},
         ("distance", "trained", "time, quartiles"),
     )
-    settings = {**vars(args), "sampler": str(SETTING), "batch": TRAINING_BATCH, "lr": LEARNING_RATE, "ema_decay": DECAY}
-    write("depth", {"settings": settings, "distance": found, "distance after training": trained, RATIO: times})
+    settings = {
+        **vars(args), "sampler": str(SETTING), "batch": TRAINING_BATCH, "lr": LEARNING_RATE,
+        "ema_decay": DECAY,
+    }  # fmt: skip
+    write(
+        "depth",
+        {"settings": settings, "distance": found, "distance after training": trained, RATIO: times},
+    )
 
 
 if __name__ == "__main__":

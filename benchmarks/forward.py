@@ -1,10 +1,12 @@
-"""A forward pass against diffusers' network, against its formulas written out, compiled, and against the machine's limit.
+"""A forward pass against diffusers' network, against its formulas written out, compiled, and
+against the machine's limit.
 
     python -m benchmarks.forward                                                     # S/2, B/4, XL/8, XL/2; minutes on a CPU
     python -m benchmarks.forward --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --no-compile    # on a GPU
 
-All sides have the same random weights and inputs and take turns in one process. The limit is the machine's best product of two
-square matrices, measured in the same rounds in the precision of the pass; operations are counted by PyTorch.
+All sides have the same random weights and inputs and take turns in one process. The limit is the
+machine's best product of two square matrices, measured in the same rounds in the precision of the
+pass; operations are counted by PyTorch.
 """
 
 import argparse
@@ -24,30 +26,35 @@ COLUMNS = ("ratio to ours, quartiles", "share of the limit")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     models = ["DiT-S/2", "DiT-B/4", "DiT-XL/8", "DiT-XL/2"]
     parser.add_argument(
-        "--models", nargs="+", choices=DiT_models, default=models, metavar="MODEL", help="(default: %(default)s)"
-    )
+        "--models", nargs="+", choices=DiT_models, default=models, metavar="MODEL",
+        help="(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
-    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="(default: %(default)s)")
     parser.add_argument(
-        "--no-compile",
-        nargs="*",
-        default=["DiT-XL/2"],
-        metavar="MODEL",
-        help="models whose compiled side is left out; without a model: none (default: %(default)s, slow to compile on a CPU)",
+        "--mixed-precision", choices=PRECISIONS, default="no", help="(default: %(default)s)"
     )
+    parser.add_argument(
+        "--no-compile", nargs="*", default=["DiT-XL/2"], metavar="MODEL",
+        help="models whose compiled side is left out; without a model: none (default: %(default)s, slow to compile on a CPU)",
+    )  # fmt: skip
     return parser
 
 
 @torch.no_grad()
 def measure(name, args):
-    """{side: seconds of each round}, and the operations of a pass and of the product, for a model."""
+    """{side: seconds of each round}, and the operations of a pass and of the product, for a model.
+    """
     network, dtype = random_network(name), PRECISIONS[args.mixed_precision]
     with device():
-        x = torch.randn(args.batch_size, network.in_channels, network.input_size, network.input_size)
+        x = torch.randn(
+            args.batch_size, network.in_channels, network.input_size, network.input_size
+        )
         t = torch.linspace(0, 999, args.batch_size).round()
         y = torch.arange(args.batch_size)
     sides = {"ours": twin_of(network), "diffusers": Twin(network), "written out": Plain(network)}
@@ -84,9 +91,13 @@ def main(argv=None):
         print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
         table({side: (found[side], shares[side]) for side in found}, COLUMNS)
         results[name] = {
-            RATIO: found, "share of the limit": shares, "largest difference of the output, relative to its largest value": far,
+            RATIO: found, "share of the limit": shares,
+            "largest difference of the output, relative to its largest value": far,
         }  # fmt: skip
-    write(f"forward-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
+    write(
+        f"forward-{device().type}-{args.mixed_precision}",
+        {"settings": vars(args), "models": results},
+    )
 
 
 if __name__ == "__main__":

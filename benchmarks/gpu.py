@@ -1,13 +1,15 @@
-"""Everything that is to be known of a GPU, in one command and in so many minutes, the most important first.
+"""Everything that is to be known of a GPU, in one command and in so many minutes, the most
+important first.
 
     python -m benchmarks.gpu --minutes 8                 # on a GPU; on a CPU a dry run of tiny sizes, in under 2 minutes
     python -m benchmarks.gpu --parts tests exactness     # some of it
     python -m benchmarks.gpu --tables                    # docs/sampling.md and docs/training.md from the newest result
 
-Each part is a process with a time limit: what an earlier one leaves of its time is there for the later ones. What is found is
-printed as it comes and written to benchmarks/results/DATE-gpu.json (--output), which is whole at any time: a run that is cut
-counts as far as it got. A part that fails, or lacks a library, is recorded as such and the next one begins. What is compared
-takes turns in one process. The results of a dry run mean nothing, are called DATE-gpu-dry-run.json and say so.
+Each part is a process with a time limit: what an earlier one leaves of its time is there for the
+later ones. What is found is printed as it comes and written to benchmarks/results/DATE-gpu.json
+(--output), which is whole at any time: a run that is cut counts as far as it got. A part that
+fails, or lacks a library, is recorded as such and the next one begins. What is compared takes turns
+in one process. The results of a dry run mean nothing, are called DATE-gpu-dry-run.json and say so.
 """
 
 import argparse
@@ -38,7 +40,9 @@ MATRICES = [64, 128]  # of a dry run
 
 
 class Part(NamedTuple):
-    """A function of a module here, its share of the time, and its arguments: on a GPU, and in a dry run."""
+    """A function of a module here, its share of the time, and its arguments: on a GPU, and in a dry
+    run.
+    """
 
     module: str
     function: str
@@ -55,8 +59,8 @@ def training_part(model, share, most):
     )
 
 
-# In order of worth. Shares are seconds of 8 minutes; the first has the imports of a cold disk in it. A dry run leaves out the
-# compiled ways of drawing digits, which take long to compile.
+# In order of worth. Shares are seconds of 8 minutes; the first has the imports of a cold disk in
+# it. A dry run leaves out the compiled ways of drawing digits, which take long to compile.
 PARTS = {
     "limits": Part(
         "benchmarks.gpu_training", "limits", 30, dict(rounds=7, mebibytes=4096),
@@ -105,21 +109,16 @@ PUBLISHED = {
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="for all of it (default: %(default)g)"
     )
     parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        default=list(PARTS),
-        metavar="PART",
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
         help=", ".join(PARTS),
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, help="a new file (default: benchmarks/results/DATE-gpu.json)"
     )
@@ -185,12 +184,9 @@ class Run:
     def __init__(self, args, dry, path):
         self.args, self.dry, self.path, self.began = args, dry, path, time.monotonic()
         self.result = {
-            "machine": machine(),
-            "dry_run": dry,
-            "minutes": args.minutes,
-            "published": PUBLISHED,
+            "machine": machine(), "dry_run": dry, "minutes": args.minutes, "published": PUBLISHED,
             "parts": {},
-        }
+        }  # fmt: skip
         self.write()
 
     def write(self):
@@ -199,16 +195,21 @@ class Run:
         write_whole(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def deadline(self, name):
-        """When a part must be over: what earlier ones leave of their time is its. In a dry run each may take all."""
+        """When a part must be over: what earlier ones leave of their time is its.
+
+        In a dry run each may take all.
+        """
         names = self.args.parts
         so_far = names if self.dry else names[: names.index(name) + 1]
         share = sum(PARTS[n].share for n in so_far) / sum(PARTS[n].share for n in names)
         return self.began + 60 * self.args.minutes * share
 
     def go(self):
-        """Do every part, each in a worker that imported what it needs while the one before was at work.
+        """Do every part, each in a worker that imported what it needs while the one before was at
+        work.
 
-        In a dry run, whose time goes into imports, parts of one module share a worker while all is well.
+        In a dry run, whose time goes into imports, parts of one module share a worker while all is
+        well.
         """
         workers = [Worker(PARTS[self.args.parts[0]].module)]  # the one at work, the one that waits
         with tempfile.TemporaryDirectory() as folder:
@@ -231,7 +232,9 @@ class Run:
                     worker.end()
 
     def do(self, name, worker, folder):
-        """Do one part and write what it found, also while it is under way; whether its worker can go on."""
+        """Do one part and write what it found, also while it is under way; whether its worker can
+        go on.
+        """
         began = time.monotonic()
         seconds = self.deadline(name) - began
         if seconds < 1:
@@ -256,7 +259,9 @@ class Run:
         return report["status"] in ("done", STOPPED)
 
     def take(self, name, report):
-        """Take in a part's report, and write the result; if the disk is full, what was printed remains."""
+        """Take in a part's report, and write the result; if the disk is full, what was printed
+        remains.
+        """
         self.result["parts"][name] = report
         try:
             self.write()

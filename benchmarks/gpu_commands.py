@@ -1,4 +1,6 @@
-"""Parts of benchmarks.gpu that run what others run by a command: the tests that need a GPU, and the study of scaling."""
+"""Parts of benchmarks.gpu that run what others run by a command: the tests that need a GPU, and the
+study of scaling.
+"""
 
 import json
 import math
@@ -70,15 +72,9 @@ def gpu_tests(report):
         if MARKED.search(path.read_text())
     ]
     flags = [
-        "-q",
-        "-m",
-        MARK,
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        "--rootdir",
+        "-q", "-m", MARK, "-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir",
         str(ROOT),
-    ]
+    ]  # fmt: skip
     pytest.main([*flags, *files], plugins=[Recorder(report)])
     report.add(**report.found)
 
@@ -87,7 +83,8 @@ def gpu_tests(report):
 
 
 def scaling(report, preset, folder=None, seconds=math.inf):
-    """Go on with examples/scaling in this folder until the time is over, or so many seconds; what is finished.
+    """Go on with examples/scaling in this folder until the time is over, or so many seconds; what
+    is finished.
 
     Without a folder it begins in one that is thrown away.
     """
@@ -97,15 +94,9 @@ def scaling(report, preset, folder=None, seconds=math.inf):
         output = Path(folder or temporary).resolve()
         script = ROOT / "examples" / "scaling" / "study.py"
         command = [
-            sys.executable,
-            str(script),
-            "--output",
-            str(output),
-            "--preset",
-            preset,
-            "--workers",
+            sys.executable, str(script), "--output", str(output), "--preset", preset, "--workers",
             "1",
-        ]
+        ]  # fmt: skip
         report.set(preset=preset, folder=folder, finished=0, of=None)
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL) as study:
             ends = min(time.monotonic() + seconds, report.ends - TO_END)

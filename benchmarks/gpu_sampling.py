@@ -1,4 +1,6 @@
-"""Parts of benchmarks.gpu: labels to images against diffusers; how far fast ways move digits; copies and waits."""
+"""Parts of benchmarks.gpu: labels to images against diffusers; how far fast ways move digits;
+copies and waits.
+"""
 
 from functools import partial
 import statistics
@@ -41,7 +43,8 @@ WAYS = {
     "float32": Way("no"), "TF32": Way("no", tf32=True), "bf16": Way("bf16"),
     "compiled, float32": Way("no", compiled=True), "compiled, bf16": Way("bf16", compiled=True),
 }  # fmt: skip
-# What the profiler counts: by these beginnings. "Memcpy" is what the GPU does, "cuda..." what the CPU asks for.
+# What the profiler counts: by these beginnings. "Memcpy" is what the GPU does, "cuda..." what the
+# CPU asks for.
 COUNTED = (
     "Memcpy HtoD", "Memcpy DtoH", "Memcpy DtoD", "cudaMemcpy", "cudaStreamSynchronize",
     "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item", "aten::_local_scalar_dense",
@@ -53,7 +56,9 @@ FEW, MANY = 2, 6  # steps profiled: the difference is that of steps alone
 
 
 class Drawing:
-    """A batch of images of random weights, drawn by ours and by diffusers' pipeline; call(side, solver, steps) draws it."""
+    """A batch of images of random weights, drawn by ours and by diffusers' pipeline; call(side,
+    solver, steps) draws it.
+    """
 
     def __init__(self, model, batch):
         self.network, self.space = random_network(model), load_vae(str(VAE), device())
@@ -86,7 +91,8 @@ class Drawing:
 
 
 def sampling(report, model, batch, steps, rounds, matrix_sides=None):
-    """Guided sampling by each solver with its steps: images per second and share of the limit, of OURS and diffusers' pipeline.
+    """Guided sampling by each solver with its steps: images per second and share of the limit, of
+    OURS and diffusers' pipeline.
 
     What has to be compiled comes last: by then the others have been measured once.
     """
@@ -111,7 +117,9 @@ def sampling(report, model, batch, steps, rounds, matrix_sides=None):
 
 
 def warm_up(drawing, make, side, steps):
-    """Make a side ready and draw by each solver in a few steps: the seconds that took, compilation too."""
+    """Make a side ready and draw by each solver in a few steps: the seconds that took, compilation
+    too.
+    """
     began = time.monotonic()
     make()
     for solver in steps:
@@ -121,7 +129,9 @@ def warm_up(drawing, make, side, steps):
 
 
 def race(report, drawing, ready, limits, steps, rounds, first):
-    """Let the sides that are ready, and the limits' products, take turns with each solver, and report their figures."""
+    """Let the sides that are ready, and the limits' products, take turns with each solver, and
+    report their figures.
+    """
     products_called = {LIMITS[precision]: call for precision, (call, _) in limits.items()}
     for solver, count in steps.items():
         title = f"{SOLVERS[solver]} {count}"
@@ -150,7 +160,9 @@ def race(report, drawing, ready, limits, steps, rounds, first):
 
 
 class Digits:
-    """The committed digits network and autoencoder on the device, with noise and labels for so many images."""
+    """The committed digits network and autoencoder on the device, with noise and labels for so many
+    images.
+    """
 
     def __init__(self, images):
         self.network, _ = load_pretrained(DIGITS / "dit.safetensors")
@@ -176,8 +188,8 @@ class Digits:
 
 
 def exactness(report, images, steps, ways=None):
-    """How far TF32, bf16 and compilation move digits of the committed weights from float32's, from the same
-    noise, in all WAYS or these; and what a step copies and waits for.
+    """How far TF32, bf16 and compilation move digits of the committed weights from float32's, from
+    the same noise, in all WAYS or these; and what a step copies and waits for.
     """
     digits = Digits(images)
     with tf32(False):
@@ -194,7 +206,9 @@ def exactness(report, images, steps, ways=None):
 
 
 def compare(report, digits, exact, steps, name):
-    """Report one of WAYS: how far its images are from the exact ones of each solver, and what its steps copy and wait for."""
+    """Report one of WAYS: how far its images are from the exact ones of each solver, and what its
+    steps copy and wait for.
+    """
     way, network = WAYS[name], twin_of(digits.network)
     prepare(network, way.precision, way.compiled)
     for solver, count in steps.items():
@@ -222,7 +236,8 @@ def count_training(report):
 
 
 def count_steps(report, name, call):
-    """Count what COUNTED names in a step of call(steps), once warm: by the difference of many steps and few.
+    """Count what COUNTED names in a step of call(steps), once warm: by the difference of many steps
+    and few.
 
     A CPU has neither copies between devices nor waits: there only values that are read are counted.
     """

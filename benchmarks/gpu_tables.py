@@ -1,4 +1,6 @@
-"""What benchmarks.gpu found, for readers: goals beside figures, and the sections of docs/sampling.md and docs/training.md."""
+"""What benchmarks.gpu found, for readers: goals beside figures, and the sections of
+docs/sampling.md and docs/training.md.
+"""
 
 import json
 import re
@@ -20,7 +22,9 @@ IMAGES, SHARE, MEMORY = "images per second", "share of the limit", "peak memory 
 
 
 def newest(folder=None):
-    """(path, contents) of the newest result of a GPU in the folder, None without one; what a dry run wrote does not count."""
+    """(path, contents) of the newest result of a GPU in the folder, None without one; what a dry
+    run wrote does not count.
+    """
     found = []
     for path in (folder or RESULTS).iterdir():
         if match := NAME.fullmatch(path.name):
@@ -55,7 +59,9 @@ def times_diffusers(sides):
 
 
 def goals(parts):
-    """A list of {"goal", "at least", "figure", "met"}; the last two are None where nothing was measured."""
+    """A list of {"goal", "at least", "figure", "met"}; the last two are None where nothing was
+    measured.
+    """
     training = rows(parts, "training DiT-XL/2", "sides")
     ddim, multistep = (
         rows(parts, "sampling DiT-XL/2", solver) for solver in ("DDIM 50", "dpm++ 20")

@@ -1,4 +1,7 @@
-"""Parts of benchmarks.gpu: what the device can do at most, and training steps. They need no diffusers."""
+"""Parts of benchmarks.gpu: what the device can do at most, and training steps.
+
+They need no diffusers.
+"""
 
 from statistics import median
 
@@ -20,19 +23,19 @@ PRODUCTS = (
 UNIT = 16  # batches are multiples of it
 KEPT_FREE = 0.08  # of the memory, for what the allocator cannot use
 SMALLER = 0.85  # a batch that did not fit, as a share of it the next
-# name → whether blocks are compiled, and whether activations are computed again in the backward pass
+# name → whether blocks are compiled, and whether activations are computed again in the backward
+# pass
 SIDES = {
-    "eager": (False, False),
-    "compiled": (True, False),
-    "compiled, checkpointing": (True, True),
-}
+    "eager": (False, False), "compiled": (True, False), "compiled, checkpointing": (True, True),
+}  # fmt: skip
 
 
 # ---- the device ----
 
 
 def products(dtype, matrix_sides=None):
-    """(a call that multiplies the best two matrices PRODUCTS times, its operations); once on a CPU."""
+    """(a call that multiplies the best two matrices PRODUCTS times, its operations); once on a CPU.
+    """
     product, operations = best_product(dtype, matrix_sides)
     times = PRODUCTS if torch.cuda.is_available() else 1
 
@@ -44,7 +47,9 @@ def products(dtype, matrix_sides=None):
 
 
 def limits(report, rounds, mebibytes, matrix_sides=None):
-    """The device's own limits: matrix products in bfloat16 and float32 (TF32 on a GPU), and copying."""
+    """The device's own limits: matrix products in bfloat16 and float32 (TF32 on a GPU), and
+    copying.
+    """
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(device())
         report.set(device={
@@ -83,7 +88,8 @@ def limits(report, rounds, mebibytes, matrix_sides=None):
 
 
 class Steps:
-    """Training steps of a state with its switches set one way: calling it does STEPS, after `ready` has done one.
+    """Training steps of a state with its switches set one way: calling it does STEPS, after `ready`
+    has done one.
 
     `compiled` are the blocks' calls, of compile_blocks, or None.
     """
@@ -101,7 +107,10 @@ class Steps:
         self.draws = draw(0, 0, batch, shape, 0.1, self.diffusion.num_timesteps, on)
 
     def ready(self):
-        """Set the switches and do a step; the report of it. Raises RuntimeError if that left out the optimizer."""
+        """Set the switches and do a step; the report of it.
+
+        Raises RuntimeError if that left out the optimizer.
+        """
         network = self.state.network
         network.grad_checkpointing = self.checkpointing
         for block, call in zip(network.blocks, self.compiled or [None] * len(network.blocks)):
@@ -129,7 +138,8 @@ class Steps:
         return torch.cuda.max_memory_allocated()
 
     def operations(self):
-        """Those of a call that the network needs; what checkpointing computes again is not in it."""
+        """Those of a call that the network needs; what checkpointing computes again is not in it.
+        """
         return training_flops(self.state.network.config) * self.batch * STEPS
 
 
@@ -144,10 +154,11 @@ def compile_blocks(network):
 
 
 def batch_that_fits(peak, available, most):
-    """The largest multiple of UNIT, up to `most`, whose steps fit: peak(batch) → bytes, or it raises torch.OutOfMemoryError.
+    """The largest multiple of UNIT, up to `most`, whose steps fit: peak(batch) → bytes, or it
+    raises torch.OutOfMemoryError.
 
-    From two small batches follows how much one image takes; the one that follows is tried, and smaller
-    ones if need be.
+    From two small batches follows how much one image takes; the one that follows is tried, and
+    smaller ones if need be.
     """
     low = peak(UNIT)
     try:
@@ -160,7 +171,8 @@ def batch_that_fits(peak, available, most):
 
 
 def fitting(peak, batch):
-    """The first batch, from this one down, whose peak(batch) does not raise torch.OutOfMemoryError."""
+    """The first batch, from this one down, whose peak(batch) does not raise torch.OutOfMemoryError.
+    """
     while True:
         try:
             peak(batch)
@@ -173,10 +185,11 @@ def fitting(peak, batch):
 
 
 def settle(side, batch, most):
-    """Choose the side's batch, so that it fits, and do its first steps: the seconds that these took.
+    """Choose the side's batch, so that it fits, and do its first steps: the seconds that these
+    took.
 
-    `batch` is that of a side that takes about as much memory, None if memory has to be asked. A CPU has
-    `most`. Compilation is in the seconds.
+    `batch` is that of a side that takes about as much memory, None if memory has to be asked. A CPU
+    has `most`. Compilation is in the seconds.
     """
     if not torch.cuda.is_available():
         side.resize(most)
@@ -190,7 +203,9 @@ def settle(side, batch, most):
 
 
 def training(report, model, most, rounds, matrix_sides=None):
-    """Training steps from latents in bf16, the batch found by memory: images per second, share of the limit, peak memory."""
+    """Training steps from latents in bf16, the batch found by memory: images per second, share of
+    the limit, peak memory.
+    """
     with tf32(True):
         state = new_state(trained(random_network(model)), Recipe(bf16=True))
         limit = products(torch.bfloat16, matrix_sides)

@@ -1,4 +1,6 @@
-"""Parts of benchmarks.gpu: the autoencoder; the loader with training steps; DDP and FSDP2 in one process."""
+"""Parts of benchmarks.gpu: the autoencoder; the loader with training steps; DDP and FSDP2 in one
+process.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -37,7 +39,9 @@ def latent_space(autoencoder=None):
 
 
 def autoencoder(report, batch, image_size, rounds):
-    """Encoding and decoding by Stable Diffusion's autoencoder, its weights random, as extract_latents.py and sampling do it."""
+    """Encoding and decoding by Stable Diffusion's autoencoder, its weights random, as
+    extract_latents.py and sampling do it.
+    """
     torch.manual_seed(0)
     space = latent_space(AutoencoderKL(**ARCHITECTURE).to(device()).eval().requires_grad_(False))
     images = torch.rand(batch, 3, image_size, image_size, device=device()) * 2 - 1
@@ -91,7 +95,9 @@ class Epoch:
 
 
 def loading(report, model, batch, images, steps, workers, rounds):
-    """Cached latents, of random numbers, to training steps end to end; against the steps and the loader alone."""
+    """Cached latents, of random numbers, to training steps end to end; against the steps and the
+    loader alone.
+    """
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
         make_cache(Path(temporary), np.random.default_rng(0), images, np.float16)
         side = Steps(new_state(trained(random_network(model)), Recipe(bf16=True)))
@@ -122,15 +128,15 @@ def loading(report, model, batch, images, steps, workers, rounds):
 
 
 def one_process(report, model, batch, rounds):
-    """A training step under DistributedDataParallel and FSDP2, in a group of one process: time as a ratio to a bare one."""
+    """A training step under DistributedDataParallel and FSDP2, in a group of one process: time as a
+    ratio to a bare one.
+    """
     kind = device().type
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
         dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
-            init_method=f"file://{temporary}/store",
-            rank=0,
+            "nccl" if kind == "cuda" else "gloo", init_method=f"file://{temporary}/store", rank=0,
             world_size=1,
-        )
+        )  # fmt: skip
         wrappers = {
             "bare": {}, "DDP": {"wrap": DistributedDataParallel},
             "FSDP2": {"shard": partial(shard_network, device_type=kind, processes=1)},

@@ -1,11 +1,13 @@
-"""The process in which a part of benchmarks.gpu runs, with its report and its time; benchmarks.gpu starts it.
+"""The process in which a part of benchmarks.gpu runs, with its report and its time; benchmarks.gpu
+starts it.
 
     python -m benchmarks.gpu_worker MODULE     # each line of JSON on standard input is an order
 
-An order says which function of the module is called, and how. On a GPU each part has a process of its own, since only
-a process can be cut for certain: a compiler, a collective call or a GPU that answers no more never comes to a check
-between rounds. It also gives all memory back, and an error of CUDA ends with it. Beside that, parts look at their time
-between rounds, so that they mostly end by themselves with what they have.
+An order says which function of the module is called, and how. On a GPU each part has a process of
+its own, since only a process can be cut for certain: a compiler, a collective call or a GPU that
+answers no more never comes to a check between rounds. It also gives all memory back, and an error
+of CUDA ends with it. Beside that, parts look at their time between rounds, so that they mostly end
+by themselves with what they have.
 """
 
 import importlib
@@ -27,10 +29,11 @@ RUNNING, STOPPED = "running", "stopped at its time limit"  # of a part
 
 
 class Report:
-    """What a part has found so far, in a file that is whole at any time; and the time that the part has.
+    """What a part has found so far, in a file that is whole at any time; and the time that the part
+    has.
 
-    `path` None keeps it in memory alone. `failed` says which pieces of the part raised, and what; `outcome` how the part
-    is to end if it does not raise, `status` how it has ended.
+    `path` None keeps it in memory alone. `failed` says which pieces of the part raised, and what;
+    `outcome` how the part is to end if it does not raise, `status` how it has ended.
     """
 
     def __init__(self, path, seconds, name=""):
@@ -61,10 +64,8 @@ class Report:
     def contents(self):
         """The report as a dict of plain values."""
         return {
-            **self.status,
-            "found": self.found,
-            **({"failed": self.failed} if self.failed else {}),
-        }
+            **self.status, "found": self.found, **({"failed": self.failed} if self.failed else {}),
+        }  # fmt: skip
 
     def write(self):
         if self.path is not None:
@@ -73,7 +74,9 @@ class Report:
 
 
 def attempt(report, name, call, *args):
-    """call(*args), or None where it raises: then the report has the message under this name, and the part goes on."""
+    """call(*args), or None where it raises: then the report has the message under this name, and
+    the part goes on.
+    """
     try:
         return call(*args)
     except ModuleNotFoundError:
@@ -94,8 +97,8 @@ def message(error):
 def take_turns(report, sides, rounds, show, ready=lambda name: None):
     """As sides.alternate, while there is time for another round: {name: seconds of each round}.
 
-    ready(name) comes before each turn and is not timed; show(seconds) after each round, so that a part which is cut has what
-    it measured.
+    ready(name) comes before each turn and is not timed; show(seconds) after each round, so that a
+    part which is cut has what it measured.
     """
     seconds, longest = {name: [] for name in sides}, 0.0
     for i in range(rounds):
@@ -112,7 +115,8 @@ def take_turns(report, sides, rounds, show, ready=lambda name: None):
 
 
 def run(report, function, sizes):
-    """Do a part. Whatever it raises is in its report, and a library that is missing leaves it out."""
+    """Do a part. Whatever it raises is in its report, and a library that is missing leaves it out.
+    """
     try:
         function(report, **sizes)
     except ModuleNotFoundError as error:
@@ -137,7 +141,10 @@ def standard_input():
 
 
 def read_orders(handle, orders):
-    """Put each line of a pipe into a queue. Where the process that writes has ended, end too, with all children."""
+    """Put each line of a pipe into a queue.
+
+    Where the process that writes has ended, end too, with all children.
+    """
     waiting = b""
     while read := os.read(handle, 4096):
         *lines, waiting = (waiting + read).split(b"\n")

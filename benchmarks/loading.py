@@ -1,10 +1,12 @@
-"""Reading training data: our loader against torchvision's ImageFolder, and cached latents against a file for each image.
+"""Reading training data: our loader against torchvision's ImageFolder, and cached latents against a
+file for each image.
 
     python -m benchmarks.loading                                                     # 512 files; a minute
     python -m benchmarks.loading --images 8192 --num-workers 8
 
-Random JPEG files of 500×375 pixels (ImageNet's usual size), cropped and resized to 256; and random cached latents of 4×32×32,
-memory-mapped from one file here, one .npy file for each image there. Batches go nowhere. All sides take turns in one process.
+Random JPEG files of 500×375 pixels (ImageNet's usual size), cropped and resized to 256; and random
+cached latents of 4×32×32, memory-mapped from one file here, one .npy file for each image there.
+Batches go nowhere. All sides take turns in one process.
 """
 
 import argparse
@@ -31,7 +33,9 @@ MOMENTS = (2, 4, 32, 32)
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--num-workers", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
@@ -52,14 +56,19 @@ def make_files(folder, count):
 
 
 def make_cache(folder, source, count, dtype=np.float32):
-    """Random cached latents in the folder, as CachedLatents reads them: their moments (count, 2, 2, C, h, w)."""
-    moments = source.standard_normal((count, 2, *MOMENTS), dtype=np.float32).astype(dtype, copy=False)
+    """Random cached latents in the folder, as CachedLatents reads them: their moments (count, 2, 2,
+    C, h, w).
+    """
+    moments = source.standard_normal((count, 2, *MOMENTS), dtype=np.float32).astype(
+        dtype, copy=False
+    )
     np.save(folder / "moments.npy", moments)
     np.save(folder / "labels.npy", np.zeros(count, dtype=np.int64))
     channels, side = moments.shape[3], moments.shape[4]
     manifest = {
-        "images": count, "flip": True, "shape": [2, channels, side, side], "image_size": side, "channels": channels,
-        "ratio": 1, "scale": 1.0, "shift": 0.0, "vae": "none", "vae_sha256": {}, "files_sha256": "", "classes": None,
+        "images": count, "flip": True, "shape": [2, channels, side, side], "image_size": side,
+        "channels": channels, "ratio": 1, "scale": 1.0, "shift": 0.0, "vae": "none",
+        "vae_sha256": {}, "files_sha256": "", "classes": None,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return moments
@@ -83,30 +92,45 @@ def main(argv=None):
         folder = Path(temporary)
         make_files(folder, args.images)
         as_usual = Compose([
-            Lambda(lambda image: center_crop_arr(image, SIZE)), RandomHorizontalFlip(), ToTensor(), Normalize(0.5, 0.5),
+            Lambda(lambda image: center_crop_arr(image, SIZE)), RandomHorizontalFlip(), ToTensor(),
+            Normalize(0.5, 0.5),
         ])  # fmt: skip
         theirs = DataLoader(
-            ImageFolder(folder / "images", as_usual), batch, shuffle=True, num_workers=args.num_workers, drop_last=True
-        )
+            ImageFolder(folder / "images", as_usual), batch, shuffle=True,
+            num_workers=args.num_workers, drop_last=True,
+        )  # fmt: skip
         keys = StepBatches(args.images, batch, seed=0, start=0, stop=args.images // batch)
-        ours = make_loader(ImageDataset(list_images(folder / "images", 2), SIZE), keys, args.num_workers)
+        ours = make_loader(
+            ImageDataset(list_images(folder / "images", 2), SIZE), keys, args.num_workers
+        )
         mapped, apart = (
-            make_loader(dataset, keys, args.num_workers) for dataset in (CachedLatents(folder), Apart(folder / "apart"))
+            make_loader(dataset, keys, args.num_workers)
+            for dataset in (CachedLatents(folder), Apart(folder / "apart"))
         )
         sides = {
-            "images, ImageFolder": theirs,
-            "images, ours": ours,
-            "latents, a file each": apart,
+            "images, ImageFolder": theirs, "images, ours": ours, "latents, a file each": apart,
             "latents, ours": mapped,
-        }
+        }  # fmt: skip
         for loader in sides.values():
             list(loader)  # files are in the system's memory from here on
-        seconds = alternate({name: lambda loader=loader: list(loader) for name, loader in sides.items()}, args.rounds)
+        seconds = alternate(
+            {name: lambda loader=loader: list(loader) for name, loader in sides.items()},
+            args.rounds,
+        )
     found = ratios(seconds, "images, ImageFolder")
     table({name: [values] for name, values in found.items()}, ("ratio to ImageFolder, quartiles",))
-    within = ratios({name: seconds[name] for name in ("latents, ours", "latents, a file each")}, "latents, ours")
+    within = ratios(
+        {name: seconds[name] for name in ("latents, ours", "latents, a file each")}, "latents, ours"
+    )
     table({name: [values] for name, values in within.items()}, ("ratio to ours, quartiles",))
-    write("loading", {"settings": vars(args) | {"batch": batch}, RATIO: found, "the same, of latents alone": within})
+    write(
+        "loading",
+        {
+            "settings": vars(args) | {"batch": batch},
+            RATIO: found,
+            "the same, of latents alone": within,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ NETWORKS = DiT_models | {TINY: partial(DiT, patch_size=8, hidden_size=64, depth=
 
 
 def random_network(name):
-    """The network with normal weights of standard deviation 0.05, that samples only, on the device."""
+    """The network with normal weights of standard deviation 0.05, that samples only, on the device.
+    """
     torch.manual_seed(0)
     with device():
         network = NETWORKS[name]().eval().requires_grad_(False)

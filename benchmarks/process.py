@@ -1,11 +1,12 @@
-"""The diffusion process alone, its coefficients in one tensor on the device, against NumPy tables looked up at each use.
+"""The diffusion process alone, its coefficients in one tensor on the device, against NumPy tables
+looked up at each use.
 
     python -m benchmarks.process
 
-One reverse step and one training loss with a network that does nothing, on a batch of 8 × 4×32×32. The other sides have the
-same formulas; but each coefficient is fetched from its float64 table where it is used: the table is copied to the device,
-indexed and cast; in "looked up and spread", as is usual where schedule tables live in NumPy, also made a tensor of the
-batch's shape.
+One reverse step and one training loss with a network that does nothing, on a batch of 8 × 4×32×32.
+The other sides have the same formulas; but each coefficient is fetched from its float64 table where
+it is used: the table is copied to the device, indexed and cast; in "looked up and spread", as is
+usual where schedule tables live in NumPy, also made a tensor of the batch's shape.
 """
 
 import argparse
@@ -39,7 +40,9 @@ class LookedUpAndSpread(LookedUp):
 
 
 class Lookup:
-    """Coefficients at steps t (N,) that are fetched when they are asked for: (N, 1, ..., 1) beside x, or in x's shape."""
+    """Coefficients at steps t (N,) that are fetched when they are asked for: (N, 1, ..., 1) beside
+    x, or in x's shape.
+    """
 
     def __init__(self, tables, t, x, spread):
         self.tables, self.t, self.x, self.spread = tables, t, x, spread
@@ -51,16 +54,24 @@ class Lookup:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=51, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=100, help="steps in each round (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=100, help="steps in each round (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     ours = create_diffusion(str(STEPS))
     same = dict(
         use_timesteps=space_timesteps(1000, str(STEPS)), betas=create_diffusion("").betas,
-        model_mean_type=ours.model_mean_type, model_var_type=ours.model_var_type, loss_type=ours.loss_type,
+        model_mean_type=ours.model_mean_type, model_var_type=ours.model_var_type,
+        loss_type=ours.loss_type,
     )  # fmt: skip
-    processes = {"ours": ours, "looked up": LookedUp(**same), "looked up and spread": LookedUpAndSpread(**same)}
+    processes = {
+        "ours": ours, "looked up": LookedUp(**same),
+        "looked up and spread": LookedUpAndSpread(**same),
+    }  # fmt: skip
     x, t = torch.randn(SHAPE, device=device()), torch.arange(SHAPE[0], device=device()) * 30
     output = torch.randn(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], device=device())
     noise, results = torch.randn_like(x), {}
@@ -68,7 +79,9 @@ def main(argv=None):
         "p_sample": lambda process: process.p_sample(
             lambda *_: output, x, t, clip_denoised=False, noise_fn=lambda x: noise
         )["sample"],
-        "training_losses": lambda process: process.training_losses(lambda *_: output, x, t, noise=noise)["loss"],
+        "training_losses": lambda process: process.training_losses(
+            lambda *_: output, x, t, noise=noise
+        )["loss"],
     }
     for name, call in calls.items():
         for process in processes.values():
@@ -79,8 +92,12 @@ def main(argv=None):
                 call(process)
 
         with torch.no_grad():
-            seconds = alternate({key: partial(side, process) for key, process in processes.items()}, args.rounds)
-        results[name] = {f"ours to {key}": ratios(seconds, key)["ours"] for key in list(processes)[1:]}
+            seconds = alternate(
+                {key: partial(side, process) for key, process in processes.items()}, args.rounds
+            )
+        results[name] = {
+            f"ours to {key}": ratios(seconds, key)["ours"] for key in list(processes)[1:]
+        }
         print(name)
         table({key: [value] for key, value in results[name].items()}, ("ratio, quartiles",))
     write(f"process-{device().type}", {"settings": vars(args) | {"batch": SHAPE}, RATIO: results})

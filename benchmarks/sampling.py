@@ -3,9 +3,10 @@
     python -m benchmarks.sampling                                                    # S/2, 4 images; minutes on a CPU
     python -m benchmarks.sampling --model DiT-XL/2 --batch-size 32 --mixed-precision bf16 --steps 50     # on a GPU
 
-The same random weights, labels, guidance (4.0, all channels in both) and DDIM steps, from labels to decoded images, with the
-autoencoder of examples/digits, which is small. All sides take turns in one process. "computed once" is ours with what is equal
-across a guided batch computed once: the embedding of t, the patches of both halves, and the modulation of the null label.
+The same random weights, labels, guidance (4.0, all channels in both) and DDIM steps, from labels to
+decoded images, with the autoencoder of examples/digits, which is small. All sides take turns in one
+process. "computed once" is ours with what is equal across a guided batch computed once: the
+embedding of t, the patches of both halves, and the modulation of the null label.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import torch
 
 from benchmarks.anchors import diffusers_twin
 from benchmarks.networks import random_network, twin_of
-from benchmarks.sides import LIMIT, RATIO, ROOT, alternate, best_product, compare, device, table, write
+from benchmarks.sides import (
+    LIMIT, RATIO, ROOT, alternate, best_product, compare, device, table, write,
+)  # fmt: skip
 from runtime.devices import tf32
 from models import DiT_models, Modulation
 from sampling.sampler import Sampler
@@ -29,19 +32,26 @@ GUIDANCE = 4.0
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", choices=DiT_models, default="DiT-S/2", metavar="MODEL", help="(default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--model", choices=DiT_models, default="DiT-S/2", metavar="MODEL",
+        help="(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=4, help="images (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
-    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="(default: %(default)s)")
+    parser.add_argument(
+        "--mixed-precision", choices=PRECISIONS, default="no", help="(default: %(default)s)"
+    )
     return parser
 
 
 def once(network, n):
-    """The network changed such that, of a guided batch of 2n, it computes once what is equal across it."""
+    """The network changed such that, of a guided batch of 2n, it computes once what is equal across
+    it.
+    """
 
     def wrap(module, distinct, spread):
         compute = module.forward
@@ -92,7 +102,9 @@ def measure(args):
     pipe = pipeline(network, dtype)
     draws = dict(generator=torch.Generator(device()).manual_seed(0), output_type="np")
     sides = {name: partial(draw_images, one, space, labels, *how) for name, one in networks.items()}
-    sides["diffusers"] = partial(pipe, labels.tolist(), GUIDANCE, num_inference_steps=args.steps, **draws)
+    sides["diffusers"] = partial(
+        pipe, labels.tolist(), GUIDANCE, num_inference_steps=args.steps, **draws
+    )
     for side in sides.values():
         side()
     memory = {name: peak(side) for name, side in sides.items()}
@@ -104,7 +116,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     with tf32(True):
         seconds, memory, product_operations = measure(args)
-    operations = training_flops(random_network(args.model).config) // 3 * 2 * args.batch_size * args.steps
+    operations = (
+        training_flops(random_network(args.model).config) // 3 * 2 * args.batch_size * args.steps
+    )
     found, shares = compare(seconds, "ours", operations, product_operations)
     print(f"{args.model}, {args.batch_size} images in {args.steps} guided steps")
     table(

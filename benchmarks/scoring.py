@@ -1,9 +1,10 @@
-"""What it takes to score an FID-50K once the features are there: time of each part, and the peak memory of it all.
+"""What it takes to score an FID-50K once the features are there: time of each part, and the peak
+memory of it all.
 
     python -m benchmarks.scoring                                     # 50,000 × 2,048 against 10,000; two minutes on two cores
 
-Features are random, non-negative and correlated, as Inception's are; sFID's of as many images, 2,023 numbers each, are taken in
-by the way, as they never are all in memory.
+Features are random, non-negative and correlated, as Inception's are; sFID's of as many images,
+2,023 numbers each, are taken in by the way, as they never are all in memory.
 """
 
 import argparse
@@ -21,7 +22,9 @@ FEATURES, SPATIAL, LOGITS, FACTORS, BATCH = 2048, 2023, 1008, 256, 500
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=50_000, help="(default: %(default)s)")
     parser.add_argument("--reference", type=int, default=10_000, help="(default: %(default)s)")
     return parser
@@ -30,11 +33,15 @@ def build_parser():
 def draw(count, dimension, seed):
     """Batches (n, dimension) of correlated non-negative rows, `count` in all."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(FACTORS, dimension, generator=torch.Generator().manual_seed(0)) / FACTORS**0.5
+    mixing = (
+        torch.randn(FACTORS, dimension, generator=torch.Generator().manual_seed(0)) / FACTORS**0.5
+    )
     for begun in range(0, count, BATCH):
         n = min(BATCH, count - begun)
         noise = torch.randn(n, dimension, generator=generator)
-        yield (torch.randn(n, FACTORS, generator=generator) @ mixing + 0.1 * noise + 0.01 * seed).relu()
+        yield (
+            torch.randn(n, FACTORS, generator=generator) @ mixing + 0.1 * noise + 0.01 * seed
+        ).relu()
 
 
 def summary(count, seed, with_logits):

@@ -1,13 +1,15 @@
-"""Quality against cost of the samplers, on digits: `scores` first, which is long, then `times`, on an idle machine.
+"""Quality against cost of the samplers, on digits: `scores` first, which is long, then `times`, on
+an idle machine.
 
     python -m benchmarks.solvers scores                   # 2,000 samples of each setting; an hour on one CPU core
     python -m benchmarks.solvers times                    # 100 images of each setting, in turn; minutes
     python -m benchmarks.solvers spacings                 # how near each spacing of diffusers comes to the exact path; a minute
     python -m benchmarks.plot_solvers                     # docs/solvers.svg and the tables of docs/sampling.md from both
 
-A score is the Fréchet distance to the 1,437 training digits in the features of examples/digits/classifier. Image i of a seed
-has the same label and noise x_T with every sampler. What `scores` finds in its file it does not do again, and
-benchmarks/results/solvers-scores.json has all of ours: for your own give --output, and that file to plot_solvers --scores.
+A score is the Fréchet distance to the 1,437 training digits in the features of
+examples/digits/classifier. Image i of a seed has the same label and noise x_T with every sampler.
+What `scores` finds in its file it does not do again, and benchmarks/results/solvers-scores.json has
+all of ours: for your own give --output, and that file to plot_solvers --scores.
 """
 
 import argparse
@@ -52,8 +54,14 @@ class Setting(NamedTuple):
     guidance: float = GUIDANCE
 
     def __str__(self):
-        where = "" if self.interval == (0.0, 1.0) else f", guided {self.interval[0]:g} to {self.interval[1]:g}"
-        return f"{self.sampler} {self.steps}{where}" + (", no guidance" if self.guidance == 1 else "")
+        where = (
+            ""
+            if self.interval == (0.0, 1.0)
+            else f", guided {self.interval[0]:g} to {self.interval[1]:g}"
+        )
+        return f"{self.sampler} {self.steps}{where}" + (
+            ", no guidance" if self.guidance == 1 else ""
+        )
 
 
 BASE = Setting("ddpm", 250)
@@ -64,16 +72,24 @@ SETTINGS = [
     for steps in counts
     for interval in ((0.0, 1.0), INTERVAL)
 ]  # fmt: skip
-TWICE = [BASE, Setting("dpm++", 20), Setting("unipc", 20), Setting("unipc", 10)]  # with a second seed
+# With a second seed
+TWICE = [BASE, Setting("dpm++", 20), Setting("unipc", 20), Setting("unipc", 10)]
 UNGUIDED = [Setting("unipc", 20, guidance=1.0)]
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["scores", "times", "spacings"])
-    parser.add_argument("--samples", type=int, default=2000, help="for each score (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="for each score (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of times (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="file for scores (default: benchmarks/results/solvers-scores.json)")
+    parser.add_argument(
+        "--output", type=Path,
+        help="file for scores (default: benchmarks/results/solvers-scores.json)",
+    )  # fmt: skip
     return parser
 
 
@@ -89,8 +105,9 @@ def load(compiled=False):
 
 def make_sampler(network, space, setting):
     return Sampler(
-        network, space, None, setting.steps, setting.sampler, cfg_scale=setting.guidance, cfg_interval=setting.interval
-    )
+        network, space, None, setting.steps, setting.sampler, cfg_scale=setting.guidance,
+        cfg_interval=setting.interval,
+    )  # fmt: skip
 
 
 def real_digits():
@@ -99,12 +116,16 @@ def real_digits():
     from make_dataset import enlarge, load_split
 
     digits, labels, _, _ = load_split()
-    return torch.from_numpy(np.repeat(enlarge(digits)[:, None], 3, axis=1)), torch.from_numpy(labels)
+    return torch.from_numpy(np.repeat(enlarge(digits)[:, None], 3, axis=1)), torch.from_numpy(
+        labels
+    )
 
 
 def statistics_of(extractor, images, count):
     """Mean and covariance of features; images are batches uint8 (n, 3, 32, 32)."""
-    return summarize(extractor, ((batch.to(device()), None) for batch in images), count)[0].statistics
+    return summarize(extractor, ((batch.to(device()), None) for batch in images), count)[
+        0
+    ].statistics
 
 
 def real_statistics(extractor):
@@ -128,18 +149,28 @@ def score(sampler, extractor, reference, count, seed):
 def scores(args):
     """Score every setting that the file does not have yet, and write it after each."""
     path = args.output or RESULTS / "solvers-scores.json"
-    found = json.loads(path.read_text()) if path.exists() else {"samples": args.samples, "runs": [], "scores": {}}
+    found = (
+        json.loads(path.read_text())
+        if path.exists()
+        else {"samples": args.samples, "runs": [], "scores": {}}
+    )
     if found["samples"] != args.samples:
-        sys.exit(f"{path} is of {found['samples']} samples, not {args.samples}; give another --output")
+        sys.exit(
+            f"{path} is of {found['samples']} samples, not {args.samples}; give another --output"
+        )
     found["runs"].append(machine())
     network, space = load(compiled=True)
     extractor = load_extractor(str(DIGITS / "classifier"), device())
     reference = real_statistics(extractor)
-    todo = [(setting, 0) for setting in SETTINGS[::-1] + UNGUIDED[::-1]] + [(setting, 1) for setting in TWICE[::-1]]
+    todo = [(setting, 0) for setting in SETTINGS[::-1] + UNGUIDED[::-1]] + [
+        (setting, 1) for setting in TWICE[::-1]
+    ]
     for setting, seed in todo:
         name = f"{setting}, seed {seed}"
         if name not in found["scores"]:
-            distance = score(make_sampler(network, space, setting), extractor, reference, args.samples, seed)
+            distance = score(
+                make_sampler(network, space, setting), extractor, reference, args.samples, seed
+            )
             found["scores"][name] = round(distance, 4)
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(name, found["scores"][name], flush=True)
@@ -150,7 +181,9 @@ def times(args):
     """Time BATCH images, from labels to pixels, with every setting in turn."""
     network, space = load()
     labels = (torch.arange(BATCH) % 10).to(device())
-    samplers = {str(setting): make_sampler(network, space, setting) for setting in SETTINGS + UNGUIDED}
+    samplers = {
+        str(setting): make_sampler(network, space, setting) for setting in SETTINGS + UNGUIDED
+    }
 
     def side(sampler):
         return lambda: sampler.decode(sampler.numbered_latents(0, range(BATCH), labels)).cpu()
@@ -158,12 +191,16 @@ def times(args):
     sides = {name: side(sampler) for name, sampler in samplers.items()}
     sides["unipc 10"]()
     found = ratios(alternate(sides, args.rounds), str(BASE))
-    table({name: [values] for name, values in found.items()}, ("ratio to 250 DDPM steps, quartiles",))
+    table(
+        {name: [values] for name, values in found.items()}, ("ratio to 250 DDPM steps, quartiles",)
+    )
     write("solvers-times", {"settings": {"images": BATCH, "rounds": args.rounds}, RATIO: found})
 
 
 def spacings(args):
-    """The root mean square distance of latents from the exact path's end, 1,000 DDIM steps, for each spacing of steps."""
+    """The root mean square distance of latents from the exact path's end, 1,000 DDIM steps, for
+    each spacing of steps.
+    """
     network, space = load()
     labels = (torch.arange(ON_PATHS) % 10).to(device())
     found = {}
@@ -177,7 +214,9 @@ def spacings(args):
 
         for steps in (50, 20, 10):
             ddim = Sampler(network, space, None, steps, "ddim", cfg_scale=guidance)
-            found[f"guidance {guidance:g}, ddim {steps}"] = far(ddim.numbered_latents(0, range(ON_PATHS), labels))
+            found[f"guidance {guidance:g}, ddim {steps}"] = far(
+                ddim.numbered_latents(0, range(ON_PATHS), labels)
+            )
         for name, steps, spacing in itertools.product(SCHEDULERS, (20, 10, 6), SPACINGS):
             chosen = {spacing: True} if spacing else {}
             with patch.dict(SCHEDULERS, {name: partial(SCHEDULERS[name].func, **chosen)}):

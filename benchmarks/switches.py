@@ -1,11 +1,13 @@
-"""What each switch of training costs or gains: time of a step and peak memory, as ratios to training without any.
+"""What each switch of training costs or gains: time of a step and peak memory, as ratios to
+training without any.
 
     python -m benchmarks.switches                                                    # DiT-S/4, batch 16
     python -m benchmarks.switches --model DiT-XL/2 --batch-size 64 --rounds 20       # on a GPU
     torchrun --nproc_per_node=2 -m benchmarks.switches --sides plain bf16 no-read fsdp
 
-All sides take turns in one process (or in each of several). Peak memory is measured in a process of its own per side: the
-allocator's peak on a GPU, the resident set's elsewhere; not where there are several processes.
+All sides take turns in one process (or in each of several). Peak memory is measured in a process of
+its own per side: the allocator's peak on a GPU, the resident set's elsewhere; not where there are
+several processes.
 """
 
 import argparse
@@ -28,31 +30,32 @@ from training.sharding import shard_network
 from training.state import Recipe, new_state
 from training.step import draw, train_step
 
-# Name → recipe, and what else is done (see Side). "plain" is the base: TF32 on, fused AdamW, EMA in bulk, one read a step.
+# Name → recipe, and what else is done (see Side). "plain" is the base: TF32 on, fused AdamW, EMA in
+# bulk, one read a step.
 SIDES = {
-    "plain": {},
-    "bf16": {"bf16": True},
-    "grad-accum 4": {"grad_accum": 4},
-    "grad-clip": {"grad_clip": 1.0},
-    "grad-checkpointing": {"also": "checkpointing"},
-    "compile": {"also": "compile"},
-    "bf16 and compile": {"bf16": True, "also": "compile"},
-    "three averages": {"ema_decay": (0.9999, 0.999, 0.99)},
-    "no-tf32": {"also": "no-tf32"},
-    "no-read": {"also": "no-read"},
-    "AdamW not fused": {"also": "not-fused"},
-    "EMA one by one": {"also": "one-by-one"},
-    "fsdp": {"also": "fsdp"},
-}
+    "plain": {}, "bf16": {"bf16": True}, "grad-accum 4": {"grad_accum": 4},
+    "grad-clip": {"grad_clip": 1.0}, "grad-checkpointing": {"also": "checkpointing"},
+    "compile": {"also": "compile"}, "bf16 and compile": {"bf16": True, "also": "compile"},
+    "three averages": {"ema_decay": (0.9999, 0.999, 0.99)}, "no-tf32": {"also": "no-tf32"},
+    "no-read": {"also": "no-read"}, "AdamW not fused": {"also": "not-fused"},
+    "EMA one by one": {"also": "one-by-one"}, "fsdp": {"also": "fsdp"},
+}  # fmt: skip
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="DiT-S/4", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="of each process (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="of each process (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[name for name in SIDES if name != "fsdp"])
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # the process of its own
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=[name for name in SIDES if name != "fsdp"]
+    )
+    # The process of its own
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     return parser
 
 
@@ -65,10 +68,14 @@ class Side:
         network = DiT_models[args.model]()
         network.grad_checkpointing = also == "checkpointing"
         if also == "fsdp":
-            shard = partial(shard_network, device_type=self.device.type, processes=accelerator.num_processes)
+            shard = partial(
+                shard_network, device_type=self.device.type, processes=accelerator.num_processes
+            )
             self.state = new_state(network, Recipe(**recipe), shard=shard)
         else:
-            self.state = new_state(network.to(self.device), Recipe(**recipe), wrap=accelerator.prepare_model)
+            self.state = new_state(
+                network.to(self.device), Recipe(**recipe), wrap=accelerator.prepare_model
+            )
         if also == "compile":
             for block in self.state.network.blocks:
                 block.compile()
@@ -82,7 +89,9 @@ class Side:
 
     def __call__(self):
         reduce = partial(self.accelerator.reduce, reduction="sum")
-        step = partial(train_step, self.state, self.diffusion, self.latents, self.labels, self.draws)
+        step = partial(
+            train_step, self.state, self.diffusion, self.latents, self.labels, self.draws
+        )
         with tf32(self.also != "no-tf32"):
             if self.also == "no-read":
                 with patch.object(torch.Tensor, "tolist", lambda values: [0.0] * len(values)):
@@ -136,7 +145,9 @@ def peak_memory(args):
     for name in args.sides:
         flags = ["--model", args.model, "--batch-size", str(args.batch_size), "--memory-of", name]
         command = [sys.executable, "-m", "benchmarks.switches", *flags]
-        done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(done.stderr)
         found[name] = float(done.stdout)

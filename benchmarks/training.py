@@ -1,12 +1,14 @@
-"""A training step against the same step of diffusers' network, and against a plain loop over the network's formulas.
+"""A training step against the same step of diffusers' network, and against a plain loop over the
+network's formulas.
 
     python -m benchmarks.training                                                    # S/2, B/4; minutes on a CPU
     python -m benchmarks.training --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --compile     # on a GPU
 
-Forward, backward, AdamW and moving average on random latents. "ours" is train.py's step; "diffusers" is that step with
-diffusers' network; "written out" is a loop as one writes it first: AdamW as it comes, the average parameter by parameter,
-nothing reported. All take turns in one process. The limit is the machine's best product of two square matrices in the same
-rounds; operations are three times those of the forward pass.
+Forward, backward, AdamW and moving average on random latents. "ours" is train.py's step;
+"diffusers" is that step with diffusers' network; "written out" is a loop as one writes it first:
+AdamW as it comes, the average parameter by parameter, nothing reported. All take turns in one
+process. The limit is the machine's best product of two square matrices in the same rounds;
+operations are three times those of the forward pass.
 """
 
 import argparse
@@ -27,15 +29,23 @@ from training.step import draw, train_step
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     models = ["DiT-S/2", "DiT-B/4"]
     parser.add_argument(
-        "--models", nargs="+", choices=DiT_models, default=models, metavar="MODEL", help="(default: %(default)s)"
-    )
+        "--models", nargs="+", choices=DiT_models, default=models, metavar="MODEL",
+        help="(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
-    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="(default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also ours with each block compiled, as train.py does")
+    parser.add_argument(
+        "--mixed-precision", choices=["no", "bf16"], default="no", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="also ours with each block compiled, as train.py does",
+    )  # fmt: skip
     return parser
 
 
@@ -45,7 +55,9 @@ class PlainLoop:
     def __init__(self, network, bf16):
         self.network, self.bf16 = network.train(), bf16
         self.model, self.ema = Plain(network), deepcopy(network).requires_grad_(False)
-        self.opt = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
+        self.opt = torch.optim.AdamW(
+            [p for p in network.parameters() if p.requires_grad], lr=1e-4, weight_decay=0
+        )
 
     def __call__(self, diffusion, latents, labels, draws):
         def predict(x, t, **condition):
@@ -63,7 +75,8 @@ class PlainLoop:
 
 
 def measure(name, args):
-    """{side: seconds of each round}, and the operations of a step and of the product, for a model."""
+    """{side: seconds of each round}, and the operations of a step and of the product, for a model.
+    """
     bf16, recipe = args.mixed_precision == "bf16", Recipe(bf16=args.mixed_precision == "bf16")
     diffusion = create_diffusion("")
     latents = torch.randn(args.batch_size, 4, 32, 32, device=device())
@@ -99,7 +112,10 @@ def main(argv=None):
         print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
         table({side: (found[side], shares[side]) for side in found}, COLUMNS)
         results[name] = {RATIO: found, "share of the limit": shares}
-    write(f"training-{device().type}-{args.mixed_precision}", {"settings": vars(args), "models": results})
+    write(
+        f"training-{device().type}-{args.mixed_precision}",
+        {"settings": vars(args), "models": results},
+    )
 
 
 if __name__ == "__main__":

@@ -15,15 +15,21 @@ from runtime.json_files import parse_json
 
 
 def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
-    """The dict in a file that torch.save wrote, tensors on the CPU; with mmap they are read when they are used.
+    """The dict in a file that torch.save wrote, tensors on the CPU; with mmap they are read when
+    they are used.
 
-    Raises ValueError if the file is cut short or no such file, holds something else, or wants to run code.
+    Raises ValueError if the file is cut short or no such file, holds something else, or wants to
+    run code.
     """
     try:
         with plain_pickle.only_plain_values(), readable_name(path) as name:
             contents = torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = plain_pickle.refusal(error) if zipfile.is_zipfile(path) or "GLOBAL" in str(error) else None
+        reason = (
+            plain_pickle.refusal(error)
+            if zipfile.is_zipfile(path) or "GLOBAL" in str(error)
+            else None
+        )
         raise ValueError(f"{path} {reason}" if reason else _broken(path)) from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
@@ -35,17 +41,19 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
 
 
 def check_whole(path: Path | str) -> None:
-    """Raise ValueError unless every part of a checkpoint file has the checksum that it was written with.
+    """Raise ValueError unless every part of a checkpoint file has the checksum that it was written
+    with.
 
-    torch.load does not look at them: it takes a file in which a bit has changed. Raises OSError if the file cannot be read,
-    which says nothing of what is in it.
+    torch.load does not look at them: it takes a file in which a bit has changed. Raises OSError if
+    the file cannot be read, which says nothing of what is in it.
     """
     damaged: str | Exception | None
     with open(path, "rb") as file:
         try:
             damaged = zipfile.ZipFile(file).testzip()
         except Exception as error:  # a changed header makes zipfile raise many kinds
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a changed offset
+            # EINVAL: a changed offset
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise OSError(error.errno, error.strerror, str(path)) from None
             damaged = error
     if damaged is not None:
@@ -66,7 +74,9 @@ def _read_safetensors(path):
         with readable_name(path) as name, safetensors.safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ValueError(
             f"{path} is cut short or not a safetensors file ({reason[0][:200]}); download or copy it again"
@@ -74,9 +84,13 @@ def _read_safetensors(path):
     try:
         config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
     except ValueError as error:
-        raise ValueError(f"{path} has metadata that is not JSON ({error}); save it without, and give --model") from None
+        raise ValueError(
+            f"{path} has metadata that is not JSON ({error}); save it without, and give --model"
+        ) from None
     if not isinstance(config, (dict, type(None))):
-        raise ValueError(f"{path} has metadata whose config is a {type(config).__name__}; save it without, and give --model")
+        raise ValueError(
+            f"{path} has metadata whose config is a {type(config).__name__}; save it without, and give --model"
+        )
     says = {**metadata, "config": config}
     for key, text in metadata.items():
         if text.startswith("{"):
@@ -86,7 +100,8 @@ def _read_safetensors(path):
 
 
 def save_checkpoint(path: Path | str, contents: dict) -> None:
-    """Write a dict for torch.save so that `path` either is whole or does not exist, also after a crash.
+    """Write a dict for torch.save so that `path` either is whole or does not exist, also after a
+    crash.
 
     Raises OSError, with the reason, if it cannot be written.
     """
@@ -121,7 +136,9 @@ def newest_checkpoint(run_folder: Path | str) -> Path:
 
 
 def newest_whole_checkpoint(run_folder: Path | str) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint of a run folder that is not damaged, else None; what is wrong with each newer one)."""
+    """(the newest checkpoint of a run folder that is not damaged, else None; what is wrong with
+    each newer one).
+    """
     complaints: list[str] = []
     for path in reversed(list_checkpoints(run_folder)):
         try:

@@ -9,12 +9,14 @@ from runtime.disk import check_name
 from runtime.offline import cache_of_the_hub, why_offline
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
-PRETRAINED_FILES = (PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PRETRAINED_FILES = (
+    PRETRAINED, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+)  # fmt: skip
 
 
 def weights_file(path: Path | str) -> Path:
-    """The file of weights that a path means: itself; a run folder's newest checkpoint; that of a folder with config.json or,
-    written by a pipeline of diffusers, with model_index.json.
+    """The file of weights that a path means: itself; a run folder's newest checkpoint; that of a
+    folder with config.json or, written by a pipeline of diffusers, with model_index.json.
 
     Raises ValueError if there is none.
     """
@@ -42,11 +44,15 @@ def weights_file(path: Path | str) -> Path:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is needed of a repository on the hub.
-HUB_FILES = ["config.json", PRETRAINED, "diffusion_pytorch_model.*", "model_index.json", "transformer/*", "vae/*"]
+HUB_FILES = [
+    "config.json", PRETRAINED, "diffusion_pytorch_model.*", "model_index.json", "transformer/*",
+    "vae/*",
+]  # fmt: skip
 
 
 def local_path(name: Path | str) -> Path:
-    """The path of a checkpoint file or folder; for the hub's OWNER/NAME that is no path here, of its copy, fetched if need be.
+    """The path of a checkpoint file or folder; for the hub's OWNER/NAME that is no path here, of
+    its copy, fetched if need be.
 
     Raises ValueError if it cannot be had.
     """

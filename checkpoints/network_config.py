@@ -1,6 +1,8 @@
-"""DiT's arguments as files have them: of which kinds they must be, and that a state dict has such sizes.
+"""DiT's arguments as files have them: of which kinds they must be, and that a state dict has such
+sizes.
 
-Both are looked at before a network is built, so that nonsense in a file costs neither memory nor time.
+Both are looked at before a network is built, so that nonsense in a file costs neither memory nor
+time.
 """
 
 from inspect import signature
@@ -12,16 +14,21 @@ from models import DiT
 
 Tensors = dict[str, torch.Tensor]  # a state dict
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-ROOM = 1 << 26  # numbers that a network may always have, whatever its file holds; the position table is not in every file
+# Numbers that a network may always have, whatever its file holds; the position table is not in
+# every file
+ROOM = 1 << 26
 ARGUMENTS = {name: parameter.default for name, parameter in signature(DiT).parameters.items()}
-LATER = {"block": "adaln_zero"}  # arguments that files of earlier versions lack, at what they meant there
-NOT_ARGUMENTS = ("_class_name", "id2label", "process")  # what else stands in a configuration of ours
+# Arguments that files of earlier versions lack, at what they meant there
+LATER = {"block": "adaln_zero"}
+# What else stands in a configuration of ours
+NOT_ARGUMENTS = ("_class_name", "id2label", "process")
 
 
 def arguments_in(config: dict) -> dict:
     """DiT's arguments in a configuration that calls itself ours.
 
-    Raises ValueError, naming the key, for values of other kinds than DiT's. Which sizes there can be is DiT's to say.
+    Raises ValueError, naming the key, for values of other kinds than DiT's. Which sizes there can
+    be is DiT's to say.
     """
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
@@ -31,7 +38,9 @@ def arguments_in(config: dict) -> dict:
 
 
 def check_kind(key: str, value: object, kind: type) -> None:
-    """Raise ValueError, naming the key, unless a value is of a kind of KINDS; true is no number, and 28.0 no whole one."""
+    """Raise ValueError, naming the key, unless a value is of a kind of KINDS; true is no number,
+    and 28.0 no whole one.
+    """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) if kind is float else type(value) is kind):  # type: ignore[arg-type]
         raise ValueError(f"{key} is {shown(value)}; wanted is {KINDS[kind]}")
@@ -49,7 +58,8 @@ def shown(value: object) -> str:
 
 
 def check_outline(config: dict, tensors: Tensors) -> None:
-    """Raise ValueError, naming the key, if these arguments of DiT ask for far more than a state dict holds.
+    """Raise ValueError, naming the key, if these arguments of DiT ask for far more than a state
+    dict holds.
 
     What is left to say about sizes is said by DiT, and once it is built, by checkpoints.check_fits.
     """
@@ -58,8 +68,9 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     hidden, tokens = full["hidden_size"], (full["input_size"] // max(1, full["patch_size"])) ** 2
     asked = {
         "hidden_size": hidden, "input_size": tokens * hidden, "patch_size": full["patch_size"] ** 2,
-        "in_channels": full["in_channels"], "num_classes": full["num_classes"] * hidden, "num_heads": full["num_heads"],
-        "mlp_ratio": full["mlp_ratio"] * hidden, "depth": room + 1 if full["depth"] > blocks else 0,
+        "in_channels": full["in_channels"], "num_classes": full["num_classes"] * hidden,
+        "num_heads": full["num_heads"], "mlp_ratio": full["mlp_ratio"] * hidden,
+        "depth": room + 1 if full["depth"] > blocks else 0,
     }  # fmt: skip
     for key, numbers in asked.items():
         if numbers > room:

@@ -1,8 +1,10 @@
-"""What a file of torch.save may hold beside tensors, by name, and the plain value that each becomes; no code ever runs.
+"""What a file of torch.save may hold beside tensors, by name, and the plain value that each
+becomes; no code ever runs.
 
-torch.load(weights_only=True) reads tensors and plain containers. Training scripts also store numbers of NumPy, paths, dates and
-the like. Such a name stands here for a function of ours that makes a plain value of it, or `Unread` if nobody needs the value:
-neither the library that wrote it nor anything else that the file names is called. Every other name is refused.
+torch.load(weights_only=True) reads tensors and plain containers. Training scripts also store
+numbers of NumPy, paths, dates and the like. Such a name stands here for a function of ours that
+makes a plain value of it, or `Unread` if nobody needs the value: neither the library that wrote it
+nor anything else that the file names is called. Every other name is refused.
 """
 
 import argparse
@@ -22,7 +24,9 @@ NUMBER = re.compile(r"b1|[iuf][1248]|c(8|16)")  # NumPy's codes of plain numbers
 
 
 class Unread:
-    """An object beside the weights whose value nobody needs; takes whatever a pickle gives it, and keeps nothing."""
+    """An object beside the weights whose value nobody needs; takes whatever a pickle gives it, and
+    keeps nothing.
+    """
 
     def __new__(cls, *args: object) -> "Unread":
         return super().__new__(cls)
@@ -49,7 +53,9 @@ class DataType(Unread):
 
 def number(kind: object = None, data: object = b"") -> Any:
     """A number of NumPy as Python's own; None for one of another kind."""
-    if not (isinstance(kind, DataType) and NUMBER.fullmatch(str(kind.code)) and isinstance(data, bytes)):
+    if not (
+        isinstance(kind, DataType) and NUMBER.fullmatch(str(kind.code)) and isinstance(data, bytes)
+    ):
         return None
     return np.frombuffer(data, np.dtype(str(kind.code)).newbyteorder(kind.order)).tolist()[0]
 
@@ -60,7 +66,9 @@ def path_text(*parts: object) -> str:
 
 
 def empty_dict(*factory: object) -> dict:
-    """The dict that stands for a defaultdict, to be filled by the pickle; its factory is never called."""
+    """The dict that stands for a defaultdict, to be filled by the pickle; its factory is never
+    called.
+    """
     return {}
 
 
@@ -76,13 +84,14 @@ def empty_bytes() -> bytes:
 
 PATHS = [f"{kind}Path" for kind in ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")]
 NUMPY_TYPES = [
-    "bool", "bool_", "str_", "float16", "float32", "float64", "complex64", "complex128", "longdouble",
-    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "bool", "bool_", "str_", "float16", "float32", "float64", "complex64", "complex128",
+    "longdouble", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 ]  # fmt: skip
 NUMPY_RANDOM = [
-    "_pickle.__generator_ctor", "_pickle.__bit_generator_ctor", "_pickle.__randomstate_ctor", "_generator.Generator",
-    "mtrand.RandomState", "_pcg64.PCG64", "_mt19937.MT19937", "_philox.Philox", "_sfc64.SFC64",
-    "bit_generator.SeedSequence", "bit_generator.__pyx_unpickle_SeedSequence",
+    "_pickle.__generator_ctor", "_pickle.__bit_generator_ctor", "_pickle.__randomstate_ctor",
+    "_generator.Generator", "mtrand.RandomState", "_pcg64.PCG64", "_mt19937.MT19937",
+    "_philox.Philox", "_sfc64.SFC64", "bit_generator.SeedSequence",
+    "bit_generator.__pyx_unpickle_SeedSequence",
 ]  # fmt: skip
 STAND_INS: dict[str, Any] = {  # name in the file → what is called, or stands, in its place
     "argparse.Namespace": argparse.Namespace,
@@ -103,7 +112,8 @@ STAND_INS: dict[str, Any] = {  # name in the file → what is called, or stands,
                                                "object", "Ellipsis")},
     **{name: Unread for name in ("decimal.Decimal", "fractions.Fraction", "uuid.UUID")},
 }  # fmt: skip
-# Parts of the standard library of which configurations hold objects; others are met in pickles that want to run something.
+# Parts of the standard library of which configurations hold objects; others are met in pickles that
+# want to run something.
 HARMLESS = {"enum", "zoneinfo", "re", "logging", "time", "random", "copyreg", "array", "dataclasses", "collections",
             "functools"}  # fmt: skip
 _lock = threading.Lock()  # torch keeps one list for all threads
@@ -111,14 +121,17 @@ _lock = threading.Lock()  # torch keeps one list for all threads
 
 @contextmanager
 def only_plain_values() -> Iterator[None]:
-    """Within it, torch.load(weights_only=True) takes the names of STAND_INS beside its own, and no others."""
+    """Within it, torch.load(weights_only=True) takes the names of STAND_INS beside its own, and no
+    others.
+    """
     with _lock:
         before = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
         try:
             torch.serialization.add_safe_globals([(made, name) for name, made in STAND_INS.items()])
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is refused anyway
+                # What cannot be read is refused anyway
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
                 yield
         finally:
             torch.serialization.clear_safe_globals()
@@ -126,7 +139,9 @@ def only_plain_values() -> Iterator[None]:
 
 
 def refusal(error: Exception) -> str | None:
-    """Why torch.load refused a pickle's contents and what to do, to follow the file's name; None if it was broken."""
+    """Why torch.load refused a pickle's contents and what to do, to follow the file's name; None if
+    it was broken.
+    """
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)
     name = asked[1].rstrip(".") if asked else "something that is no data"

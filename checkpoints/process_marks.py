@@ -1,7 +1,8 @@
 """Which diffusion process a network was trained with, as its files say it.
 
-Networks of other processes have the same tensors as a DiT: SiT and others predict a velocity, EDM's a clean image. Sampled, or
-trained further, as if they predicted the noise of 1,000 steps with linear betas, they give images without sense and no error.
+Networks of other processes have the same tensors as a DiT: SiT and others predict a velocity, EDM's
+a clean image. Sampled, or trained further, as if they predicted the noise of 1,000 steps with
+linear betas, they give images without sense and no error.
 """
 
 from argparse import Namespace
@@ -16,11 +17,23 @@ from diffusion import create_diffusion
 MOST_ENTRIES = 10_000  # of lists and dicts in one another that are looked at
 NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps", "pred_epsilon", "ddpm"}
 GAUSSIAN = {"gaussian", "ddpm", "iddpm", "diffusion", "gaussian_diffusion", "improved_diffusion"}
-# Key of a configuration → the texts, in small letters, under it that mean the process of this project.
+# Key of a configuration → the texts, in small letters, under it that mean the process of this
+# project.
 TEXTS = {
     **dict.fromkeys(
-        ("prediction", "prediction_type", "pred_type", "predict_type", "pred", "predict", "predicts", "parameterization",
-         "parametrization", "prediction_target"), NOISE,
+        (
+            "prediction",
+            "prediction_type",
+            "pred_type",
+            "predict_type",
+            "pred",
+            "predict",
+            "predicts",
+            "parameterization",
+            "parametrization",
+            "prediction_target",
+        ),
+        NOISE,
     ),
     **dict.fromkeys(("model_mean_type", "mean_type"), NOISE),
     **dict.fromkeys(("process", "diffusion_process"), GAUSSIAN),
@@ -30,32 +43,42 @@ TEXTS = {
 # Keys that say it by having a value.
 SWITCHES = {
     "predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "rescale_betas_zero_snr",
-    "zero_terminal_snr", "flow", "use_flow", "is_flow", "fm", "velocity_prediction", "predict_velocity", "zero_snr",
-    "flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow", "use_flow_sigmas", "flow_shift",
-    "velocity", "edm", "use_edm", "p_mean", "sigma_data",
+    "zero_terminal_snr", "flow", "use_flow", "is_flow", "fm", "velocity_prediction",
+    "predict_velocity", "zero_snr", "flow_matching", "use_flow_matching", "rectified_flow",
+    "use_rectified_flow", "use_flow_sigmas", "flow_shift", "velocity", "edm", "use_edm", "p_mean",
+    "sigma_data",
 }  # fmt: skip
-STEPS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "num_timesteps", "timesteps")
+STEPS = (
+    "diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "num_timesteps",
+    "timesteps",
+)  # fmt: skip
 NAMES = ("model", "arch", "architecture", "model_name", "model_type", "_class_name", "class_name")
 OPEN = (
-    *NAMES, "objective", "loss_type", "loss", "loss_fn", "framework", "formulation", "training_type", "training", "trainer",
-    "transport", "diffusion_type", "diffusion", "type", "method", "algorithm", "precond", "preconditioning", "scheduler",
-    "noise_scheduler", "weighting", "mode", "interpolant", "timestep_type",
+    *NAMES, "objective", "loss_type", "loss", "loss_fn", "framework", "formulation",
+    "training_type", "training", "trainer", "transport", "diffusion_type", "diffusion", "type",
+    "method", "algorithm", "precond", "preconditioning", "scheduler", "noise_scheduler",
+    "weighting", "mode", "interpolant", "timestep_type",
 )  # fmt: skip
 WHOLE = {"v", "x0", "u", "flow", "velocity"}  # as the whole text of one of OPEN
-SAID = re.compile(r"""["']?-{0,2}(\w+)["']?\s*[=:,]\s*["']?([\w.+-]+)""")  # an entry of a configuration that was kept as text
+# An entry of a configuration that was kept as text
+SAID = re.compile(r"""["']?-{0,2}(\w+)["']?\s*[=:,]\s*["']?([\w.+-]+)""")
 # In the texts of OPEN.
 OTHER = re.compile(
     r"(?<![a-z])(sit|lightningdit|jit|flow(?!er)\w*|rectified\w*|reflow|velocity|v[-_ ]?pred\w*|edm\w*|karras|meanflow|score|"
     r"consistency\w*|lcm\w*|pred_x0|pred_v|x0)(?![a-z])",
     re.IGNORECASE,
 )
-CLASS = re.compile("SiT|FlowMatch|RectifiedFlow|EDM|LCM|Consistency|CMStochastic|TCD")  # in the names of diffusers' classes
-TEXT_OF_ARGUMENTS = ("args", "config", "cfg", "hparams", "opt", "options", "params", "command", "argv")
+# In the names of diffusers' classes
+CLASS = re.compile("SiT|FlowMatch|RectifiedFlow|EDM|LCM|Consistency|CMStochastic|TCD")
+TEXT_OF_ARGUMENTS = (
+    "args", "config", "cfg", "hparams", "opt", "options", "params", "command", "argv",
+)  # fmt: skip
 DEEPEST = 4  # of containers in one another
 
 
 def check_process(said: object, origin: object) -> None:
-    """Raise ValueError if a configuration, or what else a file says of its network, is of another process than this project's.
+    """Raise ValueError if a configuration, or what else a file says of its network, is of another
+    process than this project's.
 
     `said` is a dict, a Namespace, or a container of them; `origin` is where it stands.
     """
@@ -96,12 +119,18 @@ def _betas():
 def _are_ours(value):
     """Whether trained_betas of a scheduler are this project's."""
     ours = _betas()
-    numbers = isinstance(value, list) and len(value) == len(ours) and all(isinstance(beta, (int, float)) for beta in value)
+    numbers = (
+        isinstance(value, list)
+        and len(value) == len(ours)
+        and all(isinstance(beta, (int, float)) for beta in value)
+    )
     return numbers and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(value, ours))
 
 
 def _entries(said: Any, depth: int = 0, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(key in small letters and without what stands before a dot, value) of each entry, also of those inside."""
+    """(key in small letters and without what stands before a dot, value) of each entry, also of
+    those inside.
+    """
     if isinstance(said, Namespace):
         said = vars(said)
     if isinstance(said, Mapping):
@@ -109,7 +138,9 @@ def _entries(said: Any, depth: int = 0, key: str = "") -> Iterator[tuple[str, An
     elif isinstance(said, (list, tuple)):
         inside = [(key, value) for value in islice(said, MOST_ENTRIES)]
         texts = [value for value in said[:MOST_ENTRIES] if isinstance(value, str)]
-        inside += [(name[2:], value) for name, value in zip(texts, texts[1:]) if name.startswith("--")]
+        inside += [
+            (name[2:], value) for name, value in zip(texts, texts[1:]) if name.startswith("--")
+        ]
     elif isinstance(said, str) and key in ("", *TEXT_OF_ARGUMENTS):
         inside = SAID.findall(said[:MOST_ENTRIES])
     else:

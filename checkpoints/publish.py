@@ -1,7 +1,9 @@
-"""Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers, both ways.
+"""Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers, both
+ways.
 
-A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under id2label) and a model card,
-`README.md`. Reading is checkpoints.load_weights' task; here are the hub's names, and what writes.
+A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under
+id2label) and a model card, `README.md`. Reading is checkpoints.load_weights' task; here are the
+hub's names, and what writes.
 """
 
 from collections.abc import Iterator
@@ -25,12 +27,13 @@ from vae import LatentSpace, Space
 
 
 def save_pretrained(
-    network: DiT, folder: Path | str, classes: list[str] | None = None, training: dict | None = None, vae: str | None = None
-) -> None:
+    network: DiT, folder: Path | str, classes: list[str] | None = None,
+    training: dict | None = None, vae: str | None = None,
+) -> None:  # fmt: skip
     """Write a network as a pretrained folder: weights, config.json and model card.
 
-    For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder. Raises ValueError if the
-    folder has files already, or cannot be written.
+    For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder.
+    Raises ValueError if the folder has files already, or cannot be written.
     """
     check_classes(classes, network.config, "the network")
     check_readable(classes)
@@ -39,50 +42,70 @@ def save_pretrained(
         save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
         names = {"id2label": id2label(classes)} if classes else {}
         contents = {"_class_name": OUR_CLASS, **network.config, **names}
-        (partial / "config.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        card = model_card(network, classes, training, vae)  # arguments of the run may be paths that are no UTF-8
+        (partial / "config.json").write_text(
+            json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        # Arguments of the run may be paths that are no UTF-8
+        card = model_card(network, classes, training, vae)
         (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
-def export_diffusers(network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None) -> None:
-    """Write a network and the LatentSpace behind which it was trained as a pipeline of diffusers, with a DDIM scheduler.
+def export_diffusers(
+    network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None
+) -> None:
+    """Write a network and the LatentSpace behind which it was trained as a pipeline of diffusers,
+    with a DDIM scheduler.
 
-    `load_exported` loads it and gives our numbers; DiTPipeline.from_pretrained loads it as well, and is a little off (see
-    there). Raises ValueError for a network or space that diffusers' pipeline cannot have, and as save_pretrained.
+    `load_exported` loads it and gives our numbers; DiTPipeline.from_pretrained loads it as well,
+    and is a little off (see there). Raises ValueError for a network or space that diffusers'
+    pipeline cannot have, and as save_pretrained.
     """
     if not isinstance(space, LatentSpace):
-        raise ValueError("diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported")
+        raise ValueError(
+            "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported"
+        )
     if space.shift:
-        raise ValueError(f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out")
+        raise ValueError(
+            f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out"
+        )
     check_classes(classes, network.config, "the network")
     check_readable(classes)
     config = config_to_diffusers(network.config)
-    transformer = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != OWN})
+    transformer = DiTTransformer2DModel(
+        **{key: value for key, value in config.items() if key != OWN}
+    )
     transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
-    transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))  # strict: every weight of theirs is given
+    # strict: every weight of theirs is given
+    transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))
     betas = create_diffusion("").betas
     scheduler = DDIMScheduler(
-        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]), beta_schedule="linear",
-        clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
+        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]),
+        beta_schedule="linear", clip_sample=False, set_alpha_to_one=True,
+        timestep_spacing="leading",
     )  # fmt: skip
     with whole_folder(folder) as partial:
         DiTPipeline(transformer.eval(), space.autoencoder, scheduler).save_pretrained(partial)
         if classes:  # the pipeline reads them and does not write them
             index = partial / "model_index.json"
-            contents = json.loads(index.read_text(encoding="utf-8")) | {"id2label": id2label(classes)}
+            contents = json.loads(index.read_text(encoding="utf-8")) | {
+                "id2label": id2label(classes)
+            }
             index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def load_exported(folder: Path | str) -> DiTPipeline:
     """The DiTPipeline in a folder, or on the hub, with the timestep frequencies of a DiT.
 
-    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so. Raises ValueError for
-    a folder whose parts are not diffusers' own, and OSError or ValueError, diffusers', if it cannot be loaded.
+    diffusers divides their exponents by 127 where DiT has 128, and its configuration cannot say so.
+    Raises ValueError for a folder whose parts are not diffusers' own, and OSError or ValueError,
+    diffusers', if it cannot be loaded.
     """
     folder = local_path(folder)
     for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
-            raise ValueError(f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run")
+            raise ValueError(
+                f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run"
+            )
     pipeline = DiTPipeline.from_pretrained(folder)
     for block in pipeline.transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -91,7 +114,10 @@ def load_exported(folder: Path | str) -> DiTPipeline:
 
 @contextmanager
 def whole_folder(folder: Path | str) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if nothing is raised. Raises ValueError if that has files or cannot be made."""
+    """A temporary folder that becomes `folder` if nothing is raised.
+
+    Raises ValueError if that has files or cannot be made.
+    """
     folder = Path(folder)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -138,7 +164,7 @@ python sample.py --ckpt OWNER/NAME --vae {vae}
 ```
 
 ```python
-from hub import load_pretrained
+from checkpoints import load_pretrained
 
 network, classes = load_pretrained("OWNER/NAME")   # or a path to this folder
 ```
@@ -151,19 +177,28 @@ its samples are and how that was measured, what it must not be used for, and und
 
 
 def model_card(
-    network: DiT, classes: list[str] | None = None, training: dict | None = None, vae: str | None = None
-) -> str:
+    network: DiT, classes: list[str] | None = None, training: dict | None = None,
+    vae: str | None = None,
+) -> str:  # fmt: skip
     """A model card in Markdown, filled with what the network and its checkpoint say."""
     config, args = network.config, (training or {}).get("args") or {}
     rows = {key.replace("_", " "): value for key, value in config.items()}
     if training:
-        shown = ("model", "image_size", "global_batch_size", "lr", "ema_decay", "mixed_precision", "global_seed")
-        rows |= {"training steps": training.get("step")} | {key.replace("_", " "): args[key] for key in shown if key in args}
+        shown = (
+            "model", "image_size", "global_batch_size", "lr", "ema_decay", "mixed_precision",
+            "global_seed",
+        )  # fmt: skip
+        rows |= {"training steps": training.get("step")} | {
+            key.replace("_", " "): args[key] for key in shown if key in args
+        }
     if classes:
-        rows["classes"] = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
+        rows["classes"] = ", ".join(classes[:10]) + (
+            f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+        )
     vae = str(vae or args.get("vae", "VAE"))
     with suppress(OSError, ValueError):  # of what is no path
-        vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae  # a folder of this machine
+        # A folder of this machine
+        vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae
     return CARD.format(
         title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
         task="unconditional-image-generation" if not config["num_classes"] else "other",

@@ -9,8 +9,10 @@ import urllib.error
 import urllib.request
 import zipfile
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from checkpoints.weights import load_weights
 from runtime.offline import why_offline
 
 RELEASED = {  # file → the --model and --image-size it is for
@@ -29,6 +31,17 @@ DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno
 DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota of this name
 
 
+def find_model(model_name: str) -> dict[str, Tensor]:
+    """The state dict (EMA where there is one) of a released checkpoint, fetched if need be, or of a
+    local file.
+
+    Raises ValueError if it cannot be had, or is no checkpoint.
+    """
+    return load_weights(
+        download_model(model_name) if model_name in pretrained_models else model_name
+    ).tensors
+
+
 def released_name(model: str, image_size: int, num_classes: int) -> str:
     """The released file for these flags. Raises ValueError if none was released."""
     for name, entry in RELEASED.items():
@@ -44,11 +57,14 @@ def released_name(model: str, image_size: int, num_classes: int) -> str:
 def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str = BASE_URL) -> Path:
     """The path of a released checkpoint in the folder, fetched if it is not there yet.
 
-    Any number of processes may ask at once: one fetches, the others wait for it (but on Windows, which has no such lock).
-    Raises ValueError for a name that was not released and for a download that does not come to its end.
+    Any number of processes may ask at once: one fetches, the others wait for it (but on Windows,
+    which has no such lock). Raises ValueError for a name that was not released and for a download
+    that does not come to its end.
     """
     if model_name not in pretrained_models:
-        raise ValueError(f"unknown released model {model_name!r}; there are {', '.join(sorted(pretrained_models))}")
+        raise ValueError(
+            f"unknown released model {model_name!r}; there are {', '.join(sorted(pretrained_models))}"
+        )
     path = Path(folder) / model_name
     if path.exists():
         return path
@@ -56,7 +72,9 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{model_name}.lock"), "w", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot keep {path} ({error.strerror}); choose a folder that is writable") from None
+        raise ValueError(
+            f"cannot keep {path} ({error.strerror}); choose a folder that is writable"
+        ) from None
     with lock:
         _wait_for(lock)
         if not path.exists():  # another process may have fetched it meanwhile
@@ -65,7 +83,9 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
 
 
 def _wait_for(lock):
-    """Hold the lock on a file alone; where there are no locks, as on Windows and on some shared disks, go on without."""
+    """Hold the lock on a file alone; where there are no locks, as on Windows and on some shared
+    disks, go on without.
+    """
     with suppress(ImportError):
         import fcntl
 
@@ -73,11 +93,16 @@ def _wait_for(lock):
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise ValueError(f"cannot lock {lock.name} ({error.strerror}); give the command again") from None
+                raise ValueError(
+                    f"cannot lock {lock.name} ({error.strerror}); give the command again"
+                ) from None
 
 
 def fetch(url: str, path: Path) -> None:
-    """Download url to path by way of path.partial, going on after interruptions. Raises ValueError if that fails."""
+    """Download url to path by way of path.partial, going on after interruptions.
+
+    Raises ValueError if that fails.
+    """
     partial = path.with_name(path.name + ".partial")
     failures, size, most = 0, None, _length(partial)
     while size is None or _length(partial) < size:
@@ -111,7 +136,9 @@ def _length(file):
 
 
 def _receive(url, partial, have):
-    """Append to `partial`, which holds `have` bytes, what the server sends; the length of the whole file."""
+    """Append to `partial`, which holds `have` bytes, what the server sends; the length of the whole
+    file.
+    """
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=PATIENCE)
@@ -130,7 +157,9 @@ def _receive(url, partial, have):
             raise ValueError("the server does not say how long the file is")
         with (
             open(partial, "r+b" if have else "wb") as file,
-            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None) as bar,
+            tqdm(
+                total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None
+            ) as bar,
         ):
             file.seek(have)
             while block := response.read1(BLOCK):
@@ -146,7 +175,9 @@ def _total(headers):
 
 
 def _check(partial, size, url):
-    """Raise ValueError, and remove the file, unless it has the announced size and every CRC-32 in it is right."""
+    """Raise ValueError, and remove the file, unless it has the announced size and every CRC-32 in
+    it is right.
+    """
     try:
         with zipfile.ZipFile(partial) as archive:
             bad = archive.testzip()
@@ -155,4 +186,6 @@ def _check(partial, size, url):
     got = _length(partial)
     if bad is not None or got != size:
         partial.unlink()
-        raise ValueError(f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again")
+        raise ValueError(
+            f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again"
+        )

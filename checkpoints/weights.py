@@ -1,10 +1,13 @@
-"""Checkpoint files: reading any that a DiT may come in, and writing our own so that a half-written one never counts.
+"""Checkpoint files: reading any that a DiT may come in, and writing our own so that a half-written
+one never counts.
 
-Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args, step, config (DiT's arguments), classes
-(names in index order, or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
-several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict with model and ema alone, a
-bare state dict, a .safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside it, and
-diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what plain_pickle.py admits by name.
+Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args, step, config (DiT's
+arguments), classes (names in index order, or None), rng (seed, processes, device type), log (the
+unfinished log window) and, where there are several decays, emas ({decay: state dict}, all but the
+first, which is ema). Also read: such a dict with model and ema alone, a bare state dict, a
+.safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside
+it, and diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what
+plain_pickle.py admits by name.
 """
 
 from collections.abc import Iterable
@@ -28,19 +31,30 @@ from runtime.disk import write_whole
 from runtime.json_files import read_json
 
 OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
-WRAPPERS = re.compile(  # left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's Fabric
+# Left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's
+# Fabric
+WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# Under which a file may have a state dict: of the trained weights, of their average, or of one of the two.
-RAW, AVERAGE = ("model",), ("ema", "ema_model", "model_ema", "ema_state_dict", "model_ema_state_dict", "state_dict_ema")
+# Under which a file may have a state dict: of the trained weights, of their average, or of one of
+# the two.
+RAW, AVERAGE = (
+    ("model",),
+    ("ema", "ema_model", "model_ema", "ema_state_dict", "model_ema_state_dict", "state_dict_ema"),
+)
 EITHER = ("state_dict", "model_state_dict", "module", "network", "net")
-FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # a tensor that every DiT has, ours and diffusers'
+# A tensor that every DiT has, ours and diffusers'
+FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 NOT_WEIGHTS = ("n_averaged",)  # a count, in state dicts of torch's AveragedModel
-WITHOUT_MARKS = {*RAW, *AVERAGE, *EITHER, "opt", "optimizer", "optimizer_states", "optimizer_state_dict", "rng", "emas", "log"}
+WITHOUT_MARKS = {
+    *RAW, *AVERAGE, *EITHER, "opt", "optimizer", "optimizer_states", "optimizer_state_dict", "rng",
+    "emas", "log",
+}  # fmt: skip
 
 
 class Weights(NamedTuple):
-    """One set of weights (a state dict on the CPU), with DiT's arguments and class names where the file has them.
+    """One set of weights (a state dict on the CPU), with DiT's arguments and class names where the
+    file has them.
 
     `training` is {"step": ..., "args": ...} of the run, where the file has them.
     """
@@ -52,10 +66,11 @@ class Weights(NamedTuple):
 
 
 def load_weights(path: Path | str, which: str = "ema") -> Weights:
-    """The Weights in a checkpoint file or in a folder as in weights_file; `which` is as in weights_choice.
+    """The Weights in a checkpoint file or in a folder as in weights_file; `which` is as in
+    weights_choice.
 
-    A file with a single set of weights is taken as the EMA, which is what is published.
-    Raises ValueError if the file is missing, broken, unsafe or no checkpoint, or has no such weights.
+    A file with a single set of weights is taken as the EMA, which is what is published. Raises
+    ValueError if the file is missing, broken, unsafe or no checkpoint, or has no such weights.
     """
     path = weights_file(path)
     if not path.is_file():
@@ -86,7 +101,10 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
 
 
 def _chosen(contents, which, path):
-    """The state dict `which` in a file's contents, under the bare network's names. Raises ValueError if there is none."""
+    """The state dict `which` in a file's contents, under the bare network's names.
+
+    Raises ValueError if there is none.
+    """
     try:
         sets = _weight_sets(contents)
     except ValueError as error:
@@ -97,7 +115,11 @@ def _chosen(contents, which, path):
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {entries}; "
             "a state dict is wanted, or a dict with ema or with model (--weights raw)"
-            + (f"; --weights can be {', '.join(sets)}" if sets and (len(sets) > 1 or which != "ema") else "")
+            + (
+                f"; --weights can be {', '.join(sets)}"
+                if sets and (len(sets) > 1 or which != "ema")
+                else ""
+            )
         )
     for name, tensor in tensors.items():
         _check_plain(tensor, f"{path}: {name}")
@@ -113,20 +135,29 @@ def is_state_dict(tensors: object) -> bool:
 
 def _check_plain(tensor, name):
     """Raise ValueError unless a tensor has its values in itself, one beside the other."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or "_flat_param" in name:
+    if (
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        or "_flat_param" in name
+    ):
         raise ValueError(
             f"{name} is a {type(tensor).__name__}, a part of weights that are split over processes or packed otherwise; save "
             "the whole state dict (FSDP: StateDictOptions(full_state_dict=True))"
         )
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
-        raise ValueError(f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those")
+        raise ValueError(
+            f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those"
+        )
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise ValueError(f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its contiguous() copy")
+        raise ValueError(
+            f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its contiguous() copy"
+        )
 
 
 def check_readable(classes: list[str] | None) -> None:
-    """Raise ValueError, naming the class, if a class name is no text that others could read, such as a folder's in Latin-1."""
+    """Raise ValueError, naming the class, if a class name is no text that others could read, such
+    as a folder's in Latin-1.
+    """
     for index, name in enumerate(classes or []):
         try:
             name.encode()
@@ -138,26 +169,39 @@ def check_readable(classes: list[str] | None) -> None:
 
 
 def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
-    """Raise ValueError unless `classes` are names, at most as many as a network of this configuration has, or None."""
+    """Raise ValueError unless `classes` are names, at most as many as a network of this
+    configuration has, or None.
+    """
     if classes is None:
         return
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{origin} has class names that are no list of texts; write them so, or leave them out")
+        raise ValueError(
+            f"{origin} has class names that are no list of texts; write them so, or leave them out"
+        )
     count = (config or {}).get("num_classes", len(classes))
     if len(classes) > count:
-        raise ValueError(f"{origin} has {len(classes)} class names for {count} classes; give one name for each")
+        raise ValueError(
+            f"{origin} has {len(classes)} class names for {count} classes; give one name for each"
+        )
 
 
 def _configured(weights, file):
-    """Weights with what a config.json says, and as ours if it is diffusers'. Raises ValueError if it is of another network."""
+    """Weights with what a config.json says, and as ours if it is diffusers'.
+
+    Raises ValueError if it is of another network.
+    """
     config = read_json(file)
     name = config.get("_class_name", OUR_CLASS)
     check_process(config, file)
     try:
         if is_diffusers(config):
-            theirs, config, pipeline = config, config_from_diffusers(config), file.parent.parent / "model_index.json"
+            theirs, config, pipeline = (
+                config, config_from_diffusers(config), file.parent.parent / "model_index.json",
+            )  # fmt: skip
             named = names_of(_checked_pipeline(pipeline)) if pipeline.is_file() else None
-            return Weights(from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES))
+            return Weights(
+                from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES)
+            )
         if name != OUR_CLASS:
             raise ValueError(f"it is of {str(name)[:60]}, not of a DiT")
         return weights._replace(config=arguments_in(config), classes=names_of(config))
@@ -166,7 +210,10 @@ def _configured(weights, file):
 
 
 def _checked_pipeline(index):
-    """What a pipeline's model_index.json says. Raises ValueError if it, or its scheduler, is of another process."""
+    """What a pipeline's model_index.json says.
+
+    Raises ValueError if it, or its scheduler, is of another process.
+    """
     contents, scheduler = read_json(index), index.parent / "scheduler" / "scheduler_config.json"
     check_process(contents, index)
     if scheduler.is_file():
@@ -175,11 +222,14 @@ def _checked_pipeline(index):
 
 
 def names_of(config: dict) -> list[str] | None:
-    """The class names, in index order, under id2label in a config.json's contents; None if there are none.
+    """The class names, in index order, under id2label in a config.json's contents; None if there
+    are none.
 
     Raises ValueError for anything else under it.
     """
-    wrong = "id2label is not {index: name} with an index from 0 on for each class, and a text as name"
+    wrong = (
+        "id2label is not {index: name} with an index from 0 on for each class, and a text as name"
+    )
     labels = config.get("id2label") or {}
     if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
         raise ValueError(wrong)
@@ -196,7 +246,9 @@ def id2label(classes: Iterable[str]) -> dict[str, str]:
 
 
 def _weight_sets(contents):
-    """The sets of weights in a file's contents, under the names of weights_choice and with the bare network's names."""
+    """The sets of weights in a file's contents, under the names of weights_choice and with the bare
+    network's names.
+    """
     if not any(isinstance(contents.get(key), dict) for key in (*RAW, *AVERAGE, *EITHER)):
         return _sets_of_names(contents)
     sets = {}
@@ -204,7 +256,11 @@ def _weight_sets(contents):
         found = [contents[key] for key in keys if isinstance(contents.get(key), dict)]
         if len(found) == 1 or (found and found[0] is contents.get(keys[0])):
             sets[kind] = _bare(found[0])
-    either = [contents[key] for key in EITHER if isinstance(contents.get(key), dict) and _places(contents[key])]
+    either = [
+        contents[key]
+        for key in EITHER
+        if isinstance(contents.get(key), dict) and _places(contents[key])
+    ]
     if len(either) == 1 and not any(contents.get(key) is not None for key in RAW):
         inside = _sets_of_names(either[0])
         if any(contents.get(key) is not None for key in AVERAGE):
@@ -215,24 +271,37 @@ def _weight_sets(contents):
 
 
 def _bare(tensors):
-    """The one network in a state dict, without what stands before its names; a state dict of something else as it is."""
+    """The one network in a state dict, without what stands before its names; a state dict of
+    something else as it is.
+    """
     sets = _sets_of_names(tensors)
     return next(iter(sets.values())) if len(sets) == 1 else tensors
 
 
 def _sets_of_names(tensors):
-    """{"ema": the one network in a state dict}, or of two networks in it, as a LightningModule has them, that and "raw"."""
+    """{"ema": the one network in a state dict}, or of two networks in it, as a LightningModule has
+    them, that and "raw".
+    """
     if not all(isinstance(name, str) for name in tensors):
         return {"ema": tensors}
-    tensors = clean_names({name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS})
+    tensors = clean_names(
+        {name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}
+    )
     before = _places(tensors)
     if not before or "" in before:
         return {"ema": tensors}
-    parts = {prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} for prefix in before}
+    parts = {
+        prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in before
+    }
     words = {prefix: re.split(r"[._]", prefix) for prefix in parts}
-    averaged = [prefix for prefix in parts if "ema" in words[prefix] and "online" not in words[prefix]]
+    averaged = [
+        prefix for prefix in parts if "ema" in words[prefix] and "online" not in words[prefix]
+    ]
     raw = [prefix for prefix in parts if prefix not in averaged]
-    if len(parts) == 1 and not any("ema" in re.split(r"[._]", name.partition(".")[0]) for name in tensors):
+    if len(parts) == 1 and not any(
+        "ema" in re.split(r"[._]", name.partition(".")[0]) for name in tensors
+    ):
         return {"ema": parts[before[0]]}
     found = {"ema": averaged, "raw": raw}
     return {kind: parts[prefixes[0]] for kind, prefixes in found.items() if len(prefixes) == 1}
@@ -241,7 +310,12 @@ def _sets_of_names(tensors):
 def _places(tensors):
     """What stands before the names of each network in a state dict."""
     names = [WRAPPERS.sub("", name) for name in tensors if isinstance(name, str)]
-    return [name.removesuffix(first) for name in names for first in FIRST if f".{name}".endswith(f".{first}")]
+    return [
+        name.removesuffix(first)
+        for name in names
+        for first in FIRST
+        if f".{name}".endswith(f".{first}")
+    ]
 
 
 def averages(contents: dict) -> dict[float, Tensors]:
@@ -255,7 +329,10 @@ def averages(contents: dict) -> dict[float, Tensors]:
 
 
 def weights_choice(text: str) -> str:
-    """What --weights may name: "ema", "raw", or "ema@DECAY" for one of several averages. Raises ValueError for others."""
+    """What --weights may name: "ema", "raw", or "ema@DECAY" for one of several averages.
+
+    Raises ValueError for others.
+    """
     if text in ("ema", "raw"):
         return text
     kind, _, decay = text.partition("@")
@@ -273,12 +350,15 @@ def clean_names(tensors: Tensors) -> Tensors:
     if len(cleaned) < len(tensors):
         names = [WRAPPERS.sub("", name) for name in tensors]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} is there twice, with and without the marks of a wrapper; save one of the two alone")
+        raise ValueError(
+            f"{twice} is there twice, with and without the marks of a wrapper; save one of the two alone"
+        )
     return cleaned
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at all.
+    """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at
+    all.
 
     Raises OSError, with the reason, if it cannot be written.
     """

@@ -8,19 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-INDEX, NAME = "index:", "name:"  # before a label that is both a number and a name, to say which of the two is meant
+# Before a label that is both a number and a name, to say which of the two is meant
+INDEX, NAME = "index:", "name:"
 
 
 def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
-    """The class index for a label that a user wrote: a number from 0 on, or one of `names`, {name: its indices}.
+    """The class index for a label that a user wrote: a number from 0 on, or one of `names`, {name:
+    its indices}.
 
-    "index:3" and "name:3" say which of the two 3 is. A name may be in another Unicode form. Raises ValueError for a label that
-    does not exist, or that may mean several classes.
+    "index:3" and "name:3" say which of the two 3 is. A name may be in another Unicode form. Raises
+    ValueError for a label that does not exist, or that may mean several classes.
     """
     named = indices_of(text, names)
     if not named and text.startswith((INDEX, NAME)):
         kind, text = text[: text.index(":") + 1], text[text.index(":") + 1 :]
-        numbered, named = (_number(text, num_classes), set()) if kind == INDEX else (set(), indices_of(text, names))
+        numbered, named = (
+            (_number(text, num_classes), set())
+            if kind == INDEX
+            else (set(), indices_of(text, names))
+        )
     else:
         numbered = _number(text, num_classes)
     found = numbered | named
@@ -31,7 +37,9 @@ def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
             f"{INDEX}{text} or {NAME}{text}"
         )
     if len(found) > 1:
-        raise ValueError(f"{text}: several classes have that name; give the number, {' or '.join(map(str, sorted(found)))}")
+        raise ValueError(
+            f"{text}: several classes have that name; give the number, {' or '.join(map(str, sorted(found)))}"
+        )
     if not found:
         some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"
         known = f" or one of the names {some}" if names else ""
@@ -40,11 +48,18 @@ def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
 
 
 def indices_of(text: str, names: dict[str, set[int]]) -> set[int]:
-    """The indices of a name; if it is not there as it is written, of those that are it in another Unicode form."""
+    """The indices of a name; if it is not there as it is written, of those that are it in another
+    Unicode form.
+    """
     if text in names or text.isascii():
         return set(names.get(text, ()))
     wanted = unicodedata.normalize("NFC", text)
-    return {i for name, indices in names.items() if unicodedata.normalize("NFC", name) == wanted for i in indices}
+    return {
+        i
+        for name, indices in names.items()
+        if unicodedata.normalize("NFC", name) == wanted
+        for i in indices
+    }
 
 
 def _number(text, num_classes):
@@ -61,7 +76,9 @@ def imagenet_names() -> list[str]:
 
 
 def readable(classes: list[str] | None) -> list[str] | None:
-    """Class names for people: those of ImageNet's folders, such as n02099601, in words ("golden retriever")."""
+    """Class names for people: those of ImageNet's folders, such as n02099601, in words ("golden
+    retriever").
+    """
     if not classes or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return classes
     from timm.data import ImageNetInfo
@@ -72,18 +89,27 @@ def readable(classes: list[str] | None) -> list[str] | None:
 
 
 def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor:
-    """A uniformly drawn label for each image index, int64 (N,), that depends on (seed, index) alone."""
-    return torch.tensor([np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64)
+    """A uniformly drawn label for each image index, int64 (N,), that depends on (seed, index)
+    alone.
+    """
+    return torch.tensor(
+        [np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64
+    )
 
 
 def label_indices(texts: Iterable[str], num_classes: int, classes: list[str] | None) -> list[int]:
-    """The class indices for labels that a user wrote, as labels.label_index takes them. Raises ValueError as that does."""
+    """The class indices for labels that a user wrote, as labels.label_index takes them.
+
+    Raises ValueError as that does.
+    """
     names = label_names(classes)
     return [label_index(text, num_classes, names) for text in texts]
 
 
 def label_names(classes: list[str] | None) -> dict[str, set[int]]:
-    """{name: indices} of every name that a class may be called by; ImageNet has two classes called crane."""
+    """{name: indices} of every name that a class may be called by; ImageNet has two classes called
+    crane.
+    """
     names: dict[str, set[int]] = {}
     for written in (readable(classes), classes):
         for i, name in enumerate(written or []):

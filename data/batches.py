@@ -16,14 +16,20 @@ NO_SHARED_MEMORY = (
 
 
 def collate(items: list[Item]) -> tuple[Tensor | None, Tensor, list[BadImage]]:
-    """(images or moments (n, ...), labels (n,), bad images met); images is None where one had no readable stand-in."""
+    """(images or moments (n, ...), labels (n,), bad images met); images is None where one had no
+    readable stand-in.
+    """
     images, labels, bad = zip(*items)
     batch = None if any(image is None for image in images) else stack(images)
-    return batch, stack([torch.tensor(label) for label in labels]), [one for several in bad for one in several]
+    return (
+        batch, stack([torch.tensor(label) for label in labels]),
+        [one for several in bad for one in several],
+    )  # fmt: skip
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
-    """Tensors of one shape as one (n, ...), in a loader's worker in memory that it shares with the training process.
+    """Tensors of one shape as one (n, ...), in a loader's worker in memory that it shares with the
+    training process.
 
     The queue would move them there later, in a thread whose errors nobody hears of.
     """
@@ -35,15 +41,16 @@ def stack(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class StepBatches(Sampler):
-    """For each step from `start` to `stop` - 1, the (index, flip) pairs of one process's share of the global batch.
+    """For each step from `start` to `stop` - 1, the (index, flip) pairs of one process's share of
+    the global batch.
 
-    Each epoch is a permutation drawn from (seed, epoch), cut into whole batches; flips are drawn from (seed, step).
-    Raises ValueError if there are fewer images than one batch takes.
+    Each epoch is a permutation drawn from (seed, epoch), cut into whole batches; flips are drawn
+    from (seed, step). Raises ValueError if there are fewer images than one batch takes.
     """
 
     def __init__(
-        self, num_images: int, global_batch_size: int, seed: int, start: int, stop: int, rank: int = 0,
-        world_size: int = 1, flip: bool = True,
+        self, num_images: int, global_batch_size: int, seed: int, start: int, stop: int,
+        rank: int = 0, world_size: int = 1, flip: bool = True,
     ) -> None:  # fmt: skip
         self.num_images, self.batch, self.seed = num_images, global_batch_size, seed
         self.steps_per_epoch = steps_per_epoch(num_images, global_batch_size)
@@ -58,7 +65,9 @@ class StepBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         for step in range(self.start, self.stop):
-            flips = self.flip & (np.random.default_rng([self.seed, 1, step]).random(self.batch) < 0.5)
+            flips = self.flip & (
+                np.random.default_rng([self.seed, 1, step]).random(self.batch) < 0.5
+            )
             yield list(zip(self.indices(step)[self.share].tolist(), flips[self.share].tolist()))
 
     def indices(self, step: int) -> np.ndarray:
@@ -73,5 +82,7 @@ class StepBatches(Sampler):
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     """Whole batches in one pass over the images. Raises ValueError if there is none."""
     if num_images < global_batch_size:
-        raise ValueError(f"{num_images} images do not fill one batch of {global_batch_size}; lower --global-batch-size")
+        raise ValueError(
+            f"{num_images} images do not fill one batch of {global_batch_size}; lower --global-batch-size"
+        )
     return num_images // global_batch_size

@@ -15,16 +15,19 @@ from torch.utils.data import Dataset
 from data.listing import Listing
 
 BACKGROUND = "white"  # behind what is transparent
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of a resized image; a strip that would have more is cropped first
+# Of a resized image; a strip that would have more is cropped first
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
 MOST_TEXT = 2**26  # bytes of text in a PNG file that are passed over; Pillow refuses one of 1 MB
 MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather than an image broken
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
-    """The central square of a PIL image as a PIL image of image_size × image_size, resized as ADM does it.
+    """The central square of a PIL image as a PIL image of image_size × image_size, resized as ADM
+    does it.
 
-    The image is halved with a box filter while its short side is at least twice the target, then scaled bicubically.
-    A strip so long that it would have more than MOST_PIXELS then is cropped before it is scaled.
+    The image is halved with a box filter while its short side is at least twice the target, then
+    scaled bicubically. A strip so long that it would have more than MOST_PIXELS then is cropped
+    before it is scaled.
     """
     while min(pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize([side // 2 for side in pil_image.size], Image.Resampling.BOX)
@@ -33,14 +36,19 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
     if scale**2 * math.prod(pil_image.size) > MOST_PIXELS:
         left, top = ((side - short) // 2 for side in pil_image.size)
         pil_image = pil_image.crop((left, top, left + short, top + short))
-    pil_image = pil_image.resize([round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC)
+    pil_image = pil_image.resize(
+        [round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC
+    )
     left, top = ((side - image_size) // 2 for side in pil_image.size)
     return pil_image.crop((left, top, left + image_size, top + image_size))
 
 
 @contextmanager
 def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """The image in a file, not decoded yet, whatever text is stored with it. Raises what Pillow raises, of many kinds."""
+    """The image in a file, not decoded yet, whatever text is stored with it.
+
+    Raises what Pillow raises, of many kinds.
+    """
     before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT
     try:
@@ -55,12 +63,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for kinds without a known range.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # which convert would clip at 255
+    # Which convert would clip at 255
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _eight_bits(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no range that is known; save it with 8 or 16 bits")
+        raise ValueError(
+            f"pixels of mode {image.mode} have no range that is known; save it with 8 or 16 bits"
+        )
     key = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:  # of a PNG with 16 bits, which Pillow halves
+    # Of a PNG with 16 bits, which Pillow halves
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
         image.info["transparency"] = tuple(level >> 8 for level in key)
     if image.has_transparency_data:  # what lies under it is often what an editor left there
         image = image.convert("RGBA")
@@ -70,7 +82,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image):
-    """A grey image with 16 bits as one with 8, BACKGROUND where it has the colour that is transparent."""
+    """A grey image with 16 bits as one with 8, BACKGROUND where it has the colour that is
+    transparent.
+    """
     levels, key = np.asarray(image), image.info.get("transparency")
     grey = (levels >> 8).astype(np.uint8)
     if isinstance(key, int):
@@ -85,15 +99,16 @@ class BadImage(NamedTuple):
     reason: str
 
 
-# What a data set gives for an (index, flip): pixels or moments, None if unreadable; label; bad images met.
+# What a data set gives for an (index, flip): pixels or moments, None if unreadable; label; bad
+# images met.
 Item = tuple[Tensor | None, int, list[BadImage]]
 
 
 class ImageDataset(Dataset):
     """Images of a Listing by (index, flip), as (uint8 (3, S, S), label, bad images met).
 
-    An unreadable file is reported rather than raised: with skip_bad the next readable image stands in for it, else the
-    image is None.
+    An unreadable file is reported rather than raised: with skip_bad the next readable image stands
+    in for it, else the image is None.
     """
 
     def __init__(self, listing: Listing, image_size: int, skip_bad: bool = False) -> None:

@@ -10,14 +10,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 # Formats that people have images in and that are not read here; files of them are counted.
 OTHER_FORMATS = (
-    ".apng", ".avif", ".dds", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".psd",
-    ".raw", ".svg", ".tga",
+    ".apng", ".avif", ".dds", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif", ".jfif", ".jp2",
+    ".jpe", ".jxl", ".psd", ".raw", ".svg", ".tga",
 )  # fmt: skip
 SAMPLED_FILES = 64  # of a data set, whose contents tell it from another with the same names
 
 
 class Listing(NamedTuple):
-    """Image files with their class indices; `classes` are the names in index order, None without classes.
+    """Image files with their class indices; `classes` are the names in index order, None without
+    classes.
 
     `notes` say, in sentences, what below the folder was left out.
     """
@@ -29,7 +30,10 @@ class Listing(NamedTuple):
 
     def hash(self, root: Path | str) -> str:
         """SHA-256, in hexadecimal, of the files' names below root and their labels."""
-        lines = (f"{label} {str(path).removeprefix(str(Path(root)))}\n" for path, label in zip(self.paths, self.labels))
+        lines = (
+            f"{label} {str(path).removeprefix(str(Path(root)))}\n"
+            for path, label in zip(self.paths, self.labels)
+        )
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -51,28 +55,35 @@ def sample_hash(paths: list[str]) -> str:
 
 
 def list_images(root: Path | str, num_classes: int) -> Listing:
-    """The Listing of a folder with one folder per class; with num_classes 0, of all images below it, whatever the folder.
+    """The Listing of a folder with one folder per class; with num_classes 0, of all images below
+    it, whatever the folder.
 
-    The order is that of torchvision's ImageFolder. Hidden files and folders are left out, and links back to a folder
-    above. Raises ValueError if the folder is missing, cannot be read, holds no images or an empty
-    class, or has more classes than num_classes.
+    The order is that of torchvision's ImageFolder. Hidden files and folders are left out, and links
+    back to a folder above. Raises ValueError if the folder is missing, cannot be read, holds no
+    images or an empty class, or has more classes than num_classes.
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"--data-path {root} is not a folder; give one that holds one folder of images per class")
+        raise ValueError(
+            f"--data-path {root} is not a folder; give one that holds one folder of images per class"
+        )
     left_out: Counter[str] = Counter()
     folders = _walk(str(root), left_out)
     if num_classes == 0:
         paths = sorted(path for images in folders.values() for path in images)
         if not paths:
-            raise ValueError(f"--data-path {root} holds no images ({', '.join(IMG_EXTENSIONS)}){_told(left_out)}")
+            raise ValueError(
+                f"--data-path {root} holds no images ({', '.join(IMG_EXTENSIONS)}){_told(left_out)}"
+            )
         return Listing(paths, [0] * len(paths), None, _notes(root, left_out))
     loose = folders.pop(str(root))
     if loose:
         left_out["loose images beside the class folders"] = len(loose)
     by_class: dict[str, list[str]] = {}
     for folder in sorted(folders):
-        by_class.setdefault(os.path.relpath(folder, root).split(os.sep)[0], []).extend(folders[folder])
+        by_class.setdefault(os.path.relpath(folder, root).split(os.sep)[0], []).extend(
+            folders[folder]
+        )
     classes = sorted(by_class)
     _check_classes(root, num_classes, by_class, left_out)
     paths = [path for name in classes for path in by_class[name]]
@@ -81,11 +92,14 @@ def list_images(root: Path | str, num_classes: int) -> Listing:
 
 
 def _walk(root, left_out):
-    """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not looked at."""
+    """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not
+    looked at.
+    """
     found: dict[str, list[str]] = {}
     folders, links, seen = [root], list[str](), set()
     while folders or links:
-        folder = folders.pop() if folders else links.pop()  # links last: what they lead to may be listed by itself
+        # Links last: what they lead to may be listed by itself
+        folder = folders.pop() if folders else links.pop()
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
@@ -94,7 +108,9 @@ def _walk(root, left_out):
             with os.scandir(folder) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            raise ValueError(f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away") from None
+            raise ValueError(
+                f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away"
+            ) from None
         seen.add((status.st_dev, status.st_ino))
         below, linked, found[folder] = _sorted_out(inside, left_out)
         folders += below
@@ -103,7 +119,9 @@ def _walk(root, left_out):
 
 
 def _sorted_out(entries, left_out):
-    """(folders, links to folders, images) among a folder's entries, as paths in order; the rest is counted in `left_out`."""
+    """(folders, links to folders, images) among a folder's entries, as paths in order; the rest is
+    counted in `left_out`.
+    """
     folders, links, images = list[str](), list[str](), list[str]()
     for entry in entries:
         ending = os.path.splitext(entry.name)[1].lower()
@@ -123,9 +141,17 @@ def _sorted_out(entries, left_out):
 
 
 def _kind(entry):
-    """What an entry of a folder is, or leads to: "folder", "file" or "other"; a link to nothing is a file, for its reader."""
+    """What an entry of a folder is, or leads to: "folder", "file" or "other"; a link to nothing is
+    a file, for its reader.
+    """
     try:
-        return "folder" if entry.is_dir() else "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
+        return (
+            "folder"
+            if entry.is_dir()
+            else "file"
+            if entry.is_file() or not os.path.exists(entry.path)
+            else "other"
+        )
     except OSError:  # a link to itself, say
         return "file"
 
@@ -141,11 +167,17 @@ def _notes(root, left_out):
 
 
 def _check_classes(root, num_classes, by_class, left_out):
-    """Raise ValueError unless there are class folders, each with images, and no more than num_classes."""
+    """Raise ValueError unless there are class folders, each with images, and no more than
+    num_classes.
+    """
     classes = sorted(by_class)
     empty = [name for name in classes if not by_class[name]]
     if not classes or empty:
-        lacking = f"no images in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else "no class folders"
+        lacking = (
+            f"no images in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}"
+            if empty
+            else "no class folders"
+        )
         raise ValueError(
             f"--data-path {root}: {lacking}{_told(left_out)}. One folder of images per class is wanted, or --num-classes 0"
         )
@@ -157,6 +189,10 @@ def _check_classes(root, num_classes, by_class, left_out):
 
 
 def check_outside(root: Path | str, flag: str, folder: Path | str) -> None:
-    """Raise ValueError if a folder to be written lies at or below that of the images, where it would be taken for more."""
+    """Raise ValueError if a folder to be written lies at or below that of the images, where it
+    would be taken for more.
+    """
     if Path(root).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
-        raise ValueError(f"{flag} {folder} lies inside --data-path {root} and would be taken for images; choose another")
+        raise ValueError(
+            f"{flag} {folder} lies inside --data-path {root} and would be taken for images; choose another"
+        )

@@ -27,7 +27,8 @@ END_WORKER = getattr(signal, "SIGUSR2", None)
 
 
 def heed_the_trainer(_: int) -> None:
-    """Make a loader's worker leave to the training process what a scheduler sends to all processes of a job.
+    """Make a loader's worker leave to the training process what a scheduler sends to all processes
+    of a job.
 
     END_WORKER ends it, whatever it waits for.
     """
@@ -36,27 +37,36 @@ def heed_the_trainer(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if END_WORKER is not None:
         signal.signal(END_WORKER, lambda *_: os._exit(0))
-    with suppress(OSError, AttributeError):  # Linux can end it with its trainer, though it be blocked
+    # Linux can end it with its trainer, though it be blocked
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def make_loader(
-    dataset: Dataset, batches: Iterable[list[Any]], num_workers: int, pin_memory: bool = False, collate_fn: Callable = collate
-) -> DataLoader:
-    """A DataLoader over batches of keys, such as StepBatches; yields what collate_fn returns. To be walked by `read`."""
+    dataset: Dataset, batches: Iterable[list[Any]], num_workers: int, pin_memory: bool = False,
+    collate_fn: Callable = collate,
+) -> DataLoader:  # fmt: skip
+    """A DataLoader over batches of keys, such as StepBatches; yields what collate_fn returns.
+
+    To be walked by `read`.
+    """
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn, pin_memory=pin_memory,
         worker_init_fn=heed_the_trainer, timeout=WAIT if num_workers else 0,
-        generator=torch.Generator(),  # which it draws its workers' seeds from: not torch's own, and nothing uses them
+        # Which it draws its workers' seeds from: not torch's own, and nothing uses them
+        generator=torch.Generator(),
     )  # fmt: skip
 
 
 class LoaderFailed(ValueError):
-    """A loader's worker was ended by the system, or had no memory; says what happened and what to do."""
+    """A loader's worker was ended by the system, or had no memory; says what happened and what to
+    do.
+    """
 
 
 def say_waiting(seconds: float, say: Callable[[str], None] | None = None) -> None:
-    """Say every TELL_SECONDS for how long a batch has not come; on the error output, unless told otherwise.
+    """Say every TELL_SECONDS for how long a batch has not come; on the error output, unless told
+    otherwise.
 
     To be called every WAIT seconds.
     """
@@ -68,12 +78,13 @@ def say_waiting(seconds: float, say: Callable[[str], None] | None = None) -> Non
 def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> Generator[Any]:
     """The loader's batches; to be closed, which ends the loader's workers, whatever blocks them.
 
-    waiting(seconds) is called every WAIT seconds for which no batch has come; what it raises ends the
-    wait. Raises LoaderFailed.
+    waiting(seconds) is called every WAIT seconds for which no batch has come; what it raises ends
+    the wait. Raises LoaderFailed.
     """
     before = set(multiprocessing.active_children())
     refused = None
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what torch has half built complains when it goes
+    # What torch has half built complains when it goes
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         batches = iter(loader)
     except OSError as error:  # no room for the workers' queues
@@ -85,7 +96,8 @@ def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> 
         _end(workers, 0.0)
         raise LoaderFailed(f"the loader's workers cannot start ({refused}): {NO_SHARED_MEMORY}")
     end_at_exit = partial(_end, workers, 0.0)
-    atexit.register(end_at_exit)  # for whoever does not come to close this: Python itself would wait for ever
+    # For whoever does not come to close this: Python itself would wait for ever
+    atexit.register(end_at_exit)
     began = time.monotonic()
     try:
         while True:
@@ -117,7 +129,10 @@ def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> 
 
 def _end(workers, patience):
     """End those of a loader's workers that are still there after so many seconds."""
-    for number, seconds in ((END_WORKER, patience), (getattr(signal, "SIGKILL", signal.SIGTERM), GRACE)):
+    for number, seconds in (
+        (END_WORKER, patience),
+        (getattr(signal, "SIGKILL", signal.SIGTERM), GRACE),
+    ):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and any(worker.exitcode is None for worker in workers):
             time.sleep(0.05)
@@ -128,10 +143,14 @@ def _end(workers, patience):
 
 
 def explained(error: RuntimeError) -> Exception:
-    """LoaderFailed for what torch raises when something happens to a loader's worker, or the error itself."""
+    """LoaderFailed for what torch raises when something happens to a loader's worker, or the error
+    itself.
+    """
     text = str(error)
     if "shared memory" in text:
-        return LoaderFailed(f"the loader's workers have too little shared memory: {NO_SHARED_MEMORY}")
+        return LoaderFailed(
+            f"the loader's workers have too little shared memory: {NO_SHARED_MEMORY}"
+        )
     if "open files" in text or "ancdata" in text:
         return LoaderFailed(
             "the loader's workers need more open files than allowed; pass fewer --num-workers, or ulimit -n 65536"

@@ -1,9 +1,10 @@
-"""Draw each block design from the code itself: docs/block-DESIGN.svg, with the shapes of DiT-XL/2 at 256 pixels.
+"""Draw each block design from the code itself: docs/block-DESIGN.svg, with the shapes of DiT-XL/2
+at 256 pixels.
 
     python docs/draw_blocks.py
 
-torch.fx traces a block of models.py, a pass without contents gives the shapes. What depends on the tokens stands in the
-middle, what depends on the condition alone on the right.
+torch.fx traces a block of models.py, a pass without contents gives the shapes. What depends on the
+tokens stands in the middle, what depends on the condition alone on the right.
 """
 
 import argparse
@@ -21,9 +22,14 @@ import models
 
 BATCH = 7  # stands for N; no other size at XL/2 is 7
 WIDE = models.SIZES["XL"]["hidden_size"]
-VECTORS = {6: ("shift", "scale", "gate") * 2, 4: ("shift", "scale") * 2}  # the order in which a Modulation has them
-MIDDLE, RIGHT, PITCH, WIDTH, HEIGHT, LANE, ACROSS = 180, 520, 52, 240, 34, 30, 680  # of the drawing, in pixels
-KINDS = {"Attention": "self-attention", "CrossAttention": "cross-attention", "Mlp": "MLP", "Modulation": "SiLU, Linear"}
+# The order in which a Modulation has them
+VECTORS = {6: ("shift", "scale", "gate") * 2, 4: ("shift", "scale") * 2}
+# Of the drawing, in pixels
+MIDDLE, RIGHT, PITCH, WIDTH, HEIGHT, LANE, ACROSS = 180, 520, 52, 240, 34, 30, 680
+KINDS = {
+    "Attention": "self-attention", "CrossAttention": "cross-attention", "Mlp": "MLP",
+    "Modulation": "SiLU, Linear",
+}  # fmt: skip
 
 
 class BlockTracer(fx.Tracer):
@@ -37,12 +43,16 @@ class BlockTracer(fx.Tracer):
 
 
 def trace(block):
-    """The fx graph of the first block of DiT-XL/2 with this design, each node with the shape of what it gives."""
+    """The fx graph of the first block of DiT-XL/2 with this design, each node with the shape of
+    what it gives.
+    """
     with torch.device("meta"), torch.no_grad():
         network = models.DiT_XL_2(block=block).eval()
         given = []
         network.blocks[0].register_forward_pre_hook(lambda module, args: given.extend(args))
-        network(torch.zeros(BATCH, 4, 32, 32), torch.zeros(BATCH), torch.zeros(BATCH, dtype=torch.long))
+        network(
+            torch.zeros(BATCH, 4, 32, 32), torch.zeros(BATCH), torch.zeros(BATCH, dtype=torch.long)
+        )
         module = fx.GraphModule(network.blocks[0], BlockTracer().trace(network.blocks[0]))
         ShapeProp(module).propagate(*given)
     return module
@@ -55,7 +65,9 @@ def shape_of(node):
 
 
 def source(node):
-    """(the node that a value comes from, passing over changes of form; the name of the vector that was taken of it)."""
+    """(the node that a value comes from, passing over changes of form; the name of the vector that
+    was taken of it).
+    """
     name = ""
     while node.op == "call_method" or node.target is operator.getitem:
         if node.target is operator.getitem:
@@ -70,12 +82,20 @@ def label(node, module):
         part = module.get_submodule(node.target)
         kind = KINDS.get(type(part).__name__, type(part).__name__)
         size = sum(p.numel() for p in part.parameters())
-        return f"{node.target}: {kind}", f"{shape_of(node)}" + (f"   {size:,} parameters" if size else "")
+        return f"{node.target}: {kind}", f"{shape_of(node)}" + (
+            f"   {size:,} parameters" if size else ""
+        )
     if node.op == "get_attr":
-        return node.target, f"{shape_of(node)}   {getattr(module, node.target).numel():,} parameters"
+        return (
+            node.target,
+            f"{shape_of(node)}   {getattr(module, node.target).numel():,} parameters",
+        )
     if node.op == "placeholder":
         shared = node.target == "c" and node.meta["tensor_meta"].shape[-1] != WIDE
-        names = {"x": "tokens x", "c": "six vectors of shared_modulation" if shared else "condition c"}
+        names = {
+            "x": "tokens x",
+            "c": "six vectors of shared_modulation" if shared else "condition c",
+        }
         return names[node.target], shape_of(node)
     formulas = {models.modulate: "· (1 + scale) + shift", operator.mul: "· gate", operator.add: "+"}
     return formulas[node.target], shape_of(node)
@@ -89,7 +109,9 @@ def parts(module):
             continue
         if node.target == "x" or any(parent in tokens for parent in node.all_input_nodes):
             tokens.add(node)
-        if source(node)[0] is node and isinstance(node.meta["tensor_meta"], fx.passes.shape_prop.TensorMetadata):
+        if source(node)[0] is node and isinstance(
+            node.meta["tensor_meta"], fx.passes.shape_prop.TensorMetadata
+        ):
             (of_tokens if node in tokens else of_condition).append(node)
     return of_tokens, of_condition
 
@@ -136,7 +158,9 @@ def draw(block):
 
 
 def arrow(given, name, node, place):
-    """The arrow from one box to another: down a column, past its boxes, or in from the right with its name."""
+    """The arrow from one box to another: down a column, past its boxes, or in from the right with
+    its name.
+    """
     (x, y), (to_x, to_y) = place[given], place[node]
     if x != to_x:
         bend = RIGHT - WIDTH / 2 - LANE
@@ -151,7 +175,9 @@ def arrow(given, name, node, place):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     folder = "where to write (default: docs)"
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent, help=folder)
     args = parser.parse_args(argv)
@@ -160,7 +186,9 @@ def main(argv=None):
         try:
             target.write_text(draw(block), encoding="utf-8")
         except OSError as error:
-            parser.error(f"cannot write {target} ({error.strerror}); give a folder that exists as --output")
+            parser.error(
+                f"cannot write {target} ({error.strerror}); give a folder that exists as --output"
+            )
         print(f"wrote {target}")
 
 

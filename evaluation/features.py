@@ -1,7 +1,9 @@
-"""Images → features: Inception as ADM's evaluation suite taps it, any classifier, or the pixels themselves.
+"""Images → features: Inception as ADM's evaluation suite taps it, any classifier, or the pixels
+themselves.
 
-An extractor is called with images uint8 (n, 3, H, W) and returns Rows, float32. Work on many images is dealt to the processes
-in turns, and what comes out is in the images' order, whatever the number of processes.
+An extractor is called with images uint8 (n, 3, H, W) and returns Rows, float32. Work on many images
+is dealt to the processes in turns, and what comes out is in the images' order, whatever the number
+of processes.
 """
 
 from collections.abc import Callable
@@ -27,14 +29,22 @@ from runtime.offline import why_offline
 from runtime.surroundings import is_installed
 
 SPATIAL_CHANNELS = 7  # of ADM's sFID
-MOST_FEATURES = 8192  # a covariance of so many takes half a GB, and a minute or two for its singular values
-MOST_INPUT, SMALL_NETWORK = 4096, 1024  # pixels a side, and the least bound for sizes, of a timm network
-LOADING = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-MANIFOLD_IMAGES = 10_000  # of a folder as reference, for precision and recall; as many as ADM's files have
+# A covariance of so many takes half a GB, and a minute or two for its singular values
+MOST_FEATURES = 8192
+# Pixels a side, and the least bound for sizes, of a timm network
+MOST_INPUT, SMALL_NETWORK = 4096, 1024
+LOADING = {
+    "self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "checkpoint_path", "cache_dir",
+}  # fmt: skip
+# Of a folder as reference, for precision and recall; as many as ADM's files have
+MANIFOLD_IMAGES = 10_000
 
 
 class Rows(NamedTuple):
-    """Features (n, D), spatial features (n, S) and logits (n, K) of n images; None for what an extractor does not have."""
+    """Features (n, D), spatial features (n, S) and logits (n, K) of n images; None for what an
+    extractor does not have.
+    """
 
     features: Tensor
     spatial: Tensor | None = None
@@ -43,7 +53,9 @@ class Rows(NamedTuple):
 
 @dataclass
 class Extractor:
-    """extract(images) → Rows, and what a report says of it: a name and the SHA-256 of its weights, if it has any."""
+    """extract(images) → Rows, and what a report says of it: a name and the SHA-256 of its weights,
+    if it has any.
+    """
 
     extract: Callable[[Tensor], Rows]
     name: str
@@ -53,18 +65,24 @@ class Extractor:
     def __call__(self, images: Tensor) -> Rows:
         """Rows of images uint8 (n, 3, H, W), float32 without TF32."""
         with tf32(False):
-            return Rows._make(None if part is None else part.float() for part in self.extract(images))
+            return Rows._make(
+                None if part is None else part.float() for part in self.extract(images)
+            )
 
-    def dimensions(self, size: tuple[int, int], device: torch.device | str) -> tuple[int, int | None]:
-        """How many features, and how many spatial ones (None: it has none), an image of size (width, height) has.
+    def dimensions(
+        self, size: tuple[int, int], device: torch.device | str
+    ) -> tuple[int, int | None]:
+        """How many features, and how many spatial ones (None: it has none), an image of size
+        (width, height) has.
 
-        Tries it on two images of noise. Raises ValueError if it does not take them, gives something else than a row for
-        each, or too much.
+        Tries it on two images of noise. Raises ValueError if it does not take them, gives something
+        else than a row for each, or too much.
         """
         width, height = size
         images = torch.randint(
-            256, (2, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-        )
+            256, (2, 3, height, width), generator=torch.Generator().manual_seed(0),
+            dtype=torch.uint8,
+        )  # fmt: skip
         try:
             rows = self(images.to(device))
             shapes = [None if part is None else tuple(part.shape) for part in rows]
@@ -75,7 +93,9 @@ class Extractor:
                 f"--features {self.name} cannot be used on uint8 images of {width}x{height} ({type(error).__name__}: "
                 f"{reason[0]}); it must return features (n, D), or a pair of features and logits (n, K)"
             ) from None
-        if features is None or any(shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes):
+        if features is None or any(
+            shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes
+        ):
             raise ValueError(
                 f"--features {self.name} gives {features} features and {logits} logits for 2 images; wanted are (2, D) and "
                 "(2, K), or features alone"
@@ -88,16 +108,22 @@ class Extractor:
         return features[1], spatial[1] if spatial else None
 
 
-def load_extractor(name: str, device: torch.device | str, inception_weights: Path | str | None = None) -> Extractor:
-    """The Extractor for "inception", "pixels" or a path: a TorchScript file, or .safetensors with timm's config.json beside.
+def load_extractor(
+    name: str, device: torch.device | str, inception_weights: Path | str | None = None
+) -> Extractor:
+    """The Extractor for "inception", "pixels" or a path: a TorchScript file, or .safetensors with
+    timm's config.json beside.
 
-    inception_weights is a local file; None fetches torch-fidelity's. Raises ValueError if it cannot be had.
+    inception_weights is a local file; None fetches torch-fidelity's. Raises ValueError if it cannot
+    be had.
     """
     if name == "pixels":
         return Extractor(lambda images: Rows(images.flatten(1) / 255), name)
     if name == "inception":
         if not is_installed("torch_fidelity"):
-            raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity")
+            raise ValueError(
+                "--features inception needs torch-fidelity: pip install torch-fidelity"
+            )
         path = Path(inception_weights or fetch_inception())
         return Extractor(Inception(path).to(device), name, file_hash(path))
     check_name(Path(name))
@@ -112,11 +138,12 @@ def load_extractor(name: str, device: torch.device | str, inception_weights: Pat
 
 
 class Inception(torch.nn.Module):
-    """The Inception network of 2015, in torch-fidelity's port from TensorFlow, tapped where ADM's evaluation suite taps it.
+    """The Inception network of 2015, in torch-fidelity's port from TensorFlow, tapped where ADM's
+    evaluation suite taps it.
 
-    features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch (here
-    Mixed_6d) after its ReLU, 17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises
-    ValueError if path holds other weights.
+    features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of
+    mixed_6's 1×1 branch (here Mixed_6d) after its ReLU, 17×17, in TensorFlow's order (row, column,
+    channel). logits: 1,008, without the bias. Raises ValueError if path holds other weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,13 +153,19 @@ class Inception(torch.nn.Module):
         advice = "give torch-fidelity's weights-inception-2015-12-05 as --inception-weights"
         try:
             torch.load(path, weights_only=True)  # torch-fidelity reads it without that safeguard
-            self.trunk = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+            self.trunk = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
+            )
         except OSError as error:
             raise ValueError(f"cannot read {path} ({error.strerror}); {advice}") from None
         except pickle.UnpicklingError:
-            raise ValueError(f"{path} holds other weights (it is no file of tensors alone); {advice}") from None
+            raise ValueError(
+                f"{path} holds other weights (it is no file of tensors alone); {advice}"
+            ) from None
         except Exception as error:  # torch.load and load_state_dict have many kinds
-            raise ValueError(f"{path} holds other weights ({_first_line(error)}); {advice}") from None
+            raise ValueError(
+                f"{path} holds other weights ({_first_line(error)}); {advice}"
+            ) from None
         self.trunk.Mixed_6d.branch1x1.register_forward_hook(self._tap)
 
     def _tap(self, module, args, output):
@@ -144,7 +177,8 @@ class Inception(torch.nn.Module):
 
 
 def fetch_inception() -> Path:
-    """The path of torch-fidelity's Inception weights in torch's own cache, fetched if they are not there.
+    """The path of torch-fidelity's Inception weights in torch's own cache, fetched if they are not
+    there.
 
     Raises ValueError if the file cannot be had.
     """
@@ -191,10 +225,11 @@ def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Ten
 
 
 def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
-    """A timm classifier with the config.json that timm wrote beside it: its features before the classifier, and its logits.
+    """A timm classifier with the config.json that timm wrote beside it: its features before the
+    classifier, and its logits.
 
-    Images are brought to its input size and normalised as config.json says. Nothing that config.json names is fetched or
-    loaded beside it. Raises ValueError if they do not fit together.
+    Images are brought to its input size and normalised as config.json says. Nothing that
+    config.json names is fetched or loaded beside it. Raises ValueError if they do not fit together.
     """
     try:
         config, tensors = read_json(path.parent / "config.json"), load_file(path)
@@ -206,47 +241,69 @@ def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor]
             f"--features {path} cannot be loaded ({type(error).__name__}: {_first_line(error)}); it must be what timm's "
             "save_for_hf writes, with config.json beside it"
         ) from None
-    model, mean, std = model.to(device).eval(), mean.to(device)[:, None, None], std.to(device)[:, None, None]
+    model, mean, std = (
+        model.to(device).eval(), mean.to(device)[:, None, None], std.to(device)[:, None, None],
+    )  # fmt: skip
 
     def extract(images):
         x = images.float() / 255
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
-        features = model.forward_head(model.forward_features((x - mean) / std), pre_logits=True)  # (n, D)
+        # (n, D)
+        features = model.forward_head(model.forward_features((x - mean) / std), pre_logits=True)
         return Rows(features, None, model.get_classifier()(features) if model.num_classes else None)
 
     return extract
 
 
 def network_arguments(config: dict, tensors: dict[str, Tensor]) -> dict:
-    """Of a timm configuration's model_args, those that its networks take themselves; others, which may load files, are dropped.
+    """Of a timm configuration's model_args, those that its networks take themselves; others, which
+    may load files, are dropped.
 
-    Raises ValueError for an architecture that is none of timm's own, and for values that are not plain or far larger than what
-    is in the tensors.
+    Raises ValueError for an architecture that is none of timm's own, and for values that are not
+    plain or far larger than what is in the tensors.
     """
     name = config["architecture"]
-    if not isinstance(name, str) or not timm.is_model(name):  # which takes no source such as "hf-hub:"
+    # Which takes no source such as "hf-hub:"
+    if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"architecture is {str(name)[:60]!r}, none of timm's")
     module = sys.modules[timm.models.model_entrypoint(name).__module__]
-    networks = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, torch.nn.Module)]
-    taken = {argument for network in networks for argument in signature(network.__init__).parameters} - LOADING
+    networks = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+    ]
+    taken = {
+        argument for network in networks for argument in signature(network.__init__).parameters
+    } - LOADING
     given = {"num_classes": config["num_classes"]} | (config.get("model_args") or {})
     most = max([SMALL_NETWORK, *(side for tensor in tensors.values() for side in tensor.shape)])
     for key, value in given.items():
         limit = len(tensors) if re.search("depth|layers", key) else most
         for part in value if isinstance(value, list) else [value]:
             if not isinstance(part, (str, int, float)) and part is not None:
-                raise ValueError(f"{key} holds a {type(part).__name__}; wanted are numbers and texts")
+                raise ValueError(
+                    f"{key} holds a {type(part).__name__}; wanted are numbers and texts"
+                )
             if isinstance(part, (int, float)) and abs(part) > limit:
                 raise ValueError(f"{key} is {part}, far beyond what is in {len(tensors)} tensors")
     return {key: value for key, value in given.items() if key in taken}
 
 
 def normalisation(known: dict) -> tuple[tuple[int, int], Tensor, Tensor]:
-    """((height, width), mean (3,), std (3,)) of the images that a timm network takes. Raises ValueError for nonsense."""
+    """((height, width), mean (3,), std (3,)) of the images that a timm network takes.
+
+    Raises ValueError for nonsense.
+    """
     size = known["input_size"]
-    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_INPUT for n in size)):
-        raise ValueError(f"input_size is no list of channels, height and width, each at most {MOST_INPUT}")
+    if not (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(type(n) is int and 0 < n <= MOST_INPUT for n in size)
+    ):
+        raise ValueError(
+            f"input_size is no list of channels, height and width, each at most {MOST_INPUT}"
+        )
     mean, std = (torch.tensor(known[key], dtype=torch.float32) for key in ("mean", "std"))
     if mean.shape != (3,) or std.shape != (3,) or not (std > 0).all():
         raise ValueError("mean and std are not three numbers each, those of std above 0")

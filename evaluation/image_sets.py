@@ -1,7 +1,9 @@
-"""What an evaluation compares: images in a folder or an .npz, and ADM's reference files with statistics in them.
+"""What an evaluation compares: images in a folder or an .npz, and ADM's reference files with
+statistics in them.
 
-An .npz of images has them as uint8 `arr_0` (N, H, W, 3). A reference file may have mu and sigma, the mean and covariance of
-Inception's features, mu_s and sigma_s, those of the spatial ones, and in `arr_0` some images for precision and recall.
+An .npz of images has them as uint8 `arr_0` (N, H, W, 3). A reference file may have mu and sigma,
+the mean and covariance of Inception's features, mu_s and sigma_s, those of the spatial ones, and in
+`arr_0` some images for precision and recall.
 """
 
 from collections.abc import Iterator
@@ -25,15 +27,20 @@ from runtime.npz import IMAGES, open_array
 from runtime.team import Team
 
 MOST_SIDE = 16_384  # pixels of images that are scored
-Item = tuple[Tensor | None, Tensor | str]  # an image, or a batch, and digests; or None and what is wrong
+# An image, or a batch, and digests; or None and what is wrong
+Item = tuple[Tensor | None, Tensor | str]
 
 
 class FolderImages(Dataset):
-    """All images below a folder, in the order of their paths. Items are (uint8 (3, H, W), digest) or (None, what is wrong)."""
+    """All images below a folder, in the order of their paths.
+
+    Items are (uint8 (3, H, W), digest) or (None, what is wrong).
+    """
 
     def __init__(
-        self, folder: Path | str, flag: str, image_size: int | None = None, share: slice = slice(None)
-    ) -> None:
+        self, folder: Path | str, flag: str, image_size: int | None = None,
+        share: slice = slice(None),
+    ) -> None:  # fmt: skip
         try:
             listing = list_images(folder, num_classes=0)
         except ValueError as error:
@@ -56,7 +63,9 @@ class FolderImages(Dataset):
                 mode, size = image.mode, image.size
                 mode += " with transparency" if image.has_transparency_data else ""
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove it or make it again") from None
+            raise ValueError(
+                f"{path} cannot be read ({error}); remove it or make it again"
+            ) from None
         if mode != "RGB":
             raise ValueError(
                 f"{path} is of mode {mode}; wanted is RGB. Convert it, or, for a reference, pass --make-reference with "
@@ -70,7 +79,9 @@ class FolderImages(Dataset):
     def __getitem__(self, i: int) -> Item:
         try:
             with open_image(self.paths[i]) as image:
-                cropped = center_crop_arr(to_rgb(image), self.image_size) if self.image_size else image
+                cropped = (
+                    center_crop_arr(to_rgb(image), self.image_size) if self.image_size else image
+                )
                 pixels = np.array(cropped)  # (H, W, 3)
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
             return None, f"{self.paths[i]} cannot be read ({error}); remove it or make it again"
@@ -78,7 +89,9 @@ class FolderImages(Dataset):
 
 
 class ArrayImages(Dataset):
-    """The images `arr_0` of an .npz, which are not held in memory unless they are compressed. Items as in FolderImages.
+    """The images `arr_0` of an .npz, which are not held in memory unless they are compressed.
+
+    Items as in FolderImages.
 
     Raises ValueError if they are no uint8 images (N, H, W, 3).
     """
@@ -93,7 +106,9 @@ class ArrayImages(Dataset):
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
         if max(shape[1:]) > MOST_SIDE:
-            raise ValueError(f"{IMAGES} has images of {shape[2]}x{shape[1]}; at most {MOST_SIDE} pixels a side are scored")
+            raise ValueError(
+                f"{IMAGES} has images of {shape[2]}x{shape[1]}; at most {MOST_SIDE} pixels a side are scored"
+            )
         self.size = (shape[2], shape[1])
 
     def __len__(self) -> int:
@@ -102,7 +117,8 @@ class ArrayImages(Dataset):
     def __getitem__(self, i: int) -> Item:
         return item(np.array(self.array[i]))
 
-    def __getstate__(self) -> dict:  # a worker process maps the file itself rather than being sent what is in it
+    # A worker process maps the file itself rather than being sent what is in it
+    def __getstate__(self) -> dict:
         return vars(self) | {"array": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -112,7 +128,9 @@ class ArrayImages(Dataset):
 def item(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """(uint8 (3, H, W), SHA-256 of the pixels, uint8 (32,)) of an image (H, W, 3)."""
     digest = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8).copy()
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(digest)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(
+        digest
+    )
 
 
 def collate(items: list[Item]) -> Item:
@@ -125,18 +143,26 @@ def collate(items: list[Item]) -> Item:
 
 
 def read_batches(
-    images: FolderImages | ArrayImages, batch_size: int, device: torch.device, team: Team = Team(), num_workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's batches of a set of images, as `features.summarize` takes them. Raises ValueError for a damaged image."""
+    images: FolderImages | ArrayImages, batch_size: int, device: torch.device, team: Team = Team(),
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """This process's batches of a set of images, as `features.summarize` takes them.
+
+    Raises ValueError for a damaged image.
+    """
     batches = list(deal(len(images), batch_size, team))
     loader = make_loader(images, batches, num_workers, device.type == "cuda", collate)
     with closing(read(loader)) as found:
-        for batch, digests in tqdm(found, total=len(batches), unit="batch", disable=True if team.rank else None):
+        for batch, digests in tqdm(
+            found, total=len(batches), unit="batch", disable=True if team.rank else None
+        ):
             if batch is None:
                 raise ValueError(digests)
             yield batch.to(device, non_blocking=True), digests.to(device, non_blocking=True)
 
 
 def hash_of(digests: Tensor) -> str:
-    """One SHA-256, in hexadecimal, for images with these digests (N, 32), in their order: equal pixels, equal hash."""
+    """One SHA-256, in hexadecimal, for images with these digests (N, 32), in their order: equal
+    pixels, equal hash.
+    """
     return hashlib.sha256(digests.numpy().tobytes()).hexdigest()

@@ -1,6 +1,8 @@
-"""Features → scores: Fréchet distance, Inception Score, precision and recall, in the conventions of ADM's evaluation suite.
+"""Features → scores: Fréchet distance, Inception Score, precision and recall, in the conventions of
+ADM's evaluation suite.
 
-Shapes: features (N, D), logits (N, K); a mean (D,) and a covariance (D, D) are float64. Nothing here knows what an image is.
+Shapes: features (N, D), logits (N, K); a mean (D,) and a covariance (D, D) are float64. Nothing
+here knows what an image is.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ class Statistics(NamedTuple):
 
 
 class Moments:
-    """The mean and covariance of rows that come in batches, kept in float64 (Chan, Golub & LeVeque 1983).
+    """The mean and covariance of rows that come in batches, kept in float64 (Chan, Golub & LeVeque
+    1983).
 
     Batches leave only rounding behind: about 1e-15, relative to the rows' spread.
     """
@@ -38,11 +41,16 @@ class Moments:
         self.count = 0
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (n, D), n at least 1; the sums stay on the rows' device, or on the CPU where that has no float64."""
+        """Take in rows (n, D), n at least 1; the sums stay on the rows' device, or on the CPU where
+        that has no float64.
+        """
         rows = rows.to("cpu" if rows.device.type == "mps" else rows.device).double()
         if not self.count:
             self.mean = torch.zeros(rows.shape[1], dtype=rows.dtype, device=rows.device)
-            self.scatter = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)  # (D, D)
+            # (D, D)
+            self.scatter = torch.zeros(
+                rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device
+            )
         mean, total = rows.mean(dim=0), self.count + len(rows)
         shift = mean - self.mean
         self.scatter.addmm_((rows - mean).T, rows - mean)
@@ -51,9 +59,14 @@ class Moments:
         self.count = total
 
     def statistics(self) -> Statistics:
-        """The Statistics of all rows so far. Raises ValueError if there are fewer than two, or some were not finite."""
+        """The Statistics of all rows so far.
+
+        Raises ValueError if there are fewer than two, or some were not finite.
+        """
         if self.count < 2:
-            raise ValueError(f"{self.count} image(s) have no covariance; give at least 2, and for a score thousands")
+            raise ValueError(
+                f"{self.count} image(s) have no covariance; give at least 2, and for a score thousands"
+            )
         if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
             raise ValueError(
                 "the features of some image are not finite; look at the images, or at the --features network"
@@ -62,15 +75,18 @@ class Moments:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The Fréchet distance of two Gaussians with these Statistics: |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2·(Σ₁Σ₂)^½), at least 0.
+    """The Fréchet distance of two Gaussians with these Statistics: |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ -
+    2·(Σ₁Σ₂)^½), at least 0.
 
-    Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ the last trace is the sum of the singular values of R₁ᵀR₂, which holds for
-    covariances without full rank as well; no term is added to their diagonals.
+    Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ the last trace is the sum of the singular values of
+    R₁ᵀR₂, which holds for covariances without full rank as well; no term is added to their
+    diagonals.
     """
     product = _root(a.covariance).T @ _root(b.covariance)  # (rank of a, rank of b)
     overlap = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
-    return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)  # in this order, NaN stays NaN
+    # In this order, NaN stays NaN
+    return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
 
 
 def _root(covariance):
@@ -81,7 +97,9 @@ def _root(covariance):
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean KL divergence of p(y|x) from p(y), for each SPLIT consecutive images, averaged (Salimans et al. 2016)."""
+    """exp of the mean KL divergence of p(y|x) from p(y), for each SPLIT consecutive images,
+    averaged (Salimans et al. 2016).
+    """
     scores = []
     for part in logits.split(SPLIT):
         log_p = part.double().log_softmax(dim=1)  # (n, K)
@@ -90,18 +108,22 @@ def inception_score(logits: Tensor) -> float:
     return torch.stack(scores).mean().item()
 
 
-def precision_and_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """The shares of samples near the reference, and of the reference near samples (Kynkäänniemi et al. 2019).
+def precision_and_recall(
+    samples: Tensor, reference: Tensor, k: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """The shares of samples near the reference, and of the reference near samples (Kynkäänniemi et
+    al. 2019).
 
-    Near a set is what lies within the distance of one of its members to that one's k-th neighbour. Features are (N, D) and
-    (M, D), in float32. Raises ValueError for k images or fewer.
+    Near a set is what lies within the distance of one of its members to that one's k-th neighbour.
+    Features are (N, D) and (M, D), in float32. Raises ValueError for k images or fewer.
     """
     for side in (samples, reference):
         if len(side) <= k:
             raise ValueError(f"{len(side)} images do not have {k} neighbours each; give more")
     center = reference.mean(dim=0)  # which changes no distance, and makes them more exact
     samples, reference = samples - center, reference - center
-    # A point is at distance 0 of itself and its copies; rounding must not take it out of a ball of radius 0.
+    # A point is at distance 0 of itself and its copies; rounding must not take it out of a ball of
+    # radius 0.
     largest = torch.stack([side.square().sum(dim=1).max() for side in (samples, reference)]).max()
     slack = 8 * torch.finfo(samples.dtype).eps * largest
     precision = _share_inside(samples, reference, _radii(reference, k) + slack)
@@ -112,7 +134,8 @@ def precision_and_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS
 def _radii(points, k):
     """The squared distance of each point (N, D) to its k-th neighbour, (N,)."""
     blocks = _distances(points, points)
-    return torch.cat([block.topk(k + 1, largest=False).values[:, k] for block in blocks])  # the nearest is itself
+    # The nearest is itself
+    return torch.cat([block.topk(k + 1, largest=False).values[:, k] for block in blocks])
 
 
 def _share_inside(points, centers, radii):
@@ -131,8 +154,8 @@ def _distances(a, b):
 
 @dataclass
 class Summary:
-    """What is kept of a set of images: moments of the features, and of the spatial ones, for all of them; features (n, D)
-    and logits (n, K) of as many as are asked for. None for what there is not.
+    """What is kept of a set of images: moments of the features, and of the spatial ones, for all of
+    them; features (n, D) and logits (n, K) of as many as are asked for. None for what there is not.
     """
 
     statistics: Statistics | None = None
@@ -142,7 +165,9 @@ class Summary:
 
 
 def score(samples: Summary, reference: Summary) -> dict[str, float | None]:
-    """fid, sfid, inception_score, precision and recall of two Summaries, as a dict; None for those that lack something."""
+    """fid, sfid, inception_score, precision and recall of two Summaries, as a dict; None for those
+    that lack something.
+    """
     precision: float | None = None
     recall: float | None = None
     if samples.features is not None and reference.features is not None:
@@ -152,9 +177,8 @@ def score(samples: Summary, reference: Summary) -> dict[str, float | None]:
         "fid": _distance_of(samples.statistics, reference.statistics),
         "sfid": _distance_of(samples.spatial, reference.spatial),
         "inception_score": inception_score(samples.logits) if samples.logits is not None else None,
-        "precision": precision,
-        "recall": recall,
-    }
+        "precision": precision, "recall": recall,
+    }  # fmt: skip
 
 
 def _distance_of(a: Statistics | None, b: Statistics | None) -> float | None:

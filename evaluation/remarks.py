@@ -19,14 +19,17 @@ def remarks(
 ) -> list[str]:  # fmt: skip
     """What a reader of the scores must know, as sentences.
 
-    samples is (how many, their size (W, H)), reference the Side, summaries those of both, features the extractor's name.
+    samples is (how many, their size (W, H)), reference the Side, summaries those of both, features
+    the extractor's name.
     """
     (count, size), (ours, _) = samples, summaries
     notes = list(reference.images.notes) if reference.images else []
     assert ours.features is not None  # of samples they are kept
     dimension = ours.features.shape[1]
     if count < PUBLISHED:
-        notes.append(f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher")
+        notes.append(
+            f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher"
+        )
     few = [(count, "samples")]
     if reference.images and not (reference.statistics or reference.spatial):
         few.append((len(reference.images), "reference images"))
@@ -36,11 +39,19 @@ def remarks(
                 f"{number:,} {what} are too few for {dimension:,} features: their covariance has no full rank, and FID says "
                 "little"
             )
-    lacking = [name for name in NEEDS if scores[name] is None and not (name == "sfid" and ours.spatial is None)]
+    lacking = [
+        name
+        for name in NEEDS
+        if scores[name] is None and not (name == "sfid" and ours.spatial is None)
+    ]
     if lacking:
         needs = "; ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
-        remaining = ", ".join(name for name, value in scores.items() if value is not None) or "nothing"
-        notes.append(f"samples, or the reference {reference.path}, lack something: {needs}. What remains: {remaining}")
+        remaining = (
+            ", ".join(name for name, value in scores.items() if value is not None) or "nothing"
+        )
+        notes.append(
+            f"samples, or the reference {reference.path}, lack something: {needs}. What remains: {remaining}"
+        )
     if reference.statistics and not reference.made_from and features != "inception":
         notes.append(
             f"{reference.path} does not say of which features its mu and sigma are; taken for those of {features}"
@@ -55,5 +66,9 @@ def remarks(
                 "published scores are of samples in random order"
             )
     if reference.images and reference.images.size != size:
-        notes.append("samples are of {}x{} pixels, the reference of {}x{}".format(*size, *reference.images.size))
+        notes.append(
+            "samples are of {}x{} pixels, the reference of {}x{}".format(
+                *size, *reference.images.size
+            )
+        )
     return notes

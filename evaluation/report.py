@@ -22,12 +22,15 @@ from runtime.json_files import read_json
 from runtime.npz import Streamed, write_npz
 from runtime.team import Team
 
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # others wait this long while one fetches Inception or reads from a slow disk
+# Others wait this long while one fetches Inception or reads from a slow disk
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
 def begin(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Extractor, Team, dict]:
-    """(the Extractor, the Team, the flags that loaders take); one process of each machine fetches what must be fetched."""
+    """(the Extractor, the Team, the flags that loaders take); one process of each machine fetches
+    what must be fetched.
+    """
     with accelerator.local_main_process_first():
         extractor = load_extractor(args.features, accelerator.device, args.inception_weights)
     team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
@@ -35,9 +38,14 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Extractor
 
 
 def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Print the scores and all that belongs to them, in the first process. Raises ValueError for what cannot be compared."""
+    """Print the scores and all that belongs to them, in the first process.
+
+    Raises ValueError for what cannot be compared.
+    """
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    samples, reference = (open_side(getattr(args, name), f"--{name}", share=mine) for name in ("samples", "reference"))
+    samples, reference = (
+        open_side(getattr(args, name), f"--{name}", share=mine) for name in ("samples", "reference")
+    )
     beside = check_samples(samples)
     assert samples.images is not None  # which check_samples looks at
     reference.check_kind(args.features)
@@ -45,7 +53,9 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     reference.check_features(extractor, samples.images.size, accelerator.device)
     batches = read_batches(samples.images, args.batch_size, accelerator.device, **reading)
     ours, digests = summarize(extractor, batches, len(samples.images), with_logits=True, team=team)
-    theirs, reference_hash = summarize_reference(reference, extractor, accelerator.device, args.batch_size, **reading)
+    theirs, reference_hash = summarize_reference(
+        reference, extractor, accelerator.device, args.batch_size, **reading
+    )
     if ours is None or theirs is None or digests is None:  # not the first process
         return
     scores, of_samples = score(ours, theirs), (len(samples.images), samples.images.size)
@@ -61,7 +71,9 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
         },
         "settings": {
             "neighbours": NEIGHBOURS,
-            "reference_images_in_precision_and_recall": 0 if theirs.features is None else len(theirs.features),
+            "reference_images_in_precision_and_recall": 0
+            if theirs.features is None
+            else len(theirs.features),
             "inception_score_split": SPLIT,
             "device": accelerator.device.type,
         },
@@ -72,18 +84,24 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for note in report["notes"]:
         print(f"note: {note}", file=sys.stderr)
     if args.output:
-        write_whole(Path(args.output), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+        write_whole(
+            Path(args.output), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8")
+        )
 
 
 def check_samples(samples: Side) -> list[str]:
-    """What is odd about the samples, as sentences. Raises ValueError if they are not what can be scored."""
+    """What is odd about the samples, as sentences.
+
+    Raises ValueError if they are not what can be scored.
+    """
     if samples.images is None:
         raise ValueError(
             f"--samples {samples.path} has statistics and no images; give a folder of images or an .npz of them"
         )
     count, manifest = len(samples.images), Path(samples.path) / "manifest.json"
     wanted = count
-    with suppress(OSError, ValueError, KeyError, TypeError):  # a folder of sample_ddp.py says how many there are to be
+    # A folder of sample_ddp.py says how many there are to be
+    with suppress(OSError, ValueError, KeyError, TypeError):
         wanted = read_json(manifest)["decides"]["num_fid_samples"]
     if wanted != count:
         raise ValueError(
@@ -94,7 +112,9 @@ def check_samples(samples: Side) -> list[str]:
     if folders > 1:
         notes.append(f"samples come from {folders} folders at or below {samples.path}")
     if samples.statistics or samples.spatial:
-        notes.append(f"{samples.path} has statistics as a reference has; of samples the images alone count")
+        notes.append(
+            f"{samples.path} has statistics as a reference has; of samples the images alone count"
+        )
     return notes
 
 
@@ -102,12 +122,10 @@ def describe(side: Side, pixels: str | None) -> dict:
     """What a report says of a Side whose images have this hash."""
     images = side.images
     return {
-        "path": side.path,
-        "images": len(images) if images else None,
-        "size": list(images.size) if images else None,
-        "sha256_of_pixels": pixels,
+        "path": side.path, "images": len(images) if images else None,
+        "size": list(images.size) if images else None, "sha256_of_pixels": pixels,
         "sha256_of_file": side.sha256,
-    }
+    }  # fmt: skip
 
 
 def installed(name: str) -> str | None:
@@ -119,7 +137,8 @@ def installed(name: str) -> str | None:
 
 
 def make_reference(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Write the statistics of all images below a folder, and some of the images, as ADM's reference files have them.
+    """Write the statistics of all images below a folder, and some of the images, as ADM's reference
+    files have them.
 
     Raises ValueError if an image cannot be read or does not fit.
     """
@@ -127,8 +146,11 @@ def make_reference(args: argparse.Namespace, accelerator: Accelerator) -> None:
     side = open_side(args.make_reference, "--make-reference", args.image_size, mine)
     assert side.images is not None  # it is a folder
     extractor, team, reading = begin(args, accelerator)
-    extractor.dimensions(side.images.size, accelerator.device)  # which finds out whether it can be used
-    summary, pixels = summarize_reference(side, extractor, accelerator.device, args.batch_size, **reading)
+    # Which finds out whether it can be used
+    extractor.dimensions(side.images.size, accelerator.device)
+    summary, pixels = summarize_reference(
+        side, extractor, accelerator.device, args.batch_size, **reading
+    )
     if not accelerator.is_main_process:
         return
     arrays: dict[str, np.ndarray | Streamed] = {}
@@ -138,12 +160,20 @@ def make_reference(args: argparse.Namespace, accelerator: Accelerator) -> None:
     width, height = side.images.size
     chosen = spread(len(side.images), MANIFOLD_IMAGES)
     rows = (side.images[i][0].numpy().transpose(1, 2, 0) for i in chosen)  # type: ignore[union-attr]  # all were read above
-    made_from = describe(side, pixels) | {"features": extractor.name, "features_sha256": extractor.sha256}
-    arrays |= {"arr_0": ((len(chosen), height, width, 3), np.uint8, rows), "made_from": np.array(json.dumps(made_from))}
+    made_from = describe(side, pixels) | {
+        "features": extractor.name,
+        "features_sha256": extractor.sha256,
+    }
+    arrays |= {
+        "arr_0": ((len(chosen), height, width, 3), np.uint8, rows),
+        "made_from": np.array(json.dumps(made_from)),
+    }
 
     def write(temporary):
         with open(temporary, "wb") as file:
             write_npz(file, arrays)
 
     write_whole(Path(args.output), write)
-    print(f"{args.output}: {', '.join(arrays)} of {len(side.images):,} images, {len(chosen):,} of them as arr_0")
+    print(
+        f"{args.output}: {', '.join(arrays)} of {len(side.images):,} images, {len(chosen):,} of them as arr_0"
+    )

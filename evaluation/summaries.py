@@ -11,7 +11,8 @@ from runtime.team import Team
 
 
 def deal(count: int, batch_size: int, team: Team = Team()) -> Iterator[list[int]]:
-    """Lists of batch_size image indices for this process, as many lists in every process, which take turns.
+    """Lists of batch_size image indices for this process, as many lists in every process, which
+    take turns.
 
     Past the end the last image stands again and again: `summarize` leaves these out.
     """
@@ -27,13 +28,15 @@ def spread(count: int, kept: int) -> list[int]:
 
 
 def summarize(
-    extractor: Extractor, batches: Iterable[tuple[Tensor, Tensor | None]], count: int, keep: int | None = None,
-    with_logits: bool = False, team: Team = Team(),
+    extractor: Extractor, batches: Iterable[tuple[Tensor, Tensor | None]], count: int,
+    keep: int | None = None, with_logits: bool = False, team: Team = Team(),
 ) -> tuple[Summary | None, Tensor | None]:  # fmt: skip
-    """(the Summary of `count` images, their digests uint8 (count, 32) or None), in the first process; (None, None) elsewhere.
+    """(the Summary of `count` images, their digests uint8 (count, 32) or None), in the first
+    process; (None, None) elsewhere.
 
-    Images come in the batches of `deal`, as (images uint8 (n, 3, H, W) on the extractor's device, digests uint8 (n, 32) or
-    None). `keep` is how many images' features are kept (default: all). Raises ValueError for features that are not finite.
+    Images come in the batches of `deal`, as (images uint8 (n, 3, H, W) on the extractor's device,
+    digests uint8 (n, 32) or None). `keep` is how many images' features are kept (default: all).
+    Raises ValueError for features that are not finite.
     """
     moments, spatial, begun = Moments(), Moments(), 0
     features: list[Tensor] = []
@@ -51,7 +54,9 @@ def summarize(
         gathered = {name: part[: count - begun] for name, part in gathered.items()}
         end = begun + len(gathered["features"])
         moments.add(gathered["features"])
-        features.append(gathered["features"].cpu()[wanted[(wanted >= begun) & (wanted < end)] - begun])
+        features.append(
+            gathered["features"].cpu()[wanted[(wanted >= begun) & (wanted < end)] - begun]
+        )
         if "spatial" in gathered:
             spatial.add(gathered["spatial"])
         for name, kept in (("logits", logits), ("digests", digests)):
@@ -60,7 +65,9 @@ def summarize(
     if team.rank:
         return None, None
     if not all(part.isfinite().all() for part in logits):
-        raise ValueError("the logits of some image are not finite; look at the images, or at the --features network")
+        raise ValueError(
+            "the logits of some image are not finite; look at the images, or at the --features network"
+        )
     summary = Summary(
         moments.statistics(), spatial.statistics() if spatial.count else None, torch.cat(features),
         torch.cat(logits) if logits else None,

@@ -6,8 +6,9 @@
     python download.py
     python examples/grids.py guidance --ckpt pretrained_models/DiT-XL-2-256x256.pt --vae mse --class-labels 207 360
 
-`interpolate` draws a row for each pair of classes, from the first to the second: the network is given embeddings on the line
-between theirs. `guidance` draws a row for each class and a column for each scale. Other flags are those of sample.py.
+`interpolate` draws a row for each pair of classes, from the first to the second: the network is
+given embeddings on the line between theirs. `guidance` draws a row for each class and a column for
+each scale. Other flags are those of sample.py.
 """
 
 import argparse
@@ -43,43 +44,49 @@ def build_parser():
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{interpolate,guidance}")
     own = dict(conflict_handler="resolve")  # some flags of sample.py mean something else here
     line = kinds.add_parser("interpolate", help="rows that go from one class to another", **own)
-    add_flags(line, labels=["1", "7", "3", "8", "4", "9", "6", "0"], labels_help="two for each row, from and to")
+    add_flags(
+        line, labels=["1", "7", "3", "8", "4", "9", "6", "0"],
+        labels_help="two for each row, from and to",
+    )  # fmt: skip
     line.add_argument(
-        "--steps-between", type=int, default=7, help="images between the two classes (default: %(default)s)"
-    )
+        "--steps-between", type=int, default=7,
+        help="images between the two classes (default: %(default)s)",
+    )  # fmt: skip
     sweep = kinds.add_parser("guidance", help="a column for each scale of guidance", **own)
     add_flags(sweep, labels=["0", "3", "5", "8"], labels_help="one for each row")
     sweep.add_argument(
-        "--cfg-scale",
-        type=float,
-        nargs="+",
-        default=[1.0, 1.5, 2.0, 4.0, 8.0],
+        "--cfg-scale", type=float, nargs="+", default=[1.0, 1.5, 2.0, 4.0, 8.0],
         help="one for each column; 1 is no guidance (default: 1 1.5 2 4 8)",
-    )
+    )  # fmt: skip
     return parser
 
 
 def add_flags(parser, labels, labels_help):
     """Add what both kinds of grid have."""
     network = add_network_flags(parser, vae=None)
-    network.add_argument("--ckpt", help="as for sample.py; goes with --vae (default: the digits of this repository)")
-    network.add_argument("--vae", help="as for sample.py; goes with --ckpt (default: that of the digits)")
-    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    network.add_argument(
+        "--ckpt", help="as for sample.py; goes with --vae (default: the digits of this repository)"
+    )
+    network.add_argument(
+        "--vae", help="as for sample.py; goes with --ckpt (default: that of the digits)"
+    )
+    network.add_argument(
+        "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
+    )
     add_process_flags(parser.add_argument_group("process"), cfg_scale=1.5)
     parser.set_defaults(sampler="dpm++")
     group = parser.add_argument_group("grid")
     group.add_argument(
-        "--class-labels",
-        nargs="+",
-        metavar="LABEL",
-        default=labels,
+        "--class-labels", nargs="+", metavar="LABEL", default=labels,
         help=f"numbers, else names if the checkpoint knows them; {labels_help} (default: {' '.join(labels)})",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--seed", type=int, default=0, help="a row's noise depends on it and the row's number (default: %(default)s)"
-    )
+        "--seed", type=int, default=0,
+        help="a row's noise depends on it and the row's number (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument(
-        "--output", help="file to write, replaced if it exists (default: interpolate.png or guidance.png)"
+        "--output",
+        help="file to write, replaced if it exists (default: interpolate.png or guidance.png)",
     )
 
 
@@ -93,16 +100,24 @@ def main(argv=None):
         with tf32(args.tf32):
             images, texts = KINDS[args.kind](args, device)
     rows, columns = images.shape[:2]
-    canvas = picture(images.reshape(-1, *images.shape[2:]), [text for row in texts for text in row], per_row=columns)
+    canvas = picture(
+        images.reshape(-1, *images.shape[2:]), [text for row in texts for text in row],
+        per_row=columns,
+    )  # fmt: skip
     try:
-        save(canvas, args.output, {key: value for key, value in vars(args).items() if key != "said"})
+        save(
+            canvas, args.output, {key: value for key, value in vars(args).items() if key != "said"}
+        )
     except ValueError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     print(f"wrote {args.output}: {rows} rows of {columns} images")
 
 
 def check_grid_flags(args):
-    """Fill in what is the digits' unless told otherwise. Raises ValueError for flags that make no sense for any network."""
+    """Fill in what is the digits' unless told otherwise.
+
+    Raises ValueError for flags that make no sense for any network.
+    """
     if (args.ckpt is None) != (args.vae is None):
         raise ValueError(
             "--ckpt and --vae go together, a network and the autoencoder that it was trained with; pass both"
@@ -115,52 +130,79 @@ def check_grid_flags(args):
 
 
 def interpolation(args, device):
-    """Images (rows, columns, H, W, 3), uint8, and their texts. Raises ValueError for flags that do not fit one another."""
+    """Images (rows, columns, H, W, 3), uint8, and their texts.
+
+    Raises ValueError for flags that do not fit one another.
+    """
     if args.steps_between < 0:
         raise ValueError(f"--steps-between is {args.steps_between}; 0 is the least")
     check_sampling_flags(args)
     if len(args.class_labels) % 2:
-        raise ValueError(f"--class-labels: {len(args.class_labels)} given; give two for each row, from and to")
+        raise ValueError(
+            f"--class-labels: {len(args.class_labels)} given; give two for each row, from and to"
+        )
     sampler = load_sampler(args, device)
     labels, names = classes_of(sampler, args.class_labels)
-    pairs, shares = list(zip(labels[::2], labels[1::2])), np.linspace(0, 1, args.steps_between + 2).tolist()
+    pairs, shares = (
+        list(zip(labels[::2], labels[1::2])),
+        np.linspace(0, 1, args.steps_between + 2).tolist(),
+    )
     network = between(sampler.network, pairs, shares).to(device)
     prepare(network, args.mixed_precision, args.compile)
     sampler = replace(sampler, network=network)
     ways = torch.arange(network.num_classes, device=device).view(len(pairs), len(shares))
     images = [draw(sampler, args.seed, [row] * len(way), way) for row, way in enumerate(ways)]
-    texts = [[a, *(f"{share:.3g}" for share in shares[1:-1]), b] for a, b in zip(names[::2], names[1::2])]
+    texts = [
+        [a, *(f"{share:.3g}" for share in shares[1:-1]), b] for a, b in zip(names[::2], names[1::2])
+    ]
     return np.stack(images), texts
 
 
 def between(network, pairs, shares):
-    """The network with other classes: for each pair (a, b) and each share s one with the embedding (1-s)·a + s·b."""
+    """The network with other classes: for each pair (a, b) and each share s one with the embedding
+    (1-s)·a + s·b.
+    """
     state = network.state_dict()
     table = state["y_embedder.embedding_table.weight"]
     mixed = torch.stack([(1 - s) * table[a] + s * table[b] for a, b in pairs for s in shares])
-    state["y_embedder.embedding_table.weight"] = torch.cat([mixed, table[network.num_classes :]])  # with the null row
+    # With the null row
+    state["y_embedder.embedding_table.weight"] = torch.cat([mixed, table[network.num_classes :]])
     new = DiT(**{**network.config, "num_classes": len(mixed)})
     new.load_state_dict(state)
     return new.eval()
 
 
 def guidance_sweep(args, device):
-    """Images (rows, columns, H, W, 3), uint8, and their texts. Raises ValueError for flags that do not fit one another."""
-    variants = [argparse.Namespace(**{**vars(args), "cfg_scale": scale}) for scale in args.cfg_scale]
+    """Images (rows, columns, H, W, 3), uint8, and their texts.
+
+    Raises ValueError for flags that do not fit one another.
+    """
+    variants = [
+        argparse.Namespace(**{**vars(args), "cfg_scale": scale}) for scale in args.cfg_scale
+    ]
     for variant in variants:
         if variant.cfg_scale == 1:
-            variant.cfg_interval = [0.0, 1.0]  # an interval is for guidance, and this column has none
+            # An interval is for guidance, and this column has none
+            variant.cfg_interval = [0.0, 1.0]
         check_sampling_flags(variant)
     first = load_sampler(variants[0], device)
     labels, names = classes_of(first, args.class_labels)
-    samplers = [replace(first, cfg_scale=each.cfg_scale, cfg_interval=each.cfg_interval) for each in variants]
+    samplers = [
+        replace(first, cfg_scale=each.cfg_scale, cfg_interval=each.cfg_interval)
+        for each in variants
+    ]
     rows = torch.tensor(labels, device=device)
     columns = [draw(sampler, args.seed, range(len(labels)), rows) for sampler in samplers]
-    return np.stack(columns, axis=1), [[f"scale {scale:g}: {name}" for scale in args.cfg_scale] for name in names]
+    return np.stack(columns, axis=1), [
+        [f"scale {scale:g}: {name}" for scale in args.cfg_scale] for name in names
+    ]
 
 
 def classes_of(sampler, given):
-    """The class indices for --class-labels, and their names. Raises ValueError for one that the network does not have."""
+    """The class indices for --class-labels, and their names.
+
+    Raises ValueError for one that the network does not have.
+    """
     if sampler.network.num_classes == 0:
         raise ValueError(
             "the network was trained without classes, so there is nothing to go between or to guide towards"
@@ -173,7 +215,9 @@ def classes_of(sampler, given):
 
 
 def draw(sampler, seed, indices, labels):
-    """Images (N, H, W, 3), a uint8 array, of labels (N,); those with the same index have the same noise."""
+    """Images (N, H, W, 3), a uint8 array, of labels (N,); those with the same index have the same
+    noise.
+    """
     return sampler.decode(sampler.numbered_latents(seed, indices, labels)).cpu().numpy()
 
 

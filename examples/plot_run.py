@@ -2,8 +2,8 @@
 
     python examples/plot_run.py results/000-DiT-XL-2 --output run.png        # pip install matplotlib
 
-Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient norm, images per second;
-with --eval-every also the scores.
+Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient
+norm, images per second; with --eval-every also the scores.
 """
 
 from pathlib import Path
@@ -25,16 +25,20 @@ from sampling.pictures import write_file
 PANELS = {
     "loss": ["loss", "mse", "vb"],
     "mse per quarter of t (1: little noise)": ["mse_q1", "mse_q2", "mse_q3", "mse_q4"],
-    "gradient norm": ["gradient_norm"],
-    "images per second": ["images_per_second"],
-}
-SCORES = {"FID": ["eval_fid"], "precision and recall": ["eval_precision", "eval_recall"]}  # where there are some
+    "gradient norm": ["gradient_norm"], "images per second": ["images_per_second"],
+}  # fmt: skip
+# Where there are some
+SCORES = {"FID": ["eval_fid"], "precision and recall": ["eval_precision", "eval_recall"]}
 
 
 def build_parser():
     parser = Parser(__file__, description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn over one another")
-    parser.add_argument("--output", default="run.png", help="picture to write (default: %(default)s)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn over one another"
+    )
+    parser.add_argument(
+        "--output", default="run.png", help="picture to write (default: %(default)s)"
+    )
     return parser
 
 
@@ -49,10 +53,14 @@ def main(argv=None):
     try:
         runs = {str(run): read_rows(run) for run in args.runs}
     except OSError as error:
-        parser.error(f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py")
+        parser.error(
+            f"cannot read {error.filename} ({error.strerror}); give a run folder of train.py"
+        )
     except ValueError as error:
         parser.error(str(error))
-    panels = PANELS | (SCORES if any("eval_fid" in row for rows in runs.values() for row in rows) else {})
+    panels = PANELS | (
+        SCORES if any("eval_fid" in row for rows in runs.values() for row in rows) else {}
+    )
     figure = Figure(figsize=(11, 3.5 * len(panels) / 2), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(panels) // 2, 2).flat, panels.items()):
         for style, (run, rows) in zip(itertools.cycle(["-", "--", ":", "-."]), runs.items()):
@@ -71,7 +79,10 @@ def main(argv=None):
 
 
 def read_rows(run):
-    """The rows of a run's metrics, dicts in the order of their steps. Raises ValueError, naming the line, for others."""
+    """The rows of a run's metrics, dicts in the order of their steps.
+
+    Raises ValueError, naming the line, for others.
+    """
     path, rows = run / "metrics.jsonl", []
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -83,7 +94,9 @@ def read_rows(run):
                 raise ValueError("its step is no whole number")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             where = f"line {number} of {path}"
-            raise ValueError(f"{where} has no metrics ({error}); give a run folder of train.py") from None
+            raise ValueError(
+                f"{where} has no metrics ({error}); give a run folder of train.py"
+            ) from None
     return rows
 
 

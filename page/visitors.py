@@ -1,7 +1,9 @@
-"""The visitors of app.py's page: what they may ask its server for, and whether they are still there.
+"""The visitors of app.py's page: what they may ask its server for, and whether they are still
+there.
 
-Gradio serves many routes that this page has no use for: they take files, fetch addresses, or run a function past the queue.
-A Gate before them lets through what the page needs and refuses the rest, before a byte of it is read.
+Gradio serves many routes that this page has no use for: they take files, fetch addresses, or run a
+function past the queue. A Gate before them lets through what the page needs and refuses the rest,
+before a byte of it is read.
 """
 
 import asyncio
@@ -65,7 +67,9 @@ class Visitors:
 
     @contextmanager
     def listening(self, key: str) -> Iterator[None]:
-        """Within it, the visitor with this session, or who asked for the job with this id, is there."""
+        """Within it, the visitor with this session, or who asked for the job with this id, is
+        there.
+        """
         session = self.session_of(key)
         self._listening[session] += 1
         try:
@@ -80,7 +84,9 @@ class Visitors:
         self._seen[session] = time.monotonic()
 
     def notice(self) -> None:
-        """Note that those sessions ask now that have a job and are not known yet: Gradio names some itself."""
+        """Note that those sessions ask now that have a job and are not known yet: Gradio names some
+        itself.
+        """
         for event in self._events():
             self._seen.setdefault(event.session_hash, time.monotonic())
 
@@ -107,7 +113,9 @@ class Visitors:
             self.queue.pending_messages_per_session.pop(session, None)
         kept = {session for session, count in self._listening.items() if count} | sessions
         self._seen = {session: when for session, when in self._seen.items() if session in kept}
-        self._listening = Counter({session: count for session, count in self._listening.items() if count})
+        self._listening = Counter(
+            {session: count for session, count in self._listening.items() if count}
+        )
 
     def tidy(self) -> None:
         """Delete the oldest pictures until the rest has at most MOST_KEPT bytes."""
@@ -123,7 +131,9 @@ class Visitors:
 
 
 class Gate:
-    """ASGI middleware: passes on what the page needs, refuses everything else, and tells Visitors who is there."""
+    """ASGI middleware: passes on what the page needs, refuses everything else, and tells Visitors
+    who is there.
+    """
 
     def __init__(self, app: Any, visitors: Visitors, function: int, inputs: int) -> None:
         """`function` is Gradio's number of ENDPOINT, which takes `inputs` values."""
@@ -157,7 +167,10 @@ class Gate:
         if key is None:
             await self.app(scope, self.until_closed(receive), send)
         elif not self.visitors.expects(key):
-            await refuse(send, 404, "nothing was asked for under this name, or nobody listened for it in time; ask again")
+            await refuse(
+                send, 404,
+                "nothing was asked for under this name, or nobody listened for it in time; ask again",
+            )  # fmt: skip
             return
         else:
             with self.visitors.listening(key):
@@ -171,7 +184,9 @@ class Gate:
                 await send({"type": "http.response.body", "body": b""})
 
     def until_closed(self, receive: Receive) -> Receive:
-        """A `receive` to which every client has left once the page is closed: some answers have no end of their own."""
+        """A `receive` to which every client has left once the page is closed: some answers have no
+        end of their own.
+        """
 
         async def next_message() -> dict[str, Any]:
             message = asyncio.ensure_future(receive())
@@ -202,7 +217,10 @@ class Gate:
         await self.visitors.make_room()
         session = asked.get("session_hash") if path != CANCEL else None
         if self.visitors.jobs_of(session) >= MOST_EACH:
-            await refuse(send, 429, f"{MOST_EACH} drawings of yours wait or are drawn; ask again when one is done")
+            await refuse(
+                send, 429,
+                f"{MOST_EACH} drawings of yours wait or are drawn; ask again when one is done",
+            )  # fmt: skip
             return
         if session:
             self.visitors.asked(session)
@@ -211,26 +229,39 @@ class Gate:
         self.visitors.notice()
 
     def job(self, asked: Any) -> dict[str, Any]:
-        """What Gradio needs to know of a job. Raises ValueError if it is none that ENDPOINT can take."""
+        """What Gradio needs to know of a job.
+
+        Raises ValueError if it is none that ENDPOINT can take.
+        """
         data = asked.get("data") if isinstance(asked, dict) else None
         if not isinstance(data, list) or len(data) != self.inputs:
             raise ValueError(f"give data, a list of the {self.inputs} choices")
         session, trigger = asked.get("session_hash"), asked.get("trigger_id")
-        if session is not None and not (isinstance(session, str) and re.fullmatch(r"[\w-]{1,64}", session, re.ASCII)):
+        if session is not None and not (
+            isinstance(session, str) and re.fullmatch(r"[\w-]{1,64}", session, re.ASCII)
+        ):
             raise ValueError("session_hash is up to 64 letters and digits")
-        known = {"data": [plain(value) for value in data], "session_hash": session, "fn_index": self.function}
+        known = {
+            "data": [plain(value) for value in data], "session_hash": session,
+            "fn_index": self.function,
+        }  # fmt: skip
         return known | ({"trigger_id": trigger} if type(trigger) is int else {})
 
 
 def plain(value: Any) -> Any:
-    """A value of JSON, with every dict and every list within a list as a text: Gradio fetches what some dicts name."""
+    """A value of JSON, with every dict and every list within a list as a text: Gradio fetches what
+    some dicts name.
+    """
     if isinstance(value, list):
         return [reprlib.repr(item) if isinstance(item, (dict, list)) else item for item in value]
     return reprlib.repr(value) if isinstance(value, dict) else value
 
 
 async def read_body(receive: Receive) -> bytes:
-    """A request's body. Raises OverflowError for more than LARGEST_BODY bytes, ConnectionError if the client left."""
+    """A request's body.
+
+    Raises OverflowError for more than LARGEST_BODY bytes, ConnectionError if the client left.
+    """
     body, more = b"", True
     while more:
         message = await receive()
@@ -261,6 +292,9 @@ def with_length(scope: Scope, length: int) -> Scope:
 async def refuse(send: Send, status: int, detail: str) -> None:
     """Answer with an error, in the form that Gradio's clients read, and close the connection."""
     body = json.dumps({"detail": detail}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers = [
+        (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]  # fmt: skip
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

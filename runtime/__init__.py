@@ -1,1 +1,4 @@
-"""What any program needs of the machine: devices, files, processes, the command line. It knows no network."""
+"""What any program needs of the machine: devices, files, processes, the command line.
+
+It knows no network.
+"""

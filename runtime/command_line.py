@@ -1,6 +1,8 @@
-"""What all doors share: the parser of their command lines, and how they end when they are interrupted or something is refused.
+"""What all doors share: the parser of their command lines, and how they end when they are
+interrupted or something is refused.
 
-It imports the standard library alone, so that a door can import it before PyTorch, which takes seconds.
+It imports the standard library alone, so that a door can import it before PyTorch, which takes
+seconds.
 """
 
 import argparse
@@ -15,31 +17,43 @@ import signal
 import sys
 from typing import Any, NoReturn, TextIO
 
-INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # exit codes, as shells have them for SIGINT and SIGPIPE
+# Exit codes, as shells have them for SIGINT and SIGPIPE
+INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13
 LONGEST_MESSAGE = 1000  # characters; a number with thousands of digits is cut in its middle
-OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|integer multiplication overflow|size calculation overflow")
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator|out of memory|integer multiplication overflow|size calculation overflow"
+)
 LOST_WORKER = "the system ends one where memory is short (dmesg tells); pass fewer --num-workers, or give the job more memory"
 # What torch says when another process of the job is no more.
-PEER = re.compile(r"gloo|NCCL|Connection (?:reset|closed) by peer|TCPStore|Broken pipe", re.IGNORECASE)
+PEER = re.compile(
+    r"gloo|NCCL|Connection (?:reset|closed) by peer|TCPStore|Broken pipe", re.IGNORECASE
+)
 PEER_GONE = "another process of this job has ended, or cannot be reached; look at what it said"
 AMOUNT = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")  # as a library's message has it
 
-Main = Callable[..., None]  # takes argv, the words of the command line; None for those of this process
+# Takes argv, the words of the command line; None for those of this process
+Main = Callable[..., None]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that keeps a description's lines, takes whole names of options only, refuses empty values, and says
-    which value counts when an option is given twice. Messages begin with the name of the door, whose __file__ it is given.
+    """An ArgumentParser that keeps a description's lines, takes whole names of options only,
+    refuses empty values, and says which value counts when an option is given twice. Messages begin
+    with the name of the door, whose __file__ it is given.
     """
 
     def __init__(self, prog: str, **options: Any) -> None:
-        own: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        own: dict[str, Any] = {
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        }
         super().__init__(Path(prog).name, **own | options)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse has overloads here
-        """As argparse has it; a subcommand's parser is asked for its own part of the command line."""
+    # Argparse has overloads here
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it; a subcommand's parser is asked for its own part of the command line.
+        """
         words = list(sys.argv[1:] if args is None else args)
         self._check_words(words)
         parsed = super().parse_known_args(words, namespace)
@@ -49,7 +63,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _check_words(self, words):
-        """Leave the program if a value is empty, as that of an unset variable is, or cannot be a name of a file."""
+        """Leave the program if a value is empty, as that of an unset variable is, or cannot be a
+        name of a file.
+        """
         option = "an argument"
         for word in words:
             name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -57,7 +73,9 @@ class Parser(argparse.ArgumentParser):
             if not value and (equals or not name):
                 self.error(f"{option} is empty; give a value, or leave it out")
             if "\0" in word:
-                self.error(f"{option} has a zero byte, which no name of a file has; give another value")
+                self.error(
+                    f"{option} has a zero byte, which no name of a file has; give another value"
+                )
 
     def _repetitions(self, words):
         """Yields a sentence for each option that is given several times with different values."""
@@ -65,7 +83,9 @@ class Parser(argparse.ArgumentParser):
         for name, values in self._occurrences(words):
             action = self._option_string_actions[name]
             count = 1 if action.nargs is None else action.nargs  # "+" takes whatever follows
-            given.setdefault(action, []).append((name, values[:count] if isinstance(count, int) else values))
+            given.setdefault(action, []).append(
+                (name, values[:count] if isinstance(count, int) else values)
+            )
         for times in given.values():
             names, last = dict.fromkeys(name for name, _ in times), times[-1]
             if any(values != last[1] or not values and name != last[0] for name, values in times):
@@ -86,12 +106,15 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def given(self, words: list[str] | None) -> frozenset[str]:
-        """The names of the arguments that a command line (None: this process's) gives, also those it gives at their default."""
+        """The names of the arguments that a command line (None: this process's) gives, also those
+        it gives at their default.
+        """
         occurrences = self._occurrences(list(sys.argv[1:] if words is None else words))
         return frozenset(self._option_string_actions[option].dest for option, _ in occurrences)
 
     def worded(self, message: str) -> str:
-        """A library's message with its arguments as this parser's flags: `cfg_scale=1` becomes --cfg-scale 1.
+        """A library's message with its arguments as this parser's flags: `cfg_scale=1` becomes
+        --cfg-scale 1.
 
         What stands in backticks and is no argument of this parser stays as it is.
         """
@@ -100,7 +123,12 @@ class Parser(argparse.ArgumentParser):
     def _worded(self, found):
         """The flag, and its value if there is one, for an argument in backticks."""
         name, value = found.groups()
-        options = [option for action in self._actions if action.dest == name for option in action.option_strings]
+        options = [
+            option
+            for action in self._actions
+            if action.dest == name
+            for option in action.option_strings
+        ]
         if not options:
             return found.group()
         if value in ("True", "False"):
@@ -108,16 +136,22 @@ class Parser(argparse.ArgumentParser):
         return options[0] if value is None else f"{options[0]} {value}"
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, worded and in one line, and leave the program with code 2."""
+        """Print the usage and the message, worded and in one line, and leave the program with code
+        2.
+        """
         super().error(one_line(self.worded(message)))
 
     def fail(self, message: str) -> NoReturn:
-        """Print the message, worded and in one line, and leave the program with code 1: for what fails once the work has begun."""
+        """Print the message, worded and in one line, and leave the program with code 1: for what
+        fails once the work has begun.
+        """
         self.exit(1, f"{self.prog}: error: {one_line(self.worded(message))}\n")
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Within it, a ValueError, or an OSError such as that of a name too long, ends the program as error() does."""
+        """Within it, a ValueError, or an OSError such as that of a name too long, ends the program
+        as error() does.
+        """
         try:
             yield
         except (ValueError, OSError) as error:
@@ -127,12 +161,16 @@ class Parser(argparse.ArgumentParser):
 def reason(error: Exception) -> str:
     """What an error says; an OSError names its file first, and not its number."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        return (
+            f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        )
     return str(error) or type(error).__name__
 
 
 def one_line(text: str) -> str:
-    """The text with every character that would break a line or a terminal written as an escape, and of bounded length."""
+    """The text with every character that would break a line or a terminal written as an escape, and
+    of bounded length.
+    """
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if len(text) <= LONGEST_MESSAGE:
         return text
@@ -141,15 +179,18 @@ def one_line(text: str) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, which speaks for all, or the only one."""
+    """Whether this is the first of the processes that a launcher started, which speaks for all, or
+    the only one.
+    """
     return os.environ.get("RANK", "").strip() in ("", "0")
 
 
 def door(lower: str = "", resumes: bool = False) -> Callable[[Main], Main]:
-    """A decorator for a door's main: Ctrl-C, a closed pipe, a refusing disk and too little memory end the program with a line.
+    """A decorator for a door's main: Ctrl-C, a closed pipe, a refusing disk and too little memory
+    end the program with a line.
 
-    `lower` are the flags that memory depends on; `resumes`: the same command goes on where it was interrupted. Within main
-    every text can be printed, whatever the locale.
+    `lower` are the flags that memory depends on; `resumes`: the same command goes on where it was
+    interrupted. Within main every text can be printed, whatever the locale.
     """
 
     def decorate(main: Main) -> Main:
@@ -177,11 +218,13 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
             sys.stdout.flush()
     except KeyboardInterrupt:
         if as_script:
-            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a second one must not disturb the clearing up
+            # A second one must not disturb the clearing up
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         again = "; the same command goes on" if resumes else ""
         raise ended(INTERRUPTED, f"{prog}: interrupted{again}", is_first_process()) from None
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):  # whoever read it has seen enough
+        # Whoever read it has seen enough
+        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):
             raise ended(PIPE_CLOSED, f"{prog}: nobody reads the output", said=False) from None
         again = "; mend that, and the same command goes on" if resumes else ""
         raise ended(1, f"{prog}: error: {reason(error)}{again}") from None
@@ -200,7 +243,9 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
 
 
 def why_lost(error: Exception) -> str | None:
-    """That a loader's worker or another process of the job is no more, if an error of torch says so; None for others."""
+    """That a loader's worker or another process of the job is no more, if an error of torch says
+    so; None for others.
+    """
     text = str(error)
     first = text.splitlines()[0].rstrip(" .")[:200] if text else ""
     if "DataLoader worker" in text:
@@ -210,7 +255,9 @@ def why_lost(error: Exception) -> str | None:
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Within it, standard streams that were closed lead nowhere: what is opened next must not take their numbers."""
+    """Within it, standard streams that were closed lead nowhere: what is opened next must not take
+    their numbers.
+    """
     fill_descriptors()
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -232,7 +279,9 @@ def fill_descriptors() -> None:
 
 @contextmanager
 def printable() -> Iterator[None]:
-    """Within it, what the terminal's encoding lacks is printed as an escape rather than raising UnicodeEncodeError."""
+    """Within it, what the terminal's encoding lacks is printed as an escape rather than raising
+    UnicodeEncodeError.
+    """
     streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -254,7 +303,9 @@ def is_unread(stream: TextIO | None) -> bool:
 
 
 def leave_nothing(stream: TextIO | None) -> None:
-    """Write what a stream holds back, or, if it cannot be written, throw it away: the interpreter would complain at its end."""
+    """Write what a stream holds back, or, if it cannot be written, throw it away: the interpreter
+    would complain at its end.
+    """
     try:
         if stream:
             stream.flush()
@@ -264,7 +315,9 @@ def leave_nothing(stream: TextIO | None) -> None:
 
 
 def ended(code: int, line: str, said: bool = True) -> SystemExit:
-    """The SystemExit with this code, its text a line that has been printed, if it is to be said, where that can be."""
+    """The SystemExit with this code, its text a line that has been printed, if it is to be said,
+    where that can be.
+    """
     line = one_line(line)
     if said:
         with suppress(OSError):
@@ -275,7 +328,8 @@ def ended(code: int, line: str, said: bool = True) -> SystemExit:
 
 
 def end_at_interrupt() -> None:
-    """From here on Ctrl-C ends the program at once with a line; main, made by `door`, answers it from its beginning on.
+    """From here on Ctrl-C ends the program at once with a line; main, made by `door`, answers it
+    from its beginning on.
 
     For scripts, before they import what takes seconds.
     """

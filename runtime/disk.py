@@ -11,13 +11,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 LONGEST_NAME = 255  # bytes, on the file systems that are met
-# What the system says where a folder cannot be opened or synced, as on Windows and on some network disks.
-NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+# What the system says where a folder cannot be opened or synced, as on Windows and on some network
+# disks.
+NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES,
+    errno.EPERM, errno.EISDIR,
+}  # fmt: skip
 
 
 @contextmanager
 def readable_name(path: Path | str) -> Iterator[Path]:
-    """The path; if it is not in UTF-8, which libraries that are not Python's refuse, a link to it that is."""
+    """The path; if it is not in UTF-8, which libraries that are not Python's refuse, a link to it
+    that is.
+    """
     path = Path(path)
     try:
         str(path).encode()
@@ -37,7 +43,9 @@ def check_name(path: Path) -> None:
             path.lstat()
     except (OSError, ValueError) as error:  # the second of a name with a zero byte
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{str(path)[:300]} is no name for a file or folder ({reason}); give another") from None
+        raise ValueError(
+            f"{str(path)[:300]} is no name for a file or folder ({reason}); give another"
+        ) from None
 
 
 def file_hash(path: Path | str) -> str:
@@ -47,7 +55,9 @@ def file_hash(path: Path | str) -> str:
 
 
 def hidden_name(path: Path, suffix: str) -> Path:
-    """A hidden name in the folder of `path`: its own with this suffix, cut if only the suffix makes it too long."""
+    """A hidden name in the folder of `path`: its own with this suffix, cut if only the suffix makes
+    it too long.
+    """
     name = path.name
     if len(os.fsencode(name)) <= LONGEST_NAME:
         while len(os.fsencode(f".{name}{suffix}")) > LONGEST_NAME:
@@ -56,9 +66,11 @@ def hidden_name(path: Path, suffix: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), bring the file safely to disk, and give it its name; a failed write leaves nothing.
+    """Call write(temporary path), bring the file safely to disk, and give it its name; a failed
+    write leaves nothing.
 
-    Raises OSError if the disk refuses, or if something else than a file has the name: a device would be gone for all.
+    Raises OSError if the disk refuses, or if something else than a file has the name: a device
+    would be gone for all.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file, and is not replaced by one", str(path))
@@ -73,16 +85,21 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         if not isinstance(error, Exception):  # Ctrl-C
             raise
         reason: BaseException | None = error
-        while reason and not isinstance(reason, OSError):  # torch.save hides the disk's answer behind its own
+        # torch.save hides the disk's answer behind its own
+        while reason and not isinstance(reason, OSError):
             reason = reason.__context__
         if isinstance(reason, OSError) and reason.errno:
-            raise OSError(reason.errno, reason.strerror, str(path)) from None  # for a message that names the file
+            # For a message that names the file
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
         raise (reason or error) from None
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder safely to disk, where its file system can do that. Raises OSError if the disk refuses."""
+    """Bring the names in a folder safely to disk, where its file system can do that.
+
+    Raises OSError if the disk refuses.
+    """
     try:
         _to_disk(folder, os.O_RDONLY)
     except OSError as error:

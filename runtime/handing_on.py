@@ -6,7 +6,8 @@ from typing import Any
 
 
 def handed_on(wing: str, rooms: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's __getattr__ for {room: names, separated by spaces}, so that importing the wing loads none of them.
+    """A module's __getattr__ for {room: names, separated by spaces}, so that importing the wing
+    loads none of them.
 
     It raises AttributeError for any other name.
     """

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-MOST_TEXT = 256 << 20  # bytes of a file of text that is read; a list of a million files is far below
+# Bytes of a file of text that is read; a list of a million files is far below
+MOST_TEXT = 256 << 20
 MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
 
 
@@ -17,14 +18,19 @@ def read_json(file: Path) -> dict:
     try:
         contents = parse_json(read_bounded(file))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
+        raise ValueError(
+            f"cannot read {file} ({getattr(error, 'strerror', None) or error})"
+        ) from None
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is no configuration: it holds a {type(contents).__name__}")
     return contents
 
 
 def read_bounded(path: Path | str, most: int = MOST_TEXT) -> bytes:
-    """What is in a file, or comes out of a pipe. Raises ValueError for more than `most` bytes, as devices without end have."""
+    """What is in a file, or comes out of a pipe.
+
+    Raises ValueError for more than `most` bytes, as devices without end have.
+    """
     with open(path, "rb") as file:
         contents = file.read(most + 1)
     if len(contents) > most:
@@ -33,7 +39,10 @@ def read_bounded(path: Path | str, most: int = MOST_TEXT) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError if it is none, or has numbers or a depth that no sensible one has."""
+    """What a JSON text says.
+
+    Raises ValueError if it is none, or has numbers or a depth that no sensible one has.
+    """
 
     def refuse(name):
         raise ValueError(f"it has the number {name}, which JSON does not know")

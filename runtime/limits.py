@@ -1,4 +1,6 @@
-"""Which numbers flags may have, in every door: what is far beyond all that exists is refused before any work."""
+"""Which numbers flags may have, in every door: what is far beyond all that exists is refused before
+any work.
+"""
 
 from argparse import Namespace
 import os
@@ -19,7 +21,8 @@ class Range(NamedTuple):
     most: float
 
 
-# Flag → its range. Upper ends are generous: nobody's sensible use is refused, and nothing that passes overflows.
+# Flag → its range. Upper ends are generous: nobody's sensible use is refused, and nothing that
+# passes overflows.
 RANGES = {
     "image_size": Range(1, IMAGE_SIZE),
     "num_classes": Range(0, MOST_CLASSES),
@@ -57,18 +60,24 @@ MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "cfg_scale": 64}
 
 
 def check_numbers(args: Namespace, **others: Range) -> None:
-    """Raise ValueError for a number out of its range, or for too many values after a flag; `others` add to RANGES."""
+    """Raise ValueError for a number out of its range, or for too many values after a flag; `others`
+    add to RANGES.
+    """
     ranges = RANGES | others
     for name in ranges | MOST_VALUES:
         given = getattr(args, name, None)
         values = given if isinstance(given, list) else [] if given is None else [given]
         if len(values) > MOST_VALUES.get(name, len(values)):
-            raise ValueError(f"{flag(name)} has {len(values)} values; it takes {MOST_VALUES[name]} at most")
+            raise ValueError(
+                f"{flag(name)} has {len(values)} values; it takes {MOST_VALUES[name]} at most"
+            )
         for value in values if name in ranges else ():
             least, most = ranges[name]
             if not least <= value <= most:
                 is_small = isinstance(value, int) and value < least
-                wanted = f"at least {least}" if is_small else f"from {bound(least)} to {bound(most)}"
+                wanted = (
+                    f"at least {least}" if is_small else f"from {bound(least)} to {bound(most)}"
+                )
                 raise ValueError(f"{flag(name)} is {short(value)}; it must be {wanted}")
 
 
@@ -89,7 +98,9 @@ def bound(number: float) -> str:
 
 
 def check_memory(images: int, side: int, lower: str) -> None:
-    """Raise ValueError if so many images of side × side pixels are more than the machine's memory; `lower` names the flags."""
+    """Raise ValueError if so many images of side × side pixels are more than the machine's memory;
+    `lower` names the flags.
+    """
     wanted, there = images * side * side * CHANNELS, memory()
     if there is not None and wanted > there:
         raise ValueError(

@@ -10,13 +10,15 @@ import numpy as np
 
 IMAGES, LABELS = "arr_0", "arr_1"
 BOMB, SMALL = 500, 1 << 30  # times that an array may be packed, if it is larger than so many bytes
-Streamed = tuple[tuple[int, ...], type | np.dtype, Iterable[np.ndarray]]  # an array: shape, dtype, rows one at a time
+# An array: shape, dtype, rows one at a time
+Streamed = tuple[tuple[int, ...], type | np.dtype, Iterable[np.ndarray]]
 
 
 def array_names(path: Path | str, whole: bool = False) -> set[str]:
     """The names of the arrays in an .npz; with `whole`, every byte in it is looked at.
 
-    Raises ValueError if one is damaged, or packed so that it must be a trap; zipfile's and zlib's errors if it is no archive.
+    Raises ValueError if one is damaged, or packed so that it must be a trap; zipfile's and zlib's
+    errors if it is no archive.
     """
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
@@ -31,7 +33,9 @@ def array_names(path: Path | str, whole: bool = False) -> set[str]:
 
 
 def open_array(path: Path | str, name: str) -> np.ndarray:
-    """An array of an .npz, mapped from the file where it is not compressed. Raises ValueError, KeyError or OSError.
+    """An array of an .npz, mapped from the file where it is not compressed.
+
+    Raises ValueError, KeyError or OSError.
 
     It is looked at in its header before anything is read or made room for.
     """
@@ -41,14 +45,17 @@ def open_array(path: Path | str, name: str) -> np.ndarray:
             shape, fortran_order, dtype = _header(file, name)
             header = file.tell()
     if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects, which are not read; save it as an array of numbers")
+        raise ValueError(
+            f"{name} holds Python objects, which are not read; save it as an array of numbers"
+        )
     size = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or size != info.file_size - header:
         raise OSError(f"{name} is cut short, or its header is wrong: it says {shape} {dtype}")
     if info.compress_type != zipfile.ZIP_STORED or fortran_order or not size:
         with np.load(path) as file:
             return file[name]
-    with open(path, "rb") as file:  # the length of the name and of the extra field stand in the file's local header
+    # The length of the name and of the extra field stand in the file's local header
+    with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2").astype(int)
     offset = int(info.header_offset + 30 + lengths.sum() + header)
@@ -58,21 +65,33 @@ def open_array(path: Path | str, name: str) -> np.ndarray:
 
 
 def _header(file, name):
-    """(shape, whether it is in Fortran's order, dtype) of an array in .npy's format. Raises ValueError for nonsense."""
+    """(shape, whether it is in Fortran's order, dtype) of an array in .npy's format.
+
+    Raises ValueError for nonsense.
+    """
     version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in readers:
-        raise ValueError(f"{name} is in version {version} of .npy's format, which has named fields; save it as plain numbers")
+        raise ValueError(
+            f"{name} is in version {version} of .npy's format, which has named fields; save it as plain numbers"
+        )
     try:
         return readers[version](file)
     except Exception as error:  # of nonsense, Python's parser makes many kinds
-        raise ValueError(f"{name} has a header that is none ({(str(error) or type(error).__name__)[:200]})") from None
+        raise ValueError(
+            f"{name} has a header that is none ({(str(error) or type(error).__name__)[:200]})"
+        ) from None
 
 
 def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray | Streamed]) -> None:
-    """Write arrays, a dict of name → array, to an open file as an .npz without compression; equal arrays, equal bytes.
+    """Write arrays, a dict of name → array, to an open file as an .npz without compression; equal
+    arrays, equal bytes.
 
-    Instead of an array, (shape, dtype, rows) may stand, whose rows are taken one at a time: they need not fit in memory.
+    Instead of an array, (shape, dtype, rows) may stand, whose rows are taken one at a time: they
+    need not fit in memory.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -81,11 +100,11 @@ def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray | Streamed]) -> No
                 array = (array.shape, array.dtype, [array])
             shape, dtype, rows = array
             header = {
-                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                "fortran_order": False,
+                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
                 "shape": tuple(shape),
-            }
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:  # an entry without a time
+            }  # fmt: skip
+            # An entry without a time
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:
                 np.lib.format.write_array_header_1_0(out, header)
                 size = int(np.prod(shape)) * np.dtype(dtype).itemsize
                 for row in rows:

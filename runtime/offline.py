@@ -4,11 +4,16 @@ from collections.abc import Iterator
 import socket
 
 # Kinds of httpx and requests, which are not imported for this.
-CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError", "NameResolutionError", "NewConnectionError", "MaxRetryError"}
+CONNECTION = {
+    "ConnectError", "ConnectTimeout", "ProxyError", "NameResolutionError", "NewConnectionError",
+    "MaxRetryError",
+}  # fmt: skip
 
 
 def why_offline(error: BaseException) -> str | None:
-    """That there is no network, in words, if an error or what caused it says so; None for other errors."""
+    """That there is no network, in words, if an error or what caused it says so; None for other
+    errors.
+    """
     kinds = list(_causes(error))
     if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in kinds):
         return "this machine is set to be offline, by HF_HUB_OFFLINE"

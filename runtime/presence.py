@@ -1,4 +1,6 @@
-"""Which of the processes that share work through a folder are at it, so that none waits for one that is gone."""
+"""Which of the processes that share work through a folder are at it, so that none waits for one
+that is gone.
+"""
 
 from contextlib import suppress
 import os
@@ -10,11 +12,12 @@ from runtime.surroundings import Place
 
 
 class Presence:
-    """A context manager: within it this process is seen to be at work in the folder, and sees the others.
+    """A context manager: within it this process is seen to be at work in the folder, and sees the
+    others.
 
-    Each process holds a lock on a file of its own, .process-RANK, which the system takes back from a
-    process that was killed. A process that ends by an exception leaves its file. With `only`, entering
-    raises ValueError if another process of the same rank is there.
+    Each process holds a lock on a file of its own, .process-RANK, which the system takes back from
+    a process that was killed. A process that ends by an exception leaves its file. With `only`,
+    entering raises ValueError if another process of the same rank is there.
     """
 
     def __init__(self, folder: Path, place: Place, only: bool = False) -> None:
@@ -29,11 +32,18 @@ class Presence:
             is_own = lock(self.handle)
             if is_own:
                 os.ftruncate(self.handle, 0)
-                os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.pwrite(
+                    self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0
+                )
             self.began = os.fstat(self.handle).st_mtime_ns
         if self.only and not is_own:
-            holder = self._path(self.place.rank).read_text(encoding="utf-8", errors="replace").strip() or "another process"
-            raise ValueError(f"{self.folder} is being written by {holder}; wait until that ends or stop it")
+            holder = (
+                self._path(self.place.rank).read_text(encoding="utf-8", errors="replace").strip()
+                or "another process"
+            )
+            raise ValueError(
+                f"{self.folder} is being written by {holder}; wait until that ends or stop it"
+            )
         for rank in range(self.place.world_size):
             self.at_work(rank)
         return self
@@ -69,8 +79,10 @@ class Presence:
         return there
 
     def is_gone(self, rank: int) -> bool:
-        """Whether a process that has been there since this one began is no more, its work not done."""
-        if self.at_work(rank) or self.handle is None or not self._path(rank).exists():  # it never was there, or ended well
+        """Whether a process that has been there since this one began is no more, its work not done.
+        """
+        # It never was there, or ended well
+        if self.at_work(rank) or self.handle is None or not self._path(rank).exists():
             return False
         try:
             return rank in self.seen or self._path(rank).stat().st_mtime_ns >= self.began
@@ -89,11 +101,16 @@ class Presence:
                 "give the same command again, which goes on"
             )
         absent = [str(rank) for rank in sorted(ranks) if not self.at_work(rank)]
-        return f" (process {', '.join(absent)} of {self.place.world_size} is not there: start it)" if absent else ""
+        return (
+            f" (process {', '.join(absent)} of {self.place.world_size} is not there: start it)"
+            if absent
+            else ""
+        )
 
 
 def lock(file: int | BinaryIO) -> bool:
-    """Whether this process could take the lock of an open file, which it holds until that is closed.
+    """Whether this process could take the lock of an open file, which it holds until that is
+    closed.
 
     Raises OSError where there are no locks.
     """

@@ -1,4 +1,6 @@
-"""What surrounds a process: its place among others, what its launcher asks for, and which packages are installed."""
+"""What surrounds a process: its place among others, what its launcher asks for, and which packages
+are installed.
+"""
 
 from importlib.util import find_spec
 import os
@@ -8,15 +10,14 @@ TORCHRUN = "start the processes with torchrun (docs/training.md), or one alone w
 # Launchers that start processes without RANK and WORLD_SIZE: where they say how many, and which.
 COUNTED_BY = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), "mpiexec": ("PMI_SIZE", "PMI_RANK"),
     "mvapich's mpirun": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
     "jsrun": ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
-    "flux run": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
-    "PALS's aprun": ("PALS_SIZE", "PALS_RANKID"),
+    "flux run": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK"), "PALS's aprun": ("PALS_SIZE", "PALS_RANKID"),
     "prun": ("PMIX_SIZE", "PMIX_RANK"),
-}
-# What `accelerate launch` hands over in the environment and the scripts here do in another way, or not at all.
+}  # fmt: skip
+# What `accelerate launch` hands over in the environment and the scripts here do in another way, or
+# not at all.
 ACCELERATE_SWITCHES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "its own FSDP (train.py has --fsdp)",
@@ -39,10 +40,12 @@ class Place(NamedTuple):
 
 
 def own_place() -> Place:
-    """This process's Place, from RANK and WORLD_SIZE as torchrun sets them; alone, if both are absent or empty.
+    """This process's Place, from RANK and WORLD_SIZE as torchrun sets them; alone, if both are
+    absent or empty.
 
-    Empty ones are taken out of the environment. Raises ValueError if they make no sense, or if another
-    launcher started several processes and did not set them: then each process would do the whole work.
+    Empty ones are taken out of the environment. Raises ValueError if they make no sense, or if
+    another launcher started several processes and did not set them: then each process would do the
+    whole work.
     """
     told = {name: os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE")}
     if not any(told.values()) and os.environ.get("LOCAL_RANK", "").strip():
@@ -54,7 +57,9 @@ def own_place() -> Place:
         return Place()
     for name, text in told.items():
         if not text.isdecimal():
-            raise ValueError(f"the environment has {name}={text!r} beside {_other(told, name)}; {TORCHRUN}")
+            raise ValueError(
+                f"the environment has {name}={text!r} beside {_other(told, name)}; {TORCHRUN}"
+            )
     local = os.environ.get("LOCAL_RANK", "").strip()
     if local and not local.isdecimal():
         raise ValueError(f"the environment has LOCAL_RANK={local!r}; {TORCHRUN}")
@@ -84,7 +89,9 @@ def _whole(text):
 
 
 def lone_task_note() -> str | None:
-    """What to say if SLURM has several tasks for this job and nothing but this process was started; None otherwise."""
+    """What to say if SLURM has several tasks for this job and nothing but this process was started;
+    None otherwise.
+    """
     tasks = _whole(os.environ.get("SLURM_NTASKS", ""))
     if tasks < 2 or os.environ.get("WORLD_SIZE", "").strip():
         return None
@@ -92,7 +99,8 @@ def lone_task_note() -> str | None:
 
 
 def check_accelerate(**own: object) -> None:
-    """Raise ValueError if `accelerate launch` asks for what the script does not do, or not by the script's own flags.
+    """Raise ValueError if `accelerate launch` asks for what the script does not do, or not by the
+    script's own flags.
 
     `own` are the values of these flags by name, such as mixed_precision="bf16".
     """
@@ -103,12 +111,18 @@ def check_accelerate(**own: object) -> None:
                 "switch it off with accelerate config"
             )
     if device := os.environ.get("ACCELERATE_TORCH_DEVICE", "").strip():
-        raise ValueError(f"the environment has ACCELERATE_TORCH_DEVICE={device}, which is not heeded here; pass --device")
+        raise ValueError(
+            f"the environment has ACCELERATE_TORCH_DEVICE={device}, which is not heeded here; pass --device"
+        )
     for name, flag in ACCELERATE_VALUES.items():
         asked = os.environ.get(name, "").strip().lower()
         if asked not in NEUTRAL and asked != str(own.get(flag, "")).lower():
             option = f"--{flag.replace('_', '-')}"
-            here = f"give the script its own {option}" if flag in own else f"this script has no {option}"
+            here = (
+                f"give the script its own {option}"
+                if flag in own
+                else f"this script has no {option}"
+            )
             raise ValueError(
                 f"accelerate launch asks for {name}={asked}, which is not heeded here: {here}, and leave the launcher's out "
                 "or at no"
@@ -116,6 +130,8 @@ def check_accelerate(**own: object) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a mere folder of its name beside the script does not count."""
+    """Whether a package can be imported; a mere folder of its name beside the script does not
+    count.
+    """
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

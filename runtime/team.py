@@ -16,13 +16,14 @@ from runtime.command_line import reason
 if TYPE_CHECKING:
     from accelerate import Accelerator  # which is slow to import, and need not be there to score
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)  # others wait this long while one downloads a VAE or writes a checkpoint
+# Others wait this long while one downloads a VAE or writes a checkpoint
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 LAST_SECONDS = 0.2  # that Gloo's threads get to drop their tensors before Python ends
 
 
 class Team(NamedTuple):
-    """The processes that share the work: which of them this is, and gather(list of tensors), which puts the rows of all
-    together in the order of rank.
+    """The processes that share the work: which of them this is, and gather(list of tensors), which
+    puts the rows of all together in the order of rank.
     """
 
     rank: int = 0
@@ -33,25 +34,30 @@ class Team(NamedTuple):
 def make_accelerator(
     device: str | None, timeout: timedelta = COLLECTIVE_TIMEOUT, **options: Any
 ) -> Accelerator:
-    """The Accelerator of this process, on the GPU unless `device` is "cpu" or there is none; `options` are accelerate's.
+    """The Accelerator of this process, on the GPU unless `device` is "cpu" or there is none;
+    `options` are accelerate's.
 
-    A thread of Gloo that drops the tensors of a collective while Python ends aborts the process, so several processes on
-    CPUs wait a moment before they end.
+    A thread of Gloo that drops the tensors of a collective while Python ends aborts the process, so
+    several processes on CPUs wait a moment before they end.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(  # left to find out itself, it makes runs of their own of torchrun's processes without a GPU
-        cpu=device == "cpu" or no_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **options
-    )
+    # Left to find out itself, it makes runs of their own of torchrun's processes without a GPU
+    accelerator = Accelerator(
+        cpu=device == "cpu" or no_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        **options,
+    )  # fmt: skip
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         atexit.register(time.sleep, LAST_SECONDS)
     return accelerator
 
 
 def once(accelerator: Accelerator, function: Callable, *args: Any) -> Any:
-    """What function(*args) returns in the main process, in every process; its ValueError is raised in every process."""
+    """What function(*args) returns in the main process, in every process; its ValueError is raised
+    in every process.
+    """
     from accelerate.utils import broadcast_object_list
 
     result: list[Any] = [None]
@@ -61,7 +67,9 @@ def once(accelerator: Accelerator, function: Callable, *args: Any) -> Any:
         except ValueError as error:
             result = [error]
         except OSError as error:
-            result = [ValueError(f"{reason(error)}; look whether it exists, may be written, and has room")]
+            result = [
+                ValueError(f"{reason(error)}; look whether it exists, may be written, and has room")
+            ]
     answer = broadcast_object_list(result)[0]
     if isinstance(answer, ValueError):
         raise answer

@@ -1,6 +1,8 @@
 """The flags of sample.py and sample_ddp.py that say what is sampled from which network, and how."""
 
-from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _ArgumentGroup
+from argparse import (
+    Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _ArgumentGroup,
+)  # fmt: skip
 from typing import Any
 
 from checkpoints.weights import weights_choice
@@ -13,16 +15,22 @@ MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # unless told otherwise
 
 
 def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
-    """Add the flags that decide what is sampled from which network; vae and cfg_scale are their defaults."""
+    """Add the flags that decide what is sampled from which network; vae and cfg_scale are their
+    defaults.
+    """
     network = add_network_flags(parser, vae)
-    network.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    network.add_argument(
+        "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
+    )
     add_process_flags(parser.add_argument_group("process"), cfg_scale)
 
 
 def add_network_flags(
-    parser: ArgumentParser, vae: str | None, without: str = f"the released {MODEL}, fetched on first use"
-) -> _ArgumentGroup:
-    """Add those of them that say which network; vae is that flag's default, `without` says what is used without --ckpt.
+    parser: ArgumentParser, vae: str | None,
+    without: str = f"the released {MODEL}, fetched on first use",
+) -> _ArgumentGroup:  # fmt: skip
+    """Add those of them that say which network; vae is that flag's default, `without` says what is
+    used without --ckpt.
 
     Returns their argument group.
     """
@@ -33,12 +41,9 @@ def add_network_flags(
         f"of one of the last two on the Hugging Face hub (default: {without})",
     )
     network.add_argument(
-        "--weights",
-        type=_weights,
-        default="ema",
-        metavar="{ema,raw,ema@DECAY}",
+        "--weights", type=_weights, default="ema", metavar="{ema,raw,ema@DECAY}",
         help="which of the checkpoint's weights (default: %(default)s)",
-    )
+    )  # fmt: skip
     network.add_argument(
         "--vae",
         action=Said,
@@ -48,34 +53,26 @@ def add_network_flags(
     )
     bare = parser.add_argument_group("network, for checkpoints that do not say")
     bare.add_argument(
-        "--model",
-        action=Said,
-        choices=DiT_models,
-        default=MODEL,
-        metavar="MODEL",
+        "--model", action=Said, choices=DiT_models, default=MODEL, metavar="MODEL",
         help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
-    )
+    )  # fmt: skip
     bare.add_argument(
-        "--image-size", action=Said, type=int, default=IMAGE_SIZE, help="in pixels (default: %(default)s)"
-    )
+        "--image-size", action=Said, type=int, default=IMAGE_SIZE,
+        help="in pixels (default: %(default)s)",
+    )  # fmt: skip
     bare.add_argument(
-        "--num-classes",
-        action=Said,
-        type=int,
-        default=NUM_CLASSES,
+        "--num-classes", action=Said, type=int, default=NUM_CLASSES,
         help="0 for a network without classes (default: %(default)s)",
-    )
+    )  # fmt: skip
     return network
 
 
 def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
     """Add those of them that say how it is sampled."""
     process.add_argument(
-        "--sampler",
-        choices=SOLVERS,
-        default="ddpm",
+        "--sampler", choices=SOLVERS, default="ddpm",
         help="ddpm: ancestral sampling; ddim; dpm++: DPM-Solver++(2M); unipc: UniPC of order 2 (default: %(default)s)",
-    )
+    )  # fmt: skip
     process.add_argument(
         "--num-sampling-steps",
         "--steps",
@@ -86,14 +83,17 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
         f"{', '.join(f'{name} {solver.steps}' for name, solver in SOLVERS.items())})",
     )
     process.add_argument(
-        "--eta", type=float, default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)"
-    )
+        "--eta", type=float, default=0.0,
+        help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)",
+    )  # fmt: skip
     process.add_argument(
-        "--cfg-scale", type=float, default=cfg_scale, help="guidance; 1 is none (default: %(default)s)"
-    )
+        "--cfg-scale", type=float, default=cfg_scale,
+        help="guidance; 1 is none (default: %(default)s)",
+    )  # fmt: skip
     process.add_argument(
-        "--cfg-channels", type=_channels, default=3, help="latent channels to guide, or all (default: %(default)s)"
-    )
+        "--cfg-channels", type=_channels, default=3,
+        help="latent channels to guide, or all (default: %(default)s)",
+    )  # fmt: skip
     process.add_argument(
         "--cfg-interval",
         type=float,
@@ -104,17 +104,13 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
         "guidance, on half the batch, at about half the cost (default: 0 1, everywhere)",
     )
     process.add_argument(
-        "--mixed-precision",
-        choices=PRECISIONS,
-        default="no",
+        "--mixed-precision", choices=PRECISIONS, default="no",
         help="the network's; the steps and the VAE stay in float32 (default: %(default)s)",
-    )
+    )  # fmt: skip
     process.add_argument(
-        "--tf32",
-        action=BooleanOptionalAction,
-        default=True,
+        "--tf32", action=BooleanOptionalAction, default=True,
         help="TF32 on NVIDIA GPUs: faster, slightly less exact (default: on)",
-    )
+    )  # fmt: skip
     process.add_argument(
         "--compile",
         action="store_true",
@@ -124,11 +120,14 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
 
 
 class Said(Action):
-    """Stores a flag's value, and in `said` that it was given: at its default it looks like one that was not."""
+    """Stores a flag's value, and in `said` that it was given: at its default it looks like one that
+    was not.
+    """
 
     def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
-    ) -> None:
+        self, parser: ArgumentParser, namespace: Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
         setattr(namespace, self.dest, values)
         namespace.said = {*getattr(namespace, "said", ()), self.dest}
 
@@ -147,10 +146,14 @@ def _channels(text):
 
 
 def check_sampling_flags(args: Namespace) -> None:
-    """Set the number of steps to the sampler's own if none was given. Raises ValueError for flags that make no sense whatever
-    the checkpoint.
+    """Set the number of steps to the sampler's own if none was given.
+
+    Raises ValueError for flags that make no sense whatever the checkpoint.
     """
-    seed, (least, most) = getattr(args, "seed", 0) or getattr(args, "global_seed", 0), RANGES["seed"]
+    seed, (least, most) = (
+        getattr(args, "seed", 0) or getattr(args, "global_seed", 0),
+        RANGES["seed"],
+    )
     if not least <= seed <= most:
         raise ValueError(f"the seed is {short(seed)}; it must be at least 0 and below 2**63")
     check_numbers(args)
@@ -168,4 +171,6 @@ def check_sampling_flags(args: Namespace) -> None:
             f"--cfg-interval is {low} {high}; give two shares of the noise levels, t/1000, with 0 <= LO <= HI <= 1"
         )
     if args.cfg_interval != [0.0, 1.0] and args.cfg_scale == 1:
-        raise ValueError(f"--cfg-interval {low} {high} is for guidance, and --cfg-scale 1 is none; pass another scale")
+        raise ValueError(
+            f"--cfg-interval {low} {high} is for guidance, and --cfg-scale 1 is none; pass another scale"
+        )

@@ -15,8 +15,9 @@ from vae import PixelSpace, latent_shape, load_vae
 
 
 def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None = None) -> Sampler:
-    """The Sampler that the flags ask for, of this checkpoint if one is given. What can be wrong is found before the VAE's
-    weights are loaded.
+    """The Sampler that the flags ask for, of this checkpoint if one is given.
+
+    What can be wrong is found before the VAE's weights are loaded.
 
     Raises ValueError for a checkpoint, VAE and flags that do not fit together.
     """
@@ -27,8 +28,13 @@ def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None 
     args.vae = choose_vae(args, checkpoint)
     weights = load_weights(checkpoint, args.weights)
     network = build_network(args, weights, latent_shape(args.vae)).to(device)
-    names = ("num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision", "cfg_interval")
+    names = (
+        "num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision",
+        "cfg_interval",
+    )  # fmt: skip
     options = {name: getattr(args, name) for name in names}
-    sampler = Sampler(network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint, **options)
+    sampler = Sampler(
+        network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint, **options
+    )
     prepare(network, args.mixed_precision, args.compile)
     return replace(sampler, space=load_vae(args.vae, device))

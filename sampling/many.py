@@ -38,19 +38,20 @@ from vae import vae_hashes
 # Flags that change no image, or that the checkpoint answers for.
 SAID_BY_CHECKPOINT = ("model", "image_size", "num_classes", "said")
 INCIDENTAL = ("device", "sample_dir", "ckpt", *SAID_BY_CHECKPOINT)
-NEWER = {"cfg_interval": [0.0, 1.0], "compile": False}  # flags that earlier versions lacked, at what these did
+# Flags that earlier versions lacked, at what these did
+NEWER = {"cfg_interval": [0.0, 1.0], "compile": False}
 POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a bar
 
 
 def make_all(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, manifest: dict, device: torch.device,
-    place: Place,
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, manifest: dict,
+    device: torch.device, place: Place,
 ) -> None:  # fmt: skip
     """Sample this process's share; in the first process, also wait for the others and pack.
 
-    Raises OSError where the disk refuses, ValueError for images that are not finite or damaged, and for
-    a process that has ended without its share.
+    Raises OSError where the disk refuses, ValueError for images that are not finite or damaged, and
+    for a process that has ended without its share.
     """
     began, count = time.monotonic(), args.num_fid_samples
     missing = count - len(images_there(folder, count))
@@ -69,19 +70,26 @@ def make_all(
 
 
 def stamps(checkpoint: Path | None, vae: str) -> list[tuple[int, int, int]]:
-    """What changes when the checkpoint (None: the released one), or a file of a local VAE, is replaced or written to."""
+    """What changes when the checkpoint (None: the released one), or a file of a local VAE, is
+    replaced or written to.
+    """
     paths = [Path(checkpoint)] if checkpoint else []
     found = [os.stat(path) for path in (*paths, *sorted(Path(vae).glob("*"))) if path.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
-    """The label of every image, int64 (N,), as --labels says. Raises ValueError for a file that does not fit."""
+    """The label of every image, int64 (N,), as --labels says.
+
+    Raises ValueError for a file that does not fit.
+    """
     count, classes = args.num_fid_samples, sampler.network.num_classes
     if args.labels == "random":
         return random_labels(args.global_seed, range(count), max(1, classes))
     if not classes:
-        raise ValueError(f"--labels {args.labels}: the network was trained without classes; leave the flag out")
+        raise ValueError(
+            f"--labels {args.labels}: the network was trained without classes; leave the flag out"
+        )
     if args.labels == "balanced":
         return torch.arange(count) % classes
     try:
@@ -107,13 +115,19 @@ def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
 def open_folder(
     args: argparse.Namespace, sampler: Sampler, labels: Tensor, device: torch.device, place: Place
 ) -> tuple[Path, dict]:
-    """(the folder for these options, what is to stand in its manifest.json). Raises ValueError if it cannot be made.
+    """(the folder for these options, what is to stand in its manifest.json).
+
+    Raises ValueError if it cannot be made.
 
     The folder is the same in every process.
     """
     decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
     # Folders of options and designs that there always were keep their names.
-    decides = {name: value for name, value in decides.items() if NEWER.get(name) != value or name not in NEWER}
+    decides = {
+        name: value
+        for name, value in decides.items()
+        if NEWER.get(name) != value or name not in NEWER
+    }
     if Path(args.vae).is_dir():
         decides["vae"] = "see vae_sha256"
     if args.labels not in ("random", "balanced"):
@@ -122,13 +136,18 @@ def open_folder(
     assert checkpoint is not None  # load_sampler says which
     decides |= {
         "device_type": device.type,
-        "network": {key: value for key, value in sampler.network.config.items() if LATER.get(key) != value},
+        "network": {
+            key: value for key, value in sampler.network.config.items() if LATER.get(key) != value
+        },
         "checkpoint_sha256": file_hash(checkpoint),
         "vae_sha256": vae_hashes(args.vae),
     }
     steps = f"{args.num_sampling_steps}-{args.sampler}"
     name = f"{checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
-    folder = Path(args.sample_dir) / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
+    folder = (
+        Path(args.sample_dir)
+        / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
+    )
     options = {key: value for key, value in vars(args).items() if key not in SAID_BY_CHECKPOINT}
     run = {
         "started": datetime.now(UTC).isoformat(), "processes": place.world_size, "threads": torch.get_num_threads(),
@@ -140,12 +159,16 @@ def open_folder(
         write_whole(folder / ".probe", lambda file: None)
         (folder / ".probe").unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --sample-dir") from None
+        raise ValueError(
+            f"cannot write to {folder} ({error.strerror}); choose another --sample-dir"
+        ) from None
     return folder, {"decides": decides, "options": options | {"ckpt": str(checkpoint)}, "run": run}
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json, this start beside those before it, and say if they were made under other circumstances."""
+    """Write manifest.json, this start beside those before it, and say if they were made under other
+    circumstances.
+    """
     run, earlier = manifest["run"], []
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = read_json(folder / "manifest.json")["runs"]
@@ -159,7 +182,9 @@ def write_manifest(folder: Path, manifest: dict) -> None:
                 )
     manifest = {**manifest, "runs": [*earlier, run]}
     del manifest["run"]
-    write_whole(folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    write_whole(
+        folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode())
+    )
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -173,7 +198,9 @@ def images_there(folder: Path, count: int) -> set[int]:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call write(file) and give the file its name when it is complete; processes do not disturb each other."""
+    """Call write(file) and give the file its name when it is complete; processes do not disturb
+    each other.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()[:20]}-{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -189,7 +216,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half-written of this name; what is being written is locked by its process."""
+    """Remove what killed processes left half-written of this name; what is being written is locked
+    by its process.
+    """
     for path in folder.glob(f".{name}.*.partial"):
         with suppress(OSError), open(path, "r+b") as file:
             if lock(file):
@@ -197,14 +226,17 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 def sample_share(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, device: torch.device, place: Place
-) -> None:
+    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, device: torch.device,
+    place: Place,
+) -> None:  # fmt: skip
     """Sample and write the images that this process is to make and that are not there yet.
 
-    The work is cut into chunks of consecutive images, dealt to the processes in turn; a chunk with an image missing is
-    sampled whole, so that every image always comes from the same batch.
+    The work is cut into chunks of consecutive images, dealt to the processes in turn; a chunk with
+    an image missing is sampled whole, so that every image always comes from the same batch.
     """
-    there, size, count = images_there(folder, args.num_fid_samples), args.per_proc_batch_size, args.num_fid_samples
+    there, size, count = (
+        images_there(folder, args.num_fid_samples), args.per_proc_batch_size, args.num_fid_samples,
+    )  # fmt: skip
     todo = []
     for start in range(0, count, size)[place.rank :: place.world_size]:
         indices = range(start, min(start + size, count))
@@ -213,16 +245,20 @@ def sample_share(
             todo.append((indices, missing))
     every = 0.1 if sys.stderr.isatty() else TELL_SECONDS
     with Finisher(sampler, folder, device) as finisher:
-        for indices, missing in tqdm(todo, unit="batch", mininterval=every, maxinterval=every, disable=place.rank > 0):
+        for indices, missing in tqdm(
+            todo, unit="batch", mininterval=every, maxinterval=every, disable=place.rank > 0
+        ):
             chosen = labels[indices.start : indices.stop].to(device)
-            finisher.take(sampler.numbered_latents(args.global_seed, indices, chosen), indices, missing)
+            finisher.take(
+                sampler.numbered_latents(args.global_seed, indices, chosen), indices, missing
+            )
 
 
 class Finisher:
     """Makes PNG files of latents one chunk behind the sampling, in a thread of its own.
 
-    On a GPU that thread decodes as well, in a stream of its own; on a CPU, whose cores the sampling takes, it encodes and
-    writes only.
+    On a GPU that thread decodes as well, in a stream of its own; on a CPU, whose cores the sampling
+    takes, it encodes and writes only.
     """
 
     def __init__(self, sampler: Sampler, folder: Path, device: torch.device) -> None:
@@ -240,7 +276,9 @@ class Finisher:
         self.thread.shutdown()
 
     def take(self, latents: Tensor, indices: range, missing: list[int]) -> None:
-        """Begin with a chunk of latents when the one before is done; of its images, write those that are missing."""
+        """Begin with a chunk of latents when the one before is done; of its images, write those
+        that are missing.
+        """
         if self.stream is None:
             latents = self.sampler.decode(latents)
         self.wait()
@@ -281,8 +319,8 @@ def wait_for_all(folder: Path, count: int, presence: Presence, size: int) -> Non
 def pack(folder: Path, count: int, afresh: bool) -> None:
     """Write the images, one at a time, to FOLDER.npz as ADM's evaluation suite reads them.
 
-    One that is there already and whole is left alone, unless it is to be written afresh. Raises ValueError for a damaged
-    image.
+    One that is there already and whole is left alone, unless it is to be written afresh. Raises
+    ValueError for a damaged image.
     """
     target = folder.with_name(folder.name + ".npz")
     remove_leftovers(folder)
@@ -292,7 +330,10 @@ def pack(folder: Path, count: int, afresh: bool) -> None:
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
             if open_array(target, "arr_0").shape == (count, *shape):
                 return
-    array = ((count, height, width, 3), np.uint8, (read_image(image_path(folder, i), shape) for i in range(count)))
+    array = (
+        (count, height, width, 3), np.uint8,
+        (read_image(image_path(folder, i), shape) for i in range(count)),
+    )  # fmt: skip
 
     def write(file):
         write_npz(file, {"arr_0": array})
@@ -303,12 +344,17 @@ def pack(folder: Path, count: int, afresh: bool) -> None:
 
 
 def read_image(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """The pixels (H, W, 3) of a PNG. Raises ValueError if it is damaged, or of another shape than this."""
+    """The pixels (H, W, 3) of a PNG.
+
+    Raises ValueError if it is damaged, or of another shape than this.
+    """
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        raise ValueError(f"{path} cannot be read ({error}); remove it and give the same command again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}); remove it and give the same command again"
+        ) from None
     if shape not in (None, pixels.shape):
         raise ValueError(
             f"{path} has the shape {pixels.shape}, others {shape}; remove it and give the same command again"

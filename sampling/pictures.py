@@ -1,4 +1,5 @@
-"""Images as people look at them: a labelled picture, an animation or a strip of how it came about, with its settings inside.
+"""Images as people look at them: a labelled picture, an animation or a strip of how it came about,
+with its settings inside.
 
 Images are uint8 arrays (N, H, W, 3).
 """
@@ -16,9 +17,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from runtime.disk import write_whole
 
 PER_ROW = 4
-LEAST_TILE = 96  # smaller images are enlarged in the picture by a whole factor, so that their labels can be read
+# Smaller images are enlarged in the picture by a whole factor, so that their labels can be read
+LEAST_TILE = 96
 MARGIN, FONT_SIZE = 4, 12
-GIF_MOMENTS, STRIP_MOMENTS = 30, 8  # of a trajectory: how many are shown in an animation, how many in a strip
+# Of a trajectory: how many are shown in an animation, how many in a strip
+GIF_MOMENTS, STRIP_MOMENTS = 30, 8
 FRAME_MS, LAST_FRAME_MS = 120, 2000
 ENDINGS = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LONGEST_TEXT = 200  # characters of a caption that are looked at
@@ -26,7 +29,9 @@ SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
 
 
 def captions(labels: Sequence[int], num_classes: int, classes: list[str] | None) -> list[str]:
-    """What to write under each image: the class name where it is known, else its number; nothing without classes."""
+    """What to write under each image: the class name where it is known, else its number; nothing
+    without classes.
+    """
     if num_classes == 0:
         return [""] * len(labels)
     return [classes[i] if classes and i < len(classes) else str(i) for i in labels]
@@ -41,7 +46,9 @@ def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) ->
     """A PIL image of images (N, H, W, 3), so many to a row, each with its text below."""
     height, width = images.shape[1:3]
     factor = -(-LEAST_TILE // width) if width < LEAST_TILE else 1
-    height, width, strip = height * factor, width * factor, (FONT_SIZE + MARGIN if any(texts) else 0)
+    height, width, strip = (
+        height * factor, width * factor, (FONT_SIZE + MARGIN if any(texts) else 0),
+    )  # fmt: skip
     columns, rows = min(per_row, len(images)), -(-len(images) // per_row)
     size = (columns * (width + MARGIN) + MARGIN, rows * (height + strip + MARGIN) + MARGIN)
     canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(FONT_SIZE)
@@ -49,7 +56,9 @@ def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) ->
     for i, (pixels, text) in enumerate(zip(np.asarray(images), texts)):
         left = MARGIN + i % per_row * (width + MARGIN)
         top = MARGIN + i // per_row * (height + strip + MARGIN)
-        canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        canvas.paste(
+            Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top)
+        )
         text = legible(text)
         while font.getlength(text) > width and len(text) > 1:
             text = text[:-2] + "…"
@@ -58,15 +67,23 @@ def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) ->
 
 
 def ending(path: Path | str) -> str:
-    """The format that a file's name asks for: its ending, with the dot. Raises ValueError if it is none of ENDINGS."""
+    """The format that a file's name asks for: its ending, with the dot.
+
+    Raises ValueError if it is none of ENDINGS.
+    """
     found = Path(path).suffix.lower()
     if found not in ENDINGS:
-        raise ValueError(f"{path}: {found or 'no ending'} is not an image format here; use .png, or {', '.join(ENDINGS[1:])}")
+        raise ValueError(
+            f"{path}: {found or 'no ending'} is not an image format here; use .png, or {', '.join(ENDINGS[1:])}"
+        )
     return found
 
 
 def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
-    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS. Raises ValueError as write_file."""
+    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS.
+
+    Raises ValueError as write_file.
+    """
     if ending(path) != ".png":
         write_file(path, encoded(canvas, path))
         return
@@ -76,17 +93,21 @@ def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
 
 
 def encoded(canvas: Image.Image, path: Path | str, **options: object) -> bytes:
-    """A PIL image in the format that a file's name asks for. Raises ValueError if it is too large for that."""
+    """A PIL image in the format that a file's name asks for.
+
+    Raises ValueError if it is too large for that.
+    """
     file = io.BytesIO()
     canvas.save(file, Image.registered_extensions()[ending(path)], **options)
     return file.getvalue()
 
 
 def write_file(path: Path | str, content: bytes) -> None:
-    """Make this the content of a file, whole or not at all: a write that fails leaves what was there.
+    """Make this the content of a file, whole or not at all: a write that fails leaves what was
+    there.
 
-    A link stays one, its target is written; a file that exists keeps its permissions; a pipe or a device is written to.
-    Raises ValueError, naming the file, if it cannot be written.
+    A link stays one, its target is written; a file that exists keeps its permissions; a pipe or a
+    device is written to. Raises ValueError, naming the file, if it cannot be written.
     """
     try:
         old = _mode(path)
@@ -113,7 +134,8 @@ def _mode(path):
 
 
 def _write_new(path, content, mode):
-    """Write a file with the permissions of this mode, or with those of any new file if it is None."""
+    """Write a file with the permissions of this mode, or with those of any new file if it is None.
+    """
     path.write_bytes(content)
     if mode is not None:
         path.chmod(stat.S_IMODE(mode))
@@ -125,20 +147,27 @@ def evenly(steps: int, most: int) -> list[int]:
 
 
 def moments(steps: int, path: Path | str) -> list[int]:
-    """Which of so many steps are shown in the file `path`: their indices, evenly spread from the first to the last."""
+    """Which of so many steps are shown in the file `path`: their indices, evenly spread from the
+    first to the last.
+    """
     return evenly(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
 
 
 def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:
-    """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts: a row for each image, its last frame named."""
+    """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts: a row for each image,
+    its last frame named.
+    """
     times = [f"t = {t}" for t, _ in frames[:-1]]
     rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)
     below = [text for name in texts for text in [*times, name]]
     return picture(rows.reshape(-1, *rows.shape[2:]), below, per_row=len(frames))
 
 
-def save_trajectory(frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]) -> None:
-    """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a strip, an image per row.
+def save_trajectory(
+    frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]
+) -> None:
+    """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a
+    strip, an image per row.
 
     Raises ValueError as write_file.
     """

@@ -1,4 +1,5 @@
-"""Labels → images: the loaded network and VAE, guidance, the choice of sampler, and each image's own randomness.
+"""Labels → images: the loaded network and VAE, guidance, the choice of sampler, and each image's
+own randomness.
 
 Shapes: labels (N,), noise and latents (N, C, h, w), images uint8 (N, H, W, 3).
 """
@@ -27,8 +28,9 @@ LOOPS = {
     "ddpm": GaussianDiffusion.p_sample_loop_progressive,
     "ddim": GaussianDiffusion.ddim_sample_loop_progressive,
 }
-# Multistep solvers of second order (Lu et al. 2022; Zhao et al. 2023), their steps of equal length in the log of sigma: of
-# diffusers' spacings the one that comes nearest to the exact solution with 20 steps (docs/sampling.md).
+# Multistep solvers of second order (Lu et al. 2022; Zhao et al. 2023), their steps of equal length
+# in the log of sigma: of diffusers' spacings the one that comes nearest to the exact solution with
+# 20 steps (docs/sampling.md).
 SCHEDULERS = {
     "dpm++": partial(DPMSolverMultistepScheduler, use_lu_lambdas=True),
     "unipc": partial(UniPCMultistepScheduler, use_exponential_sigmas=True),
@@ -36,7 +38,9 @@ SCHEDULERS = {
 
 
 class Solver(NamedTuple):
-    """How many steps a way from noise to data takes unless told otherwise, and how many it can take at most."""
+    """How many steps a way from noise to data takes unless told otherwise, and how many it can take
+    at most.
+    """
 
     steps: int
     most: int
@@ -54,8 +58,9 @@ SOLVERS = {
 class Sampler:
     """A network and a VAE on one device, and how to sample from them.
 
-    `classes` are the class names, None if unknown; `checkpoint` is the file that the network came from, if any. Guidance is
-    applied at the steps t from cfg_interval[0] to cfg_interval[1] times TRAINED_STEPS (Kynkäänniemi et al. 2024).
+    `classes` are the class names, None if unknown; `checkpoint` is the file that the network came
+    from, if any. Guidance is applied at the steps t from cfg_interval[0] to cfg_interval[1] times
+    TRAINED_STEPS (Kynkäänniemi et al. 2024).
     """
 
     network: DiT
@@ -80,7 +85,9 @@ class Sampler:
             raise ValueError(
                 f"--cfg-scale {self.cfg_scale}: the network has no null class to guide against; pass --cfg-scale 1"
             )
-        if isinstance(self.cfg_channels, int) and self.cfg_channels > max(3, self.network.in_channels):
+        if isinstance(self.cfg_channels, int) and self.cfg_channels > max(
+            3, self.network.in_channels
+        ):
             raise ValueError(
                 f"--cfg-channels {self.cfg_channels}: the latents have {self.network.in_channels}; pass that, fewer, or all"
             )
@@ -95,20 +102,33 @@ class Sampler:
         """The step numbers at which the network is asked, in order."""
         if self.sampler in LOOPS:
             return self.diffusion.timestep_map[::-1]
-        # The nearest to each sigma; diffusers' own are rounded down where its steps are of equal length.
-        sigmas, known = self.scheduler().sigmas[:-1].numpy(), self.diffusion.sqrt_recipm1_alphas_cumprod
-        return np.interp(np.log(sigmas), np.log(known), np.arange(TRAINED_STEPS)).round().astype(int).tolist()
+        # The nearest to each sigma; diffusers' own are rounded down where its steps are of equal
+        # length.
+        sigmas, known = (
+            self.scheduler().sigmas[:-1].numpy(),
+            self.diffusion.sqrt_recipm1_alphas_cumprod,
+        )
+        return (
+            np.interp(np.log(sigmas), np.log(known), np.arange(TRAINED_STEPS))
+            .round()
+            .astype(int)
+            .tolist()
+        )
 
     def guided(self) -> list[bool]:
         """For each of the steps, whether it is guided."""
         low, high = self.cfg_interval
-        return [self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in self.steps()]
+        return [
+            self.cfg_scale != 1 and low <= step / TRAINED_STEPS <= high for step in self.steps()
+        ]
 
     def scheduler(self) -> DPMSolverMultistepScheduler | UniPCMultistepScheduler:
-        """A new scheduler of diffusers for a trajectory, which is to be given predictions of x_0."""
+        """A new scheduler of diffusers for a trajectory, which is to be given predictions of x_0.
+        """
         scheduler = SCHEDULERS[self.sampler](
-            trained_betas=self.diffusion.betas, num_train_timesteps=TRAINED_STEPS, prediction_type="sample"
-        )
+            trained_betas=self.diffusion.betas, num_train_timesteps=TRAINED_STEPS,
+            prediction_type="sample",
+        )  # fmt: skip
         scheduler.set_timesteps(self.num_sampling_steps)
         scheduler.set_begin_index(0)  # or it looks for its place on the device
         return scheduler
@@ -116,7 +136,8 @@ class Sampler:
     def predictor(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """predict(x, t) → what the network makes of x (N, C, h, w), guided inside the interval.
 
-        To be called once for each of `steps`, in their order: to look at t would make the CPU wait for a GPU.
+        To be called once for each of `steps`, in their order: to look at t would make the CPU wait
+        for a GPU.
         """
         guided = iter(self.guided())
         conditions = {"y": labels} if self.network.num_classes else {}
@@ -130,7 +151,9 @@ class Sampler:
                 given, x = x, as_taken(self.network, x)
                 if next(guided):
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
-                    out = self.network.forward_with_cfg(x2, t2, both, self.cfg_scale, self.cfg_channels)[: len(x)]
+                    out = self.network.forward_with_cfg(
+                        x2, t2, both, self.cfg_scale, self.cfg_channels
+                    )[: len(x)]
                 else:
                     out = self.network(x, t, **conditions)
             return out.to(given.dtype)
@@ -138,10 +161,11 @@ class Sampler:
         return predict
 
     def trajectory(
-        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like, progress: bool = False
-    ) -> Iterator[dict[str, Any]]:
-        """Yields for each of `steps` a dict: `t`, the step; `sample`, the latents (N, C, h, w) after it; `pred_xstart`, the
-        clean ones that it predicted.
+        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
+        progress: bool = False,
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
+        """Yields for each of `steps` a dict: `t`, the step; `sample`, the latents (N, C, h, w)
+        after it; `pred_xstart`, the clean ones that it predicted.
 
         Arguments as for `latents`.
         """
@@ -149,7 +173,8 @@ class Sampler:
             yield from self._multistep(labels, noise, progress)
             return
 
-        def doubled(x):  # which other implementations sample, and of which only the first half counts
+        # Which other implementations sample, and of which only the first half counts
+        def doubled(x):
             return noise_fn(torch.cat([x, x]))[: len(x)]
 
         extra: dict[str, Any] = {"eta": self.eta} if self.sampler == "ddim" else {}
@@ -162,12 +187,16 @@ class Sampler:
             yield {"t": t, "sample": out["sample"], "pred_xstart": out["pred_xstart"]}
 
     def _multistep(self, labels, noise, progress):
-        """The trajectory by one of SCHEDULERS, from predictions of x_0 that are clipped where the space has bounds."""
+        """The trajectory by one of SCHEDULERS, from predictions of x_0 that are clipped where the
+        space has bounds.
+        """
         scheduler, predict, x = self.scheduler(), self.predictor(labels), noise
-        sigmas = scheduler.sigmas.tolist()  # sqrt(1/alpha_bar - 1), from the host: a step reads nothing back
+        # sqrt(1/alpha_bar - 1), from the host: a step reads nothing back
+        sigmas = scheduler.sigmas.tolist()
         for t, sigma in zip(tqdm(self.steps(), disable=not progress), sigmas):
             with torch.no_grad():
-                eps = predict(x, torch.full((len(x),), t, device=x.device))[:, : x.shape[1]]  # without the variance
+                # Without the variance
+                eps = predict(x, torch.full((len(x),), t, device=x.device))[:, : x.shape[1]]
                 x_start = math.sqrt(1 + sigma**2) * x - sigma * eps
                 if self.space.clip_denoised:
                     x_start = x_start.clamp(-1, 1)
@@ -175,9 +204,11 @@ class Sampler:
             yield {"t": t, "sample": x, "pred_xstart": x_start}
 
     def latents(
-        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like, progress: bool = False
-    ) -> Tensor:
-        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a doubled batch.
+        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
+        progress: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Latents (N, C, h, w) for labels (N,) from noise x_T; with guidance, noise_fn draws for a
+        doubled batch.
 
         dpm++ and unipc draw nothing.
         """
@@ -186,13 +217,18 @@ class Sampler:
         return last
 
     def numbered_latents(self, seed: int, indices: Sequence[int], labels: Tensor) -> Tensor:
-        """Latents (N, C, h, w) of the images with these indices, each of which depends on (seed, index) and its label alone."""
+        """Latents (N, C, h, w) of the images with these indices, each of which depends on (seed,
+        index) and its label alone.
+        """
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
         return self.latents(labels, noise, noise_fn)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images uint8 (N, H, W, 3) of latents (N, C, h, w), on their device. Raises ValueError if they are not finite."""
+        """Images uint8 (N, H, W, 3) of latents (N, C, h, w), on their device.
+
+        Raises ValueError if they are not finite.
+        """
         images = self.space.decode(latents)
         if not images.isfinite().all():
             raise ValueError(
@@ -206,26 +242,36 @@ def check_steps(sampler: str, steps: int) -> None:
     """Raise ValueError unless a sampler can take so many steps."""
     most = SOLVERS[sampler].most
     if not 1 <= steps <= most:
-        reason = f"; --sampler {sampler} takes at most {most}" if 1 <= steps <= TRAINED_STEPS else ""
+        reason = (
+            f"; --sampler {sampler} takes at most {most}" if 1 <= steps <= TRAINED_STEPS else ""
+        )
         raise ValueError(f"--num-sampling-steps is {steps}; it must be from 1 to {most}{reason}")
 
 
 class ImageNoise:
-    """Normal noise in which image i of the run depends on (seed, i) alone: a noise_fn for the steps and loops.
+    """Normal noise in which image i of the run depends on (seed, i) alone: a noise_fn for the steps
+    and loops.
 
-    Called with x (N, ...), or with a doubled batch (2N, ...), it returns the N images' next draws, twice if doubled.
+    Called with x (N, ...), or with a doubled batch (2N, ...), it returns the N images' next draws,
+    twice if doubled.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str) -> None:
-        # Neighbouring words, not hashes: two images of a run cannot share one, and CPU generators use 32 bits of it.
+        # Neighbouring words, not hashes: two images of a run cannot share one, and CPU generators
+        # use 32 bits of it.
         base = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
         self.generators = [torch.Generator(device).manual_seed((base + i) % 2**64) for i in indices]
 
     def __call__(self, x: Tensor) -> Tensor:
         n = len(self.generators)
         if len(x) not in (n, 2 * n):
-            raise ValueError(f"noise for {n} images was asked for a batch of {len(x)}; it must be as many, or twice")
+            raise ValueError(
+                f"noise for {n} images was asked for a batch of {len(x)}; it must be as many, or twice"
+            )
         drawn = torch.stack(
-            [torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in self.generators]
+            [
+                torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype)
+                for g in self.generators
+            ]
         )
         return drawn if len(x) == n else torch.cat([drawn, drawn])

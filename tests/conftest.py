@@ -1,4 +1,6 @@
-"""What several test files share: random weights, a small network, and a stand-in for one with a closed form."""
+"""What several test files share: random weights, a small network, and a stand-in for one with a
+closed form.
+"""
 from pathlib import Path
 import sys
 
@@ -10,7 +12,9 @@ sys.path.insert(0, str(ROOT))
 
 from models import DiT  # noqa: E402
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=10)
+SMALL = dict(
+    input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=10
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -32,24 +36,32 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 
 def fill_randomly(model, seed=0, std=0.05):
-    """The model with N(0, std²) in every parameter but the frozen table: a fresh DiT returns 0 whatever it is given."""
+    """The model with N(0, std²) in every parameter but the frozen table: a fresh DiT returns 0
+    whatever it is given.
+    """
     source = generator(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * std)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=source, dtype=torch.float64) * std
+                )
     return model
 
 
 def small_dit(seed=0, **changes):
-    """A small DiT of random weights in float64, evaluation mode; `changes` replace arguments of SMALL."""
+    """A small DiT of random weights in float64, evaluation mode; `changes` replace arguments of
+    SMALL.
+    """
     return fill_randomly(DiT(**{**SMALL, **changes}), seed).double().eval()
 
 
 def smooth_eps(x, t, **_):
-    """A stand-in for a network that predicts the noise, smooth in x and in the original step number.
+    """A stand-in for a network that predicts the noise, smooth in x and in the original step
+    number.
 
-    Close to exact for standard normal data under the linear schedule, so that trajectories stay of order 1.
+    Close to exact for standard normal data under the linear schedule, so that trajectories stay of
+    order 1.
     """
     t = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
     share_of_noise = torch.sqrt(-torch.expm1(-1e-5 * t**2))
@@ -69,16 +81,21 @@ def vae(tmp_path_factory):
 
     torch.manual_seed(0)
     AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[4, 8],
-        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=8,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
+        sample_size=8,
     ).save_pretrained(folder)  # fmt: skip
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """A file of torch-fidelity's Inception weights, random ones: the trained ones cannot be had without a network."""
-    pytest.importorskip("torch_fidelity", reason="Inception comes with torch-fidelity: pip install .[evaluate]")
+    """A file of torch-fidelity's Inception weights, random ones: the trained ones cannot be had
+    without a network.
+    """
+    pytest.importorskip(
+        "torch_fidelity", reason="Inception comes with torch-fidelity: pip install .[evaluate]"
+    )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Untrained(FeatureExtractorInceptionV3):
@@ -90,11 +107,14 @@ def inception_weights(tmp_path_factory):
     source = generator()
     state = Untrained("untrained", ["2048"], str(path)).state_dict()
     for name, tensor in state.items():
-        if tensor.is_floating_point():  # such that signals come through: matrices by He, scales and variances about 1
+        # Such that signals come through: matrices by He, scales and variances about 1
+        if tensor.is_floating_point():
             drawn = torch.randn(tensor.shape, generator=source)
             if tensor.dim() > 1:
                 state[name] = drawn * (2 / tensor[0].numel()) ** 0.5
             else:
-                state[name] = 0.1 * drawn + (1 if name.endswith(("bn.weight", "running_var")) else 0)
+                state[name] = 0.1 * drawn + (
+                    1 if name.endswith(("bn.weight", "running_var")) else 0
+                )
     torch.save(state, path)
     return path

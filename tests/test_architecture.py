@@ -18,7 +18,11 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 def cells(pattern):
     """The cells of the page's table rows whose first cell matches."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.splitlines()
+        if line.startswith("|")
+    ]
     return [row for row in rows if re.fullmatch(pattern, row[0])]
 
 
@@ -27,13 +31,16 @@ def test_the_way_of_a_batch():
     with torch.device("meta"), torch.no_grad():
         network = DiT_models["DiT-XL/2"]().eval()
         for name, module in network.named_modules():
-            module.register_forward_hook(lambda _, args, out, name=name: shapes.update({name: tuple(out.shape)}))
+            module.register_forward_hook(
+                lambda _, args, out, name=name: shapes.update({name: tuple(out.shape)})
+            )
         out = network(torch.zeros(n, 4, 32, 32), torch.zeros(n), torch.zeros(n, dtype=torch.long))
     shapes["unpatchify"] = tuple(out.shape)
     rows = cells("(`[a-z_0-9.]+`( … )?)+")
     rows = [row for row in rows if row[0].strip("`") not in BLOCKS]
     assert [row[0].split("`")[1] for row in rows] == [
-        "x_embedder", "t_embedder", "y_embedder", "shared_modulation", "blocks.0", "final_layer", "unpatchify",
+        "x_embedder", "t_embedder", "y_embedder", "shared_modulation", "blocks.0", "final_layer",
+        "unpatchify",
     ]  # fmt: skip
     for first, _, shape in rows:
         for name in re.findall("`(.+?)`", first):
@@ -55,19 +62,25 @@ def test_the_table_of_designs():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_figures_are_those_that_the_code_draws(block):
-    assert (ROOT / "docs" / f"block-{block}.svg").read_text(encoding="utf-8") == draw_blocks.draw(block)
+    assert (ROOT / "docs" / f"block-{block}.svg").read_text(encoding="utf-8") == draw_blocks.draw(
+        block
+    )
 
 
 def test_figures_show_what_differs():
     gates = {block: draw_blocks.draw(block).count("· gate") for block in BLOCKS}
     assert gates == dict(adaln_zero=2, adaln=0, cross_attention=0, in_context=0, adaln_single=2)
-    assert "(N, 258, 1152)" in draw_blocks.draw("in_context") and "(N, 2, 1152)" in draw_blocks.draw("cross_attention")
+    assert "(N, 258, 1152)" in draw_blocks.draw(
+        "in_context"
+    ) and "(N, 2, 1152)" in draw_blocks.draw("cross_attention")
     assert "scale_shift_table" in draw_blocks.draw("adaln_single")
 
 
 def test_the_script_writes_every_figure(tmp_path, capsys):
     draw_blocks.main(["--output", str(tmp_path)])
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"block-{block}.svg" for block in BLOCKS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        f"block-{block}.svg" for block in BLOCKS
+    )
     with pytest.raises(SystemExit):
         draw_blocks.main(["--output", str(tmp_path / "missing")])
     assert "missing" in capsys.readouterr().err

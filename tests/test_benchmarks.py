@@ -1,4 +1,6 @@
-"""The benchmarks: that each runs and says where, that sides do the same work, and that documents show the committed numbers."""
+"""The benchmarks: that each runs and says where, that sides do the same work, and that documents
+show the committed numbers.
+"""
 
 import importlib
 import inspect
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks import (
-    depth, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading, plot_solvers,
-    process, sampling, sides, solvers, training,
+    depth, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading,
+    plot_solvers, process, sampling, sides, solvers, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -49,8 +51,12 @@ def test_a_result_is_never_overwritten(results):
     for i in range(3):
         sides.write("x", {"i": i})
     found = {path.name[11:]: json.loads(path.read_text()) for path in results.iterdir()}
-    assert {name: one["i"] for name, one in found.items()} == {"x.json": 0, "x-2.json": 1, "x-3.json": 2}
-    assert {"date", "cpu", "threads", "torch", "commit", "command"} <= found["x.json"]["machine"].keys()
+    assert {name: one["i"] for name, one in found.items()} == {
+        "x.json": 0, "x-2.json": 1, "x-3.json": 2,
+    }  # fmt: skip
+    assert {"date", "cpu", "threads", "torch", "commit", "command"} <= found["x.json"][
+        "machine"
+    ].keys()
 
 
 @pytest.mark.parametrize("benchmark, flags", [
@@ -67,7 +73,8 @@ def test_benchmarks_run_and_say_where(benchmark, flags, results):
 
 @pytest.mark.long
 def test_the_benchmark_of_sampling_runs(results):
-    torch._dynamo.reset()  # a process may compile one forward pass so many times only, and other tests did
+    # A process may compile one forward pass so many times only, and other tests did
+    torch._dynamo.reset()
     sampling.main(["--model", "DiT-Ti/8", "--steps", "2", "--rounds", "2", "--batch-size", "2"])
     assert list(results.glob("*-sampling-*.json"))
 
@@ -104,13 +111,22 @@ def test_step_dependent_depth_leaves_blocks_out_above_the_threshold_only():
     network = small_dit(depth=3)
     shallow = depth.build(network, (1,), 500).double()
     without = DiT(**network.config | {"depth": 2}).double().eval()
-    kept = {k.replace("blocks.2.", "blocks.1."): v for k, v in network.state_dict().items() if "blocks.1." not in k}
+    kept = {
+        k.replace("blocks.2.", "blocks.1."): v
+        for k, v in network.state_dict().items()
+        if "blocks.1." not in k
+    }
     without.load_state_dict(kept)
-    x, t, y = torch.randn(4, 4, 8, 8).double(), torch.tensor([0, 499, 500, 999]), torch.tensor([1, 2, 3, 4])
+    x, t, y = (
+        torch.randn(4, 4, 8, 8).double(), torch.tensor([0, 499, 500, 999]),
+        torch.tensor([1, 2, 3, 4]),
+    )  # fmt: skip
     with torch.no_grad():
         got, whole, thin = shallow(x, t, y), network(x, t, y), without(x, t, y)
     torch.testing.assert_close(got, torch.cat([whole[:2], thin[2:]]))
-    assert not torch.allclose(whole[2:], thin[2:]) and list(shallow.state_dict()) == list(network.state_dict())
+    assert not torch.allclose(whole[2:], thin[2:]) and list(shallow.state_dict()) == list(
+        network.state_dict()
+    )
 
 
 # ---- what the documents show ----
@@ -121,7 +137,9 @@ def test_the_figure_and_table_of_solvers_are_of_the_committed_numbers(tmp_path):
     scores, times = plot_solvers.read(sides.RESULTS, plot_solvers.SCORES)
     plot_solvers.draw(scores, times, tmp_path / "solvers.svg")
     assert (tmp_path / "solvers.svg").read_text() == (ROOT / "docs" / "solvers.svg").read_text()
-    assert "\n".join(plot_solvers.rows(scores, times)) in (ROOT / "docs" / "sampling.md").read_text()
+    assert (
+        "\n".join(plot_solvers.rows(scores, times)) in (ROOT / "docs" / "sampling.md").read_text()
+    )
 
 
 def test_every_setting_is_scored_on_2000_samples():
@@ -162,13 +180,20 @@ def test_a_dry_run_does_every_part(tmp_path):
     result = json.loads(path.read_text())
     assert list(result["parts"]) == list(gpu.PARTS)
     for name, part in result["parts"].items():
-        assert part["status"] in ("done", gpu_worker.STOPPED) and not part.get("failed"), (name, part)
+        assert part["status"] in ("done", gpu_worker.STOPPED) and not part.get("failed"), (
+            name,
+            part,
+        )
         assert part["found"], name
     parts = {name: part["found"] for name, part in result["parts"].items()}
     for name in ("training DiT-XL/2", "training DiT-B/2", "training DiT-S/2"):
         assert parts[name]["sides"].keys() == gpu_training.SIDES.keys()
     every = {*gpu_sampling.OURS, gpu_sampling.DIFFUSERS}
-    assert parts["sampling DiT-XL/2"]["DDIM 3"].keys() == parts["sampling DiT-XL/2"]["dpm++ 2"].keys() == every
+    assert (
+        parts["sampling DiT-XL/2"]["DDIM 3"].keys()
+        == parts["sampling DiT-XL/2"]["dpm++ 2"].keys()
+        == every
+    )
     assert parts["exactness"]["differences"]["float32, DDIM 3"]["largest"] == 0
     if not torch.cuda.is_available():
         assert parts["tests"]["collected"] == parts["tests"]["skipped"] > 4
@@ -176,7 +201,9 @@ def test_a_dry_run_does_every_part(tmp_path):
     assert one["DDP"] == pytest.approx(one["bare"]) and one["FSDP2"] == pytest.approx(one["bare"])
     assert parts["scaling"]["preset"] == "tiny" and parts["scaling"]["finished"] >= 0
     for section in gpu_tables.SECTIONS.values():  # and what a GPU's would be is shown
-        assert "tiny" not in section((path, result)) and "eager" in gpu_tables.training_section((path, result))
+        assert "tiny" not in section((path, result)) and "eager" in gpu_tables.training_section(
+            (path, result)
+        )
 
 
 FAKE = """
@@ -201,7 +228,9 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="processes are looked for in /proc")
-def test_a_part_that_hangs_is_cut_with_its_children_and_one_that_dies_is_told(tmp_path, monkeypatch):
+def test_a_part_that_hangs_is_cut_with_its_children_and_one_that_dies_is_told(
+    tmp_path, monkeypatch
+):
     (tmp_path / "fake_parts.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     workers = {name: gpu.Worker("fake_parts") for name in ("hangs", "dies")}
@@ -214,10 +243,15 @@ def test_a_part_that_hangs_is_cut_with_its_children_and_one_that_dies_is_told(tm
 
     reports = {}
     for name in ("dies", "hangs"):
-        order = {"name": name, "function": name, "sizes": {}, "path": str(tmp_path / name), "seconds": 60}
+        order = {
+            "name": name, "function": name, "sizes": {}, "path": str(tmp_path / name),
+            "seconds": 60,
+        }  # fmt: skip
         reports[name] = workers[name].follow(order, 60, changed)
     child = reports["hangs"]["found"]["child"]
-    assert reports["dies"] == {"status": "error", "error": "its process ended with 3", "found": {"so_far": 1}}
+    assert reports["dies"] == {
+        "status": "error", "error": "its process ended with 3", "found": {"so_far": 1},
+    }  # fmt: skip
     assert reports["hangs"]["status"] == "killed at its time limit" and alive(child)
     for worker in workers.values():
         worker.end()
@@ -239,8 +273,15 @@ def test_a_part_that_raises_and_one_that_lacks_a_library_say_so(tmp_path):
         gpu_worker.run(report, raises, {"what": what})
         return json.loads((tmp_path / "report.json").read_text())
 
-    error, missing = end(torch.OutOfMemoryError("no room")), end(ModuleNotFoundError("no", name="diffusers"))
-    assert error["status"] == "error" and error["error"] == "OutOfMemoryError: no room" and error["found"] == {"half": 1}
+    error, missing = (
+        end(torch.OutOfMemoryError("no room")),
+        end(ModuleNotFoundError("no", name="diffusers")),
+    )
+    assert (
+        error["status"] == "error"
+        and error["error"] == "OutOfMemoryError: no room"
+        and error["found"] == {"half": 1}
+    )
     assert error["failed"] == {"a piece": "ValueError: invalid literal for int() with base 10: 'x'"}
     assert (missing["status"], missing["why"]) == ("left out", "diffusers is not installed")
     assert end(SystemExit("a door refused"))["error"] == "SystemExit: a door refused"
@@ -249,7 +290,9 @@ def test_a_part_that_raises_and_one_that_lacks_a_library_say_so(tmp_path):
 def test_a_part_without_time_for_another_round_ends_with_what_it_has():
     report, shown, order = gpu_worker.Report(None, 0), [], []
     sides = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = gpu_worker.take_turns(report, sides, 5, lambda seconds: shown.append(1), ready=order.append)
+    seconds = gpu_worker.take_turns(
+        report, sides, 5, lambda seconds: shown.append(1), ready=order.append
+    )
     assert order == ["a", "a", "b", "b"] and len(shown) == len(seconds["a"]) == 1
     assert report.outcome == {"status": gpu_worker.STOPPED}
     in_time = gpu_worker.Report(None, 60)
@@ -303,8 +346,14 @@ def test_the_sides_of_training_share_a_state_whose_switches_they_set():
     state = new_state(trained(random_network(TINY)), Recipe())
     state.network.to("cpu")
     called = []
-    blocks = [lambda *args, block=block: called.append(block) or block._call_impl(*args) for block in state.network.blocks]
-    eager, compiled = gpu_training.Steps(state), gpu_training.Steps(state, blocks, checkpointing=True)
+    blocks = [
+        lambda *args, block=block: called.append(block) or block._call_impl(*args)
+        for block in state.network.blocks
+    ]
+    eager, compiled = (
+        gpu_training.Steps(state),
+        gpu_training.Steps(state, blocks, checkpointing=True),
+    )
     for side in (eager, compiled):
         side.resize(2)
     eager.ready()
@@ -330,7 +379,10 @@ def test_values_read_back_in_a_step_are_counted():
             torch.ones(3).sum().item() + torch.ones(3).sum().item()
 
     gpu_sampling.count_steps(report, "sampling", call)
-    assert report.found["counted_per_step"]["sampling"] == {"aten::_local_scalar_dense": 2, "aten::item": 2}
+    assert report.found["counted_per_step"]["sampling"] == {
+        "aten::_local_scalar_dense": 2,
+        "aten::item": 2,
+    }
     gpu_sampling.count_steps(report, "nothing", lambda steps: None)
     assert report.found["counted_per_step"]["nothing"] == {}
 
@@ -338,12 +390,17 @@ def test_values_read_back_in_a_step_are_counted():
 def sampled(compiled, theirs):
     """What a part of sampling may have found."""
     figures = {"compiled, bf16": compiled, "bf16": 0.6 * compiled, "diffusers, bf16": theirs}
-    sides = {name: {gpu_tables.IMAGES: value, gpu_tables.SHARE: value / 20} for name, value in figures.items()}
+    sides = {
+        name: {gpu_tables.IMAGES: value, gpu_tables.SHARE: value / 20}
+        for name, value in figures.items()
+    }
     return {"status": "done", "found": {"DDIM 50": sides}}
 
 
 def test_goals_are_met_missed_or_not_measured():
-    figures = {gpu_tables.IMAGES: 520.0, gpu_tables.SHARE: 0.44, "batch": 160, gpu_tables.MEMORY: 70.0}
+    figures = {
+        gpu_tables.IMAGES: 520.0, gpu_tables.SHARE: 0.44, "batch": 160, gpu_tables.MEMORY: 70.0,
+    }  # fmt: skip
     parts = {
         "training DiT-XL/2": {"status": "done", "found": {"sides": {"eager": figures}}},
         "sampling DiT-XL/2": sampled(12.0, 5.0),
@@ -354,18 +411,29 @@ def test_goals_are_met_missed_or_not_measured():
     assert found["sampling DiT-XL/2, DDIM 50, times diffusers"] == (2.4, True)
     assert found["sampling DiT-XL/2, DDIM 50, share of the limit"] == (0.6, True)
     assert found["sampling DiT-XL/2, dpm++ 20, times diffusers"] == (None, None)
-    parts["sampling DiT-XL/2"]["found"]["DDIM 50"] = {"diffusers, bf16": {gpu_tables.IMAGES: 5.0, gpu_tables.SHARE: 0.9}}
-    assert {goal["met"] for goal in gpu_tables.goals(parts) if "DDIM" in goal["goal"]} == {None}  # diffusers' is not ours
+    parts["sampling DiT-XL/2"]["found"]["DDIM 50"] = {
+        "diffusers, bf16": {gpu_tables.IMAGES: 5.0, gpu_tables.SHARE: 0.9}
+    }
+    # diffusers' is not ours
+    assert {goal["met"] for goal in gpu_tables.goals(parts) if "DDIM" in goal["goal"]} == {None}
 
 
 def test_sections_show_what_was_measured_and_say_what_was_not(tmp_path):
     parts = {"sampling DiT-XL/2": sampled(12.0, 5.0)}
-    result = {"machine": {"gpu": "A GPU", "torch": "2.11.0"}, "parts": parts, "goals": gpu_tables.goals(parts)}
+    result = {
+        "machine": {"gpu": "A GPU", "torch": "2.11.0"}, "parts": parts,
+        "goals": gpu_tables.goals(parts),
+    }  # fmt: skip
     text = gpu_tables.sampling_section((tmp_path / "2030-01-02-gpu.json", result))
-    assert "| DDIM 50 | compiled, bf16 | 12 | 0.6 |" in text and "| dpm++ 20 | not measured | not measured |" in text
+    assert (
+        "| DDIM 50 | compiled, bf16 | 12 | 0.6 |" in text
+        and "| dpm++ 20 | not measured | not measured |" in text
+    )
     assert "times diffusers: 2.4, met (goal: at least 2)" in text and "2030-01-02-gpu.json" in text
     assert "Tests that need a GPU: not measured." in text
-    assert "| DiT-S/2 | not measured |" in gpu_tables.training_section((tmp_path / "2030-01-02-gpu.json", result))
+    assert "| DiT-S/2 | not measured |" in gpu_tables.training_section(
+        (tmp_path / "2030-01-02-gpu.json", result)
+    )
 
 
 def test_the_newest_result_is_that_of_the_latest_day_and_number_and_no_dry_run(tmp_path):
@@ -380,7 +448,9 @@ def test_the_newest_result_is_that_of_the_latest_day_and_number_and_no_dry_run(t
 def test_documents_show_the_newest_result_of_a_gpu(name, section):
     text, found = (ROOT / name).read_text(), gpu_tables.newest()
     assert text.count(gpu_tables.BEGIN) == text.count(gpu_tables.END) == 1
-    assert gpu_tables.with_section(text, section(found)) == text, "python -m benchmarks.gpu --tables brings it up to date"
+    assert gpu_tables.with_section(text, section(found)) == text, (
+        "python -m benchmarks.gpu --tables brings it up to date"
+    )
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -411,14 +481,18 @@ def test_every_test_that_needs_a_gpu_has_its_mark():
 
 def outcome(**values):
     """A report of pytest on a test."""
-    return SimpleNamespace(**{"nodeid": "tests/a.py::b", "when": "call", "longrepr": None, **values})
+    return SimpleNamespace(
+        **{"nodeid": "tests/a.py::b", "when": "call", "longrepr": None, **values}
+    )
 
 
 def test_tests_are_counted_once_and_failures_named():
     report = gpu_worker.Report(None, 60)
     recorder = gpu_commands.Recorder(report)
     recorder.pytest_collection_finish(SimpleNamespace(items="abcd"))
-    recorder.pytest_collectreport(SimpleNamespace(failed=True, nodeid="tests/d.py", longrepr="no library"))
+    recorder.pytest_collectreport(
+        SimpleNamespace(failed=True, nodeid="tests/d.py", longrepr="no library")
+    )
     for one in (
         outcome(when="setup", outcome="passed"), outcome(outcome="passed"), outcome(when="teardown", outcome="passed"),
         outcome(nodeid="tests/b.py::c", outcome="failed", longrepr="1 is not 2"),
@@ -429,6 +503,10 @@ def test_tests_are_counted_once_and_failures_named():
         recorder.pytest_runtest_logreport(one)
     found = report.found
     assert [found[kind] for kind in gpu_tables.KINDS] == [4, 1, 2, 1]
-    assert found["failures"] == {"d.py": "no library", "b.py::c": "1 is not 2", "e.py::f": "it left something"}
+    assert found["failures"] == {
+        "d.py": "no library", "b.py::c": "1 is not 2", "e.py::f": "it left something",
+    }  # fmt: skip
     assert found["reasons"] == {"c.py::d": "Skipped: no library"}
-    assert gpu.went_wrong({"status": "done", "found": found}) and not gpu.went_wrong({"status": "left out"})
+    assert gpu.went_wrong({"status": "done", "found": found}) and not gpu.went_wrong(
+        {"status": "left out"}
+    )

@@ -1,4 +1,6 @@
-"""The block designs: sizes of the paper's table, networks written once more from torch's own attention, ways to use them."""
+"""The block designs: sizes of the paper's table, networks written once more from torch's own
+attention, ways to use them.
+"""
 
 import json
 import math
@@ -20,10 +22,11 @@ import train
 IDENTITIES = {"adaln_zero", "adaln_single"}  # at the start
 every_block = pytest.mark.parametrize("block", BLOCKS)
 
-# The paper's figure 5 and section 5 at XL/2: millions of parameters, billions of multiply-adds. The last is arithmetic.
+# The paper's figure 5 and section 5 at XL/2: millions of parameters, billions of multiply-adds. The
+# last is arithmetic.
 PAPER = {
-    "in_context": (449, 119.4), "cross_attention": (598, 137.6), "adaln": (600, 118.6), "adaln_zero": (675, 118.6),
-    "adaln_single": (460, 118.4),
+    "in_context": (449, 119.4), "cross_attention": (598, 137.6), "adaln": (600, 118.6),
+    "adaln_zero": (675, 118.6), "adaln_single": (460, 118.4),
 }  # fmt: skip
 
 
@@ -38,22 +41,28 @@ def test_size_at_xl_2(block):
 
 
 def test_adaln_single_saves_what_arithmetic_says():
-    zero, single = (parameters_and_macs(DiT_models["DiT-XL/2"], block=b)[0] for b in ("adaln_zero", "adaln_single"))
+    zero, single = (
+        parameters_and_macs(DiT_models["DiT-XL/2"], block=b)[0]
+        for b in ("adaln_zero", "adaln_single")
+    )
     d, depth = 1152, 28
     assert zero - single == depth * (6 * d * d + 6 * d) - (6 * d * d + 6 * d) - depth * 6 * d
     assert 1 - single / zero == pytest.approx(0.318, abs=1e-3)
 
 
 def test_an_adaln_final_layer_would_miss_the_table():
-    """Why in_context and cross_attention end in LayerNorm + Linear: 2·D² + 2·D more would be 452 and 601 million."""
+    """Why in_context and cross_attention end in LayerNorm + Linear: 2·D² + 2·D more would be 452
+    and 601 million.
+    """
     for block, wrong in (("in_context", 452), ("cross_attention", 601)):
         count, _ = parameters_and_macs(DiT_models["DiT-XL/2"], block=block)
         assert round((count + 2 * 1152 * 1152) / 1e6) == wrong
 
 
 OF_EVERY_BLOCK = {
-    "attn.qkv.weight": (96, 32), "attn.qkv.bias": (96,), "attn.proj.weight": (32, 32), "attn.proj.bias": (32,),
-    "mlp.fc1.weight": (128, 32), "mlp.fc1.bias": (128,), "mlp.fc2.weight": (32, 128), "mlp.fc2.bias": (32,),
+    "attn.qkv.weight": (96, 32), "attn.qkv.bias": (96,), "attn.proj.weight": (32, 32),
+    "attn.proj.bias": (32,), "mlp.fc1.weight": (128, 32), "mlp.fc1.bias": (128,),
+    "mlp.fc2.weight": (32, 128), "mlp.fc2.bias": (32,),
 }  # fmt: skip
 NORMS = {f"{norm}.{part}": (32,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
 OWN = {
@@ -73,23 +82,41 @@ VIT_END = {"norm_final.weight": (32,), "norm_final.bias": (32,)}
 
 @every_block
 def test_state_dict_keys_and_shapes(block):
-    found = {name: tuple(value.shape) for name, value in small_dit(block=block).state_dict().items()}
+    found = {
+        name: tuple(value.shape) for name, value in small_dit(block=block).state_dict().items()
+    }
     for i in range(SMALL["depth"]):
-        part = {name.split(".", 2)[2]: found.pop(name) for name in list(found) if name.startswith(f"blocks.{i}.")}
+        part = {
+            name.split(".", 2)[2]: found.pop(name)
+            for name in list(found)
+            if name.startswith(f"blocks.{i}.")
+        }
         assert part == OF_EVERY_BLOCK | OWN[block]
-    end = {name.split(".", 1)[1]: found.pop(name) for name in list(found) if name.startswith("final_layer.")}
+    end = {
+        name.split(".", 1)[1]: found.pop(name)
+        for name in list(found)
+        if name.startswith("final_layer.")
+    }
     vit = block in ("in_context", "cross_attention")
-    assert end == {"linear.weight": (32, 32), "linear.bias": (32,)} | (VIT_END if vit else ADALN_END)
+    assert end == {"linear.weight": (32, 32), "linear.bias": (32,)} | (
+        VIT_END if vit else ADALN_END
+    )
     shared = {name: found.pop(name) for name in list(found) if name.startswith("shared_modulation")}
     assert shared == (
-        {"shared_modulation.1.weight": (192, 32), "shared_modulation.1.bias": (192,)} if block == "adaln_single" else {}
+        {"shared_modulation.1.weight": (192, 32), "shared_modulation.1.bias": (192,)}
+        if block == "adaln_single"
+        else {}
     )
-    assert {name.split(".")[0] for name in found} == {"pos_embed", "x_embedder", "t_embedder", "y_embedder"}
+    assert {name.split(".")[0] for name in found} == {
+        "pos_embed", "x_embedder", "t_embedder", "y_embedder",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", ["adaln-zero", "", None, ["adaln"]])
 def test_an_unknown_block_is_refused(wrong):
-    with pytest.raises((ValueError, TypeError), match="block is .*choose one of adaln_zero|unhashable"):
+    with pytest.raises(
+        (ValueError, TypeError), match="block is .*choose one of adaln_zero|unhashable"
+    ):
         DiT(**SMALL, block=wrong)
 
 
@@ -97,15 +124,22 @@ def test_an_unknown_block_is_refused(wrong):
 
 
 class PlainReference(nn.Module):
-    """A ViT with conditions, in_context or cross_attention, from torch's MultiheadAttention; batch first, float64."""
+    """A ViT with conditions, in_context or cross_attention, from torch's MultiheadAttention; batch
+    first, float64.
+    """
 
     def __init__(self, ours):
         super().__init__()
         d, heads, depth = (ours.config[key] for key in ("hidden_size", "num_heads", "depth"))
-        self.ours = [ours]  # not a submodule: embedders are taken from it, they have tests of their own
+        # Not a submodule: embedders are taken from it, they have tests of their own
+        self.ours = [ours]
         self.width = d
-        self.attention = nn.ModuleList(nn.MultiheadAttention(d, heads, batch_first=True) for _ in range(depth))
-        self.cross = nn.ModuleList(nn.MultiheadAttention(d, heads, batch_first=True) for _ in range(depth))
+        self.attention = nn.ModuleList(
+            nn.MultiheadAttention(d, heads, batch_first=True) for _ in range(depth)
+        )
+        self.cross = nn.ModuleList(
+            nn.MultiheadAttention(d, heads, batch_first=True) for _ in range(depth)
+        )
         weights = ours.state_dict()
         for i in range(depth):
             self.fill(self.attention[i], weights, f"blocks.{i}.attn", ["qkv"])
@@ -115,7 +149,8 @@ class PlainReference(nn.Module):
 
     def fill(self, attention, weights, name, parts):
         projection, bias = (
-            torch.cat([weights[f"{name}.{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")
+            torch.cat([weights[f"{name}.{part}.{kind}"] for part in parts])
+            for kind in ("weight", "bias")
         )
         attention.load_state_dict(
             {"in_proj_weight": projection, "in_proj_bias": bias, "out_proj.weight": weights[f"{name}.proj.weight"],
@@ -124,13 +159,19 @@ class PlainReference(nn.Module):
 
     def norm(self, x, name):
         weights = self.ours[0].state_dict()
-        return nn.functional.layer_norm(x, (self.width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
+        return nn.functional.layer_norm(
+            x, (self.width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6
+        )
 
     def mlp(self, x, name):
         weights = self.ours[0].state_dict()
         hidden = nn.functional.linear(x, weights[f"{name}.fc1.weight"], weights[f"{name}.fc1.bias"])
-        hidden = hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        return nn.functional.linear(hidden, weights[f"{name}.fc2.weight"], weights[f"{name}.fc2.bias"])
+        hidden = (
+            hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        )
+        return nn.functional.linear(
+            hidden, weights[f"{name}.fc2.weight"], weights[f"{name}.fc2.bias"]
+        )
 
     def forward(self, x, t, y):
         ours = self.ours[0]
@@ -150,7 +191,9 @@ class PlainReference(nn.Module):
         weights = ours.state_dict()
         last = self.norm(tokens[:, :count], "final_layer.norm_final")
         return ours.unpatchify(
-            nn.functional.linear(last, weights["final_layer.linear.weight"], weights["final_layer.linear.bias"])
+            nn.functional.linear(
+                last, weights["final_layer.linear.weight"], weights["final_layer.linear.bias"]
+            )
         )
 
 
@@ -166,22 +209,33 @@ def test_outputs_are_those_of_torchs_own_attention(block, std):
 
 @pytest.mark.parametrize("block", ["adaln", "adaln_single"])
 def test_outputs_of_the_adaln_designs(block):
-    """Against the formulas written out, shift and scale first for the attention and then for the MLP."""
+    """Against the formulas written out, shift and scale first for the attention and then for the
+    MLP.
+    """
     model = fill_randomly(DiT(**SMALL, block=block), std=0.3).double().eval()
     x, t, y = inputs()
     with torch.no_grad():
         c = model.t_embedder(t) + model.y_embedder.embedding_table(y)
-        tokens, norm = model.x_embedder(x) + model.pos_embed, lambda z: nn.functional.layer_norm(z, (32,), eps=1e-6)
+        tokens, norm = (
+            model.x_embedder(x) + model.pos_embed,
+            lambda z: nn.functional.layer_norm(z, (32,), eps=1e-6),
+        )
         for part in model.blocks:
             if block == "adaln":
                 regress = part.adaLN_modulation[1]
-                vectors = (nn.functional.silu(c) @ regress.weight.T + regress.bias).view(3, 4, 1, 32)
+                vectors = (nn.functional.silu(c) @ regress.weight.T + regress.bias).view(
+                    3, 4, 1, 32
+                )
                 shift1, scale1, shift2, scale2 = vectors.unbind(1)
                 gate1 = gate2 = 1
             else:
                 regress = model.shared_modulation[1]
-                vectors = (nn.functional.silu(c) @ regress.weight.T + regress.bias).view(3, 6, 1, 32)
-                shift1, scale1, gate1, shift2, scale2, gate2 = (vectors + part.scale_shift_table[:, None]).unbind(1)
+                vectors = (nn.functional.silu(c) @ regress.weight.T + regress.bias).view(
+                    3, 6, 1, 32
+                )
+                shift1, scale1, gate1, shift2, scale2, gate2 = (
+                    vectors + part.scale_shift_table[:, None]
+                ).unbind(1)
             tokens = tokens + gate1 * part.attn(norm(tokens) * (1 + scale1) + shift1)
             tokens = tokens + gate2 * part.mlp(norm(tokens) * (1 + scale2) + shift2)
         expected = model.unpatchify(model.final_layer(tokens, c))
@@ -255,8 +309,12 @@ def test_guidance_and_label_dropout(block):
     null = torch.full_like(y, model.null_label)
     with torch.no_grad():
         kept, dropped = model(x, t, y), model(x, t, null)
-        guided = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), 2.5)
-        torch.testing.assert_close(guided[:3, :3], (dropped + 2.5 * (kept - dropped))[:, :3], rtol=0, atol=1e-12)
+        guided = model.forward_with_cfg(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), 2.5
+        )
+        torch.testing.assert_close(
+            guided[:3, :3], (dropped + 2.5 * (kept - dropped))[:, :3], rtol=0, atol=1e-12
+        )
         assert torch.equal(model.train()(x, t, y), dropped)
         assert torch.equal(model(x, t, y, force_drop_ids=torch.zeros_like(y)), kept)
 
@@ -265,7 +323,10 @@ def test_guidance_and_label_dropout(block):
 def test_without_classes(block):
     model, (x, t, _) = small_dit(block=block, num_classes=0), inputs()
     with torch.no_grad():
-        assert model(x, t).shape == (3, 8, 8, 8) and (model(x, t) - model(x, t + 99)).abs().max() > 1e-7
+        assert (
+            model(x, t).shape == (3, 8, 8, 8)
+            and (model(x, t) - model(x, t + 99)).abs().max() > 1e-7
+        )
 
 
 @every_block
@@ -302,7 +363,8 @@ def test_compiles_with_the_default_backend_and_trains(block):
         out.square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.zero_grad()
-    for a, b in zip(*gradients):  # waves of the timestep are float32 here too: of an angle of 300, 1e-5 is rounding
+    # Waves of the timestep are float32 here too: of an angle of 300, 1e-5 is rounding
+    for a, b in zip(*gradients):
         assert (a - b).norm() < 1e-4 * a.norm()
 
 
@@ -325,17 +387,20 @@ def test_the_default_is_adaln_zero_and_older_configurations_mean_it():
 
 
 @every_block
-def test_trained_saved_resumed_and_sampled_without_a_flag(block, images, tmp_path, monkeypatch):  # noqa: F811
+def test_trained_saved_resumed_and_sampled_without_a_flag(block, images, tmp_path, monkeypatch):
     whole = run(images, tmp_path / "whole", "--block", block, "--max-steps", "4")
     run(images, tmp_path / "parts", "--block", block, "--max-steps", "2")
-    parts = run(images, tmp_path / "parts", "--block", block, "--max-steps", "4", "--resume", "auto")
+    parts = run(
+        images, tmp_path / "parts", "--block", block, "--max-steps", "4", "--resume", "auto"
+    )
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["000-DiT-Ti-8"]
     assert whole["config"]["block"] == whole["args"]["block"] == block
     assert same(whole["model"], parts["model"]) and same(whole["ema"], parts["ema"])
     seen = []
     monkeypatch.setattr(
-        DiT, "forward_with_cfg", lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k)
-    )
+        DiT, "forward_with_cfg",
+        lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k),
+    )  # fmt: skip
     sample.main(
         ["--ckpt", str(tmp_path / "whole" / "000-DiT-Ti-8"), "--vae", "none", "--class-labels", "0", "2", "--device", "cpu",
          "--num-sampling-steps", "2", "--output", str(tmp_path / "x.png")]
@@ -344,8 +409,10 @@ def test_trained_saved_resumed_and_sampled_without_a_flag(block, images, tmp_pat
     assert (tmp_path / "x.png").stat().st_size > 100
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--fsdp", "--grad-checkpointing"], marks=pytest.mark.long)])
-def test_two_processes_learn_what_one_does(more, images, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--fsdp", "--grad-checkpointing"], marks=pytest.mark.long)]
+)
+def test_two_processes_learn_what_one_does(more, images, tmp_path):
     """Every design, in one launch."""
     script = tmp_path / "every_block.py"
     script.write_text(
@@ -354,7 +421,8 @@ def test_two_processes_learn_what_one_does(more, images, tmp_path):  # noqa: F81
         "from accelerate import Accelerator\n"
         "import torch\n"
         "import train\n"
-        "Accelerator.end_training = lambda self: None\n"  # processes that have found one another stay together
+        # Processes that have found one another stay together
+        "Accelerator.end_training = lambda self: None\n"
         "for block in sys.argv[1].split(','):\n"
         "    train.main([*sys.argv[3:], '--block', block, '--results-dir', f'{sys.argv[2]}/{block}'])\n"
         "torch.distributed.destroy_process_group()\n"
@@ -363,21 +431,23 @@ def test_two_processes_learn_what_one_does(more, images, tmp_path):  # noqa: F81
     launch(script, ",".join(BLOCKS), tmp_path, *flags, *more)
     for block in BLOCKS:
         run(images, tmp_path / "alone", "--block", block, "--max-steps", "3", "--log-every", "1")
-        alone, together = (rows(sorted(f.iterdir())[-1]) for f in (tmp_path / "alone", tmp_path / block))
+        alone, together = (
+            rows(sorted(f.iterdir())[-1]) for f in (tmp_path / "alone", tmp_path / block)
+        )
         assert [row["step"] for row in together] == [1, 2, 3]
         for a, b in zip(alone, together):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["gradient_norm"] == pytest.approx(
-                a["gradient_norm"], rel=1e-2
-            )
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b[
+                "gradient_norm"
+            ] == pytest.approx(a["gradient_norm"], rel=1e-2)
 
 
-def test_another_block_is_another_run(images, tmp_path, capsys):  # noqa: F811
+def test_another_block_is_another_run(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "2")
     run(images, tmp_path, "--max-steps", "2", "--block", "adaln", "--resume", "auto")
     assert len(list(tmp_path.iterdir())) == 2 and "DiT-Ti/8, adaln: " in capsys.readouterr().out
 
 
-def test_a_run_from_before_there_were_designs_goes_on(images, tmp_path):  # noqa: F811
+def test_a_run_from_before_there_were_designs_goes_on(images, tmp_path):
     contents = run(images, tmp_path, "--max-steps", "2")
     record = tmp_path / "000-DiT-Ti-8" / "run.json"
     text = record.read_text()
@@ -388,7 +458,7 @@ def test_a_run_from_before_there_were_designs_goes_on(images, tmp_path):  # noqa
     assert contents["step"] == 3 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_weights_of_another_design_are_refused_with_its_name(images, tmp_path, capsys):  # noqa: F811
+def test_weights_of_another_design_are_refused_with_its_name(images, tmp_path, capsys):
     run(images, tmp_path / "old", "--max-steps", "1", "--block", "in_context")
     folder = tmp_path / "old" / "000-DiT-Ti-8"
     for flag in ("--init-from", "--resume"):
@@ -416,12 +486,15 @@ def test_weights_of_another_design_are_refused_with_its_name(images, tmp_path, c
 
 @every_block
 def test_the_design_of_bare_weights_is_seen(block, tmp_path, monkeypatch):
-    network = fill_randomly(DiT_models["DiT-Ti/8"](input_size=16, in_channels=3, num_classes=3, block=block))
+    network = fill_randomly(
+        DiT_models["DiT-Ti/8"](input_size=16, in_channels=3, num_classes=3, block=block)
+    )
     torch.save(network.state_dict(), tmp_path / "bare.pt")
     seen = []
     monkeypatch.setattr(
-        DiT, "forward_with_cfg", lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k)
-    )
+        DiT, "forward_with_cfg",
+        lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k),
+    )  # fmt: skip
     sample.main(
         ["--ckpt", str(tmp_path / "bare.pt"), "--model", "DiT-Ti/8", "--image-size", "16", "--num-classes", "3",
          "--vae", "none", "--class-labels", "1", "2", "--device", "cpu", "--num-sampling-steps", "1",
@@ -430,8 +503,10 @@ def test_the_design_of_bare_weights_is_seen(block, tmp_path, monkeypatch):
     assert seen[0].config == network.config and same(seen[0].state_dict(), network.state_dict())
 
 
-def test_folders_of_samples_keep_their_names(images, tmp_path):  # noqa: F811
-    """The default design is not in what names a folder: those from before there were others are gone on with."""
+def test_folders_of_samples_keep_their_names(images, tmp_path):
+    """The default design is not in what names a folder: those from before there were others are
+    gone on with.
+    """
     for block in ("adaln_zero", "adaln"):
         run(images, tmp_path / block, "--max-steps", "1", "--block", block)
         sample_ddp.main(
@@ -441,10 +516,13 @@ def test_folders_of_samples_keep_their_names(images, tmp_path):  # noqa: F811
         )  # fmt: skip
         (manifest,) = (tmp_path / f"{block}-samples").glob("*/manifest.json")
         network = json.loads(manifest.read_text())["decides"]["network"]
-        assert network.get("block") == {"adaln_zero": None, "adaln": "adaln"}[block] and network["depth"] == 6
+        assert (
+            network.get("block") == {"adaln_zero": None, "adaln": "adaln"}[block]
+            and network["depth"] == 6
+        )
 
 
-def test_an_unknown_block_is_an_error_of_the_door(images, capsys):  # noqa: F811
+def test_an_unknown_block_is_an_error_of_the_door(images, capsys):
     with pytest.raises(SystemExit):
         train.main(["--data-path", str(images), *QUICK, "--block", "adaln-zero"])
     assert "argument --block: invalid choice: 'adaln-zero'" in capsys.readouterr().err

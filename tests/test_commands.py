@@ -1,7 +1,9 @@
-"""Every command in the README, docs/ and examples/ is run, on digits, or at least parsed by the parser of its script.
+"""Every command in the README, docs/ and examples/ is run, on digits, or at least parsed by the
+parser of its script.
 
-A command is run unless a rule in NEEDS says what it lacks here; so one that is new and fits no rule is run. Pages are run
-from top to bottom, as a user would, in a copy of the repository that has nothing but its files.
+A command is run unless a rule in NEEDS says what it lacks here; so one that is new and fits no rule
+is run. Pages are run from top to bottom, as a user would, in a copy of the repository that has
+nothing but its files.
 """
 
 import importlib
@@ -23,24 +25,20 @@ from test_readme import DOORS, PAGES
 
 # What a command needs that is not here → how such a command is told. The first that fits counts.
 NEEDS = {
-    "a package index": r"^(pip|conda) ",
-    "a test of its own, in test_readme.py": r"^make ",
-    "a test of its own, in test_scaling.py": r"examples/scaling/",
-    "ImageNet": r"imagenet",
-    "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared",
-    "somebody's photos": r"photos",
+    "a package index": r"^(pip|conda) ", "a test of its own, in test_readme.py": r"^make ",
+    "a test of its own, in test_scaling.py": r"examples/scaling/", "ImageNet": r"imagenet",
+    "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared", "somebody's photos": r"photos",
     "a network trained on ImageNet": r"results/000-DiT-XL-2",
     "released weights": r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",
-}
+}  # fmt: skip
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
-    "examples/digits/train_vae.py": "--steps 20",
-    "--max-steps 14000": "--max-steps 20",
+    "examples/digits/train_vae.py": "--steps 20", "--max-steps 14000": "--max-steps 20",
     "--max-steps 400 ": "--max-steps 40 --sample-every 20",
     "examples/digits/train_classifier.py": "--epochs 1",
     "examples/digits/judge.py": "--num-samples 50",
-}
+}  # fmt: skip
 # What must be there when a page has been run.
 LEAVES = {
     "README.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
@@ -53,7 +51,11 @@ LEAVES = {
         "sample.png",
     ],
     "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png"],
-    "docs/own-data.md": ["digits-runs/*/previews/0000040.png", "digits-runs/sample.png", "digits-samples/*.npz"],
+    "docs/own-data.md": [
+        "digits-runs/*/previews/0000040.png",
+        "digits-runs/sample.png",
+        "digits-samples/*.npz",
+    ],
     "examples/digits/README.md": [
         "sample.png",
         "digits-vae/config.json",
@@ -84,10 +86,16 @@ def need(command):
 
 
 def parse(command):
-    """Have each part of a command read by the parser that reads it when it is run. Raises AssertionError for one unknown."""
+    """Have each part of a command read by the parser that reads it when it is run.
+
+    Raises AssertionError for one unknown.
+    """
     for part in command.split(" && "):
         words = shlex.split(part)
-        script = next((i for i, word in enumerate(words) if word in DOORS or word.startswith("benchmarks.")), None)
+        script = next(
+            (i for i, word in enumerate(words) if word in DOORS or word.startswith("benchmarks.")),
+            None,
+        )
         if words[0] == "torchrun":
             get_args_parser().parse_args([*words[1:script], "script.py"])
         if script:
@@ -97,24 +105,33 @@ def parse(command):
 
 
 def parse_script(name, arguments):
-    """Have a script's arguments read by its own parser; a benchmark without any need only be there."""
+    """Have a script's arguments read by its own parser; a benchmark without any need only be there.
+    """
     module = DOORS.get(name) or importlib.import_module(name)
     if arguments or name in DOORS:
         module.build_parser().parse_args(arguments)
 
 
 def check_other(words):
-    """Raise AssertionError unless this is a command of another program that is known, with what is here."""
+    """Raise AssertionError unless this is a command of another program that is known, with what is
+    here.
+    """
     if words[:2] == ["pip", "install"]:
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ]
         asked, *more = words[2:]
-        assert not more and set(re.fullmatch(r"\.(?:\[(.*)])?", asked)[1].split(",")) <= extras.keys()
+        assert (
+            not more and set(re.fullmatch(r"\.(?:\[(.*)])?", asked)[1].split(",")) <= extras.keys()
+        )
     elif words[:3] == ["conda", "env", "create"]:
         assert (ROOT / words[words.index("-f") + 1]).is_file()
     elif words[:2] == ["python", "-c"]:
         compile(words[2], words[2], "exec")
     else:
-        assert words[0] == "make" or words[:2] == ["conda", "activate"], f"nothing here can read {words}"
+        assert words[0] == "make" or words[:2] == ["conda", "activate"], (
+            f"nothing here can read {words}"
+        )
 
 
 @pytest.fixture
@@ -131,7 +148,9 @@ def copy(tmp_path):
 
 
 def run(command, folder):
-    """Run a command in the folder as a user's shell would, with this Python, the network out of reach; its output."""
+    """Run a command in the folder as a user's shell would, with this Python, the network out of
+    reach; its output.
+    """
     done = subprocess.run(
         ["bash", "-ec", command], cwd=folder, capture_output=True, text=True, timeout=LIMIT,
         env=os.environ | {
@@ -149,8 +168,17 @@ def named(path):
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(text, id=f"{named(page)}: {text}") for page in PAGES for text in commands(page) if need(text)]
-    + [pytest.param(text, id=f"{named(page)}: {text}") for page in PAGES for text in inline_commands(page)],
+    [
+        pytest.param(text, id=f"{named(page)}: {text}")
+        for page in PAGES
+        for text in commands(page)
+        if need(text)
+    ]
+    + [
+        pytest.param(text, id=f"{named(page)}: {text}")
+        for page in PAGES
+        for text in inline_commands(page)
+    ],
 )
 def test_what_cannot_be_run_here_can_be_parsed(command):
     words = shlex.split(command)
@@ -162,20 +190,27 @@ def test_what_cannot_be_run_here_can_be_parsed(command):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", [page for page in PAGES if not all(map(need, commands(page)))], ids=named)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if not all(map(need, commands(page)))], ids=named
+)
 def test_commands_run_one_after_the_other(page, copy):
     output = ""
     for command in commands(page):
         if need(command) is None:
             shorter = " ".join(flags for sign, flags in SHORTER.items() if sign in command)
-            made = re.search(r"samples/(\S+)\.npz", output)  # which sample_ddp.py said, for a page that calls it NAME
-            output += run(f"{command.replace('NAME', made[1]) if made else command} {shorter}", copy)
+            # Which sample_ddp.py said, for a page that calls it NAME
+            made = re.search(r"samples/(\S+)\.npz", output)
+            output += run(
+                f"{command.replace('NAME', made[1]) if made else command} {shorter}", copy
+            )
     assert output and all(list(copy.glob(name)) for name in LEAVES[named(page)])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_blocks_are_of_kinds_that_are_looked_at(page, tmp_path, monkeypatch):
-    """Commands stand in bash blocks; Python runs, with networks that hold no weights where they are built."""
+    """Commands stand in bash blocks; Python runs, with networks that hold no weights where they are
+    built.
+    """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
@@ -203,4 +238,8 @@ def test_each_step_of_own_data_is_there_for_digits_too():
         if (name := text.split()[1]) in DOORS and name != "download.py":
             scripts[need(text) is None][name] = text
     photos, digits = list(scripts[False]), list(scripts[True])
-    assert photos == digits == ["extract_latents.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py"]
+    assert (
+        photos
+        == digits
+        == ["extract_latents.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py"]
+    )

@@ -27,7 +27,10 @@ from sampling.loading import load_sampler  # noqa: E402
 from vae import from_uint8, load_vae, to_uint8  # noqa: E402
 
 # The README's settings.
-SETTINGS = ["--vae", str(EXAMPLE / "vae"), "--num-sampling-steps", "50", "--cfg-scale", "1.5", "--device", "cpu"]
+SETTINGS = [
+    "--vae", str(EXAMPLE / "vae"), "--num-sampling-steps", "50", "--cfg-scale", "1.5", "--device",
+    "cpu",
+]  # fmt: skip
 
 
 def judged(ckpt, count):
@@ -50,7 +53,9 @@ def test_committed_weights_draw_the_digits_asked_for_varied_and_new():
 def test_split_is_stratified_disjoint_and_always_the_same():
     train, train_labels, heldout, heldout_labels = make_dataset.load_split()
     assert len(train) == 1437 and len(heldout) == 360
-    assert np.abs(np.bincount(heldout_labels) / 360 - np.bincount(train_labels) / 1437).max() < 0.003
+    assert (
+        np.abs(np.bincount(heldout_labels) / 360 - np.bincount(train_labels) / 1437).max() < 0.003
+    )
     assert not {d.tobytes() for d in train} & {d.tobytes() for d in heldout}
     assert np.array_equal(heldout_labels[:8], make_dataset.load_split()[3][:8])
     assert heldout[:3].sum(axis=(1, 2)).tolist() == [278, 312, 334]
@@ -82,14 +87,17 @@ def test_committed_autoencoder_gives_heldout_digits_back():
     latents = vae.draw(mean, std, torch.zeros_like(mean))
     assert 0.8 < latents.std() < 1.2
     error = make_dataset.reduce(to_uint8(vae.decode(latents)).numpy()) - digits
-    assert np.sqrt((error**2).mean()) < 1.0 < np.sqrt(((digits - digits.mean(axis=0)) ** 2).mean()) / 3
+    assert (
+        np.sqrt((error**2).mean()) < 1.0 < np.sqrt(((digits - digits.mean(axis=0)) ** 2).mean()) / 3
+    )
 
 
 def test_judge_tells_copies_noise_and_sameness():
     train, labels, _, _ = make_dataset.load_split()
     copies = judge.judge(train[:300], labels[:300])
     assert (
-        copies["share nearer than 2.0 to a training digit"] == 1 and copies["agreement with the asked-for class"] > 0.99
+        copies["share nearer than 2.0 to a training digit"] == 1
+        and copies["agreement with the asked-for class"] > 0.99
     )
     means = np.stack([train[labels == c].mean(axis=0) for c in labels[:300]])
     same = judge.judge(means, labels[:300])
@@ -113,17 +121,14 @@ def test_autoencoder_script_trains_saves_and_overwrites_nothing(tmp_path, capsys
         (tmp_path / "some").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "some" / f"{i}.png")
     flags = [
-        "--data-path",
-        str(tmp_path / "some"),
-        "--output",
-        str(tmp_path / "vae"),
-        "--batch-size",
-        "4",
-        "--steps",
-        "3",
-    ]
+        "--data-path", str(tmp_path / "some"), "--output", str(tmp_path / "vae"), "--batch-size",
+        "4", "--steps", "3",
+    ]  # fmt: skip
     train_vae.main(flags)
-    assert load_vae(str(tmp_path / "vae")).shape == (4, 8) and "step 3: squared error" in capsys.readouterr().out
+    assert (
+        load_vae(str(tmp_path / "vae")).shape == (4, 8)
+        and "step 3: squared error" in capsys.readouterr().out
+    )
     for wrong, message in (
         (flags, "exists already"),
         ([*flags[:3], str(tmp_path / "new"), "--data-path", "no"], "no is not"),
@@ -139,7 +144,9 @@ def test_autoencoder_script_trains_saves_and_overwrites_nothing(tmp_path, capsys
 def test_committed_classifier_knows_heldout_digits():
     digits, labels = make_dataset.load_split()[2:]
     images = np.repeat(make_dataset.enlarge(digits)[:, None], 3, axis=1)
-    logits = load_extractor(str(EXAMPLE / "classifier"), torch.device("cpu"))(torch.from_numpy(images)).logits
+    logits = load_extractor(str(EXAMPLE / "classifier"), torch.device("cpu"))(
+        torch.from_numpy(images)
+    ).logits
     assert (logits.argmax(dim=1).numpy() == labels).mean() >= 0.98
 
 
@@ -147,11 +154,14 @@ def test_committed_scores_of_heldout_digits_can_be_had_again(tmp_path, capsys):
     make_dataset.main(["--output", str(tmp_path)])
     capsys.readouterr()
     evaluate.main([
-        "--samples", str(tmp_path / "heldout"), "--reference", str(tmp_path / "train"), "--features",
-        str(EXAMPLE / "classifier"), "--num-workers", "0", "--device", "cpu",
+        "--samples", str(tmp_path / "heldout"), "--reference", str(tmp_path / "train"),
+        "--features", str(EXAMPLE / "classifier"), "--num-workers", "0", "--device", "cpu",
     ])  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
-    found, committed = json.loads(capsys.readouterr().out), json.loads((EXAMPLE / "logs" / "heldout.json").read_text())
+    found, committed = (
+        json.loads(capsys.readouterr().out),
+        json.loads((EXAMPLE / "logs" / "heldout.json").read_text()),
+    )
     for side in ("samples", "reference"):
         assert found[side]["sha256_of_pixels"] == committed[side]["sha256_of_pixels"]
     assert found["features"]["sha256"] == committed["features"]["sha256"]
@@ -163,7 +173,9 @@ def test_committed_scores_fall_with_training_towards_those_of_real_digits():
     rows = plot_scores.read_scores(EXAMPLE / "logs" / "scores.jsonl")
     floor = json.loads((EXAMPLE / "logs" / "heldout.json").read_text())
     fids = [row["eval_fid"] for row in rows]
-    assert len(rows) >= 6 and {row["eval_samples"] for row in rows} == {floor["samples"]["images"]} == {360}
+    assert len(rows) >= 6 and {row["eval_samples"] for row in rows} == {
+        floor["samples"]["images"]
+    } == {360}
     assert floor["scores"]["fid"] < fids[-1] < fids[len(fids) // 2] < fids[len(fids) // 4] < fids[0]
 
 
@@ -172,7 +184,9 @@ def test_scores_are_drawn(tmp_path, capsys):
     for name in ("a.svg", "b.svg", "c.png"):
         plot_scores.main(["--output", str(tmp_path / name)])
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert Image.open(tmp_path / "c.png").size[0] > 500 and (ROOT / "docs" / "digits-fid.svg").exists()
+    assert (
+        Image.open(tmp_path / "c.png").size[0] > 500 and (ROOT / "docs" / "digits-fid.svg").exists()
+    )
     with pytest.raises(SystemExit):
         plot_scores.main(["--scores", "missing.jsonl"])
     assert "cannot read the scores" in capsys.readouterr().err
@@ -184,7 +198,9 @@ def test_classifier_script_trains_saves_and_overwrites_nothing(tmp_path, capsys)
     train_classifier.main([*flags, "--epochs", "1"])
     out = capsys.readouterr().out
     assert "epoch 1: loss" in out and "of the held-out digits are right" in out
-    rows = load_extractor(str(tmp_path / "classifier"), torch.device("cpu"))(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    rows = load_extractor(str(tmp_path / "classifier"), torch.device("cpu"))(
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    )
     assert rows.features.shape == (2, 64) and rows.logits.shape == (2, 10)
     elsewhere = [*flags[:3], str(tmp_path / "n"), "--data-path", "no"]
     for wrong, message in ((flags, "exists already"), (elsewhere, "no/train is not")):

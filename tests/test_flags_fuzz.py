@@ -1,8 +1,10 @@
-"""Random flags with nasty values for every door: each ends well or in one line of error, quickly, and takes no nonsense.
+"""Random flags with nasty values for every door: each ends well or in one line of error, quickly,
+and takes no nonsense.
 
-The doors run in this process, but for their work: what comes after all checks is replaced. A failure names the seed and
-the whole command line. Nothing outside of a case's own folder may be written, renamed or removed: what is written to gets
-no absolute path, and an attempt fails before it does harm, for whoever runs this may be root.
+The doors run in this process, but for their work: what comes after all checks is replaced. A
+failure names the seed and the whole command line. Nothing outside of a case's own folder may be
+written, renamed or removed: what is written to gets no absolute path, and an attempt fails before
+it does harm, for whoever runs this may be root.
 """
 
 import argparse
@@ -37,21 +39,54 @@ from training.cost import Cost  # noqa: E402
 
 SECONDS = 5  # of computing that a case may take
 HANGS = 60  # seconds after which it is broken off
-NETWORK = ["--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--device", "cpu"]
+NETWORK = [
+    "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--device", "cpu",
+]  # fmt: skip
 ERROR = re.compile(r"[\w.]+( \w+)?: error: .+")
 
-WHOLE = ["-1", "0", "1", "2", "3", "64", "+1", "1_0", "１２", "1.5", "1e3", "0x10", "None", "nan", " ", "-" + "9" * 30]
-WHOLE += ["1000", "1000000000", "1000000001", str(2**31), str(2**63), str(2**64 + 1), "9" * 40, "9" * 5000]
-REAL = ["nan", "inf", "-inf", "1e300", "-1e300", "1e999", "5e-324", "1e-300", "-1", "-0.0", "0", "0.5", "1", "１.５", "x", " "]
+WHOLE = [
+    "-1", "0", "1", "2", "3", "64", "+1", "1_0", "１２", "1.5", "1e3", "0x10", "None", "nan", " ",
+    "-" + "9" * 30,
+]  # fmt: skip
+WHOLE += [
+    "1000", "1000000000", "1000000001", str(2**31), str(2**63), str(2**64 + 1), "9" * 40,
+    "9" * 5000,
+]  # fmt: skip
+REAL = [
+    "nan", "inf", "-inf", "1e300", "-1e300", "1e999", "5e-324", "1e-300", "-1", "-0.0", "0", "0.5",
+    "1", "１.５", "x", " ",
+]  # fmt: skip
 REAL += ["9" * 400]
-TEXTS = ["all", "ema", "raw", "ema@0.5", "ema@", "ema@nan", "ema@1e5", "-1", "0", "3", "9", "１", "²", "9" * 5000, "x" * 5000]
-TEXTS += ["a\nb", "\x1b[31m", "é中", "\udcff", "{}", "-", "balanced", "random", "keep", "drop", "auto", "none", "pixels"]
-DEVICES = ["cpu", "cpu:0", "cpu:-1", "cpu:" + "9" * 30, "cuda", "cuda:99", "mps", "meta", "xla", "vulkan", "hpu", "x", "é"]
-PATHS = ["-", ".", "..", "~", "x" * 300, "x" * 250, "x" * 5000, "a/" * 3000, "é中", "\udcff\udcfe", "new\nline", "*", "["]
-PATHS += ["/dev/null", "/dev/full", "/dev/zero", "/proc/self/mem", "/proc/self/nothing", "none", "new.png", "new.json"]
-PATHS += ["folder", "empty", "images", "text.txt", "text.txt/below", "loop", "dangling", "list.json", "deep.json", "new.gif"]
-PATHS += ["new.safetensors", "socket", "bad.npz", "bad.pt", "bad.safetensors", "labels.txt", "folder/new/new"]
-WRITTEN = {"output", "trajectory", "results_dir", "sample_dir", "folder", "resume", "results"}  # or locked, or tidied
+TEXTS = [
+    "all", "ema", "raw", "ema@0.5", "ema@", "ema@nan", "ema@1e5", "-1", "0", "3", "9", "１", "²",
+    "9" * 5000, "x" * 5000,
+]  # fmt: skip
+TEXTS += [
+    "a\nb", "\x1b[31m", "é中", "\udcff", "{}", "-", "balanced", "random", "keep", "drop", "auto",
+    "none", "pixels",
+]  # fmt: skip
+DEVICES = [
+    "cpu", "cpu:0", "cpu:-1", "cpu:" + "9" * 30, "cuda", "cuda:99", "mps", "meta", "xla", "vulkan",
+    "hpu", "x", "é",
+]  # fmt: skip
+PATHS = [
+    "-", ".", "..", "~", "x" * 300, "x" * 250, "x" * 5000, "a/" * 3000, "é中", "\udcff\udcfe",
+    "new\nline", "*", "[",
+]  # fmt: skip
+PATHS += [
+    "/dev/null", "/dev/full", "/dev/zero", "/proc/self/mem", "/proc/self/nothing", "none",
+    "new.png", "new.json",
+]  # fmt: skip
+PATHS += [
+    "folder", "empty", "images", "text.txt", "text.txt/below", "loop", "dangling", "list.json",
+    "deep.json", "new.gif",
+]  # fmt: skip
+PATHS += [
+    "new.safetensors", "socket", "bad.npz", "bad.pt", "bad.safetensors", "labels.txt",
+    "folder/new/new",
+]  # fmt: skip
+# Or locked, or tidied
+WRITTEN = {"output", "trajectory", "results_dir", "sample_dir", "folder", "resume", "results"}
 NEVER = ["", "\0", "a\0b", "=\0"]  # what no flag takes
 # Numbers that no flag takes.
 NO_WHOLE = {"-1", "9" * 40, str(2**63), str(2**64 + 1)}
@@ -59,19 +94,29 @@ NO_REAL = {"nan", "inf", "-inf", "1e300", "-1e300", "1e999"}
 
 
 # Event of Python's audit hooks → how many of its first arguments are names of what is changed.
-CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.symlink": 2, "os.link": 2}
+CHANGES = {
+    "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.symlink": 2,
+    "os.link": 2,
+}  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 INSIDE: list[str] = []  # the folder in which a test may write, while it runs
 OUTSIDE: list[str] = []  # what it tried elsewhere
 HOOKED: list[bool] = []
 SCRATCH = tuple(
     os.path.join(os.path.realpath(place), "")
-    for place in (Path.home() / ".cache", Path.home() / ".config", "/dev/shm", tempfile.gettempdir())
+    for place in (
+        Path.home() / ".cache",
+        Path.home() / ".config",
+        "/dev/shm",
+        tempfile.gettempdir(),
+    )
 )
 
 
 class Door(NamedTuple):
-    """A module with a main; the command lines that cases begin with; what replaces its work: {"module.name": stand-in}."""
+    """A module with a main; the command lines that cases begin with; what replaces its work:
+    {"module.name": stand-in}.
+    """
 
     module: str
     bases: list[list[str]]
@@ -103,10 +148,19 @@ def save_model(model, folder, **_):
 
 
 BUILD_STATE = import_module("train").build_state
-TRAINING = ["--num-classes", "2", "--image-size", "32", "--vae", str(DIGITS / "vae"), "--model", "DiT-Ti/1", "--device", "cpu"]
+TRAINING = [
+    "--num-classes", "2", "--image-size", "32", "--vae", str(DIGITS / "vae"), "--model", "DiT-Ti/1",
+    "--device", "cpu",
+]  # fmt: skip
 TRAINING += ["--global-batch-size", "2", "--num-workers", "0", "--results-dir", "runs"]
-SCORING = ["--eval-every", "1", "--eval-reference", "images", "--eval-features", str(DIGITS / "classifier")]
-CACHING = ["--data-path", "images", "--num-classes", "2", "--image-size", "32", "--vae", str(DIGITS / "vae"), "--device", "cpu"]
+SCORING = [
+    "--eval-every", "1", "--eval-reference", "images", "--eval-features",
+    str(DIGITS / "classifier"),
+]  # fmt: skip
+CACHING = [
+    "--data-path", "images", "--num-classes", "2", "--image-size", "32", "--vae",
+    str(DIGITS / "vae"), "--device", "cpu",
+]  # fmt: skip
 COMPARING = ["--features", str(DIGITS / "classifier"), "--device", "cpu", "--num-workers", "0"]
 QUIET = {"sampling.prepare": nothing}  # which compiles
 DOORS = {
@@ -115,30 +169,60 @@ DOORS = {
         [
             ["--data-path", "images", *TRAINING],
             ["--data-path", "images", *TRAINING, *SCORING],
-            ["--data-path", "images", *TRAINING, "--init-from", str(DIGITS / "dit.safetensors"), "--init-labels", "drop"],
+            [
+                "--data-path",
+                "images",
+                *TRAINING,
+                "--init-from",
+                str(DIGITS / "dit.safetensors"),
+                "--init-labels",
+                "drop",
+            ],
         ],
         {
-            "train.train": nothing, "train.build_state": state_without_weights, "models.DiT.to": lambda self, *_, **__: self,
-            "train.new_state": lambda network, *_, **__: SimpleNamespace(network=network, step=0, bad_in_a_row=0, window=None),
+            "train.train": nothing,
+            "train.build_state": state_without_weights,
+            "models.DiT.to": lambda self, *_, **__: self,
+            "train.new_state": lambda network, *_, **__: SimpleNamespace(
+                network=network, step=0, bad_in_a_row=0, window=None
+            ),
             "scoring.summarize_reference": lambda *_, **__: (None, None),
         },
     ),
-    "sample": Door("sample", [[*NETWORK, "--class-labels", "3", "1"]], {"sample.sample": black, **QUIET}),
+    "sample": Door(
+        "sample", [[*NETWORK, "--class-labels", "3", "1"]], {"sample.sample": black, **QUIET}
+    ),
     "sample_ddp": Door(
         "sample_ddp",
         [[*NETWORK, "--num-fid-samples", "4", "--sample-dir", "samples"]],
-        {"sample_ddp.make_all": nothing, "sample_ddp.random_labels": lambda _, indices, __: torch.zeros(len(indices)), **QUIET},
+        {
+            "sample_ddp.make_all": nothing,
+            "sample_ddp.random_labels": lambda _, indices, __: torch.zeros(len(indices)),
+            **QUIET,
+        },
     ),
     "extract_latents": Door(
         "extract_latents",
         [[*CACHING, "--output", "latents-{n}"], []],
-        {"extract_latents.encode_share": nothing, "extract_latents.finish": nothing, "os.posix_fallocate": nothing},
+        {
+            "extract_latents.encode_share": nothing,
+            "extract_latents.finish": nothing,
+            "os.posix_fallocate": nothing,
+        },
     ),
     "evaluate": Door(
         "evaluate",
         [
             ["--samples", "images", "--reference", "images", *COMPARING],
-            ["--make-reference", "images", "--output", "reference-{n}.npz", "--batch-size", "4", *COMPARING],
+            [
+                "--make-reference",
+                "images",
+                "--output",
+                "reference-{n}.npz",
+                "--batch-size",
+                "4",
+                *COMPARING,
+            ],
         ],
         {
             "evaluate.summarize": lambda *_, **__: (None, None),
@@ -149,13 +233,19 @@ DOORS = {
         },
     ),
     "export": Door("export", [[*NETWORK[:4], "--output", "exported-{n}"]]),
-    "download": Door("download", [["--folder", "released"], []], {"download.fetch": lambda _, path: path.touch()}),
+    "download": Door(
+        "download", [["--folder", "released"], []], {"download.fetch": lambda _, path: path.touch()}
+    ),
     "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
     "app": Door("app", [["--port", "7931"], NETWORK], {"app.serve": nothing, **QUIET}),
     "interpolate": Door("grids", [["interpolate", "--device", "cpu"]], {}),
     "guidance": Door("grids", [["guidance", "--device", "cpu"]], {}),
     "plot_run": Door("plot_run", [["run"]]),
-    "judge": Door("judge", [NETWORK], {"judge.sample_digits": lambda *_: (0, 0), "judge.judge": lambda *_: {}, **QUIET}),
+    "judge": Door(
+        "judge",
+        [NETWORK],
+        {"judge.sample_digits": lambda *_: (0, 0), "judge.judge": lambda *_: {}, **QUIET},
+    ),
     "make_dataset": Door("make_dataset", [["--output", "made"], []], {}),
     "plot_scores": Door("plot_scores", [["--output", "scores.svg"]]),
     "train_vae": Door("train_vae", [["--data-path", "images", "--output", "vae-{n}"]], {}),
@@ -168,7 +258,11 @@ DOORS = {
         },
     ),
     "study": Door("study", [["--output", "study", "--device", "cpu"]], {"study.study": nothing}),
-    "plot": Door("plot", [["--output", "figures"]], {"plot.draw_figure": nothing, "plot.draw_samples": nothing}),
+    "plot": Door(
+        "plot",
+        [["--output", "figures"]],
+        {"plot.draw_figure": nothing, "plot.draw_samples": nothing},
+    ),
 }
 FEW = 16  # cases of each door in every test, a multiple in the long one
 MANY = 110
@@ -188,7 +282,8 @@ def late_stubs(name):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder two levels down with files good and bad, and nothing fetched from anywhere."""
+    """A working folder two levels down with files good and bad, and nothing fetched from anywhere.
+    """
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -200,7 +295,9 @@ def place(tmp_path, monkeypatch):
     for name in ("folder", "empty", "run"):
         (folder / name).mkdir()
     shutil.copy(DIGITS / "logs" / "scores.jsonl", folder / "run" / "metrics.jsonl")
-    (folder / "folder" / "config.json").write_text('{"depth": 1e400, "_class_name": "AutoencoderKL"}')
+    (folder / "folder" / "config.json").write_text(
+        '{"depth": 1e400, "_class_name": "AutoencoderKL"}'
+    )
     (folder / "list.json").write_text("[1, 2]")
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "labels.txt").write_text("0\n1\n2\n99999999999999999999\n")
@@ -221,8 +318,14 @@ def place(tmp_path, monkeypatch):
 
 
 def refuse_outside(event, args):
-    """An audit hook of Python: raise AssertionError for what would change something outside of INSIDE, and note it."""
-    count = 1 if event == "open" and isinstance(args[2], int) and args[2] & WRITING else CHANGES.get(event, 0)
+    """An audit hook of Python: raise AssertionError for what would change something outside of
+    INSIDE, and note it.
+    """
+    count = (
+        1
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITING
+        else CHANGES.get(event, 0)
+    )
     for place in args[:count] if INSIDE else ():
         if isinstance(place, (str, bytes, os.PathLike)) and not may_change(place, event):
             OUTSIDE.append(f"{event} of {place!r}, outside of the test's folder")
@@ -230,7 +333,9 @@ def refuse_outside(event, args):
 
 
 def may_change(place, event):
-    """Whether what has this name lies, links to folders followed, below INSIDE, or is a library's scratch."""
+    """Whether what has this name lies, links to folders followed, below INSIDE, or is a library's
+    scratch.
+    """
     parent, name = os.path.split(os.path.abspath(os.fsdecode(place)))
     path = os.path.join(os.path.realpath(parent), name)
     if event == "open" and path == os.devnull:
@@ -265,12 +370,16 @@ def value_for(action, rng):
 
 def words_for(action, rng):
     """(words of a command line, the values in them)."""
-    count = {None: 1, "+": rng.randint(1, 3), "*": rng.randint(1, 2)}.get(action.nargs, action.nargs)
+    count = {None: 1, "+": rng.randint(1, 3), "*": rng.randint(1, 2)}.get(
+        action.nargs, action.nargs
+    )
     values = [value_for(action, rng) for _ in range(count)]
     if not action.option_strings:
         return values, values
     option = rng.choice(action.option_strings)
-    return ([f"{option}={values[0]}"] if count == 1 and rng.random() < 0.3 else [option, *values]), values
+    return (
+        [f"{option}={values[0]}"] if count == 1 and rng.random() < 0.3 else [option, *values]
+    ), values
 
 
 def drawn(name, rng, number):
@@ -326,7 +435,14 @@ def complaint(name, argv, given, capsys):
     if "Traceback" in err:
         return err
     if code in (None, 0):
-        return next((f"it took {values} for {action.dest}" for action, values in given if is_nonsense(action, values)), None)
+        return next(
+            (
+                f"it took {values} for {action.dest}"
+                for action, values in given
+                if is_nonsense(action, values)
+            ),
+            None,
+        )
     lines = err.splitlines()
     if not ERROR.fullmatch(lines[-1]) or sum(": error: " in line for line in lines) != 1:
         return f"exit code {code}, and no line of error at the end of\n{err}"
@@ -344,7 +460,9 @@ def fuzz(name, seed, cases, capsys, monkeypatch):
     for number in range(cases):
         argv, given = drawn(name, rng, number)
         if found := complaint(name, argv, given, capsys):
-            wrong.append(f"seed {seed}, case {number}: {DOORS[name].module}.main({argv!r})\n{found}")
+            wrong.append(
+                f"seed {seed}, case {number}: {DOORS[name].module}.main({argv!r})\n{found}"
+            )
     signal.signal(signal.SIGALRM, before)
     return wrong
 
@@ -374,7 +492,9 @@ def test_what_the_cases_begin_with_is_taken(name, place, capsys, monkeypatch):
             assert code in (None, 0), err
 
 
-@pytest.mark.parametrize("change", [os.remove, os.rmdir, os.mkdir, lambda path: os.replace("text.txt", path)])
+@pytest.mark.parametrize(
+    "change", [os.remove, os.rmdir, os.mkdir, lambda path: os.replace("text.txt", path)]
+)
 def test_nothing_outside_of_the_folder_can_be_changed(change, place):
     with pytest.raises(AssertionError, match="outside of the test's folder"):
         change("/proc/self/nothing")

@@ -1,4 +1,6 @@
-"""examples/grids.py: the ends of a way are the classes, a column is what the Sampler draws at its scale, and user errors."""
+"""examples/grids.py: the ends of a way are the classes, a column is what the Sampler draws at its
+scale, and user errors.
+"""
 
 import json
 import sys
@@ -16,7 +18,9 @@ from sampling.loading import load_sampler
 sys.path.insert(0, str(ROOT / "examples"))
 import grids
 
-CONFIG = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
+CONFIG = dict(
+    input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4
+)
 NAMES = ["zero", "one", "two", "three"]
 CPU = torch.device("cpu")
 
@@ -41,18 +45,24 @@ def sampler_images(args, labels, indices, **options):
     return grids.draw(sampler, args.seed, indices, torch.tensor(labels))
 
 
-@pytest.mark.parametrize("solver", [["dpm++"], ["ddim", "--eta", "1"]], ids=["without draws", "with draws"])
+@pytest.mark.parametrize(
+    "solver", [["dpm++"], ["ddim", "--eta", "1"]], ids=["without draws", "with draws"]
+)
 def test_ends_of_a_way_are_the_classes_and_the_middle_is_neither(network, solver):
     args = parsed("interpolate", *network, "--sampler", *solver, "--steps", "3", "--class-labels", "1", "three", "0", "0",
                   "--steps-between", "3", "--seed", "5")  # fmt: skip
     images, texts = grids.interpolation(args, CPU)
     assert images.shape == (2, 5, 8, 8, 3)
-    assert texts == [["one", "0.25", "0.5", "0.75", "three"], ["zero", "0.25", "0.5", "0.75", "zero"]]
+    assert texts == [
+        ["one", "0.25", "0.5", "0.75", "three"],
+        ["zero", "0.25", "0.5", "0.75", "zero"],
+    ]
     of_one, of_three = (sampler_images(args, [label] * 5, [0] * 5)[0] for label in (1, 3))
     assert np.array_equal(images[0, 0], of_one) and np.array_equal(images[0, -1], of_three)
     assert len({image.tobytes() for image in images[0]}) == 5
     of_zero = sampler_images(args, [0] * 5, [1] * 5)
-    assert np.array_equal(images[1], of_zero) and (of_zero == of_zero[0]).all()  # same class, same noise
+    # Same class, same noise
+    assert np.array_equal(images[1], of_zero) and (of_zero == of_zero[0]).all()
 
 
 def test_classes_between_have_embeddings_on_the_line_and_the_rest_is_the_networks():
@@ -60,27 +70,36 @@ def test_classes_between_have_embeddings_on_the_line_and_the_rest_is_the_network
     new = grids.between(network, [(0, 2), (3, 1)], [0.0, 0.25, 1.0])
     table, mixed = network.y_embedder.embedding_table.weight, new.y_embedder.embedding_table.weight
     expected = [
-        table[0],
-        0.75 * table[0] + 0.25 * table[2],
-        table[2],
-        table[3],
-        0.75 * table[3] + 0.25 * table[1],
-        table[1],
-    ]
-    assert torch.allclose(mixed, torch.stack([*expected, table[4]])) and new.null_label == 6 and not new.training
-    others = {name: tensor for name, tensor in network.state_dict().items() if "y_embedder" not in name}
+        table[0], 0.75 * table[0] + 0.25 * table[2], table[2], table[3],
+        0.75 * table[3] + 0.25 * table[1], table[1],
+    ]  # fmt: skip
+    assert (
+        torch.allclose(mixed, torch.stack([*expected, table[4]]))
+        and new.null_label == 6
+        and not new.training
+    )
+    others = {
+        name: tensor for name, tensor in network.state_dict().items() if "y_embedder" not in name
+    }
     assert all(torch.equal(new.state_dict()[name], tensor) for name, tensor in others.items())
-    assert torch.equal(table[4], network.y_embedder.embedding_table.weight[4]) and network.null_label == 4  # untouched
+    # untouched
+    assert (
+        torch.equal(table[4], network.y_embedder.embedding_table.weight[4])
+        and network.null_label == 4
+    )
 
 
 def test_columns_of_guidance_are_the_samplers_own_pictures(network):
     args = parsed(
-        "guidance", *network, "--class-labels", "two", "0", "--cfg-scale", "1", "4", "--cfg-interval", "0.2", "1"
-    )
+        "guidance", *network, "--class-labels", "two", "0", "--cfg-scale", "1", "4",
+        "--cfg-interval", "0.2", "1",
+    )  # fmt: skip
     images, texts = grids.guidance_sweep(args, CPU)
     assert images.shape == (2, 2, 8, 8, 3) and texts[1] == ["scale 1: zero", "scale 4: zero"]
     args.cfg_scale = 1.0
-    for column, options in enumerate([dict(cfg_scale=1.0), dict(cfg_scale=4.0, cfg_interval=[0.2, 1.0])]):
+    for column, options in enumerate(
+        [dict(cfg_scale=1.0), dict(cfg_scale=4.0, cfg_interval=[0.2, 1.0])]
+    ):
         assert np.array_equal(images[:, column], sampler_images(args, [2, 0], range(2), **options))
     assert not np.array_equal(images[:, 0], images[:, 1])
 
@@ -101,7 +120,10 @@ def test_digits_are_drawn_without_further_flags(tmp_path, capsys, monkeypatch, k
     "flags, message",
     [
         (["interpolate", "--class-labels", "1", "2", "3"], "3 given; give two for each row"),
-        (["interpolate", "--class-labels", "1", "10"], "--class-labels 10: give a number from 0 to 9"),
+        (
+            ["interpolate", "--class-labels", "1", "10"],
+            "--class-labels 10: give a number from 0 to 9",
+        ),
         (["interpolate", "--steps-between", "-1"], "--steps-between is -1; 0 is the least"),
         (["interpolate", "--cfg-scale", "nan"], "--cfg-scale is nan"),
         (["interpolate", "--ckpt", "other.pt"], "--ckpt and --vae go together"),
@@ -124,7 +146,10 @@ def test_mistakes_get_one_message(tmp_path, capsys, monkeypatch, flags, message)
 def test_network_without_classes_is_refused(tmp_path, capsys):
     config = {**CONFIG, "num_classes": 0}
     save_weights(tmp_path / "dit.safetensors", Weights(DiT(**config).state_dict(), config, None))
-    flags = ["--ckpt", str(tmp_path / "dit.safetensors"), "--vae", "none", "--device", "cpu", "--cfg-scale", "1"]
+    flags = [
+        "--ckpt", str(tmp_path / "dit.safetensors"), "--vae", "none", "--device", "cpu",
+        "--cfg-scale", "1",
+    ]  # fmt: skip
     for kind in grids.KINDS:
         with pytest.raises(SystemExit):
             grids.main([kind, *flags, "--output", str(tmp_path / "out.png")])
@@ -133,7 +158,11 @@ def test_network_without_classes_is_refused(tmp_path, capsys):
 
 def test_documented_commands_are_understood():
     text = grids.__doc__ + (ROOT / "docs" / "sampling.md").read_text()
-    commands = [line.split("#")[0].split() for line in text.splitlines() if "python examples/grids.py" in line]
+    commands = [
+        line.split("#")[0].split()
+        for line in text.splitlines()
+        if "python examples/grids.py" in line
+    ]
     assert len(commands) > 4
     for command in commands:
         grids.build_parser().parse_args(command[2:])

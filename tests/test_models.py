@@ -1,4 +1,5 @@
-"""The network: sizes, state-dict keys, closed forms of its parts, initialisation, guidance, errors."""
+"""The network: sizes, state-dict keys, closed forms of its parts, initialisation, guidance, errors.
+"""
 import math
 
 import pytest
@@ -9,17 +10,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import SMALL, fill_randomly, randn, small_dit
 import models
 from models import (
-    DiT, DiTBlock, DiT_models, FinalLayer, LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed, modulate,
+    DiT, DiTBlock, DiT_models, FinalLayer, LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed,
+    modulate,
 )  # fmt: skip
 
 # name → parameters, billions of multiply-adds at 256 px; the paper's Table 1 and its Gflops.
 PAPER = {
     "DiT-S/8": (33_148_160, 0.358), "DiT-S/4": (32_945_024, 1.413), "DiT-S/2": (32_963_360, 6.056),
-    "DiT-B/8": (130_881_536, 1.418), "DiT-B/4": (130_475_648, 5.565), "DiT-B/2": (130_512_416, 23.005),
-    "DiT-L/8": (458_594_816, 5.011), "DiT-L/4": (458_053_760, 19.696), "DiT-L/2": (458_102_816, 80.698),
-    "DiT-XL/8": (675_683_072, 7.392), "DiT-XL/4": (675_074_432, 29.044), "DiT-XL/2": (675_129_632, 118.621),
+    "DiT-B/8": (130_881_536, 1.418), "DiT-B/4": (130_475_648, 5.565),
+    "DiT-B/2": (130_512_416, 23.005), "DiT-L/8": (458_594_816, 5.011),
+    "DiT-L/4": (458_053_760, 19.696), "DiT-L/2": (458_102_816, 80.698),
+    "DiT-XL/8": (675_683_072, 7.392), "DiT-XL/4": (675_074_432, 29.044),
+    "DiT-XL/2": (675_129_632, 118.621),
 }  # fmt: skip
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+# depth, width, heads
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def inputs(n=3, seed=1, dtype=torch.float64):
@@ -29,7 +34,9 @@ def inputs(n=3, seed=1, dtype=torch.float64):
 
 
 def parameters_and_macs(build, side=32, **kwargs):
-    """Number of parameters and billions of multiply-adds of one sample, counted without allocating anything."""
+    """Number of parameters and billions of multiply-adds of one sample, counted without allocating
+    anything.
+    """
     with torch.device("meta"), torch.no_grad():
         model = build(input_size=side, **kwargs).eval()
         with FlopCounterMode(display=False) as counter:
@@ -72,29 +79,35 @@ def test_factories_build_the_size_in_their_name(size, patch):
     depth, width, heads = SIZES[size]
     with torch.device("meta"):
         model = getattr(models, f"DiT_{size}_{patch}")(num_classes=7, learn_sigma=False)
-    assert (len(model.blocks), model.pos_embed.shape[-1], model.blocks[0].attn.num_heads) == (depth, width, heads)
+    assert (len(model.blocks), model.pos_embed.shape[-1], model.blocks[0].attn.num_heads) == (
+        depth, width, heads,
+    )  # fmt: skip
     assert model.config == dict(
-        input_size=32, patch_size=patch, in_channels=4, hidden_size=width, depth=depth, num_heads=heads, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=7, learn_sigma=False, block="adaln_zero",
+        input_size=32, patch_size=patch, in_channels=4, hidden_size=width, depth=depth,
+        num_heads=heads, mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=7, learn_sigma=False,
+        block="adaln_zero",
     )  # fmt: skip
 
 
 def test_state_dict_keys_and_shapes():
     shapes = {
-        "pos_embed": (1, 16, 384),
-        "x_embedder.proj.weight": (384, 4, 8, 8), "x_embedder.proj.bias": (384,),
-        "t_embedder.mlp.0.weight": (384, 256), "t_embedder.mlp.0.bias": (384,),
-        "t_embedder.mlp.2.weight": (384, 384), "t_embedder.mlp.2.bias": (384,),
-        "y_embedder.embedding_table.weight": (1001, 384),
+        "pos_embed": (1, 16, 384), "x_embedder.proj.weight": (384, 4, 8, 8),
+        "x_embedder.proj.bias": (384,), "t_embedder.mlp.0.weight": (384, 256),
+        "t_embedder.mlp.0.bias": (384,), "t_embedder.mlp.2.weight": (384, 384),
+        "t_embedder.mlp.2.bias": (384,), "y_embedder.embedding_table.weight": (1001, 384),
         "final_layer.linear.weight": (512, 384), "final_layer.linear.bias": (512,),
-        "final_layer.adaLN_modulation.1.weight": (768, 384), "final_layer.adaLN_modulation.1.bias": (768,),
+        "final_layer.adaLN_modulation.1.weight": (768, 384),
+        "final_layer.adaLN_modulation.1.bias": (768,),
     }  # fmt: skip
     for i in range(12):
         for name, rows, columns in (
-            ("attn.qkv", 1152, 384), ("attn.proj", 384, 384), ("mlp.fc1", 1536, 384), ("mlp.fc2", 384, 1536),
-            ("adaLN_modulation.1", 2304, 384),
+            ("attn.qkv", 1152, 384), ("attn.proj", 384, 384), ("mlp.fc1", 1536, 384),
+            ("mlp.fc2", 384, 1536), ("adaLN_modulation.1", 2304, 384),
         ):  # fmt: skip
-            shapes[f"blocks.{i}.{name}.weight"], shapes[f"blocks.{i}.{name}.bias"] = (rows, columns), (rows,)
+            shapes[f"blocks.{i}.{name}.weight"], shapes[f"blocks.{i}.{name}.bias"] = (
+                (rows, columns),
+                (rows,),
+            )
     with torch.device("meta"):
         model = models.DiT_S_8()
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
@@ -123,7 +136,9 @@ def test_modulate_scales_by_one_plus_scale():
     out = modulate(x, shift, scale)
     for n in range(2):
         for token in range(5):
-            torch.testing.assert_close(out[n, token], x[n, token] * (1 + scale[n]) + shift[n], rtol=0, atol=1e-15)
+            torch.testing.assert_close(
+                out[n, token], x[n, token] * (1 + scale[n]) + shift[n], rtol=0, atol=1e-15
+            )
 
 
 def test_gelu_is_the_tanh_form():
@@ -138,7 +153,9 @@ def test_layer_norms_have_no_weights_and_eps_1e_6():
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     assert len(norms) == 2 * SMALL["depth"] + 1
     x = randn(7, SMALL["hidden_size"]) * 1e-3  # so little variance that eps shows
-    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    expected = (x - x.mean(-1, keepdim=True)) / (
+        x.var(-1, unbiased=False, keepdim=True) + 1e-6
+    ).sqrt()
     for norm in norms:
         assert not list(norm.parameters())
         torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-12)
@@ -148,7 +165,9 @@ def test_block_takes_shift_scale_gate_for_attention_and_then_for_the_mlp():
     block = fill_randomly(DiTBlock(8, 2), std=0.5).double()
     x, c = randn(3, 5, 8), randn(3, 8, seed=1)
     regress = block.adaLN_modulation[1]
-    shift1, scale1, gate1, shift2, scale2, gate2 = regress(nn.functional.silu(c)).reshape(3, 6, 1, 8).unbind(1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (
+        regress(nn.functional.silu(c)).reshape(3, 6, 1, 8).unbind(1)
+    )
     norm = nn.functional.layer_norm
     middle = x + gate1 * block.attn(norm(x, (8,), eps=1e-6) * (1 + scale1) + shift1)
     expected = middle + gate2 * block.mlp(norm(middle, (8,), eps=1e-6) * (1 + scale2) + shift2)
@@ -166,10 +185,14 @@ def test_final_layer_takes_shift_then_scale():
 
 def test_unpatchify_puts_each_number_in_its_place():
     model, p, side, channels = small_dit(in_channels=3, learn_sigma=False), 2, 4, 3
-    patches = torch.arange(2 * side * side * p * p * channels).view(2, side * side, p * p * channels)
+    patches = torch.arange(2 * side * side * p * p * channels).view(
+        2, side * side, p * p * channels
+    )
     image = model.unpatchify(patches)
     assert image.shape == (2, channels, 8, 8)
-    for n, channel, row, column in ((0, 0, 0, 1), (0, 1, 0, 0), (0, 2, 1, 0), (1, 0, 2, 7), (1, 2, 7, 3), (1, 1, 5, 5)):
+    for n, channel, row, column in (
+        (0, 0, 0, 1), (0, 1, 0, 0), (0, 2, 1, 0), (1, 0, 2, 7), (1, 2, 7, 3), (1, 1, 5, 5),
+    ):  # fmt: skip
         token, within = row // p * side + column // p, row % p * p + column % p
         assert image[n, channel, row, column] == patches[n, token, within * channels + channel]
 
@@ -180,7 +203,9 @@ def test_tokens_run_row_by_row():
     tokens = model.x_embedder(x)
     for row, column in ((0, 1), (1, 0), (3, 2)):
         patch = x[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten()
-        torch.testing.assert_close(tokens[0, row * 4 + column], weight @ patch + bias, rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            tokens[0, row * 4 + column], weight @ patch + bias, rtol=0, atol=1e-13
+        )
 
 
 def test_position_table_closed_form():
@@ -193,7 +218,9 @@ def test_position_table_closed_form():
             for i in range(quarter):
                 frequency = math.exp(-math.log(10000) * i / quarter)
                 expected = [f(z * frequency) for z in (column, row) for f in (math.sin, math.cos)]
-                assert table[row * side + column, i::quarter] == pytest.approx(expected, rel=0, abs=1e-14)
+                assert table[row * side + column, i::quarter] == pytest.approx(
+                    expected, rel=0, abs=1e-14
+                )
     with pytest.raises(ValueError, match="multiple of 4"):
         get_2d_sincos_pos_embed(6, 2)
 
@@ -214,7 +241,8 @@ def test_timestep_embedding_closed_form():
     angles = t.double()[:, None] * frequencies
     assert waves.dtype == torch.float32
     expected = torch.cat([angles.cos(), angles.sin()], dim=1)
-    torch.testing.assert_close(waves.double(), expected, rtol=0, atol=2e-4)  # float32 angles up to 999
+    # float32 angles up to 999
+    torch.testing.assert_close(waves.double(), expected, rtol=0, atol=2e-4)
     torch.testing.assert_close(waves[:2].double(), expected[:2], rtol=0, atol=1e-6)
     assert torch.equal(TimestepEmbedder.timestep_embedding(t[1:2].long(), 256), waves[1:2])
     odd = TimestepEmbedder.timestep_embedding(t, 7)
@@ -267,7 +295,9 @@ def test_the_network_drops_labels_in_training_mode_alone():
     assert torch.equal(model.train()(x, t, y), dropped)
     assert torch.equal(model(x, t, y, force_drop_ids=torch.zeros_like(y)), kept)
     mixed = model.eval()(x, t, y, force_drop_ids=torch.tensor([0, 1, 0]))
-    torch.testing.assert_close(mixed, torch.stack([kept[0], dropped[1], kept[2]]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        mixed, torch.stack([kept[0], dropped[1], kept[2]]), rtol=0, atol=1e-12
+    )
 
 
 def test_a_network_without_dropout_keeps_its_labels():
@@ -303,10 +333,13 @@ def test_patch_projection_starts_as_a_xavier_linear(fresh):
 
 
 def test_label_table_and_timestep_linears_start_with_deviation_002(fresh):
-    for module in (fresh.y_embedder.embedding_table, fresh.t_embedder.mlp[0], fresh.t_embedder.mlp[2]):
+    for module in (
+        fresh.y_embedder.embedding_table, fresh.t_embedder.mlp[0], fresh.t_embedder.mlp[2],
+    ):  # fmt: skip
         weight = module.weight
         assert weight.std() == pytest.approx(0.02, rel=0.05)
-        assert abs(weight.mean()) < 0.001 and weight.abs().max() > 0.06  # normal: some beyond three deviations
+        # normal: some beyond three deviations
+        assert abs(weight.mean()) < 0.001 and weight.abs().max() > 0.06
 
 
 def test_biases_adaln_and_the_final_linear_start_at_zero(fresh):
@@ -332,7 +365,9 @@ def test_samples_do_not_see_one_another():
     model, (x, t, y) = small_dit(), inputs()
     out = model(x, t, y)
     for i in range(len(x)):
-        torch.testing.assert_close(model(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], out[i], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            model(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], out[i], rtol=0, atol=1e-12
+        )
 
 
 def test_every_parameter_but_the_table_gets_a_gradient():
@@ -353,7 +388,9 @@ def test_without_learn_sigma_the_output_is_the_noise_alone():
 
 def test_a_network_without_classes():
     model, (x, t, y) = small_dit(num_classes=0), inputs()
-    assert model.null_label is None and not any(name.startswith("y_embedder") for name in model.state_dict())
+    assert model.null_label is None and not any(
+        name.startswith("y_embedder") for name in model.state_dict()
+    )
     out = model(x, t)
     assert out.abs().max() > 1e-6 and torch.equal(out, model.train()(x, t, None))
     with pytest.raises(ValueError, match="num_classes=0"):
@@ -368,7 +405,9 @@ def test_labels_are_required_where_there_are_classes():
         small_dit()(x, t)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 4, 16, 16), (2, 4, 8, 4), (4, 8, 8), (2, 4, 8, 8, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 8, 8), (2, 4, 16, 16), (2, 4, 8, 4), (4, 8, 8), (2, 4, 8, 8, 1)]
+)
 def test_x_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match="x has shape"):
         small_dit()(torch.zeros(shape), torch.zeros(2), torch.zeros(2, dtype=torch.long))
@@ -376,7 +415,8 @@ def test_x_of_another_shape_is_refused(shape):
 
 @pytest.mark.parametrize("wrong", [
     dict(input_size=9), dict(patch_size=0), dict(input_size=0), dict(hidden_size=36, num_heads=8),
-    dict(hidden_size=6, num_heads=2), dict(class_dropout_prob=1.5), dict(class_dropout_prob=-0.1), dict(num_classes=-1),
+    dict(hidden_size=6, num_heads=2), dict(class_dropout_prob=1.5), dict(class_dropout_prob=-0.1),
+    dict(num_classes=-1),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(wrong):
     name, value = next(iter(wrong.items()))
@@ -433,7 +473,9 @@ def test_compiles_as_one_graph():
         forward = torch.compile(model, fullgraph=True, backend="aot_eager")
         guided = torch.compile(model.forward_with_cfg, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(forward(x, t, y), model(x, t, y), rtol=0, atol=1e-12)
-        torch.testing.assert_close(guided(x, t, y, 2.0), model.forward_with_cfg(x, t, y, 2.0), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            guided(x, t, y, 2.0), model.forward_with_cfg(x, t, y, 2.0), rtol=0, atol=1e-12
+        )
         model.train()
         assert forward(x, t, y).isfinite().all()  # with label dropout
 
@@ -443,7 +485,8 @@ def test_compiles_with_the_default_backend():
     model, (x, t, y) = small_dit(), inputs(n=2)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)
-        # The waves of the timestep are float32 in a float64 network too, and the compiler rounds them its own way.
+        # The waves of the timestep are float32 in a float64 network too, and the compiler rounds
+        # them its own way.
         torch.testing.assert_close(compiled(x, t, y), model(x, t, y), rtol=0, atol=1e-6)
 
 
@@ -458,10 +501,15 @@ def test_the_seed_decides_the_weights():
 @pytest.mark.parametrize("channels", [0, -1, None, 2.5, "three"])
 def test_guided_channels_are_a_number_or_all(channels):
     with pytest.raises(ValueError, match="cfg_channels is .*give a number of channels"):
-        small_dit().forward_with_cfg(randn(2, 4, 8, 8), torch.tensor([5, 5]), torch.tensor([1, 10]), 2.0, cfg_channels=channels)
+        small_dit().forward_with_cfg(
+            randn(2, 4, 8, 8), torch.tensor([5, 5]), torch.tensor([1, 10]), 2.0,
+            cfg_channels=channels,
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"])
+@pytest.mark.parametrize(
+    "name", ["input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"]
+)
 @pytest.mark.parametrize("size", [0, -4])
 def test_sizes_are_positive(name, size):
     with pytest.raises(ValueError, match=f"{name} is {size}; it must be at least 1"):

@@ -1,4 +1,6 @@
-"""examples/dit_from_scratch.ipynb: committed with its outputs, and does from a fresh start what they show."""
+"""examples/dit_from_scratch.ipynb: committed with its outputs, and does from a fresh start what
+they show.
+"""
 
 import re
 import shutil
@@ -25,7 +27,12 @@ def code_cells(notebook):
 
 def printed(notebook):
     """All text that the cells print."""
-    return "".join(out.text for cell in code_cells(notebook) for out in cell.outputs if out.output_type == "stream")
+    return "".join(
+        out.text
+        for cell in code_cells(notebook)
+        for out in cell.outputs
+        if out.output_type == "stream"
+    )
 
 
 def check_figures(notebook):
@@ -55,7 +62,12 @@ def test_notebook_shows_the_equality_and_the_agreement(notebook):
 
 def test_notebook_names_no_path_of_a_machine(notebook):
     texts = [printed(notebook), *(cell.source for cell in notebook.cells), str(notebook.metadata)]
-    texts += [out.data.get("text/plain", "") for cell in code_cells(notebook) for out in cell.outputs if "data" in out]
+    texts += [
+        out.data.get("text/plain", "")
+        for cell in code_cells(notebook)
+        for out in cell.outputs
+        if "data" in out
+    ]
     absolute = re.compile(r"(?<![\w.:/<)])/\w[\w.-]*/|[A-Z]:\\")
     assert absolute.search(f"saved in {ROOT}/x") and not absolute.search(
         "docs/a.md, https://arxiv.org/abs/1, H/P, a/b/c"
@@ -71,7 +83,9 @@ def test_links_of_the_notebook_lead_to_files(notebook):
 
 @pytest.mark.long
 def test_notebook_runs_whole_in_a_copy(tmp_path):
-    nbclient = pytest.importorskip("nbclient", reason="the notebook is run with it: pip install .[notebook]")
+    nbclient = pytest.importorskip(
+        "nbclient", reason="the notebook is run with it: pip install .[notebook]"
+    )
     (tmp_path / "examples").mkdir()
     for name in ("models.py", "diffusion"):  # all of the repository that it needs
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy

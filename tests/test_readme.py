@@ -26,8 +26,8 @@ import train
 
 DOORS = {
     "train.py": train, "sample.py": sample, "sample_ddp.py": sample_ddp, "download.py": download,
-    "extract_latents.py": extract_latents, "evaluate.py": evaluate, "count.py": count, "export.py": export,
-    "app.py": app,
+    "extract_latents.py": extract_latents, "evaluate.py": evaluate, "count.py": count,
+    "export.py": export, "app.py": app,
 }  # fmt: skip
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
 README = (ROOT / "README.md").read_text()
@@ -36,10 +36,14 @@ SCRIPTS = (ROOT / "examples" / "train.slurm").read_text()
 
 
 def commands():
-    """Every call of a door in pages, scripts and the doors' own docstrings, as (door, its arguments, the launcher's)."""
+    """Every call of a door in pages, scripts and the doors' own docstrings, as (door, its
+    arguments, the launcher's).
+    """
     everything = TEXT + SCRIPTS + "".join(module.__doc__ for module in DOORS.values())
     for line in everything.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.split("#")[0]) if re.match(r"\s*(python|torchrun|srun) ", line) else []
+        words = (
+            shlex.split(line.split("#")[0]) if re.match(r"\s*(python|torchrun|srun) ", line) else []
+        )
         for i, word in enumerate(words):
             if word in DOORS:
                 launcher = words[words.index("torchrun") + 1 : i] if "torchrun" in words else []
@@ -67,11 +71,15 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_links_lead_to_files(page):
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    targets = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose) if not link.startswith("http")]
+    targets = [
+        link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose) if not link.startswith("http")
+    ]
     assert targets and all((page.parent / target).exists() for target in targets)
 
 
@@ -85,19 +93,28 @@ def headings(page):
 def test_links_lead_to_headings(page):
     for target, heading in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text()):
         if not target.startswith("http"):
-            assert heading in headings(page.parent / target if target else page), f"{target}#{heading}"
+            assert heading in headings(page.parent / target if target else page), (
+                f"{target}#{heading}"
+            )
 
 
 def test_every_file_has_its_line_in_contributing():
     rows = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     folders = ["diffusion/", "tests/", "examples/", "benchmarks/", "docs/"]
-    assert set(rows) >= {*folders, *(path.name for path in ROOT.glob("*.py"))} and len(set(rows)) == len(rows)
+    assert set(rows) >= {*folders, *(path.name for path in ROOT.glob("*.py"))} and len(
+        set(rows)
+    ) == len(rows)
 
 
 def test_every_extra_has_its_line_in_the_readme():
     table = README.split("| extra |")[1].split("\n\n")[0]
     named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
-    assert set(named) >= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    assert (
+        set(named)
+        >= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ].keys()
+    )
 
 
 def test_make_targets_exist():
@@ -114,7 +131,11 @@ def test_demo_draws_digits_within_six_minutes():
     seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout + done.stderr
     assert seconds < 360
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if " loss " in line]
+    losses = [
+        float(line.split("loss ")[1].split(",")[0])
+        for line in done.stdout.splitlines()
+        if " loss " in line
+    ]
     assert losses[-1] < 0.7 * losses[0]
     for name in ("digits.png", "two-minutes.png"):
         assert Image.open(ROOT / "demo" / name).size == (4 * 100 + 4, 3 * 116 + 4)
@@ -126,9 +147,13 @@ def test_demo_draws_digits_within_six_minutes():
 @pytest.mark.long
 def test_every_extra_can_be_installed():
     """As far as `pip install --dry-run` tells; it needs a package index."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert len(extras) >= 7
     for extra in extras:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", f".[{extra}]"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and "does not provide the extra" not in done.stderr, f"{extra}\n{done.stderr}"
+        assert done.returncode == 0 and "does not provide the extra" not in done.stderr, (
+            f"{extra}\n{done.stderr}"
+        )

@@ -17,7 +17,9 @@ from conftest import ROOT
 from models import BLOCKS, DiT
 from training.cost import training_flops
 
-pytest.importorskip("sklearn", reason="the photographs come with scikit-learn: pip install .[digits]")
+pytest.importorskip(
+    "sklearn", reason="the photographs come with scikit-learn: pip install .[digits]"
+)
 EXAMPLE = ROOT / "examples" / "scaling"
 sys.path.insert(0, str(EXAMPLE))
 import patches  # noqa: E402
@@ -57,7 +59,12 @@ def test_a_patch_is_of_its_own_region():
         photo, region = divmod(label, 6)
         row, column = divmod(region, 3)
         tops, lefts = (windows[photo] == patch[0]).all(dim=(-1, -2)).nonzero(as_tuple=True)
-        inside = (tops >= 107 * row) & (tops <= 107 * row + 91) & (lefts >= 106 * column) & (lefts <= 106 * column + 90)
+        inside = (
+            (tops >= 107 * row)
+            & (tops <= 107 * row + 91)
+            & (lefts >= 106 * column)
+            & (lefts <= 106 * column + 90)
+        )
         assert inside.any()
 
 
@@ -66,7 +73,9 @@ def test_patches_depend_on_their_seed_and_purpose_alone():
         return patches.draw_patches(500, 16, 2, *seed)
 
     first, again, other = drawn(0, 1, 2), drawn(0, 1, 2), drawn(0, 1, 3)
-    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(
+        first[0], other[0]
+    )
     assert not torch.equal(drawn(patches.REFERENCE)[0], drawn(patches.REAL)[0])
     assert first[1].bincount(minlength=12).min() > 20
 
@@ -74,7 +83,9 @@ def test_patches_depend_on_their_seed_and_purpose_alone():
 def test_the_classifier_learns_and_is_the_same_each_time():
     (model, accuracy), (again, _) = (patches.train_classifier(16, 2, 40, "cpu") for _ in range(2))
     assert accuracy > 0.3  # chance is 1/12
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
     features, logits = model(torch.zeros(3, 1, 16, 16, dtype=torch.uint8))
     assert features.shape == (3, 64) and logits.shape == (3, 12) and not model.training
 
@@ -94,13 +105,17 @@ def test_a_study_has_every_network_and_its_figures(tiny, tmp_path, capsys):
         assert steps == ([20, 5, 10, 40] if seed == 0 and block == "adaln_zero" else [20])
     about = json.loads((tiny / "study.json").read_text())
     assert (
-        about["device_type"] == "cpu" and about["torch"] == torch.__version__ and about["distance_of_real_patches"] > 0
+        about["device_type"] == "cpu"
+        and about["torch"] == torch.__version__
+        and about["distance_of_real_patches"] > 0
     )
     assert Image.open(tiny / "samples" / "S-8.png").size == (12 * 16, 16)
     pytest.importorskip("matplotlib")
     for name in ("a", "b"):
         plot.main(["--results", str(tiny), "--output", str(tmp_path / name)])
-    assert (tmp_path / "a" / "scaling.svg").read_bytes() == (tmp_path / "b" / "scaling.svg").read_bytes()
+    assert (tmp_path / "a" / "scaling.svg").read_bytes() == (
+        tmp_path / "b" / "scaling.svg"
+    ).read_bytes()
     assert Image.open(tmp_path / "a" / "scaling-samples.png").size[0] > 500
     assert "| M/4 | 51,744 | 0.47 | 5.9" in capsys.readouterr().out
 
@@ -161,21 +176,17 @@ def test_what_another_process_finished_meanwhile_is_not_lost(tiny, tmp_path, mon
 @pytest.mark.long
 def test_workers_end_with_the_first_process(tmp_path):
     command = [
-        sys.executable,
-        EXAMPLE / "study.py",
-        "--output",
-        tmp_path,
-        "--preset",
-        "small",
-        "--device",
-        "cpu",
-        "--workers",
-        "2",
-    ]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        sys.executable, EXAMPLE / "study.py", "--output", tmp_path, "--preset", "small", "--device",
+        "cpu", "--workers", "2",
+    ]  # fmt: skip
+    first = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
     def workers():
-        found = subprocess.run(["pgrep", "-f", "multiprocessing.spawn"], capture_output=True, text=True).stdout.split()
+        found = subprocess.run(
+            ["pgrep", "-f", "multiprocessing.spawn"], capture_output=True, text=True
+        ).stdout.split()
         return {int(pid) for pid in found} - before
 
     before = set()
@@ -206,12 +217,18 @@ def test_two_workers_find_what_one_does(tiny, tmp_path):
 @pytest.mark.parametrize("preset", study.PRESETS)
 def test_every_preset_can_be_built(preset):
     plan = study.PRESETS[preset]
-    assert patches.draw_patches(5, plan.image_size, plan.reduction, patches.REAL)[0].shape[2:] == (plan.image_size,) * 2
+    assert (
+        patches.draw_patches(5, plan.image_size, plan.reduction, patches.REAL)[0].shape[2:]
+        == (plan.image_size,) * 2
+    )
     points = study.list_points(plan)
     for point in points:
         with torch.device("meta"):
             DiT(**study.config_of(plan, point))  # refuses sizes that do not fit
-    assert tuple(sorted(plan.scored_at)) == plan.scored_at and (*plan.compared, "adaln_zero", 0) in points
+    assert (
+        tuple(sorted(plan.scored_at)) == plan.scored_at
+        and (*plan.compared, "adaln_zero", 0) in points
+    )
 
 
 def test_training_depends_on_the_seed(tiny):
@@ -237,10 +254,12 @@ def test_mistakes_get_one_message(tiny, flags, message, capsys):
 def test_an_unfinished_study_is_not_drawn(tiny, tmp_path, capsys):
     lines = (tiny / "points.jsonl").read_text().splitlines(keepends=True)
     without_a_size = copied(tiny, tmp_path / "a", lines[1:])
-    without_a_design = copied(tiny, tmp_path / "b", [line for line in lines if "in_context" not in line])
+    without_a_design = copied(
+        tiny, tmp_path / "b", [line for line in lines if "in_context" not in line]
+    )
     for folder, message in (
-        (without_a_size, "is not finished, 1 networks are missing"), (without_a_design, "2 networks are missing"),
-        (tmp_path / "no", "study.json"),
+        (without_a_size, "is not finished, 1 networks are missing"),
+        (without_a_design, "2 networks are missing"), (tmp_path / "no", "study.json"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             plot.main(["--results", str(folder), "--output", str(tmp_path / "figures")])
@@ -296,9 +315,14 @@ def test_the_distance_tells_patches_from_noise_and_from_other_classes():
     source = torch.Generator().manual_seed(0)
     noise = torch.randint(-40, 40, real.shape, generator=source)
     noisy = (real + noise).clamp(0, 255).to(torch.uint8)
-    found = [distance(real), distance(real[labels < 6]), distance(noisy), distance((noise + 128).to(torch.uint8))]
+    found = [
+        distance(real), distance(real[labels < 6]), distance(noisy),
+        distance((noise + 128).to(torch.uint8)),
+    ]  # fmt: skip
     assert (
-        found[0] == told["distance_of_real_patches"] and found[0] < 0.3 * found[1] and found[0] < 0.1 * min(found[2:])
+        found[0] == told["distance_of_real_patches"]
+        and found[0] < 0.3 * found[1]
+        and found[0] < 0.1 * min(found[2:])
     )
 
 
@@ -315,19 +339,28 @@ def test_training_brings_samples_nearer(monkeypatch):
         return draw_images(plan, network, steps, indices, labels)
 
     monkeypatch.setattr(study, "draw_images", watched)
-    row = study.run_point(plan, study.Point("M", 4, "adaln_zero", 1), judge, torch.device("cpu"), None)
+    row = study.run_point(
+        plan, study.Point("M", 4, "adaln_zero", 1), judge, torch.device("cpu"), None
+    )
     first, last = row["curve"]
     assert last["mse"] < 0.5 * first["mse"] and last["distance"] < 0.7 * first["distance"]
     assert row["by_sampling_steps"] == [dict(steps=20, distance=last["distance"])]
     for network, indices, labels in seen:
-        assert not any(p.requires_grad for p in network.parameters())  # the average, not what is trained
-        assert labels.tolist() == study.random_labels(0, indices, 12).tolist() and indices == list(range(200))
+        # The average, not what is trained
+        assert not any(p.requires_grad for p in network.parameters())
+        assert labels.tolist() == study.random_labels(0, indices, 12).tolist() and indices == list(
+            range(200)
+        )
 
 
 def test_a_network_that_is_not_finite_gets_no_score(tmp_path, monkeypatch):
-    plan, point, device = study.PRESETS["tiny"], study.Point("S", 8, "adaln", 0), torch.device("cpu")
+    plan, point, device = (
+        study.PRESETS["tiny"], study.Point("S", 8, "adaln", 0), torch.device("cpu"),
+    )  # fmt: skip
     judge, _ = study.make_judge(plan._replace(reference=50), device)
-    with pytest.raises(ValueError, match="S/8 adaln, seed 0: the loss or gradient of step [12] is not finite"):
+    with pytest.raises(
+        ValueError, match="S/8 adaln, seed 0: the loss or gradient of step [12] is not finite"
+    ):
         study.run_point(plan._replace(lr=1e30), point, judge, device, tmp_path)
     new_state = study.new_state
 
@@ -337,7 +370,9 @@ def test_a_network_that_is_not_finite_gets_no_score(tmp_path, monkeypatch):
         return state
 
     monkeypatch.setattr(study, "new_state", broken)
-    with pytest.raises(ValueError, match="S/8 adaln, seed 0: some images have values that are not finite"):
+    with pytest.raises(
+        ValueError, match="S/8 adaln, seed 0: some images have values that are not finite"
+    ):
         study.run_point(plan, point, judge, device, tmp_path)
 
 
@@ -346,7 +381,8 @@ def test_a_network_that_is_not_finite_gets_no_score(tmp_path, monkeypatch):
 
 def row(size, patch, seed, macs, distances, by_steps=()):
     return dict(
-        size=size, patch=patch, block="adaln_zero", seed=seed, macs=macs, training_flops=6 * macs, batch_size=10, parameters=1,
+        size=size, patch=patch, block="adaln_zero", seed=seed, macs=macs, training_flops=6 * macs,
+        batch_size=10, parameters=1,
         curve=[dict(step=step, distance=d, mse=1.0) for step, d in zip((1, 2), distances)],
         by_sampling_steps=[dict(steps=steps, distance=d) for steps, d in by_steps],
     )  # fmt: skip
@@ -368,21 +404,30 @@ def test_correlations():
 
 
 def test_training_is_compared_at_equal_operations():
-    # spent: S 6,000 and 12,000 (distances 9, 7), M 24,000 and 48,000: nothing in common. M and L (60,000): nothing
+    # spent: S 6,000 and 12,000 (distances 9, 7), M 24,000 and 48,000: nothing in common. M and L
+    # (60,000): nothing
     assert plot.compute_contests(ROWS) == []
-    near = [row("M", 2, 0, 150, (12.0, 3.0)), row("M", 2, 1, 150, (12.0, 3.0)), row("M", 4, 0, 160, (1.0, 1.0))]
-    # M spends 9,000 and 18,000; in the middle of 9,000 to 12,000 S is a part of the way from 9 to 7, M from 12 to 3
+    near = [
+        row("M", 2, 0, 150, (12.0, 3.0)), row("M", 2, 1, 150, (12.0, 3.0)),
+        row("M", 4, 0, 160, (1.0, 1.0)),
+    ]  # fmt: skip
+    # M spends 9,000 and 18,000; in the middle of 9,000 to 12,000 S is a part of the way from 9 to
+    # 7, M from 12 to 3
     ((small, large, spent, distance, other),) = plot.compute_contests([*ROWS[:2], *near])
     assert (small, large) == ("S/2", "M/2") and spent == pytest.approx((9000 * 12000) ** 0.5)
     way, other_way = (np.log2(spent / start) for start in (6000, 9000))
-    assert distance == pytest.approx(9 * (7 / 9) ** way) and other == pytest.approx(12 * (3 / 12) ** other_way)
+    assert distance == pytest.approx(9 * (7 / 9) ** way) and other == pytest.approx(
+        12 * (3 / 12) ** other_way
+    )
 
 
 def test_contests_are_between_a_small_network_and_a_larger_one_that_spends_less():
-    # spent on a sample: S 1,000 and 4,000, M 4,000 and 16,000, L 10,000 and 40,000
-    # S with 20 steps (8.0) against M with 5 (8.5): lost; M with 20 (2.0) against L with 5 (10.0): lost
+    # spent on a sample: S 1,000 and 4,000, M 4,000 and 16,000, L 10,000 and 40,000 S with 20 steps
+    # (8.0) against M with 5 (8.5): lost; M with 20 (2.0) against L with 5 (10.0): lost
     assert plot.sampling_contests(ROWS) == (0, 2)
-    ROWS_BETTER = [*ROWS[:2], {**ROWS[2], "by_sampling_steps": [dict(steps=5, distance=7.0)]}, *ROWS[3:]]
+    ROWS_BETTER = [
+        *ROWS[:2], {**ROWS[2], "by_sampling_steps": [dict(steps=5, distance=7.0)]}, *ROWS[3:],
+    ]  # fmt: skip
     assert plot.sampling_contests(ROWS_BETTER) == (1, 1)
 
 

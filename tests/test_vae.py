@@ -1,4 +1,6 @@
-"""The autoencoder's wrapper against diffusers' own encode and decode, its chunks, the grey levels, and its errors."""
+"""The autoencoder's wrapper against diffusers' own encode and decode, its chunks, the grey levels,
+and its errors.
+"""
 import json
 import shutil
 
@@ -12,7 +14,8 @@ from conftest import fill_randomly, randn
 import vae
 from vae import LatentShape, from_uint8, latent_shape, load_vae, to_uint8
 
-# folder → what its configuration says: block widths, scale, shift. The first is of the kind that DiT was trained with.
+# folder → what its configuration says: block widths, scale, shift. The first is of the kind that
+# DiT was trained with.
 TINY = {"plain": ((8, 16), 0.18215, None), "shifted": ((4, 8, 8), 0.3611, 0.1159)}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -26,15 +29,20 @@ def offline(monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Name → a folder that save_pretrained wrote, of random weights. Not to be changed."""
-    return {name: save_tiny(tmp_path_factory.mktemp(name), *settings) for name, settings in TINY.items()}
+    return {
+        name: save_tiny(tmp_path_factory.mktemp(name), *settings) for name, settings in TINY.items()
+    }
 
 
 def save_tiny(folder, widths, scale, shift, latent_channels=3):
-    """Save an autoencoder with these widths, one per resolution; the posterior's deviations are of the means' order."""
+    """Save an autoencoder with these widths, one per resolution; the posterior's deviations are of
+    the means' order.
+    """
     autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths, norm_num_groups=4, latent_channels=latent_channels, sample_size=32,
-        scaling_factor=scale, shift_factor=shift,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths), block_out_channels=widths,
+        norm_num_groups=4, latent_channels=latent_channels, sample_size=32, scaling_factor=scale,
+        shift_factor=shift,
     )  # fmt: skip
     fill_randomly(autoencoder, std=0.1)
     autoencoder.save_pretrained(folder)
@@ -46,9 +54,13 @@ def images(n, height=16, width=None):
 
 
 def edited(source, target, change=None, **config):
-    """A copy of the folder `source`: entries of its config.json replaced (by None: removed), then change(target)."""
+    """A copy of the folder `source`: entries of its config.json replaced (by None: removed), then
+    change(target).
+    """
     shutil.copytree(source, target)
-    kept = {k: v for k, v in json.loads((target / "config.json").read_text()).items() if k not in config}
+    kept = {
+        k: v for k, v in json.loads((target / "config.json").read_text()).items() if k not in config
+    }
     kept |= {k: v for k, v in config.items() if v is not None}
     (target / "config.json").write_text(json.dumps(kept))
     if change:
@@ -78,7 +90,9 @@ def test_shape_of_the_named_ones_is_known_without_a_look(monkeypatch, name, shap
     assert latent_shape(name) == shape
 
 
-@pytest.mark.parametrize("name, where", [("ema", "stabilityai/sd-vae-ft-ema"), ("mse", "stabilityai/sd-vae-ft-mse")])
+@pytest.mark.parametrize(
+    "name, where", [("ema", "stabilityai/sd-vae-ft-ema"), ("mse", "stabilityai/sd-vae-ft-mse")]
+)
 def test_ema_and_mse_come_from_the_hub(folders, monkeypatch, name, where):
     asked, from_pretrained = [], AutoencoderKL.from_pretrained
 
@@ -91,17 +105,21 @@ def test_ema_and_mse_come_from_the_hub(folders, monkeypatch, name, where):
     assert asked == [where]
 
 
-@pytest.mark.parametrize("ratio, patch, pixels, side", [(8, 1, 256, 32), (8, 2, 512, 64), (2, 4, 24, 12), (1, 8, 8, 8)])
+@pytest.mark.parametrize(
+    "ratio, patch, pixels, side", [(8, 1, 256, 32), (8, 2, 512, 64), (2, 4, 24, 12), (1, 8, 8, 8)]
+)
 def test_side_of_the_latents(ratio, patch, pixels, side):
     assert LatentShape(4, ratio).side(pixels, patch) == side
 
 
 @pytest.mark.parametrize("patch, pixels, use", [
-    (1, 100, "96 or 104"), (2, 250, "240 or 256"), (8, 256 + 32, "256 or 320"), (8, 63, "use 64"), (2, 0, "use 16"),
-    (2, -16, "use 16"),
+    (1, 100, "96 or 104"), (2, 250, "240 or 256"), (8, 256 + 32, "256 or 320"), (8, 63, "use 64"),
+    (2, 0, "use 16"), (2, -16, "use 16"),
 ])  # fmt: skip
 def test_side_names_the_nearest_sizes(patch, pixels, use):
-    with pytest.raises(ValueError, match=rf"{pixels} is not a multiple of {8 * patch} .*; .*{use}$"):
+    with pytest.raises(
+        ValueError, match=rf"{pixels} is not a multiple of {8 * patch} .*; .*{use}$"
+    ):
         LatentShape(4, 8).side(pixels, patch)
 
 
@@ -116,7 +134,9 @@ def test_scale_and_shift_are_read_from_the_configuration(folders, name):
 @pytest.mark.parametrize("missing", ["scaling_factor", "shift_factor"])
 def test_scale_and_shift_that_the_configuration_leaves_out(folders, tmp_path, missing):
     space = load_vae(str(edited(folders["shifted"], tmp_path / "vae", **{missing: None})))
-    assert (space.scale, space.shift) == ((0.18215, 0.1159) if missing == "scaling_factor" else (0.3611, 0.0))
+    assert (space.scale, space.shift) == (
+        (0.18215, 0.1159) if missing == "scaling_factor" else (0.3611, 0.0)
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -154,7 +174,8 @@ def test_decode_of_encode_is_diffusers_round_trip(folders, name):
     """The scale that encode puts on is the one that decode takes off."""
     space, x = load_vae(str(folders[name])), images(2)
     with torch.no_grad():
-        want = AutoencoderKL.from_pretrained(folders[name]).eval()(x).sample  # decodes the posterior's mode
+        # Decodes the posterior's mode
+        want = AutoencoderKL.from_pretrained(folders[name]).eval()(x).sample
     noiseless = torch.zeros_like(space.moments(x)[0])
     torch.testing.assert_close(space.decode(space.encode(x, noiseless)), want, atol=1e-5, rtol=1e-5)
 
@@ -209,13 +230,15 @@ def batches(space, call, *args):
     (3 * 256, [3, 3, 1]), (2 * 256 + 255, [2, 2, 2, 1]), (1, [1] * 7), (10**6, [7]),
 ])  # fmt: skip
 def test_autoencoder_sees_a_fixed_number_of_pixels_at_once(recorded, monkeypatch, at_once, want):
-    x, noise, z = images(7), randn(7, 3, 4, 4).float(), randn(7, 3, 4, 4, seed=1).float()  # 7 of 16 × 16 pixels
+    # 7 of 16 × 16 pixels
+    x, noise, z = images(7), randn(7, 3, 4, 4).float(), randn(7, 3, 4, 4, seed=1).float()
     whole_latents, _ = batches(recorded, recorded.encode, x, noise)
     whole_images, _ = batches(recorded, recorded.decode, z)
     monkeypatch.setattr(vae, "PIXELS_AT_ONCE", at_once)
     latents, seen_by_encoder = batches(recorded, recorded.encode, x, noise)
     pixels, seen_by_decoder = batches(recorded, recorded.decode, z)
-    assert seen_by_encoder == seen_by_decoder == want  # so that the decoder's latents count as their pixels
+    # So that the decoder's latents count as their pixels
+    assert seen_by_encoder == seen_by_decoder == want
     torch.testing.assert_close(latents, whole_latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pixels, whole_images, atol=1e-5, rtol=1e-5)
 
@@ -286,7 +309,9 @@ def cut(size):
 def drop(*names):
     def change(folder):
         tensors = load_file(folder / WEIGHTS)
-        save_file({k: v for k, v in tensors.items() if k not in names}, folder / WEIGHTS, {"format": "pt"})
+        save_file(
+            {k: v for k, v in tensors.items() if k not in names}, folder / WEIGHTS, {"format": "pt"}
+        )
 
     return change
 
@@ -296,12 +321,14 @@ def overwrite(text):
 
 
 BROKEN_CONFIG = {
-    "no JSON": overwrite(b"{not json"), "empty": overwrite(b""), "no text": overwrite(b"\xff\xfe\x00{"),
-    "a list": overwrite(b"[1, 2]"), "widths": overwrite(b'{"latent_channels": 4, "block_out_channels": 5}'),
+    "no JSON": overwrite(b"{not json"), "empty": overwrite(b""),
+    "no text": overwrite(b"\xff\xfe\x00{"), "a list": overwrite(b"[1, 2]"),
+    "widths": overwrite(b'{"latent_channels": 4, "block_out_channels": 5}'),
     "missing": lambda folder: (folder / "config.json").unlink(),
 }  # fmt: skip
 BROKEN_WEIGHTS = {
-    "cut": cut(5000), "header cut": cut(20), "empty": cut(0), "missing": lambda folder: (folder / WEIGHTS).unlink(),
+    "cut": cut(5000), "header cut": cut(20), "empty": cut(0),
+    "missing": lambda folder: (folder / WEIGHTS).unlink(),
 }  # fmt: skip
 
 
@@ -315,18 +342,27 @@ def test_broken_configuration(folders, tmp_path, how, call):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"block_out_channels": "abc"}, "block_out_channels is no list"), ({"block_out_channels": []}, "channels is no list"),
-    ({"block_out_channels": [1] * 10**4}, "block_out_channels is no list"), ({"block_out_channels": [True]}, "is no whole"),
-    ({"block_out_channels": [10**9]}, "is no whole number"), ({"latent_channels": "4"}, "latent_channels is no whole number"),
-    ({"latent_channels": 0}, "latent_channels is no whole"), ({"latent_channels": None}, "latent_channels is no whole"),
-    ({"layers_per_block": 10**4}, "layers_per_block is 10000, and at most"), ({"layers_per_block": 10**9}, "block is no"),
-    ({"scaling_factor": "x"}, "scaling_factor is no number"), ({"scaling_factor": 0}, "scaling_factor is 0; it must be above"),
-    ({"shift_factor": [1]}, "shift_factor is no number"), ({"norm_num_groups": 0}, "norm_num_groups is no whole number"),
+    ({"block_out_channels": "abc"}, "block_out_channels is no list"),
+    ({"block_out_channels": []}, "channels is no list"),
+    ({"block_out_channels": [1] * 10**4}, "block_out_channels is no list"),
+    ({"block_out_channels": [True]}, "is no whole"),
+    ({"block_out_channels": [10**9]}, "is no whole number"),
+    ({"latent_channels": "4"}, "latent_channels is no whole number"),
+    ({"latent_channels": 0}, "latent_channels is no whole"),
+    ({"latent_channels": None}, "latent_channels is no whole"),
+    ({"layers_per_block": 10**4}, "layers_per_block is 10000, and at most"),
+    ({"layers_per_block": 10**9}, "block is no"),
+    ({"scaling_factor": "x"}, "scaling_factor is no number"),
+    ({"scaling_factor": 0}, "scaling_factor is 0; it must be above"),
+    ({"shift_factor": [1]}, "shift_factor is no number"),
+    ({"norm_num_groups": 0}, "norm_num_groups is no whole number"),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
     ({"_class_name": "AutoencoderKLWan"}, "another AutoencoderKLWan"),
 ])  # fmt: skip
 @pytest.mark.parametrize("call", [latent_shape, load_vae])
-def test_nonsense_in_a_configuration_is_named_before_anything_is_built(folders, tmp_path, change, says, call):
+def test_nonsense_in_a_configuration_is_named_before_anything_is_built(
+    folders, tmp_path, change, says, call
+):
     folder = edited(folders["plain"], tmp_path / "vae")
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
@@ -337,14 +373,20 @@ def test_nonsense_in_a_configuration_is_named_before_anything_is_built(folders, 
 def test_a_configuration_with_a_byte_order_mark(folders, tmp_path):
     folder = edited(folders["plain"], tmp_path / "vae")
     (folder / "config.json").write_text((folder / "config.json").read_text(), encoding="utf-8-sig")
-    assert latent_shape(str(folder)) == latent_shape(str(folders["plain"])) == load_vae(str(folder)).shape
+    assert (
+        latent_shape(str(folder))
+        == latent_shape(str(folders["plain"]))
+        == load_vae(str(folder)).shape
+    )
 
 
 def test_an_offline_machine_is_told_so_and_not_to_give_what_it_gave():
     said = "set to be offline, by HF_HUB_OFFLINE, .*no copy of stabilityai/sd-vae-ft-ema"
     with pytest.raises(ValueError, match=said) as caught:
         load_vae("ema")
-    assert "give --vae a local folder" in str(caught.value) and "ema or mse" not in str(caught.value)
+    assert "give --vae a local folder" in str(caught.value) and "ema or mse" not in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("how", BROKEN_WEIGHTS)
@@ -359,7 +401,9 @@ def test_broken_weights(folders, tmp_path, how):
 ])  # fmt: skip
 def test_missing_weights_are_named_rather_than_made_up(folders, tmp_path, names, count):
     folder = edited(folders["plain"], tmp_path / "vae", drop(*names))
-    with pytest.raises(ValueError, match=f"lacks weights, {count} of them, such as {sorted(names)[0]}"):
+    with pytest.raises(
+        ValueError, match=f"lacks weights, {count} of them, such as {sorted(names)[0]}"
+    ):
         load_vae(str(folder))
 
 
@@ -371,17 +415,23 @@ def test_weights_of_another_size(folders, tmp_path):
 
 def test_network_of_another_class(tmp_path):
     blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
-    UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, **blocks).save_pretrained(tmp_path / "unet")
+    UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, **blocks
+    ).save_pretrained(tmp_path / "unet")
     VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
     for name in ("unet", "vq"):
         with pytest.raises(ValueError, match=f"cannot load VAE '.*{name}'.*; give "):
             load_vae(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["dit-afresh-tests/no-such-vae", "/no/such/folder", "no-such-folder", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["dit-afresh-tests/no-such-vae", "/no/such/folder", "no-such-folder", "a/b/c"]
+)
 @pytest.mark.parametrize("call", [latent_shape, load_vae])
 def test_nothing_of_this_name(call, name):
-    with pytest.raises(ValueError, match=f"cannot load VAE '{name}' .*; give ema or mse .*hub id.*local folder"):
+    with pytest.raises(
+        ValueError, match=f"cannot load VAE '{name}' .*; give ema or mse .*hub id.*local folder"
+    ):
         call(name)
 
 

@@ -29,18 +29,26 @@ def count(config: dict, bf16: bool = False, grad_checkpointing: bool = False) ->
     flops = training_flops(config)
     copies, per_image = kept(config, bf16, grad_checkpointing)
     if grad_checkpointing:
-        per_image += (kept(config, bf16, False)[1] - per_image) // config["depth"]  # one block, as it is without
-    return Cost(parameters, flops // 6, flops, 4 * parameters, TRAINING_BYTES * parameters + copies, per_image)
+        # One block, as it is without
+        per_image += (kept(config, bf16, False)[1] - per_image) // config["depth"]
+    return Cost(
+        parameters, flops // 6, flops, 4 * parameters, TRAINING_BYTES * parameters + copies,
+        per_image,
+    )  # fmt: skip
 
 
 def kept(config: dict, bf16: bool, grad_checkpointing: bool) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass: (whatever the batch, for each of its images)."""
+    """Bytes that a forward pass keeps for the backward pass: (whatever the batch, for each of its
+    images).
+    """
     one, two = (kept_for_backward(config, n, bf16, grad_checkpointing) for n in (1, 2))
     return 2 * one - two, two - one
 
 
 def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpointing: bool) -> int:
-    """Bytes that a forward pass in training keeps for the backward pass, counted on tensors without contents."""
+    """Bytes that a forward pass in training keeps for the backward pass, counted on tensors without
+    contents.
+    """
     kept: dict[int, torch.Tensor] = {}
     with FakeTensorMode():
         network = DiT(**config).train()
@@ -62,12 +70,17 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
 
 
 def training_flops(config: dict) -> int:
-    """Floating-point operations (2 per multiply-add) that training on one latent takes: forward, and twice that backward.
+    """Floating-point operations (2 per multiply-add) that training on one latent takes: forward,
+    and twice that backward.
 
-    Counted on the network with this configuration; what gradient checkpointing computes again is not in it.
+    Counted on the network with this configuration; what gradient checkpointing computes again is
+    not in it.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = DiT(**config)
         labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
-        network(torch.zeros(1, network.in_channels, network.input_size, network.input_size), torch.zeros(1), labels)
+        network(
+            torch.zeros(1, network.in_channels, network.input_size, network.input_size),
+            torch.zeros(1), labels,
+        )  # fmt: skip
     return 3 * counter.get_total_flops()

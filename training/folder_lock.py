@@ -13,7 +13,8 @@ START_PATIENCE = 600  # seconds that another start of the same run may take, unt
 
 
 class FolderLock:
-    """The right to write in one folder, which one process on any machine holds until it ends; a context manager.
+    """The right to write in one folder, which one process on any machine holds until it ends; a
+    context manager.
 
     It is an flock, so the system takes it back from a process that was killed. Before there is a
     folder, `begin` gives the right to start a run.
@@ -23,7 +24,8 @@ class FolderLock:
         self.handles: dict[Path, int] = {}
         self.note = ""
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)  # a loader's worker may outlive us and must not hold it
+            # A loader's worker may outlive us and must not hold it
+            os.register_at_fork(after_in_child=self._forget)
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -47,9 +49,11 @@ class FolderLock:
         self._forget()
 
     def begin(self, results: Path, key: str) -> None:
-        """Wait for other starts of the same run, which `key` tells, to have their folder or fail; held until `take`.
+        """Wait for other starts of the same run, which `key` tells, to have their folder or fail;
+        held until `take`.
 
-        Raises ValueError if that takes more than START_PATIENCE seconds, or the folder cannot be written.
+        Raises ValueError if that takes more than START_PATIENCE seconds, or the folder cannot be
+        written.
         """
         path = results / f".starting-{key}"
         try:
@@ -57,7 +61,9 @@ class FolderLock:
             while not self._hold(path, START_PATIENCE):
                 pass
         except OSError as error:
-            raise ValueError(f"cannot write in {results} ({error.strerror}); choose another --results-dir") from None
+            raise ValueError(
+                f"cannot write in {results} ({error.strerror}); choose another --results-dir"
+            ) from None
 
     def take(self, folder: Path) -> None:
         """Take the folder's lock, in place of what was held.
@@ -73,12 +79,17 @@ class FolderLock:
             self.handles = taken
 
     def _hold(self, path, patience):
-        """Lock a file; False if it is no longer the one of that name. Raises ValueError if another process has it so long."""
+        """Lock a file; False if it is no longer the one of that name.
+
+        Raises ValueError if another process has it so long.
+        """
         handle = self.handles[path] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         deadline = time.monotonic() + patience
         while not self._try(handle):
             if time.monotonic() > deadline:
-                holder = os.pread(handle, 300, 0).decode(errors="replace").strip() or "another process"
+                holder = (
+                    os.pread(handle, 300, 0).decode(errors="replace").strip() or "another process"
+                )
                 os.close(self.handles.pop(path))
                 raise ValueError(
                     f"{path.parent} is being written by {holder}; wait until that ends or stop it, then give the same "
@@ -98,5 +109,7 @@ class FolderLock:
             return lock(handle)
         except OSError as error:  # some network file systems
             reason = error.strerror or error
-            self.note = f"the file system cannot lock ({reason}): see to it that only one job writes here"
+            self.note = (
+                f"the file system cannot lock ({reason}): see to it that only one job writes here"
+            )
             return True

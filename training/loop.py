@@ -22,7 +22,8 @@ from training.run_log import Meter, StopSignals, has_row
 from training.step import draw, train_step, warm_up
 from vae import LatentSpace, Space, from_uint8
 
-STOP_PATIENCE = 15  # seconds for which several processes, told to stop, still wait for a batch of one of them
+# Seconds for which several processes, told to stop, still wait for a batch of one of them
+STOP_PATIENCE = 15
 
 
 def train(job: Job, signals: StopSignals) -> None:
@@ -32,18 +33,21 @@ def train(job: Job, signals: StopSignals) -> None:
     diffusion = create_diffusion(timestep_respacing="")
     drawn = dict(
         latent=(job.space.shape.channels, state.network.input_size, state.network.input_size),
-        dropout_prob=state.network.config["class_dropout_prob"], num_timesteps=diffusion.num_timesteps, device=device,
-        rank=rank, world_size=world,
+        dropout_prob=state.network.config["class_dropout_prob"],
+        num_timesteps=diffusion.num_timesteps, device=device, rank=rank, world_size=world,
     )  # fmt: skip
     batches = StepBatches(
-        len(job.dataset), args.global_batch_size, args.global_seed, state.step, job.last_step, rank, world, args.flip
-    )
+        len(job.dataset), args.global_batch_size, args.global_seed, state.step, job.last_step, rank,
+        world, args.flip,
+    )  # fmt: skip
     skipped, meter = Skipped(log), Meter()
     reduce = partial(accelerator.reduce, reduction="sum")
     if world > 1:
         share = args.global_batch_size // world // args.grad_accum
         warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
-    if evaluation_due(job) and not once(accelerator, has_row, job.folder, state.step, "eval_samples"):
+    if evaluation_due(job) and not once(
+        accelerator, has_row, job.folder, state.step, "eval_samples"
+    ):
         with meter.paused():
             if not save_scores(job, signals):  # for which the run was stopped the last time
                 return log("stopped while scoring; nothing is lost")
@@ -55,8 +59,13 @@ def train(job: Job, signals: StopSignals) -> None:
             batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
             draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
             latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
-            old = args.ckpt_minutes is not None and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
-            report = train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
+            old = (
+                args.ckpt_minutes is not None
+                and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
+            )
+            report = train_step(
+                state, diffusion, latents, labels, draws, reduce, bool(signals.received), old
+            )
             meter.steps += 1
             log.bar.update()
             if report["bad"]:
@@ -65,27 +74,40 @@ def train(job: Job, signals: StopSignals) -> None:
                 stop = keep_records(job, report, signals, meter, skipped)
             if stop:
                 name = signals.received.name if signals.received else "a signal to another process"
-                return log(f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there")
+                return log(
+                    f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there"
+                )
     conclude(job)
 
 
 def wait_on(job: Job, signals: StopSignals, seconds: float) -> None:
-    """Say now and then that a batch has not come for so long; leave the program if it was told to stop meanwhile."""
+    """Say now and then that a batch has not come for so long; leave the program if it was told to
+    stop meanwhile.
+    """
     alone = job.accelerator.num_processes == 1
     if signals.received and (alone or seconds > STOP_PATIENCE):
         if alone:
             save(job, must=True)
         kept = f"saved at step {job.state.step}" if alone else "not saved"
-        leave(job, f"stopped by {signals.received.name} while waiting for images, {kept}; --resume auto goes on from there")
+        leave(
+            job,
+            f"stopped by {signals.received.name} while waiting for images, {kept}; --resume auto goes on from there",
+        )
     say_waiting(seconds, job.log)
 
 
 def conclude(job: Job) -> None:
-    """Say that the run is done; leave the program with an error if its last steps, or its weights, are not finite."""
+    """Say that the run is done; leave the program with an error if its last steps, or its weights,
+    are not finite.
+    """
     state = job.state
     if is_sound(job):
         return job.log("done")
-    why = f"its last {state.bad_in_a_row} step(s) were skipped" if state.bad_in_a_row else "it has weights that are not finite"
+    why = (
+        f"its last {state.bad_in_a_row} step(s) were skipped"
+        if state.bad_in_a_row
+        else "it has weights that are not finite"
+    )
     leave(
         job,
         f"the run ended badly: {why}, loss or gradient not being finite. Look at log.txt, and begin a new run with --resume "
@@ -93,8 +115,13 @@ def conclude(job: Job) -> None:
     )
 
 
-def keep_records(job: Job, report: dict[str, float], signals: StopSignals, meter: Meter, skipped: "Skipped") -> bool:
-    """What is due after a step with this report: log line, checkpoint, preview, scores. Whether to stop then."""
+def keep_records(
+    job: Job, report: dict[str, float], signals: StopSignals, meter: Meter, skipped: "Skipped"
+) -> bool:
+    """What is due after a step with this report: log line, checkpoint, preview, scores.
+
+    Whether to stop then.
+    """
     args, step = job.args, job.state.step
     stop, last = bool(report["stop"]), step == job.last_step
     if step % args.log_every == 0 or last:
@@ -115,13 +142,17 @@ def keep_records(job: Job, report: dict[str, float], signals: StopSignals, meter
 
 
 def check_readable(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
-    """Leave the program, naming the file, if an image could not be read and none may stand in for it."""
+    """Leave the program, naming the file, if an image could not be read and none may stand in for
+    it.
+    """
     if batch is None or (bad and not job.args.skip_bad_images):
         leave(job, unreadable(bad, job.args.skip_bad_images))
 
 
 def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
-    """Scaled latents (n, C, h, w), drawn with noise, from images uint8 (n, 3, S, S) or moments (n, 2, C, h, w)."""
+    """Scaled latents (n, C, h, w), drawn with noise, from images uint8 (n, 3, S, S) or moments (n,
+    2, C, h, w).
+    """
     if batch.dtype == torch.uint8:
         return space.encode(from_uint8(batch), noise)
     assert isinstance(space, LatentSpace)  # check_arguments refuses pixels with --latents
@@ -130,7 +161,9 @@ def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
 
 
 def guard(job: Job, indices: np.ndarray) -> None:
-    """Log a step that was skipped, with its samples; leave the program, saving nothing, after --max-bad-steps in a row."""
+    """Log a step that was skipped, with its samples; leave the program, saving nothing, after
+    --max-bad-steps in a row.
+    """
     state = job.state
     job.log(
         f"step {state.step:07d}: loss or gradient is not finite, step skipped ({state.bad_in_a_row} in a row, "

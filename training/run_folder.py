@@ -1,8 +1,8 @@
-"""A run's folder: who may write in it, which arguments decide its results, where it goes on, what it logs
-and what stops it.
+"""A run's folder: who may write in it, which arguments decide its results, where it goes on, what
+it logs and what stops it.
 
-RESULTS_DIR/NNN-MODEL/ holds run.json (the arguments, and a hash of the data), lock, log.txt, metrics.jsonl and
-checkpoints/SSSSSSS.pt. All of this is the business of the main process.
+RESULTS_DIR/NNN-MODEL/ holds run.json (the arguments, and a hash of the data), lock, log.txt,
+metrics.jsonl and checkpoints/SSSSSSS.pt. All of this is the business of the main process.
 """
 
 import argparse
@@ -25,15 +25,17 @@ from training.folder_lock import FolderLock
 
 # Arguments that decide what a run learns; --resume auto takes up a run whose own are equal.
 DECIDING = (
-    "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size", "global_seed", "vae", "lr",
-    "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "mixed_precision", "flip", "skip_bad_images", "init_from",
-    "init_labels", "block",
+    "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size",
+    "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
+    "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block",
 )  # fmt: skip
-PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")  # of these, those that may be paths
+# Of these, those that may be paths
+PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
 
 
 class Data(NamedTuple):
-    """What a run learns from: a hash of names and labels, or of a cache's manifest; and one of some of its files' bytes.
+    """What a run learns from: a hash of names and labels, or of a cache's manifest; and one of some
+    of its files' bytes.
 
     The second is "" where the first says it all.
     """
@@ -43,7 +45,9 @@ class Data(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a run starts, and why: the checkpoint to take up (None: from step 0), and the folder (None: a new one)."""
+    """Where a run starts, and why: the checkpoint to take up (None: from step 0), and the folder
+    (None: a new one).
+    """
 
     why: str
     checkpoint: Path | None = None
@@ -53,7 +57,8 @@ class Start(NamedTuple):
 def find_start(args: argparse.Namespace, data: Data, lock: "FolderLock") -> Start:
     """The Start that --resume asks for, its folder locked; `data` is what the run learns from.
 
-    Raises ValueError if --resume leads to no whole checkpoint, or another process writes in the folder.
+    Raises ValueError if --resume leads to no whole checkpoint, or another process writes in the
+    folder.
     """
     if args.resume is None:
         return Start("a new run")
@@ -64,9 +69,13 @@ def find_start(args: argparse.Namespace, data: Data, lock: "FolderLock") -> Star
     folder = path if path.is_dir() else path.parent.parent
     newest = list_checkpoints(folder)[-1:]
     if path.is_dir() and not newest:
-        raise ValueError(f"--resume {args.resume}: {folder} has no checkpoints/SSSSSSS.pt; give a run folder, or auto")
+        raise ValueError(
+            f"--resume {args.resume}: {folder} has no checkpoints/SSSSSSS.pt; give a run folder, or auto"
+        )
     if not (path.is_dir() or path.is_file()):
-        raise ValueError(f"--resume {args.resume}: there is no such checkpoint; give a .pt file, a run folder, or auto")
+        raise ValueError(
+            f"--resume {args.resume}: there is no such checkpoint; give a .pt file, a run folder, or auto"
+        )
     if path.is_dir() or newest == [path]:
         others = differences(folder, args, data)
         if not others:
@@ -83,7 +92,9 @@ def find_start(args: argparse.Namespace, data: Data, lock: "FolderLock") -> Star
     if path.is_dir():
         whole, complaints = newest_whole_checkpoint(folder)
         if whole is None:
-            raise ValueError(f"--resume {args.resume}: {'; '.join(complaints)}; no other checkpoint is there")
+            raise ValueError(
+                f"--resume {args.resume}: {'; '.join(complaints)}; no other checkpoint is there"
+            )
         path = whole
     check_whole(path)
     return Start(f"a new run from {path}, {why}", path)
@@ -113,7 +124,9 @@ def newest_equal_run(args: argparse.Namespace, data: Data, lock: "FolderLock") -
 
 
 def check_tells(folder: Path, args: argparse.Namespace, data: Data) -> None:
-    """Raise ValueError if a folder has checkpoints of a run that may be this one, and no record that tells whether it is."""
+    """Raise ValueError if a folder has checkpoints of a run that may be this one, and no record
+    that tells whether it is.
+    """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
@@ -123,7 +136,9 @@ def check_tells(folder: Path, args: argparse.Namespace, data: Data) -> None:
     except ValueError as error:
         same = decided_the_same(checkpoints[-1], args)
         if same or (same is None and (folder / "lock").exists()):
-            raise ValueError(f"--resume auto cannot tell whether {folder} is this run ({error}); {advice}") from None
+            raise ValueError(
+                f"--resume auto cannot tell whether {folder} is this run ({error}); {advice}"
+            ) from None
         return
     known = record.get("content") or {}
     gone = [
@@ -139,19 +154,24 @@ def check_tells(folder: Path, args: argparse.Namespace, data: Data) -> None:
 
 
 def decided_the_same(checkpoint: Path, args: argparse.Namespace) -> bool | None:
-    """Whether a checkpoint says that its run had these deciding arguments, paths aside; None if it says nothing."""
+    """Whether a checkpoint says that its run had these deciding arguments, paths aside; None if it
+    says nothing.
+    """
     try:
         theirs = read_checkpoint(checkpoint, mmap=True).get("args")
     except ValueError:
         return None
-    return all(name in PATHS for name in different(theirs, args)) if isinstance(theirs, dict) else None
+    return (
+        all(name in PATHS for name in different(theirs, args)) if isinstance(theirs, dict) else None
+    )
 
 
 def go_on(folder: Path, note: str = "") -> Start:
-    """The Start at the newest whole checkpoint of a locked folder; damaged newer ones are renamed, half-written removed.
+    """The Start at the newest whole checkpoint of a locked folder; damaged newer ones are renamed,
+    half-written removed.
 
-    The note is told with it. A run without any starts over from where it began. Raises ValueError if
-    there are some and none is whole, OSError if one cannot be read.
+    The note is told with it. A run without any starts over from where it began. Raises ValueError
+    if there are some and none is whole, OSError if one cannot be read.
     """
     for left_behind in (folder / "checkpoints").glob(".*.partial"):
         left_behind.unlink()
@@ -159,10 +179,15 @@ def go_on(folder: Path, note: str = "") -> Start:
         record = read_record(folder)
         first = Path(record["from"]) if record.get("from") else None
         if first and not first.is_file():
-            raise ValueError(f"{folder} began at {first}, which is gone, and has no checkpoint yet; take that folder away")
+            raise ValueError(
+                f"{folder} began at {first}, which is gone, and has no checkpoint yet; take that folder away"
+            )
         if first:
             check_whole(first)
-        return Start(f"starting over in {folder}, which has no checkpoint yet, from {first or 'step 0'}", first, folder)
+        return Start(
+            f"starting over in {folder}, which has no checkpoint yet, from {first or 'step 0'}",
+            first, folder,
+        )  # fmt: skip
     checkpoint, complaints = newest_whole_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{'; '.join(complaints)}; no other checkpoint is there")
@@ -173,15 +198,23 @@ def go_on(folder: Path, note: str = "") -> Start:
     return Start(f"going on from {checkpoint}{notes}{note}", checkpoint, folder)
 
 
-def new_folder(args: argparse.Namespace, data: Data, lock: "FolderLock", checkpoint: Path | None = None) -> Path:
+def new_folder(
+    args: argparse.Namespace, data: Data, lock: "FolderLock", checkpoint: Path | None = None
+) -> Path:
     """A new run's folder, locked and numbered from 000, which appears complete with its run.json.
 
     checkpoint is the one that the run begins with, if any. Raises ValueError if it cannot be made.
     """
     results = Path(args.results_dir)
-    decided = {name: comparable(name, value) for name, value in vars(args).items()}  # paths as seen from anywhere
-    record = {"args": decided, "data": data.names, "id": uuid.uuid4().hex[:12], "from": str(checkpoint or "")}
-    record["content"] = {name: content for name in PATHS if (content := content_hash(name, args, data))}
+    # Paths as seen from anywhere
+    decided = {name: comparable(name, value) for name, value in vars(args).items()}
+    record = {
+        "args": decided, "data": data.names, "id": uuid.uuid4().hex[:12],
+        "from": str(checkpoint or ""),
+    }  # fmt: skip
+    record["content"] = {
+        name: content for name in PATHS if (content := content_hash(name, args, data))
+    }
     if args.resume not in (None, "auto"):
         record["resume"] = str(Path(args.resume).absolute())
     number = max((number for number, _ in run_folders(results)), default=-1) + 1
@@ -189,7 +222,9 @@ def new_folder(args: argparse.Namespace, data: Data, lock: "FolderLock", checkpo
         made = results / f".new-run-{socket.gethostname()}-{os.getpid()}"
         (made / "checkpoints").mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1)
-        write_whole(made / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_whole(
+            made / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8")
+        )
         while True:
             folder = results / f"{number:03d}-{args.model.replace('/', '-')}"
             try:
@@ -239,12 +274,15 @@ def run_id(folder: Path) -> str:
 
 def run_folders(results_dir: Path | str) -> list[tuple[int, Path]]:
     """(number, folder) for each folder in results_dir that is named as runs are."""
-    folders = [p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal()]
+    folders = [
+        p for p in Path(results_dir).glob("*-*") if p.is_dir() and p.name.split("-")[0].isdecimal()
+    ]
     return [(int(p.name.split("-")[0]), p) for p in folders]
 
 
 def differences(folder: Path, args: argparse.Namespace, data: Data) -> str:
-    """In what a run folder's deciding arguments and data differ from these, comma-separated; "" if in nothing.
+    """In what a run folder's deciding arguments and data differ from these, comma-separated; "" if
+    in nothing.
 
     A path may be another if what is there is the same.
     """
@@ -259,7 +297,9 @@ def differences(folder: Path, args: argparse.Namespace, data: Data) -> str:
         if not (name in known and known[name] == content_hash(name, args, data))
     ]
     other_data = "images in --data-path, content of --latents or of --init-labels"
-    return ", ".join(list(map(as_flag, found)) or ([other_data] if record["data"] != data.names else []))
+    return ", ".join(
+        list(map(as_flag, found)) or ([other_data] if record["data"] != data.names else [])
+    )
 
 
 def different(theirs: dict, args: argparse.Namespace) -> list[str]:
@@ -268,14 +308,19 @@ def different(theirs: dict, args: argparse.Namespace) -> list[str]:
     return [
         name
         for name in DECIDING
-        if name not in theirs or comparable(name, theirs[name]) != comparable(name, getattr(args, name))
+        if name not in theirs
+        or comparable(name, theirs[name]) != comparable(name, getattr(args, name))
     ]
 
 
 def moved(folder: Path, args: argparse.Namespace) -> str:
-    """What to tell of the paths of a run that are others now, with the same files; "" if none is."""
+    """What to tell of the paths of a run that are others now, with the same files; "" if none is.
+    """
     theirs = read_record(folder)["args"]
-    return "".join(f"; {as_flag(name)} was {theirs.get(name)}, which held the same" for name in different(theirs, args))
+    return "".join(
+        f"; {as_flag(name)} was {theirs.get(name)}, which held the same"
+        for name in different(theirs, args)
+    )
 
 
 def as_flag(name: str) -> str:
@@ -293,10 +338,13 @@ def comparable(name: str, value: Any) -> Any:
 
 
 def content_hash(name: str, args: argparse.Namespace, data: Data) -> str:
-    """A hash of what lies at the path that an argument gives; "" if it gives none, or data that say no more than names."""
+    """A hash of what lies at the path that an argument gives; "" if it gives none, or data that say
+    no more than names.
+    """
     value = vars(args).get(name)
     if name in ("data_path", "latents"):
-        known = data.names if vars(args).get("latents") else data.sample  # latents are of the images with their names alone
+        # Latents are of the images with their names alone
+        known = data.names if vars(args).get("latents") else data.sample
         return known if value else ""
     path = Path(value or "")
     if not value or not path.exists():
@@ -304,7 +352,9 @@ def content_hash(name: str, args: argparse.Namespace, data: Data) -> str:
     if name == "init_from":
         path = weights_file(path)
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
-    return hashlib.sha256("".join(f"{file.name} {file_hash(file)}\n" for file in files).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{file.name} {file_hash(file)}\n" for file in files).encode()
+    ).hexdigest()
 
 
 def start_key(args: argparse.Namespace, data: Data) -> str:

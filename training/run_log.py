@@ -18,7 +18,9 @@ from runtime.disk import write_whole
 
 
 class RunLog:
-    """Lines for log.txt and the console, rows for metrics.jsonl, and a progress bar on terminals. Main process only.
+    """Lines for log.txt and the console, rows for metrics.jsonl, and a progress bar on terminals.
+
+    Main process only.
 
     Rows beyond the step that a run goes on from are cut: they will be written again.
     """
@@ -29,12 +31,15 @@ class RunLog:
             cut_rows(folder / "metrics.jsonl", step)
             self.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if is_main else True)
+        self.bar = tqdm(
+            total=last_step, initial=step, unit="step", disable=None if is_main else True
+        )
 
     def __call__(self, line: str) -> None:
         """Write a line, with the time."""
         if self.file:
-            line = line.encode(errors="backslashreplace").decode()  # names of files may be no valid text
+            # Names of files may be no valid text
+            line = line.encode(errors="backslashreplace").decode()
             stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
             with self.survived("the console"):
                 self.bar.write(stamped, file=sys.stdout)
@@ -63,16 +68,23 @@ class RunLog:
 
     @contextmanager
     def survived(self, name: str) -> Iterator[None]:
-        """If the disk refuses, print that a line of the file `name` is lost, and go on: the run is not lost."""
+        """If the disk refuses, print that a line of the file `name` is lost, and go on: the run is
+        not lost.
+        """
         try:
             yield
         except OSError as error:
             with suppress(OSError):
-                print(f"{name}: the log was not written ({error.strerror})", file=sys.stderr, flush=True)
+                print(
+                    f"{name}: the log was not written ({error.strerror})", file=sys.stderr,
+                    flush=True,
+                )  # fmt: skip
 
 
 class Meter:
-    """Steps, and the seconds that they took, since the last log line in this process; and when it `saved` last."""
+    """Steps, and the seconds that they took, since the last log line in this process; and when it
+    `saved` last.
+    """
 
     def __init__(self) -> None:
         self.steps, self.started = 0, time.monotonic()
@@ -94,9 +106,11 @@ class Meter:
 
 
 class StopSignals:
-    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`, for the loop to stop at a good moment.
+    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`, for the loop to
+    stop at a good moment.
 
-    Python hears signals in its main thread alone: in another one, nothing is noted and nothing changed.
+    Python hears signals in its main thread alone: in another one, nothing is noted and nothing
+    changed.
     """
 
     def __init__(self) -> None:
@@ -122,11 +136,15 @@ class StopSignals:
 
 def has_row(folder: Path, step: int, name: str) -> bool:
     """Whether a run's metrics.jsonl has `name` for a step."""
-    return any(row["step"] == step and name in row for row, _ in whole_rows(folder / "metrics.jsonl"))
+    return any(
+        row["step"] == step and name in row for row, _ in whole_rows(folder / "metrics.jsonl")
+    )
 
 
 def whole_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, its line) of each whole line of a file of JSON lines that is a dict with a number as "step"."""
+    """(row, its line) of each whole line of a file of JSON lines that is a dict with a number as
+    "step".
+    """
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with suppress(ValueError, RecursionError):
             row = json.loads(line) if line.endswith("\n") else None
@@ -135,7 +153,9 @@ def whole_rows(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Leave in a file of JSON lines those with a "step" up to this one, and none that was cut short."""
+    """Leave in a file of JSON lines those with a "step" up to this one, and none that was cut
+    short.
+    """
     if not path.exists():
         return
     kept = [line for row, line in whole_rows(path) if row["step"] <= step]

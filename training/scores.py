@@ -1,4 +1,6 @@
-"""How good a network's samples are while it trains: the same scores as evaluate.py, from the moving average's weights."""
+"""How good a network's samples are while it trains: the same scores as evaluate.py, from the moving
+average's weights.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,9 @@ class Stopped(Exception):
 
 
 class Judge(NamedTuple):
-    """What samples are scored by, and how many; the reference's Summary is None but in the first process."""
+    """What samples are scored by, and how many; the reference's Summary is None but in the first
+    process.
+    """
 
     extractor: Extractor
     side: Side
@@ -37,10 +41,13 @@ class Judge(NamedTuple):
 
 
 def load_judge(
-    reference: Path | str, extractor: Extractor, image_size: int, count: int, batch_size: int, device: torch.device,
-    team: Team, num_workers: int,
+    reference: Path | str, extractor: Extractor, image_size: int, count: int, batch_size: int,
+    device: torch.device, team: Team, num_workers: int,
 ) -> Judge:  # fmt: skip
-    """The Judge, for samples of image_size, by a reference as evaluate.py takes it. Raises ValueError if it does not fit."""
+    """The Judge, for samples of image_size, by a reference as evaluate.py takes it.
+
+    Raises ValueError if it does not fit.
+    """
     side = open_side(reference, "--eval-reference", share=slice(team.rank, None, team.world_size))
     side.check_features(extractor, (image_size, image_size), device)
     summary, _ = summarize_reference(side, extractor, device, batch_size, team, num_workers)
@@ -48,13 +55,16 @@ def load_judge(
 
 
 def score_samples(
-    judge: Judge, network: DiT, space: Space, seed: int, device: torch.device, any_process: Callable[..., bool]
-) -> tuple[dict[str, float | None] | None, list[str] | None]:
-    """(the scores, as of metrics.score, of samples from a network; remarks on them) in the first process; else (None, None).
+    judge: Judge, network: DiT, space: Space, seed: int, device: torch.device,
+    any_process: Callable[..., bool],
+) -> tuple[dict[str, float | None] | None, list[str] | None]:  # fmt: skip
+    """(the scores, as of metrics.score, of samples from a network; remarks on them) in the first
+    process; else (None, None).
 
-    Image i depends on (seed, i) alone and nothing is drawn from torch's generators. any_process(flag, if None: whether to
-    stop) says in each process whether it holds in one of them; it is asked before each batch, and once more before the score
-    is made up. Raises Stopped in every process if it is to stop; ValueError in every process for images, and in the first for
+    Image i depends on (seed, i) alone and nothing is drawn from torch's generators.
+    any_process(flag, if None: whether to stop) says in each process whether it holds in one of
+    them; it is asked before each batch, and once more before the score is made up. Raises Stopped
+    in every process if it is to stop; ValueError in every process for images, and in the first for
     features, that are not finite.
     """
     sampler = Sampler(network, space, None, STEPS, SAMPLER, cfg_scale=GUIDANCE)
@@ -71,10 +81,13 @@ def score_samples(
 
     samples = failure = None
     try:
-        samples, _ = summarize(judge.extractor, batches(), judge.count, with_logits=True, team=judge.team)
+        samples, _ = summarize(
+            judge.extractor, batches(), judge.count, with_logits=True, team=judge.team
+        )
     except ValueError as error:
         failure = error
-    if any_process():  # which every process must come to, also the first alone with features that are not finite
+    # Which every process must come to, also the first alone with features that are not finite
+    if any_process():
         raise Stopped
     if failure:
         raise failure
@@ -82,14 +95,18 @@ def score_samples(
         return None, None
     scores, side = score(samples, judge.reference), judge.side
     size = (network.input_size * space.shape.ratio,) * 2
-    return scores, remarks(scores, (judge.count, size), side, (samples, judge.reference), judge.extractor.name)
+    return scores, remarks(
+        scores, (judge.count, size), side, (samples, judge.reference), judge.extractor.name
+    )
 
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
 
 
 def preview(network: DiT, space: Space, seed: int, device: torch.device | str) -> Tensor:
-    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same noise for the same seed."""
+    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same
+    noise for the same seed.
+    """
     scale = PREVIEW_GUIDANCE if network.null_label is not None else 1.0
     sampler = Sampler(network, space, None, PREVIEW_STEPS, "ddim", cfg_scale=scale)
     labels = torch.arange(PREVIEW_IMAGES, device=device) * network.num_classes // PREVIEW_IMAGES

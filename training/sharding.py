@@ -12,7 +12,9 @@ from models import DiT
 
 
 def shard_network(network: DiT, device_type: str, processes: int) -> DiT:
-    """The network, its tensors now split over the processes; each block is put together when it is its turn."""
+    """The network, its tensors now split over the processes; each block is put together when it is
+    its turn.
+    """
     mesh = init_device_mesh(device_type, (processes,))
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
@@ -32,14 +34,20 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor split as the parameter is, where it has its shape."""
-    if isinstance(parameter, DTensor) and torch.is_tensor(tensor) and tensor.shape == parameter.shape:
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    if (
+        isinstance(parameter, DTensor)
+        and torch.is_tensor(tensor)
+        and tensor.shape == parameter.shape
+    ):
+        return distribute_tensor(
+            tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+        )
     return tensor
 
 
 def unsharded(contents: Any, keep: bool = True) -> Any:
-    """A tree of dicts and lists with every split tensor put together, on the CPU; None for it in a process that does not
-    keep it.
+    """A tree of dicts and lists with every split tensor put together, on the CPU; None for it in a
+    process that does not keep it.
     """
     if isinstance(contents, dict):
         return {key: unsharded(value, keep) for key, value in contents.items()}
@@ -54,4 +62,6 @@ def unsharded(contents: Any, keep: bool = True) -> Any:
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load a state dict of whole tensors into a network that may be split."""
     own = network.state_dict()
-    network.load_state_dict({name: sharded_like(own[name], tensor) for name, tensor in tensors.items()})
+    network.load_state_dict(
+        {name: sharded_like(own[name], tensor) for name, tensor in tensors.items()}
+    )

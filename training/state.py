@@ -13,7 +13,8 @@ from training.sharding import load_tensors, own_part, sharded_like, unsharded
 
 MOST_COUNTED = 2**24  # steps, which AdamW counts in float32: it stays there
 QUARTERS = 4  # of the steps t, for which the mean squared error is also told apart
-# What a step reports, summed over samples and processes: requests and troubles, then what is averaged over a log window.
+# What a step reports, summed over samples and processes: requests and troubles, then what is
+# averaged over a log window.
 FLAGS = ("stop", "save", "bad")
 SUMS = (
     "loss", "mse", "vb",
@@ -22,7 +23,9 @@ SUMS = (
 
 
 class Recipe(NamedTuple):
-    """How a network learns: AdamW's arguments, the averages' decays (the first is the main one), limits and precision."""
+    """How a network learns: AdamW's arguments, the averages' decays (the first is the main one),
+    limits and precision.
+    """
 
     lr: float = 1e-4
     warmup_steps: int = 0
@@ -33,7 +36,9 @@ class Recipe(NamedTuple):
     bf16: bool = False
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: constant after a linear rise over warmup_steps."""
+        """The learning rate of a step, counted from 0: constant after a linear rise over
+        warmup_steps.
+        """
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
@@ -52,16 +57,20 @@ class Window:
         """Name → mean over samples (gradient_norm: over steps); None where there was no sample."""
         *sums, norms, steps = self.sums
         totals = dict(zip(SUMS, sums, strict=True)) | {"gradient_norm": norms}
-        counts = {name: steps * batch_size for name in ("loss", "mse", "vb")} | {"gradient_norm": steps}
+        counts = {name: steps * batch_size for name in ("loss", "mse", "vb")} | {
+            "gradient_norm": steps
+        }
         counts |= {f"mse_q{q + 1}": totals[f"samples_q{q + 1}"] for q in range(QUARTERS)}
         return {name: totals[name] / count if count else None for name, count in counts.items()}
 
 
 @dataclass
 class TrainState:
-    """What a step changes: the network, its moving averages, the optimizer, and the number of steps done.
+    """What a step changes: the network, its moving averages, the optimizer, and the number of steps
+    done.
 
-    `model` is the network as it is called in training, wrapped for several processes. `emas` maps decays to averages.
+    `model` is the network as it is called in training, wrapped for several processes. `emas` maps
+    decays to averages.
     """
 
     network: DiT
@@ -70,7 +79,8 @@ class TrainState:
     opt: torch.optim.Optimizer
     recipe: Recipe
     step: int = 0
-    bad_steps: int = 0  # skipped because loss or gradient was not finite: in all, and in a row up to now
+    # Skipped because loss or gradient was not finite: in all, and in a row up to now
+    bad_steps: int = 0
     bad_in_a_row: int = 0
     window: Window = field(default_factory=Window)
 
@@ -79,29 +89,39 @@ class TrainState:
         """The main moving average, of the first decay."""
         return self.emas[self.recipe.ema_decay[0]]
 
-    def to_checkpoint(self, args: dict, classes: list[str] | None, processes: int, keep: bool = True) -> dict:
-        """The dict that a checkpoint file holds (checkpoints.py says what is in it). Sharded tensors are put together:
-        then every process must call it, and those that do not keep it get None for each.
+    def to_checkpoint(
+        self, args: dict, classes: list[str] | None, processes: int, keep: bool = True
+    ) -> dict:
+        """The dict that a checkpoint file holds (checkpoints.py says what is in it).
+
+        Sharded tensors are put together: then every process must call it, and those that do not
+        keep it get None for each.
         """
-        log = {"window": self.window.sums, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
+        log = {
+            "window": self.window.sums, "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+        }  # fmt: skip
         rng = {
-            "seed": args["global_seed"],
-            "processes": processes,
+            "seed": args["global_seed"], "processes": processes,
             "device": next(self.network.parameters()).device.type,
-        }
+        }  # fmt: skip
         contents = {
-            "model": self.network.state_dict(), "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
-            "args": args, "step": self.step, "config": self.network.config, "classes": classes, "rng": rng, "log": log,
+            "model": self.network.state_dict(), "ema": self.ema.state_dict(),
+            "opt": self.opt.state_dict(), "args": args, "step": self.step,
+            "config": self.network.config, "classes": classes, "rng": rng, "log": log,
         }  # fmt: skip
         if len(self.emas) > 1:
-            contents["emas"] = {decay: ema.state_dict() for decay, ema in list(self.emas.items())[1:]}
+            contents["emas"] = {
+                decay: ema.state_dict() for decay, ema in list(self.emas.items())[1:]
+            }
         return unsharded(contents, keep)
 
     def load_checkpoint(self, contents: dict) -> None:
-        """Take up network, averages, optimizer, step and log window from such a dict, whose `emas` has every average.
+        """Take up network, averages, optimizer, step and log window from such a dict, whose `emas`
+        has every average.
 
-        The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its `ema`. Raises ValueError
-        if the optimizer's part is not of this network.
+        The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its
+        `ema`. Raises ValueError if the optimizer's part is not of this network.
         """
         log = checked_log(contents)
         load_tensors(self.network, contents["model"])
@@ -116,11 +136,21 @@ class TrainState:
     def is_finite(self) -> bool:
         """Whether all weights and averages are finite, those that this process holds."""
         networks = (self.network, *self.emas.values())
-        return bool(torch.stack([own_part(p).isfinite().all() for one in networks for p in one.parameters()]).all())
+        return bool(
+            torch.stack(
+                [own_part(p).isfinite().all() for one in networks for p in one.parameters()]
+            ).all()
+        )
 
     def _load_optimizer(self, saved):
-        """Load AdamW's moments, keeping the recipe's own settings. Raises ValueError if they are of other parameters."""
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups]
+        """Load AdamW's moments, keeping the recipe's own settings.
+
+        Raises ValueError if they are of other parameters.
+        """
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.opt.param_groups
+        ]
         parameters = [p for group in self.opt.param_groups for p in group["params"]]
         try:
             state = {
@@ -134,15 +164,26 @@ class TrainState:
             group.update(own)
 
     def _check_moments(self, step, log):
-        """Raise ValueError unless AdamW has moments of every parameter, and has counted the good ones of so many steps."""
+        """Raise ValueError unless AdamW has moments of every parameter, and has counted the good
+        ones of so many steps.
+        """
         parameters = [p for group in self.opt.param_groups for p in group["params"]]
         good = step - log.get("bad_steps", 0)
         for parameter in parameters if good else ():
             moments = self.opt.state.get(parameter, {})
-            if any(getattr(moments.get(name), "shape", None) != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError(f"at step {step} its optimizer has no moments for some of the network's parameters")
+            if any(
+                getattr(moments.get(name), "shape", None) != parameter.shape
+                for name in ("exp_avg", "exp_avg_sq")
+            ):
+                raise ValueError(
+                    f"at step {step} its optimizer has no moments for some of the network's parameters"
+                )
             counted = _as_number(moments.get("step"))
-            if counted != min(good, MOST_COUNTED) if "bad_steps" in log else not 1 <= counted <= good:
+            if (
+                counted != min(good, MOST_COUNTED)
+                if "bad_steps" in log
+                else not 1 <= counted <= good
+            ):
                 raise ValueError(
                     f"its step is {step}, of which {step - good} were skipped, but its optimizer has counted {counted:.0f}; "
                     "these are parts of different checkpoints"
@@ -151,35 +192,47 @@ class TrainState:
 
 def _as_number(value):
     """A number, or a tensor of one number, as a float; 0 for anything else."""
-    one = isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1 and not value.is_complex())
+    one = isinstance(value, (int, float)) or (
+        torch.is_tensor(value) and value.numel() == 1 and not value.is_complex()
+    )
     return float(value) if one else 0.0
 
 
 def checked_log(contents: dict) -> dict:
-    """The log window and the counts of bad steps in a checkpoint; {} for one without. Raises ValueError if damaged."""
+    """The log window and the counts of bad steps in a checkpoint; {} for one without.
+
+    Raises ValueError if damaged.
+    """
     log, step = contents.get("log") or {}, contents["step"]
     if not isinstance(log, dict):
         raise ValueError("its log is no dict")
     skipped, in_a_row = (log.get(name, 0) for name in ("bad_steps", "bad_in_a_row"))
     window = log.get("window", Window().sums)
-    if not (type(skipped) is int and 0 <= skipped <= step and type(in_a_row) is int and in_a_row >= 0):
+    if not (
+        type(skipped) is int and 0 <= skipped <= step and type(in_a_row) is int and in_a_row >= 0
+    ):
         raise ValueError(f"its counts of skipped steps are {skipped} and {in_a_row} at step {step}")
-    if not (isinstance(window, list) and len(window) == len(Window().sums) and all(type(x) is float for x in window)):
+    if not (
+        isinstance(window, list)
+        and len(window) == len(Window().sums)
+        and all(type(x) is float for x in window)
+    ):
         raise ValueError("the window of its log is damaged")
     return log
 
 
 def new_state(
-    network: DiT,
-    recipe: Recipe,
-    wrap: Callable[[DiT], nn.Module] = lambda network: network,
+    network: DiT, recipe: Recipe, wrap: Callable[[DiT], nn.Module] = lambda network: network,
     shard: Callable[[DiT], DiT] = lambda network: network,
-) -> TrainState:
+) -> TrainState:  # fmt: skip
     """A TrainState at step 0, each average equal to the network.
 
-    shard(network) splits a network's tensors over processes, in place; wrap(network) returns the model to call.
+    shard(network) splits a network's tensors over processes, in place; wrap(network) returns the
+    model to call.
     """
-    emas = {decay: shard(deepcopy(network).eval().requires_grad_(False)) for decay in recipe.ema_decay}
+    emas = {
+        decay: shard(deepcopy(network).eval().requires_grad_(False)) for decay in recipe.ema_decay
+    }
     network = shard(network.train())
     trained = [p for p in network.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)

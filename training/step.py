@@ -1,7 +1,8 @@
 """One training step, and the state that lasts from step to step.
 
-Every random number of a step is drawn for the whole global batch from a generator seeded with (seed, step); each process
-takes its share. So a step's randomness depends on neither the number of processes nor on how the run got there.
+Every random number of a step is drawn for the whole global batch from a generator seeded with
+(seed, step); each process takes its share. So a step's randomness depends on neither the number of
+processes nor on how the run got there.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from training.state import FLAGS, QUARTERS, SUMS, TrainState
 
 
 class Draws(NamedTuple):
-    """The random numbers of one process's share of a step, n samples: t (n,), drop (n,), and two noises (n, C, h, w)."""
+    """The random numbers of one process's share of a step, n samples: t (n,), drop (n,), and two
+    noises (n, C, h, w).
+    """
 
     t: Tensor
     drop: Tensor
@@ -27,13 +30,13 @@ class Draws(NamedTuple):
 
 
 def draw(
-    seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float, num_timesteps: int,
-    device: torch.device | str, rank: int = 0, world_size: int = 1,
+    seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float,
+    num_timesteps: int, device: torch.device | str, rank: int = 0, world_size: int = 1,
 ) -> Draws:  # fmt: skip
     """The Draws of process `rank` at a step; latent is the shape (C, h, w) of one sample.
 
-    Drawn from one generator for the global batch, in the order drop, t, vae_noise, noise. A device's generator is its
-    own: CPU and GPU give different numbers.
+    Drawn from one generator for the global batch, in the order drop, t, vae_noise, noise. A
+    device's generator is its own: CPU and GPU give different numbers.
     """
     word = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator = torch.Generator(device).manual_seed(word)
@@ -43,39 +46,56 @@ def draw(
     vae_noise = torch.randn(global_batch_size, *latent, **on)
     noise = torch.randn(global_batch_size, *latent, **on)
     share = global_batch_size // world_size
-    return Draws(*(values[rank * share : (rank + 1) * share] for values in (t, drop, vae_noise, noise)))
+    return Draws(
+        *(values[rank * share : (rank + 1) * share] for values in (t, drop, vae_noise, noise))
+    )
 
 
 def train_step(
     state: TrainState, diffusion: GaussianDiffusion, latents: Tensor, labels: Tensor, draws: Draws,
-    reduce: Callable[[Tensor], Tensor] = lambda values: values, stop: bool = False, save: bool = False,
+    reduce: Callable[[Tensor], Tensor] = lambda values: values, stop: bool = False,
+    save: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """One step of AdamW on this process's latents (n, C, h, w) and labels (n,), and one of the moving averages.
+    """One step of AdamW on this process's latents (n, C, h, w) and labels (n,), and one of the
+    moving averages.
 
-    reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite, every one leaves
-    weights, averages and optimizer as they are. Returns the report, a dict of floats under FLAGS and SUMS, equal in every
-    process, and "gradient_norm": "bad" is above 0 for such a step, "stop" and "save" where any process passed it.
+    reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite,
+    every one leaves weights, averages and optimizer as they are. Returns the report, a dict of
+    floats under FLAGS and SUMS, equal in every process, and "gradient_norm": "bad" is above 0 for
+    such a step, "stop" and "save" where any process passed it.
     """
     share = len(latents)
     sums = torch.zeros(len(SUMS), device=latents.device)
     parts = list(
-        zip(*(values.chunk(state.recipe.grad_accum) for values in (latents, labels, draws.t, draws.drop, draws.noise)))
+        zip(
+            *(
+                values.chunk(state.recipe.grad_accum)
+                for values in (latents, labels, draws.t, draws.drop, draws.noise)
+            )
+        )
     )
     for i, part in enumerate(parts):
         with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
             sums += backward(state, diffusion, share, *part)
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None]))
+    norm = whole(
+        torch.nn.utils.get_total_norm(
+            [p.grad for p in state.network.parameters() if p.grad is not None]
+        )
+    )
     flags = torch.zeros(len(FLAGS), device=latents.device)
     if stop:
         flags[0].fill_(1)
     if save:
         flags[1].fill_(1)
     flags[2] = ~(sums.isfinite().all() & norm.isfinite())
-    values = torch.cat([reduce(torch.cat([flags, sums])), norm[None]]).tolist()  # the step's only read
+    # The step's only read
+    values = torch.cat([reduce(torch.cat([flags, sums])), norm[None]]).tolist()
     report = dict(zip((*FLAGS, *SUMS, "gradient_norm"), values, strict=True))
     if not report["bad"]:
         if state.recipe.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(state.network.parameters(), state.recipe.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                state.network.parameters(), state.recipe.grad_clip, norm
+            )
         for group in state.opt.param_groups:
             group["lr"] = state.recipe.rate(state.step)
         state.opt.step()
@@ -90,10 +110,12 @@ def train_step(
 
 
 def backward(
-    state: TrainState, diffusion: GaussianDiffusion, share: int, latents: Tensor, labels: Tensor, t: Tensor,
-    drop: Tensor, noise: Tensor,
+    state: TrainState, diffusion: GaussianDiffusion, share: int, latents: Tensor, labels: Tensor,
+    t: Tensor, drop: Tensor, noise: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Add the gradient of a part of a process's share to the network's; the part's SUMS (len(SUMS),) on the device."""
+    """Add the gradient of a part of a process's share to the network's; the part's SUMS
+    (len(SUMS),) on the device.
+    """
     condition = {}
     if state.network.num_classes:
         condition["y"] = labels
@@ -107,16 +129,20 @@ def backward(
     losses = diffusion.training_losses(predict, latents, t, condition, noise=noise)
     (losses["loss"].sum() / share).backward()
     mse = losses["mse"].detach()
-    quarter = torch.nn.functional.one_hot(t * QUARTERS // diffusion.num_timesteps, QUARTERS).to(mse.dtype)  # (n, 4)
+    # (n, 4)
+    quarter = torch.nn.functional.one_hot(t * QUARTERS // diffusion.num_timesteps, QUARTERS).to(
+        mse.dtype
+    )
     totals = torch.stack([losses[key].detach().sum() for key in ("loss", "mse", "vb")])
     return torch.cat([totals, mse @ quarter, quarter.sum(dim=0)])  # (len(SUMS),)
 
 
 def warm_up(state: TrainState, diffusion: GaussianDiffusion, latents: Tensor) -> None:
-    """Run the model forward and back once, on as many latents (n, C, h, w) as a process has, and leave nothing behind.
+    """Run the model forward and back once, on as many latents (n, C, h, w) as a process has, and
+    leave nothing behind.
 
-    DistributedDataParallel sums gradients in the order of its first backward pass, that pass itself in another. After this
-    one all steps sum alike, also the first after a restart.
+    DistributedDataParallel sums gradients in the order of its first backward pass, that pass itself
+    in another. After this one all steps sum alike, also the first after a restart.
     """
     zeros = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
     backward(state, diffusion, len(latents), latents, zeros, zeros, zeros, latents)
@@ -124,14 +150,22 @@ def warm_up(state: TrainState, diffusion: GaussianDiffusion, latents: Tensor) ->
 
 
 def no_reduction(model: nn.Module) -> AbstractContextManager:
-    """A context in which gradients are not yet shared between processes, where the model can do that."""
+    """A context in which gradients are not yet shared between processes, where the model can do
+    that.
+    """
     return getattr(model, "no_sync", nullcontext)()
 
 
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
-    """ema = decay·ema + (1 - decay)·model for every trained parameter, in bulk; buffers are copied, frozen tables left."""
-    pairs = [(e, p) for e, p in zip(ema_model.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    """ema = decay·ema + (1 - decay)·model for every trained parameter, in bulk; buffers are copied,
+    frozen tables left.
+    """
+    pairs = [
+        (e, p)
+        for e, p in zip(ema_model.parameters(), model.parameters(), strict=True)
+        if p.requires_grad
+    ]
     averages, values = ([own_part(tensor) for tensor in column] for column in zip(*pairs))
     torch._foreach_lerp_(averages, values, 1 - decay)
     for average, value in zip(ema_model.buffers(), model.buffers(), strict=True):

@@ -1,9 +1,11 @@
-"""Write scikit-learn's handwritten digits as folders of images: DIR/train/0 … 9 and DIR/heldout/0 … 9.
+"""Write scikit-learn's handwritten digits as folders of images: DIR/train/0 … 9 and DIR/heldout/0 …
+9.
 
     python examples/digits/make_dataset.py --output digits
 
-1,797 real digits of 8×8 pixels, enlarged to 32×32 RGB. A fifth, stratified by class and the same on every machine, is
-held out: the VAE, the DiT and the classifier that judges them never see it in training.
+1,797 real digits of 8×8 pixels, enlarged to 32×32 RGB. A fifth, stratified by class and the same on
+every machine, is held out: the VAE, the DiT and the classifier that judges them never see it in
+training.
 """
 
 from pathlib import Path
@@ -29,7 +31,9 @@ SPLIT_SEED = 0
 
 
 def load_split():
-    """(train pixels (1437, 8, 8), train labels, held-out pixels (360, 8, 8), held-out labels), pixels 0 to 16."""
+    """(train pixels (1437, 8, 8), train labels, held-out pixels (360, 8, 8), held-out labels),
+    pixels 0 to 16.
+    """
     digits = load_digits()
     train, heldout, train_labels, heldout_labels = train_test_split(
         digits.images, digits.target, test_size=0.2, random_state=SPLIT_SEED, stratify=digits.target
@@ -38,14 +42,19 @@ def load_split():
 
 
 def enlarge(pixels):
-    """Digits (N, 8, 8) in 0 to 16 → uint8 (N, 32, 32), smooth, and such that `reduce` gives the digits back.
+    """Digits (N, 8, 8) in 0 to 16 → uint8 (N, 32, 32), smooth, and such that `reduce` gives the
+    digits back.
 
-    Bicubic enlarging alone would blur them; so what is lost of each block's mean is added again, a few times over.
+    Bicubic enlarging alone would blur them; so what is lost of each block's mean is added again, a
+    few times over.
     """
     images = np.zeros((len(pixels), IMAGE_SIZE, IMAGE_SIZE))
     for _ in range(8):
         missing = (pixels - block_means(images)).astype(np.float32)
-        tiles = (Image.fromarray(m).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for m in missing)
+        tiles = (
+            Image.fromarray(m).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+            for m in missing
+        )
         images = np.clip(images + np.stack([np.asarray(tile) for tile in tiles]), 0, LEVELS)
     return np.uint8(images * 255 / LEVELS + 0.5)
 
@@ -73,7 +82,9 @@ def write_folder(folder, pixels, labels):
 
 def build_parser():
     parser = Parser(__file__, description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)"
+    )
     return parser
 
 
@@ -84,7 +95,9 @@ def main(argv=None):
     train, train_labels, heldout, heldout_labels = load_split()
     write_folder(args.output / "train", train, train_labels)
     write_folder(args.output / "heldout", heldout, heldout_labels)
-    print(f"{len(train)} digits in {args.output / 'train'}, {len(heldout)} held out in {args.output / 'heldout'}")
+    print(
+        f"{len(train)} digits in {args.output / 'train'}, {len(heldout)} held out in {args.output / 'heldout'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Train the small classifier whose features samples of digits are scored by, and write it as timm writes models.
+"""Train the small classifier whose features samples of digits are scored by, and write it as timm
+writes models.
 
     python examples/digits/train_classifier.py --data-path digits --output digits-classifier
 
-For `evaluate.py --features`: Inception, made for photographs, says little of digits. A ResNet of 173,000 parameters with 64
-features, trained on DIR/train; its accuracy on DIR/heldout is printed. Half a minute on 2 cores.
+For `evaluate.py --features`: Inception, made for photographs, says little of digits. A ResNet of
+173,000 parameters with 64 features, trained on DIR/train; its accuracy on DIR/heldout is printed.
+Half a minute on 2 cores.
 """
 
 from pathlib import Path
@@ -33,7 +35,8 @@ MOST_SHIFT = 2  # pixels that a digit is moved by at most, in training
 
 
 def load_images(folder):
-    """(images float32 (N, 3, 32, 32) in [-1, 1], labels (N,)) of a folder with one folder per class.
+    """(images float32 (N, 3, 32, 32) in [-1, 1], labels (N,)) of a folder with one folder per
+    class.
 
     Raises ValueError if one cannot be read.
     """
@@ -48,7 +51,9 @@ def shifted(images):
     """Each image moved by its own few pixels, black coming in."""
     padded = F.pad(images, [MOST_SHIFT] * 4, value=-1.0)
     places = torch.randint(2 * MOST_SHIFT + 1, (len(images), 2)).tolist()
-    return torch.stack([image[:, y : y + SIZE, x : x + SIZE] for image, (y, x) in zip(padded, places)])
+    return torch.stack(
+        [image[:, y : y + SIZE, x : x + SIZE] for image, (y, x) in zip(padded, places)]
+    )
 
 
 def train(images, labels, args):
@@ -59,22 +64,29 @@ def train(images, labels, args):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.epochs)
     for epoch in range(args.epochs):
         for batch in torch.randperm(len(images)).split(64):
-            loss = F.cross_entropy(model(shifted(images[batch])), labels[batch], label_smoothing=0.1)
+            loss = F.cross_entropy(
+                model(shifted(images[batch])), labels[batch], label_smoothing=0.1
+            )
             opt.zero_grad()
             loss.backward()
             opt.step()
         schedule.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
     model.pretrained_cfg = dict(
-        architecture="resnet10t", input_size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=CLASSES
-    )
+        architecture="resnet10t", input_size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3,
+        num_classes=CLASSES,
+    )  # fmt: skip
     return model.eval()
 
 
 def build_parser():
     parser = Parser(__file__, description=__doc__)
-    parser.add_argument("--data-path", required=True, type=Path, help="the folder that make_dataset.py wrote")
-    parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
+    parser.add_argument(
+        "--data-path", required=True, type=Path, help="the folder that make_dataset.py wrote"
+    )
+    parser.add_argument(
+        "--output", required=True, help="folder to write config.json and weights to"
+    )
     parser.add_argument("--epochs", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
@@ -87,8 +99,12 @@ def main(argv=None):
     with parser.refusing():
         check_numbers(args)
         if Path(args.output).exists():
-            raise ValueError(f"--output {args.output} exists already; give the name of a folder to make")
-        (images, labels), heldout = (load_images(args.data_path / part) for part in ("train", "heldout"))
+            raise ValueError(
+                f"--output {args.output} exists already; give the name of a folder to make"
+            )
+        (images, labels), heldout = (
+            load_images(args.data_path / part) for part in ("train", "heldout")
+        )
         with whole_folder(args.output) as folder:
             model = train(images, labels, args)
             save_for_hf(model, folder, model_args=ARCHITECTURE, safe_serialization=True)

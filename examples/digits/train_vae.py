@@ -2,8 +2,9 @@
 
     python examples/digits/train_vae.py --data-path digits/train --output digits-vae
 
-32×32 images become latents of 4×4×4. The loss is the squared error of the reconstruction plus a small KL to N(0, 1);
-the scale factor is then set so that latents have unit variance, as Stable Diffusion's is. 6 minutes on 2 cores.
+32×32 images become latents of 4×4×4. The loss is the squared error of the reconstruction plus a
+small KL to N(0, 1); the scale factor is then set so that latents have unit variance, as Stable
+Diffusion's is. 6 minutes on 2 cores.
 """
 
 from pathlib import Path
@@ -28,12 +29,16 @@ from vae import from_uint8
 KL_WEIGHT = 0.001
 ARCHITECTURE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    block_out_channels=[8, 16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=32,
+    block_out_channels=[8, 16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
+    sample_size=32,
 )  # fmt: skip
 
 
 def load_images(folder):
-    """Every image below the folder, float32 (N, 3, 32, 32) in [-1, 1]. Raises ValueError if one cannot be read."""
+    """Every image below the folder, float32 (N, 3, 32, 32) in [-1, 1].
+
+    Raises ValueError if one cannot be read.
+    """
     dataset = ImageDataset(list_images(folder, num_classes=0), ARCHITECTURE["sample_size"])
     images, _, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
     if any(bad):
@@ -44,19 +49,26 @@ def load_images(folder):
 def loss_of(autoencoder, images):
     """(squared error, KL) of a batch, each summed over an image and averaged over the batch."""
     posterior = autoencoder.encode(images).latent_dist
-    error = (autoencoder.decode(posterior.sample()).sample - images).square().sum(dim=(1, 2, 3)).mean()
+    error = (
+        (autoencoder.decode(posterior.sample()).sample - images).square().sum(dim=(1, 2, 3)).mean()
+    )
     return error, posterior.kl().mean()
 
 
 @torch.no_grad()
 def set_scale(autoencoder, images):
     """Store 1 / standard deviation of the latents as the scale factor."""
-    latents = torch.cat([autoencoder.encode(part).latent_dist.sample() for part in images.split(256)])
+    latents = torch.cat(
+        [autoencoder.encode(part).latent_dist.sample() for part in images.split(256)]
+    )
     autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
 
 
 def train(images, args):
-    """A new AutoencoderKL trained on images as the flags say. Raises ValueError if it comes to nothing."""
+    """A new AutoencoderKL trained on images as the flags say.
+
+    Raises ValueError if it comes to nothing.
+    """
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL(**ARCHITECTURE)
     opt = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, weight_decay=0.01)
@@ -79,12 +91,17 @@ def train(images, args):
 def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--data-path", required=True, help="folder of training digits")
-    parser.add_argument("--output", required=True, help="folder to write config.json and weights to")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--output", required=True, help="folder to write config.json and weights to"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="training steps (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument(
-        "--lr", type=float, default=2e-3, help="peak learning rate, cosine decay (default: %(default)s)"
-    )
+        "--lr", type=float, default=2e-3,
+        help="peak learning rate, cosine decay (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
 
@@ -96,7 +113,9 @@ def main(argv=None):
     with parser.refusing():
         check_numbers(args)
         if Path(args.output).exists():
-            raise ValueError(f"--output {args.output} exists already; give the name of a folder to make")
+            raise ValueError(
+                f"--output {args.output} exists already; give the name of a folder to make"
+            )
         images = load_images(args.data_path)
         with whole_folder(args.output) as folder:
             autoencoder = train(images, args)

@@ -1,7 +1,8 @@
-"""Patches of the two photographs that scikit-learn carries, and the small classifier in whose features samples are scored.
+"""Patches of the two photographs that scikit-learn carries, and the small classifier in whose
+features samples are scored.
 
-A class is a photograph and a region of it: 2 photographs × 2 rows × 3 columns = 12 classes. Shapes: patches uint8
-(N, 1, S, S), grey; labels (N,).
+A class is a photograph and a region of it: 2 photographs × 2 rows × 3 columns = 12 classes. Shapes:
+patches uint8 (N, 1, S, S), grey; labels (N,).
 """
 
 from functools import lru_cache
@@ -24,15 +25,20 @@ TRAINING, CLASSIFIER, CHECK, REFERENCE, REAL = range(
 
 @lru_cache
 def photographs(reduction):
-    """Both photographs (2, H, W) uint8, grey, each side reduced by this factor: a temple in China, and a flower."""
+    """Both photographs (2, H, W) uint8, grey, each side reduced by this factor: a temple in China,
+    and a flower.
+    """
     from sklearn.datasets import load_sample_images
 
     photos = load_sample_images().images
-    return torch.from_numpy(np.stack([Image.fromarray(photo).convert("L").reduce(reduction) for photo in photos]))
+    return torch.from_numpy(
+        np.stack([Image.fromarray(photo).convert("L").reduce(reduction) for photo in photos])
+    )
 
 
 def draw_patches(count, size, reduction, *seed):
-    """(patches, labels), on the CPU: classes drawn uniformly, then the place of each within its region.
+    """(patches, labels), on the CPU: classes drawn uniformly, then the place of each within its
+    region.
 
     seed: numbers that decide them, the first of which says what they are for.
     """
@@ -42,7 +48,9 @@ def draw_patches(count, size, reduction, *seed):
     height, width = photos.shape[1] // ROWS, photos.shape[2] // COLUMNS
     labels = torch.randint(CLASSES, (count,), generator=generator)
     photo, region = labels // (ROWS * COLUMNS), labels % (ROWS * COLUMNS)
-    top = region // COLUMNS * height + torch.randint(height - size + 1, (count,), generator=generator)
+    top = region // COLUMNS * height + torch.randint(
+        height - size + 1, (count,), generator=generator
+    )
     left = region % COLUMNS * width + torch.randint(width - size + 1, (count,), generator=generator)
     within = torch.arange(size)
     rows, columns = top[:, None] + within, left[:, None] + within  # (N, S) each
@@ -71,13 +79,17 @@ class Classifier(nn.Module):
 
 
 def train_classifier(size, reduction, steps, device):
-    """(a Classifier for evaluation, the share of 2,000 patches, drawn anew, whose class it finds); on CPUs always the same."""
+    """(a Classifier for evaluation, the share of 2,000 patches, drawn anew, whose class it finds);
+    on CPUs always the same.
+    """
     torch.manual_seed(0)
     model = Classifier().to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     for step in range(steps):
-        patches, labels = (x.to(device) for x in draw_patches(128, size, reduction, CLASSIFIER, step))
+        patches, labels = (
+            x.to(device) for x in draw_patches(128, size, reduction, CLASSIFIER, step)
+        )
         loss = F.cross_entropy(model(patches)[1], labels)
         opt.zero_grad()
         loss.backward()

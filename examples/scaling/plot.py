@@ -3,7 +3,8 @@
     python examples/scaling/plot.py                                # the committed numbers: docs/scaling.svg, -samples.png
     python examples/scaling/plot.py --results scaling --output scaling
 
-SVG and tables are a function of points.jsonl and study.json alone, the picture of the samples/ beside them.
+SVG and tables are a function of points.jsonl and study.json alone, the picture of the samples/
+beside them.
 """
 
 from pathlib import Path
@@ -48,41 +49,59 @@ def loss(row):
 
 def by_name(rows):
     """{name: its rows, one of each seed}, the networks with most multiply-adds last."""
-    rows = sorted((row for row in rows if row["block"] == "adaln_zero"), key=lambda row: (row["macs"], row["seed"]))
+    rows = sorted(
+        (row for row in rows if row["block"] == "adaln_zero"),
+        key=lambda row: (row["macs"], row["seed"]),
+    )
     return {key: list(group) for key, group in groupby(rows, key=name)}
 
 
 def by_block(rows, compared):
     """{block: its rows, one of each seed} at the size that is compared, best first."""
     rows = [row for row in rows if [row["size"], row["patch"]] == compared]
-    blocks = {row["block"]: [other for other in rows if other["block"] == row["block"]] for row in rows}
+    blocks = {
+        row["block"]: [other for other in rows if other["block"] == row["block"]] for row in rows
+    }
     return dict(sorted(blocks.items(), key=lambda item: np.mean([final(row) for row in item[1]])))
 
 
 def correlations(rows, value=final):
-    """{seed: (Pearson's correlation of log multiply-adds with a row's value, with its log, Spearman's)} over the sizes."""
+    """{seed: (Pearson's correlation of log multiply-adds with a row's value, with its log,
+    Spearman's)} over the sizes.
+    """
     found = {}
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed and row["block"] == "adaln_zero"]
         macs, values = np.log([row["macs"] for row in ours]), np.array([value(row) for row in ours])
         found[seed] = tuple(
             correlation(macs, y).statistic
-            for correlation, y in ((pearsonr, values), (pearsonr, np.log(values)), (spearmanr, values))
+            for correlation, y in (
+                (pearsonr, values),
+                (pearsonr, np.log(values)),
+                (spearmanr, values),
+            )
         )
     return found
 
 
 def training_curve(group):
-    """(training operations, distances) at each score of a network, distances as means over seeds."""
-    spent = [group[0]["training_flops"] * group[0]["batch_size"] * place["step"] for place in group[0]["curve"]]
-    return np.array(spent, dtype=float), np.mean([[place["distance"] for place in row["curve"]] for row in group], axis=0)
+    """(training operations, distances) at each score of a network, distances as means over seeds.
+    """
+    spent = [
+        group[0]["training_flops"] * group[0]["batch_size"] * place["step"]
+        for place in group[0]["curve"]
+    ]
+    return np.array(spent, dtype=float), np.mean(
+        [[place["distance"] for place in row["curve"]] for row in group], axis=0
+    )
 
 
 def compute_contests(rows):
-    """[(smaller network, larger one, operations, their distances)] for each pair of networks with the same patch size.
+    """[(smaller network, larger one, operations, their distances)] for each pair of networks with
+    the same patch size.
 
-    At the same training operations: in the middle of what both were scored at, on lines between the scores in both
-    logarithms. Pairs without such a middle are left out.
+    At the same training operations: in the middle of what both were scored at, on lines between the
+    scores in both logarithms. Pairs without such a middle are left out.
     """
     found, curves = [], {key: training_curve(group) for key, group in by_name(rows).items()}
     for i, (small, (spent, distances)) in enumerate(curves.items()):
@@ -99,7 +118,9 @@ def compute_contests(rows):
 
 
 def sampling_points(rows):
-    """[(name, steps, operations of sampling one image, distance)] of the networks that were sampled with several steps."""
+    """[(name, steps, operations of sampling one image, distance)] of the networks that were sampled
+    with several steps.
+    """
     return [
         (key, place["steps"], 2 * group[0]["macs"] * place["steps"], place["distance"])
         for key, group in by_name(rows).items()
@@ -108,8 +129,9 @@ def sampling_points(rows):
 
 
 def sampling_contests(rows):
-    """(wins, pairs): in how many pairs the network with more multiply-adds has the better samples, of those in which the other
-    spends as much on a sample, or more, by taking more steps. First seed.
+    """(wins, pairs): in how many pairs the network with more multiply-adds has the better samples,
+    of those in which the other spends as much on a sample, or more, by taking more steps. First
+    seed.
     """
     points, order = sampling_points(rows), list(by_name(rows))
     pairs = [
@@ -127,7 +149,10 @@ def tables(rows, about):
     yield f"| network {head}"
     yield from (table_row(key, group) for key, group in by_name(rows).items())
     yield f"\n| block, at {'/'.join(map(str, about['plan']['compared']))} {head}"
-    yield from (table_row(block, group) for block, group in by_block(rows, about["plan"]["compared"]).items())
+    yield from (
+        table_row(block, group)
+        for block, group in by_block(rows, about["plan"]["compared"]).items()
+    )
     for what, value in (("distance", final), ("loss", loss)):
         yield f"\nCorrelation of log multiply-adds with the {what}, with its logarithm, and of their ranks:\n"
         for seed, found in correlations(rows, value).items():
@@ -145,18 +170,24 @@ def tables(rows, about):
 
 def table_row(key, group):
     """A network's row: its first seed's size, each seed's results."""
-    distances, losses = ", ".join(f"{final(row):.2f}" for row in group), ", ".join(f"{loss(row):.4f}" for row in group)
+    distances, losses = (
+        ", ".join(f"{final(row):.2f}" for row in group),
+        ", ".join(f"{loss(row):.4f}" for row in group),
+    )
     return f"| {key} | {group[0]['parameters']:,} | {group[0]['macs'] / 1e6:.2f} | {distances} | {losses} |"
 
 
 def draw_blocks(axes, rows, about):
     for i, (block, group) in enumerate(by_block(rows, about["plan"]["compared"]).items()):
         steps = [place["step"] for place in group[0]["curve"]]
-        distances = np.array([[place["distance"] for place in row["curve"]] for row in group])  # (seeds, steps)
+        # (seeds, steps)
+        distances = np.array([[place["distance"] for place in row["curve"]] for row in group])
         axes.plot(steps, distances.mean(axis=0), color=f"C{i}", label=block)
         axes.plot(steps, distances.T, ".", color=f"C{i}")
     compared = "/".join(map(str, about["plan"]["compared"]))
-    axes.set(title=f"block designs at {compared}", xlabel="training step", xscale="log", yscale="log")
+    axes.set(
+        title=f"block designs at {compared}", xlabel="training step", xscale="log", yscale="log"
+    )
     axes.set_xticks(steps, map(str, steps), minor=False)
     axes.minorticks_off()
 
@@ -165,24 +196,26 @@ def draw_sizes(axes, rows, colors):
     for key, group in by_name(rows).items():
         row = group[0]
         axes.plot(
-            [r["macs"] / 1e6 for r in group],
-            [final(r) for r in group],
-            MARKERS[row["patch"]],
-            color=colors[row["size"]],
-            label=key,
-        )
+            [r["macs"] / 1e6 for r in group], [final(r) for r in group], MARKERS[row["patch"]],
+            color=colors[row["size"]], label=key,
+        )  # fmt: skip
     found = list(correlations(rows).values())
     linear, ranks = (", ".join(f"{one[i]:.2f}" for one in found) for i in (0, 2))
     axes.set(
-        title=f"size: correlation {linear}; of ranks {ranks}", xlabel="million multiply-adds of an image",
-        xscale="log", yscale="log",
+        title=f"size: correlation {linear}; of ranks {ranks}",
+        xlabel="million multiply-adds of an image", xscale="log", yscale="log",
     )  # fmt: skip
 
 
 def draw_compute(axes, rows, colors):
     for key, group in by_name(rows).items():
-        axes.plot(*training_curve(group), "-" + MARKERS[group[0]["patch"]], color=colors[group[0]["size"]], label=key)
-    axes.set(title="training compute", xlabel="operations spent on training", xscale="log", yscale="log")
+        axes.plot(
+            *training_curve(group), "-" + MARKERS[group[0]["patch"]],
+            color=colors[group[0]["size"]], label=key,
+        )  # fmt: skip
+    axes.set(
+        title="training compute", xlabel="operations spent on training", xscale="log", yscale="log"
+    )
 
 
 def draw_sampling(axes, rows, colors):
@@ -191,16 +224,12 @@ def draw_sampling(axes, rows, colors):
         _, steps, spent, distances = zip(*points)
         row = groups[key][0]
         axes.plot(
-            np.array(spent) / 1e9,
-            distances,
-            "-" + MARKERS[row["patch"]],
-            color=colors[row["size"]],
-            markersize=4,
-            label=key,
-        )
+            np.array(spent) / 1e9, distances, "-" + MARKERS[row["patch"]],
+            color=colors[row["size"]], markersize=4, label=key,
+        )  # fmt: skip
     axes.set(
-        title=f"sampling compute: {', '.join(map(str, steps))} steps", xlabel="GFLOP spent on a sample",
-        xscale="log", yscale="log",
+        title=f"sampling compute: {', '.join(map(str, steps))} steps",
+        xlabel="GFLOP spent on a sample", xscale="log", yscale="log",
     )  # fmt: skip
 
 
@@ -221,30 +250,44 @@ def draw_figure(rows, about, path):
         axes.set_ylabel("Fréchet distance")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, ncols=1 if axes is blocks else 3)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None}))
+    write_whole(
+        path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None})
+    )
 
 
 def draw_samples(rows, folder, path):
-    """Write a real patch of each class, and a sample of each from each size, the smallest first, all from the same noise."""
+    """Write a real patch of each class, and a sample of each from each size, the smallest first,
+    all from the same noise.
+    """
     from matplotlib.figure import Figure
 
     names = ["real", *by_name(rows)]
-    strips = [np.asarray(Image.open(folder / "samples" / f"{key.replace('/', '-')}.png")) for key in names]
+    strips = [
+        np.asarray(Image.open(folder / "samples" / f"{key.replace('/', '-')}.png")) for key in names
+    ]
     height, width = strips[0].shape
-    figure = Figure(figsize=(width * ENLARGED / 100 + 0.6, (height * ENLARGED + 4) * len(names) / 100), dpi=100)
+    figure = Figure(
+        figsize=(width * ENLARGED / 100 + 0.6, (height * ENLARGED + 4) * len(names) / 100), dpi=100
+    )
     for axes, key, strip in zip(np.atleast_1d(figure.subplots(len(names))), names, strips):
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_axis_off()
         axes.text(-4, height / 2, key, ha="right", va="center")
     figure.subplots_adjust(left=0.6 / figure.get_figwidth(), right=1, top=1, bottom=0, hspace=0.05)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    write_whole(
+        path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None})
+    )
 
 
 def build_parser():
     parser = Parser(__file__, description=__doc__)
     results = "folder that study.py wrote (default: the committed one)"
-    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results", help=results)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).resolve().parent / "results", help=results
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)"
+    )
     return parser
 
 
@@ -260,7 +303,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(reason(error))
     except (KeyError, TypeError, IndexError) as error:
-        parser.error(f"{args.results} holds no study ({error!r}); give a folder that study.py wrote")
+        parser.error(
+            f"{args.results} holds no study ({error!r}); give a folder that study.py wrote"
+        )
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed; pip install .[track]")
     print("\n".join(tables(rows, about)))

@@ -1,4 +1,6 @@
-"""The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line for each network."""
+"""The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line
+for each network.
+"""
 
 import json
 from typing import NamedTuple
@@ -23,12 +25,17 @@ def read_about(folder):
         about = json.loads(path.read_text(encoding="utf-8-sig"))
         about["plan"]["scored_at"], [Point(*point) for point in about["points"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"cannot read {path} ({error}); give a folder that study.py wrote") from None
+        raise ValueError(
+            f"cannot read {path} ({error}); give a folder that study.py wrote"
+        ) from None
     return about
 
 
 def read_rows(folder, about):
-    """The rows of points.jsonl by Point. Raises ValueError, naming the line, for one that is damaged."""
+    """The rows of points.jsonl by Point.
+
+    Raises ValueError, naming the line, for one that is damaged.
+    """
     path, rows = folder / "points.jsonl", {}
     if not path.exists():
         return rows
@@ -50,7 +57,10 @@ def read_rows(folder, about):
 
 
 def read_study(folder):
-    """(the rows of a whole study, what study.json says). Raises ValueError if one is missing or damaged."""
+    """(the rows of a whole study, what study.json says).
+
+    Raises ValueError if one is missing or damaged.
+    """
     about = read_about(folder)
     rows = read_rows(folder, about)
     missing = [point for point in about["points"] if Point(*point) not in rows]

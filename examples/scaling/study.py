@@ -1,13 +1,14 @@
-"""Train many small DiTs and score what they draw: the paper's claims about size, compute and block design, on one machine.
+"""Train many small DiTs and score what they draw: the paper's claims about size, compute and block
+design, on one machine.
 
     python examples/scaling/study.py --output scaling                   # within 75 minutes on 2 cores
     python examples/scaling/study.py --output scaling-large --preset large     # for a GPU
     python examples/scaling/plot.py --results scaling --output scaling  # the figures
 
-Every network is trained for the same number of steps on the same patches of photographs (patches.py) and scored by the
-Fréchet distance of its samples to real patches. Each one that is finished is a line of OUTPUT/points.jsonl; the same
-command goes on where it was stopped. On CPUs each network has one thread, so that nothing depends on how many are trained at
-a time.
+Every network is trained for the same number of steps on the same patches of photographs
+(patches.py) and scored by the Fréchet distance of its samples to real patches. Each one that is
+finished is a line of OUTPUT/points.jsonl; the same command goes on where it was stopped. On CPUs
+each network has one thread, so that nothing depends on how many are trained at a time.
 """
 
 from pathlib import Path
@@ -52,11 +53,15 @@ from training.step import draw, train_step
 from vae import from_uint8, load_vae
 
 SEEDS = (0, 1)
-DEFAULT_STEPS, OTHER_STEPS = 20, (5, 10, 40)  # of DDIM; the others for the last weights of the first seed
+# of DDIM; the others for the last weights of the first seed
+DEFAULT_STEPS, OTHER_STEPS = 20, (5, 10, 40)
 
 
 class Plan(NamedTuple):
-    """A preset. Images are image_size pixels wide, of photographs reduced by a factor; `scored_at` are steps of training.
+    """A preset.
+
+    Images are image_size pixels wide, of photographs reduced by a factor; `scored_at` are steps of
+    training.
 
     The block designs are compared at the size and patch size `compared`.
     """
@@ -93,8 +98,8 @@ def config_of(plan, point):
     """DiT's arguments for a network of a plan."""
     depth, width, heads = plan.sizes[point.size]
     return dict(
-        input_size=plan.image_size, patch_size=point.patch, in_channels=1, hidden_size=width, depth=depth,
-        num_heads=heads, num_classes=CLASSES, block=point.block,
+        input_size=plan.image_size, patch_size=point.patch, in_channels=1, hidden_size=width,
+        depth=depth, num_heads=heads, num_classes=CLASSES, block=point.block,
     )  # fmt: skip
 
 
@@ -107,18 +112,32 @@ class Judge(NamedTuple):
 
 def list_points(plan):
     """The Points of a plan, those that take long first."""
-    points = [Point(size, patch, "adaln_zero", s) for s in SEEDS for size in plan.sizes for patch in plan.patch_sizes]
-    points += [Point(*plan.compared, block, s) for s in SEEDS for block in BLOCKS if block != "adaln_zero"]
+    points = [
+        Point(size, patch, "adaln_zero", s)
+        for s in SEEDS
+        for size in plan.sizes
+        for patch in plan.patch_sizes
+    ]
+    points += [
+        Point(*plan.compared, block, s) for s in SEEDS for block in BLOCKS if block != "adaln_zero"
+    ]
     return sorted(points, key=lambda point: -training_flops(config_of(plan, point)))
 
 
 def make_judge(plan, device):
-    """(a Judge, what is to be told of it: how many classes it finds, and how far as many real patches are)."""
+    """(a Judge, what is to be told of it: how many classes it finds, and how far as many real
+    patches are).
+    """
     size, reduction = plan.image_size, plan.reduction
     classifier, accuracy = train_classifier(size, reduction, plan.classifier_steps, device)
-    reference = statistics(classifier, draw_patches(plan.reference, size, reduction, REFERENCE)[0].to(device))
+    reference = statistics(
+        classifier, draw_patches(plan.reference, size, reduction, REFERENCE)[0].to(device)
+    )
     real = statistics(classifier, draw_patches(plan.samples, size, reduction, REAL)[0].to(device))
-    told = {"classifier_accuracy": accuracy, "distance_of_real_patches": frechet_distance(real, reference)}
+    told = {
+        "classifier_accuracy": accuracy,
+        "distance_of_real_patches": frechet_distance(real, reference),
+    }
     return Judge(classifier, reference), told
 
 
@@ -134,13 +153,17 @@ def save_judge(judge, path):
 def load_judge(path, device):
     """The Judge in a file. Raises ValueError if it cannot be read."""
     if not path.exists():
-        raise ValueError(f"{path} is missing, which scored the networks so far; begin again in another --output")
+        raise ValueError(
+            f"{path} is missing, which scored the networks so far; begin again in another --output"
+        )
     contents, classifier = read_checkpoint(path), Classifier()
     try:
         classifier.load_state_dict(contents["classifier"])
         reference = Statistics(contents["mean"].numpy(), contents["covariance"].numpy())
     except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise ValueError(f"{path} is no judge that study.py wrote; begin again in another --output") from None
+        raise ValueError(
+            f"{path} is no judge that study.py wrote; begin again in another --output"
+        ) from None
     return Judge(classifier.to(device).eval().requires_grad_(False), reference)
 
 
@@ -173,29 +196,45 @@ def train_and_score(plan, point, judge, device, folder):
     diffusion, shape = create_diffusion(""), (1, plan.image_size, plan.image_size)
     curve = []
     while state.step < plan.scored_at[-1]:
-        drawn = draw_patches(plan.batch_size, plan.image_size, plan.reduction, TRAINING, point.seed, state.step)
+        drawn = draw_patches(
+            plan.batch_size, plan.image_size, plan.reduction, TRAINING, point.seed, state.step
+        )
         patches, labels = (x.to(device) for x in drawn)
         dropout_prob, num_timesteps = network.config["class_dropout_prob"], diffusion.num_timesteps
-        draws = draw(point.seed, state.step, plan.batch_size, shape, dropout_prob, num_timesteps, device)
+        draws = draw(
+            point.seed, state.step, plan.batch_size, shape, dropout_prob, num_timesteps, device
+        )
         if train_step(state, diffusion, from_uint8(patches), labels, draws)["bad"]:
-            raise ValueError(f"the loss or gradient of step {state.step} is not finite; lower the plan's lr")
+            raise ValueError(
+                f"the loss or gradient of step {state.step} is not finite; lower the plan's lr"
+            )
         if state.step in plan.scored_at:
             mse, state.window = state.window.means(plan.batch_size)["mse"], Window()
-            curve.append({"step": state.step, "mse": mse, "distance": distance(plan, state.ema, judge, DEFAULT_STEPS)})
+            curve.append(
+                {
+                    "step": state.step,
+                    "mse": mse,
+                    "distance": distance(plan, state.ema, judge, DEFAULT_STEPS),
+                }
+            )
     by_steps = [{"steps": DEFAULT_STEPS, "distance": curve[-1]["distance"]}]
     if point.seed == SEEDS[0] and point.block == "adaln_zero":
-        by_steps += [{"steps": n, "distance": distance(plan, state.ema, judge, n)} for n in OTHER_STEPS]
+        by_steps += [
+            {"steps": n, "distance": distance(plan, state.ema, judge, n)} for n in OTHER_STEPS
+        ]
         save_samples(plan, state.ema, folder / "samples" / f"{point.size}-{point.patch}.png")
     flops = training_flops(config)
     return point._asdict() | {
-        "parameters": sum(p.numel() for p in network.parameters()), "macs": flops // 6, "training_flops": flops,
-        "batch_size": plan.batch_size, "curve": curve, "by_sampling_steps": by_steps,
-        "seconds": round(time.monotonic() - begun),
+        "parameters": sum(p.numel() for p in network.parameters()), "macs": flops // 6,
+        "training_flops": flops, "batch_size": plan.batch_size, "curve": curve,
+        "by_sampling_steps": by_steps, "seconds": round(time.monotonic() - begun),
     }  # fmt: skip
 
 
 def distance(plan, network, judge, steps):
-    """The Fréchet distance of samples, DDIM of so many steps without guidance; noise and labels are the same each time."""
+    """The Fréchet distance of samples, DDIM of so many steps without guidance; noise and labels are
+    the same each time.
+    """
     device = next(network.parameters()).device
     images = []
     for indices in torch.arange(plan.samples).split(250):
@@ -205,8 +244,14 @@ def distance(plan, network, judge, steps):
 
 
 def draw_images(plan, network, steps, indices, labels):
-    """Images uint8 (n, 1, S, S) with these indices and labels (n,). Raises ValueError if they are not finite."""
-    sampler = Sampler(network, load_vae("none"), None, steps, "ddim", mixed_precision="bf16" if plan.bf16 else "no")
+    """Images uint8 (n, 1, S, S) with these indices and labels (n,).
+
+    Raises ValueError if they are not finite.
+    """
+    sampler = Sampler(
+        network, load_vae("none"), None, steps, "ddim",
+        mixed_precision="bf16" if plan.bf16 else "no",
+    )  # fmt: skip
     return sampler.decode(sampler.numbered_latents(0, indices, labels)).permute(0, 3, 1, 2)
 
 
@@ -226,16 +271,20 @@ def save_strip(images, path):
     """Write images uint8 (n, 1, S, S) side by side."""
     strip = images.permute(1, 2, 0, 3).flatten(2)[0]  # (S, n·S)
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, lambda temporary: Image.fromarray(strip.cpu().numpy()).save(temporary, format="png"))
+    write_whole(
+        path, lambda temporary: Image.fromarray(strip.cpu().numpy()).save(temporary, format="png")
+    )
 
 
 def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument(
-        "--output", required=True, type=Path, help="folder for study.json, points.jsonl, judge.pt and samples/"
-    )
+        "--output", required=True, type=Path,
+        help="folder for study.json, points.jsonl, judge.pt and samples/",
+    )  # fmt: skip
     presets = (
-        "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; large: for a GPU (default: %(default)s)"
+        "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; large: for a GPU "
+        "(default: %(default)s)"
     )
     parser.add_argument("--preset", choices=PRESETS, default="small", help=presets)
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
@@ -245,26 +294,33 @@ def build_parser():
 
 
 def open_folder(args, device):
-    """(what study.json says; the Judge; the rows that are done, by Point), all new in a folder without a study.
+    """(what study.json says; the Judge; the rows that are done, by Point), all new in a folder
+    without a study.
 
     Raises ValueError if the folder holds a study of another plan or device, or a damaged one.
     """
     folder, plan = args.output, PRESETS[args.preset]
     if not (folder / "study.json").exists():
         if (folder / "points.jsonl").exists():
-            raise ValueError(f"{folder} has a points.jsonl without its study.json; choose another --output")
+            raise ValueError(
+                f"{folder} has a points.jsonl without its study.json; choose another --output"
+            )
         print("training the classifier that scores", flush=True)
         judge, told = make_judge(plan, device)
         save_real(plan, folder / "samples" / "real.png")
         save_judge(judge, folder / "judge.pt")
         points = {"points": [list(point) for point in list_points(plan)]}
         about = json.dumps(describe(args, device) | told | points) + "\n"
-        write_whole(folder / "study.json", lambda temporary: temporary.write_text(about, encoding="utf-8"))
+        write_whole(
+            folder / "study.json", lambda temporary: temporary.write_text(about, encoding="utf-8")
+        )
     about, now = read_about(folder), json.loads(json.dumps(describe(args, device)))
     for name in ("plan", "device_type"):
         if about.get(name) != now[name]:
             begun = f"{about.get('command')} on a {about.get('device_type')}"
-            raise ValueError(f"{folder} holds another study ({begun}); go on with that, or choose another --output")
+            raise ValueError(
+                f"{folder} holds another study ({begun}); go on with that, or choose another --output"
+            )
     return about, load_judge(folder / "judge.pt", device), read_rows(folder, about)
 
 
@@ -272,14 +328,16 @@ def describe(args, device):
     """What study.json says of the plan, and of where and how the study was begun."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
-        "plan": PRESETS[args.preset]._asdict(), "torch": torch.__version__, "device_type": device.type, **gpu,
-        "cores": os.cpu_count(), "workers": args.workers,
+        "plan": PRESETS[args.preset]._asdict(), "torch": torch.__version__,
+        "device_type": device.type, **gpu, "cores": os.cpu_count(), "workers": args.workers,
         "command": f"python examples/scaling/study.py --output OUTPUT --preset {args.preset}",
     }  # fmt: skip
 
 
 def prepare_worker():
-    """A worker has one thread, leaves it to the first process to answer Ctrl-C, and ends when that process has."""
+    """A worker has one thread, leaves it to the first process to answer Ctrl-C, and ends when that
+    process has.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
@@ -310,8 +368,12 @@ def run_all(plan, points, judge, device, folder, workers):
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=prepare_worker) as pool:
         try:
-            with ctrl_c_blocked():  # which the workers inherit, so none can be hit before prepare_worker
-                work = {pool.submit(run_point, plan, point, judge, device, folder): point for point in points}
+            # Which the workers inherit, so none can be hit before prepare_worker
+            with ctrl_c_blocked():
+                work = {
+                    pool.submit(run_point, plan, point, judge, device, folder): point
+                    for point in points
+                }
             for future in as_completed(work):
                 yield work[future], future.result()
         except BaseException:  # do not wait for what is still under way
@@ -342,11 +404,15 @@ def main(argv=None):
         except BrokenPipeError:  # of the output, which is nobody's mistake
             raise
         except OSError as error:
-            parser.error(f"{error.filename or args.output}: {error.strerror}; choose another --output")
+            parser.error(
+                f"{error.filename or args.output}: {error.strerror}; choose another --output"
+            )
         except ModuleNotFoundError as error:
             parser.error(f"{error.name} is not installed; pip install .[digits]")
         except BrokenProcessPool:
-            sys.exit("a worker was killed, perhaps for want of memory; the same command goes on, try fewer --workers")
+            sys.exit(
+                "a worker was killed, perhaps for want of memory; the same command goes on, try fewer --workers"
+            )
         finally:
             torch.set_num_threads(threads)
 
@@ -357,11 +423,17 @@ def study(args, device):
     about, judge, done = open_folder(args, device)
     points = [Point(*point) for point in about["points"]]
     left = [point for point in points if point not in done]
-    print(f"{len(done)} networks are done, {len(left)} are left, those that take long first", flush=True)
+    print(
+        f"{len(done)} networks are done, {len(left)} are left, those that take long first",
+        flush=True,
+    )
     for point, row in run_all(plan, left, judge, device, args.output, args.workers) if left else ():
         done[point] = row
         text = "".join(json.dumps(done[point]) + "\n" for point in points if point in done)
-        write_whole(args.output / "points.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_whole(
+            args.output / "points.jsonl",
+            lambda temporary: temporary.write_text(text, encoding="utf-8"),
+        )
         minutes = (time.monotonic() - begun) / 60
         print(
             f"{point}: distance {row['curve'][-1]['distance']:.3f}, {row['seconds']} s; {minutes:.1f} minutes",

@@ -58,7 +58,10 @@ def quick(digits):
 def tiles(canvas, count, side=LEAST_TILE):
     """The images uint8 (count, side, side, 3) of a picture with captions."""
     pixels, below = np.asarray(canvas.convert("RGB")), 12 + 2 * MARGIN
-    corners = [(MARGIN + i // PER_ROW * (side + below), MARGIN + i % PER_ROW * (side + MARGIN)) for i in range(count)]
+    corners = [
+        (MARGIN + i // PER_ROW * (side + below), MARGIN + i % PER_ROW * (side + MARGIN))
+        for i in range(count)
+    ]
     return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
 
@@ -91,7 +94,9 @@ def test_page_opens_on_the_digits_from_any_folder_and_for_this_machine_alone(tmp
 def test_without_gradio_one_message_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     message = refusal(capsys).splitlines()[-1]
-    assert message.endswith("error: the page needs Gradio, which is not installed here: pip install .[demo]")
+    assert message.endswith(
+        "error: the page needs Gradio, which is not installed here: pip install .[demo]"
+    )
 
 
 @pytest.fixture
@@ -104,7 +109,10 @@ def test_taken_and_impossible_ports_are_refused_with_what_to_do(capsys, with_gra
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = refusal(capsys, "--port", str(port)).splitlines()[-1]
-    assert f"--port {port} cannot be used (Address already in use)" in message and "pass another --port" in message
+    assert (
+        f"--port {port} cannot be used (Address already in use)" in message
+        and "pass another --port" in message
+    )
     app.check_address("127.0.0.1", port)  # free again
     assert "from 1 to 65535" in refusal(capsys, "--port", "70000")
     for host in ("no.such.host.invalid", " ", "192.0.2.1", "a" * 80, ".."):
@@ -121,7 +129,10 @@ def test_help_says_whom_a_host_lets_in(capsys):
     with pytest.raises(SystemExit):
         app.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "0.0.0.0 (::, with IPv6) lets in everybody who reaches this machine, without a password" in said
+    assert (
+        "0.0.0.0 (::, with IPv6) lets in everybody who reaches this machine, without a password"
+        in said
+    )
     assert "ssh -L 7860:localhost:7860" in said
 
 
@@ -138,13 +149,17 @@ def test_signals_end_the_page_with_their_code_and_clean_up(number):
 
 def test_without_a_place_for_temporary_files_one_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match="no place for temporary files .No such file or directory.; set"):
+    with pytest.raises(
+        ValueError, match="no place for temporary files .No such file or directory.; set"
+    ):
         with app.private_folder():
             pass
 
 
 def test_an_autoencoder_without_its_network_is_refused(capsys, with_gradio):
-    assert "--vae ema goes with --ckpt" in refusal(capsys, "--vae", "ema", "--port", str(free_port()))
+    assert "--vae ema goes with --ckpt" in refusal(
+        capsys, "--vae", "ema", "--port", str(free_port())
+    )
 
 
 # ---- choices ----
@@ -174,11 +189,16 @@ def test_choices_have_numbers_and_names(digits):
 
 def test_names_that_no_encoding_holds_can_be_sent(digits):
     choices = app.class_choices(DiT(**TINY, num_classes=3), ["\udcff", "two\nlines", "x" * 10**6])
-    assert json.dumps(choices, ensure_ascii=False).encode() and choices[1][0] == "1: two lines" and len(choices[2][0]) < 300
+    assert (
+        json.dumps(choices, ensure_ascii=False).encode()
+        and choices[1][0] == "1: two lines"
+        and len(choices[2][0]) < 300
+    )
 
 
 @pytest.mark.parametrize("value", [
-    float("nan"), float("inf"), -float("inf"), 1e308, 10**400, True, None, "x" * 10**6, "\ud800", [1], {"path": "x"}, -1, [[1]],
+    float("nan"), float("inf"), -float("inf"), 1e308, 10**400, True, None, "x" * 10**6, "\ud800",
+    [1], {"path": "x"}, -1, [[1]],
 ], ids=lambda value: repr(value)[:12])  # fmt: skip
 @pytest.mark.parametrize("place", range(6))
 def test_whatever_is_no_choice_is_refused_in_one_short_line(digits, place, value):
@@ -189,12 +209,16 @@ def test_whatever_is_no_choice_is_refused_in_one_short_line(digits, place, value
     with pytest.raises(ValueError) as refused:
         app.read_choices(digits, *choices)
     message = str(refused.value)
-    assert len(message) < 200 and message.encode() and message.isprintable() and message[0].isupper()
+    assert (
+        len(message) < 200 and message.encode() and message.isprintable() and message[0].isupper()
+    )
 
 
 def test_classes_are_whole_numbers_and_no_booleans(digits):
     for wrong in ([True], [0.0], [-1], ["1"], [None]):
-        with pytest.raises(ValueError, match="The classes are .*; give a list of whole numbers from 0 to 9"):
+        with pytest.raises(
+            ValueError, match="The classes are .*; give a list of whole numbers from 0 to 9"
+        ):
             app.chosen_labels(wrong, 1, 10)
 
 
@@ -231,8 +255,9 @@ def test_an_image_depends_on_its_class_the_seed_and_its_place_alone(quick):
 def test_two_drawings_that_take_turns_do_not_disturb_each_other(quick):
     alone = list(app.draw(quick, [1, 2], 7, CPU))
     turns = zip(
-        app.draw(quick, [1, 2], 7, CPU), app.draw(replace(quick, cfg_scale=1.0), [3, 4, 5], 8, CPU), strict=True
-    )
+        app.draw(quick, [1, 2], 7, CPU), app.draw(replace(quick, cfg_scale=1.0), [3, 4, 5], 8, CPU),
+        strict=True,
+    )  # fmt: skip
     assert [pair[0][1].tobytes() for pair in turns] == [canvas.tobytes() for _, canvas, _ in alone]
 
 
@@ -240,16 +265,28 @@ def test_previews_come_before_the_strip_of_the_first_images(digits):
     sampler = replace(digits, sampler="ddim", num_sampling_steps=40)
     *previews, (done, last, strip) = app.draw(sampler, [0, 1, 2, 3, 4], 0, CPU)
     steps = [step for step, _, _ in previews]
-    assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == done == 40 and 30 <= len(steps) <= 38
-    assert all(rows is None for _, _, rows in previews) and previews[0][1].tobytes() != last.tobytes()
+    assert (
+        steps == sorted(set(steps))
+        and steps[0] == 1
+        and steps[-1] == done == 40
+        and 30 <= len(steps) <= 38
+    )
+    assert (
+        all(rows is None for _, _, rows in previews) and previews[0][1].tobytes() != last.tobytes()
+    )
     size = LEAST_TILE + MARGIN
-    assert strip.size == (STRIP_MOMENTS * size + MARGIN, app.STRIP_ROWS * (size + 12 + MARGIN) + MARGIN)
+    assert strip.size == (
+        STRIP_MOMENTS * size + MARGIN,
+        app.STRIP_ROWS * (size + 12 + MARGIN) + MARGIN,
+    )
     end = np.asarray(strip)[MARGIN : MARGIN + LEAST_TILE, -MARGIN - LEAST_TILE : -MARGIN]
     assert np.array_equal(end, tiles(last, 1)[0])
 
 
 def test_a_single_step_has_a_preview_and_a_strip(digits):
-    assert len(list(app.draw(replace(digits, sampler="ddpm", num_sampling_steps=1), [0], 0, CPU))) == 2
+    assert (
+        len(list(app.draw(replace(digits, sampler="ddpm", num_sampling_steps=1), [0], 0, CPU))) == 2
+    )
 
 
 def test_the_png_has_the_settings_that_were_asked_for(digits):
@@ -262,9 +299,15 @@ def test_the_png_has_the_settings_that_were_asked_for(digits):
     assert status == "Seed 11" and shown == path and not Path(path).exists()
     sampler = replace(digits, sampler="unipc", num_sampling_steps=STEPS, cfg_scale=2.5)
     assert np.array_equal(images[:, ::FACTOR, ::FACTOR], drawn(sampler, [7, 2, 7], 11))
-    asked = dict(class_labels=[7, 2, 7], cfg_scale=2.5, sampler="unipc", num_sampling_steps=STEPS, seed=11)
+    asked = dict(
+        class_labels=[7, 2, 7], cfg_scale=2.5, sampler="unipc", num_sampling_steps=STEPS, seed=11
+    )
     assert settings.items() >= asked.items()
-    assert settings["ckpt"] == "dit.safetensors" and settings["vae"] == "vae" and "port" not in settings
+    assert (
+        settings["ckpt"] == "dit.safetensors"
+        and settings["vae"] == "vae"
+        and "port" not in settings
+    )
     assert str(ROOT) not in str(settings)
 
 
@@ -274,8 +317,14 @@ def test_wrong_choices_are_value_errors(digits):
         (([], 1, 4.0, "dpm++", STEPS, "0"), "No class is chosen"),
         (([7], 2.5, 4.0, "dpm++", STEPS, "0"), "How many images is 2.5; it must be a whole number"),
         (([7], 1, 4.0, "dpm++", 3.5, "0"), "Steps is 3.5; it must be a whole number"),
-        (([7], 1, 4.0, "dpm++", 1000, "0"), "Steps is 1000; it must be a whole number from 1 to 999"),
-        (([7], None, 4.0, "dpm++", STEPS, "0"), "How many images is None; it must be a whole number"),
+        (
+            ([7], 1, 4.0, "dpm++", 1000, "0"),
+            "Steps is 1000; it must be a whole number from 1 to 999",
+        ),
+        (
+            ([7], None, 4.0, "dpm++", STEPS, "0"),
+            "How many images is None; it must be a whole number",
+        ),
         (([7], 1, None, "dpm++", STEPS, "0"), "Guidance is None"),
         (([7], 1, 4.0, "euler", STEPS, "0"), "The solver is 'euler'; it must be one of ddpm"),
         (([7], 1, 4.0, "dpm++", STEPS, None), "The seed is 'None'"),
@@ -297,12 +346,16 @@ def gradio():
 def shown_controls(sampler):
     page = app.build_page(sampler, arguments(), CPU, Visitors(""))
     assert not page.analytics_enabled
-    controls = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
+    controls = {
+        block.label: block for block in page.blocks.values() if getattr(block, "label", None)
+    }
     return {label: control for label, control in controls.items() if control.visible}
 
 
 def test_controls_for_a_network_with_a_thousand_names(gradio):
-    controls = shown_controls(Sampler(DiT(**TINY, num_classes=1000), PixelSpace(), imagenet_names()))
+    controls = shown_controls(
+        Sampler(DiT(**TINY, num_classes=1000), PixelSpace(), imagenet_names())
+    )
     assert controls["Classes"].choices[207] == ("207: golden retriever", 207)
     assert controls["Classes"].value == list(range(0, 1000, 100))
     assert [name for name, _ in controls["Solver"].choices] == list(SOLVERS)
@@ -344,19 +397,24 @@ def at_the_gate(method, path, body=b"", chunk=2**16):
 
     there = Visitors("/folder")
     there.queue = SimpleNamespace(event_ids_to_events={}, pending_messages_per_session={"known"})
-    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"session_hash=known"}
+    scope = {
+        "type": "http", "method": method, "path": path, "headers": [],
+        "query_string": b"session_hash=known",
+    }  # fmt: skip
     asyncio.run(Gate(behind, there, function=3, inputs=6)(scope, receive, send))
     return answers[0]["status"], passed, len(messages)
 
 
 @pytest.mark.parametrize(("method", "path"), [
-    ("POST", "/gradio_api/upload"), ("POST", "/upload"), ("POST", "//gradio_api/upload"), ("PUT", "/gradio_api/upload"),
-    ("POST", "/gradio_api/process_recording"), ("POST", "/gradio_api/component_server"), ("POST", "/gradio_api/run/respond"),
-    ("POST", "/gradio_api/api/respond"), ("POST", "/gradio_api/stream/1"), ("POST", "/login"), ("GET", "/monitoring"),
-    ("GET", "/gradio_api/proxy=http://other"), ("GET", "/gradio_api/file=http://other"),
-    ("GET", "/gradio_api/file=/etc/passwd"), ("GET", "/gradio_api/file=/folder/../etc/passwd"),
-    ("GET", "/gradio_api/deep_link"), ("GET", "/gradio_api/file/folder/a"),
-    ("GET", "/gradio_api/call/respond/nobody"), ("DELETE", "/"),
+    ("POST", "/gradio_api/upload"), ("POST", "/upload"), ("POST", "//gradio_api/upload"),
+    ("PUT", "/gradio_api/upload"), ("POST", "/gradio_api/process_recording"),
+    ("POST", "/gradio_api/component_server"), ("POST", "/gradio_api/run/respond"),
+    ("POST", "/gradio_api/api/respond"), ("POST", "/gradio_api/stream/1"), ("POST", "/login"),
+    ("GET", "/monitoring"), ("GET", "/gradio_api/proxy=http://other"),
+    ("GET", "/gradio_api/file=http://other"), ("GET", "/gradio_api/file=/etc/passwd"),
+    ("GET", "/gradio_api/file=/folder/../etc/passwd"), ("GET", "/gradio_api/deep_link"),
+    ("GET", "/gradio_api/file/folder/a"), ("GET", "/gradio_api/call/respond/nobody"),
+    ("DELETE", "/"),
 ])  # fmt: skip
 def test_what_the_page_has_no_use_for_is_refused_unread(method, path):
     status, passed, unread = at_the_gate(method, path, b"x")
@@ -364,8 +422,9 @@ def test_what_the_page_has_no_use_for_is_refused_unread(method, path):
 
 
 @pytest.mark.parametrize("path", [
-    "/", "/config", "/theme.css", "/assets/a.js", "/gradio_api/info", "/gradio_api/queue/data", "/gradio_api/heartbeat/abc",
-    "/gradio_api/file=/folder/a/image.webp", "/gradio_api/call/respond/known",
+    "/", "/config", "/theme.css", "/assets/a.js", "/gradio_api/info", "/gradio_api/queue/data",
+    "/gradio_api/heartbeat/abc", "/gradio_api/file=/folder/a/image.webp",
+    "/gradio_api/call/respond/known",
 ])  # fmt: skip
 def test_what_the_page_needs_is_let_through(path):
     assert at_the_gate("GET", path)[:2] == (200, [b""])
@@ -373,18 +432,26 @@ def test_what_the_page_needs_is_let_through(path):
 
 def test_of_a_job_gradio_is_told_what_it_needs_and_no_files():
     file = {"path": "http://other/", "meta": {"_type": "gradio.FileData"}}
-    asked = {"data": [[file, 1, [2]], file, None, "ddpm", 5, "0"], "session_hash": "abc", "batched": True, "event_data": 1}
+    asked = {
+        "data": [[file, 1, [2]], file, None, "ddpm", 5, "0"], "session_hash": "abc",
+        "batched": True, "event_data": 1,
+    }  # fmt: skip
     status, passed, _ = at_the_gate("POST", visitors.CALL, json.dumps(asked).encode(), chunk=7)
     told = json.loads(passed[0])
-    assert status == 200 and told.keys() == {"data", "session_hash", "fn_index"} and told["fn_index"] == 3
+    assert (
+        status == 200
+        and told.keys() == {"data", "session_hash", "fn_index"}
+        and told["fn_index"] == 3
+    )
     assert not any(isinstance(value, dict) for value in [*told["data"], *told["data"][0]])
     assert told["data"][2:] == asked["data"][2:]
     assert told["data"][0][1] == 1 and "http://other/" in told["data"][1]
 
 
 @pytest.mark.parametrize(("body", "status"), [
-    (b"", 422), (b"{", 422), (b"[]", 422), (b"null", 422), (b"[" * 100_000, 422), (b"9" * 5000, 422), (b"\xff", 422),
-    (json.dumps({"data": CHOICES[1:]}).encode(), 422), (json.dumps({"data": CHOICES, "session_hash": "\ud800"}).encode(), 422),
+    (b"", 422), (b"{", 422), (b"[]", 422), (b"null", 422), (b"[" * 100_000, 422),
+    (b"9" * 5000, 422), (b"\xff", 422), (json.dumps({"data": CHOICES[1:]}).encode(), 422),
+    (json.dumps({"data": CHOICES, "session_hash": "\ud800"}).encode(), 422),
     (b" " * (visitors.LARGEST_BODY + 1), 413), (json.dumps({"data": CHOICES}).encode(), 200),
 ], ids=lambda value: repr(value)[:12])  # fmt: skip
 def test_requests_that_are_none_do_not_reach_gradio(body, status):
@@ -424,7 +491,9 @@ def live():
 def request(port, method, path, body=None):
     """(status, content) of an answer to the end."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), JSON)
+    connection.request(
+        method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), JSON
+    )
     with connection.getresponse() as answer:
         return answer.status, answer.read()
 
@@ -450,13 +519,24 @@ def test_a_visitor_gets_a_picture_and_cannot_leave_a_byte(live):
         code, content = request(port, "GET", f"{visitors.FILE}{picture['path']}")
         assert code == 200 and Image.open(BytesIO(content)).format == "PNG"
     before = sorted(folder.rglob("*"))
-    assert request(port, "POST", "/gradio_api/upload", b'--x\r\nContent-Disposition: form-data; name="files"')[0] == 403
+    assert (
+        request(
+            port,
+            "POST",
+            "/gradio_api/upload",
+            b'--x\r\nContent-Disposition: form-data; name="files"',
+        )[0]
+        == 403
+    )
     assert sorted(folder.rglob("*")) == before
 
 
 def test_nonsense_is_one_readable_error_over_the_api(live, capfd):
     port, _ = live
-    for place, value in [(2, float("nan")), (1, 1e308), (4, True), (0, [[1]]), (0, {"path": "/etc/passwd"}), (5, "x" * 10**6)]:
+    for place, value in [
+        (2, float("nan")), (1, 1e308), (4, True), (0, [[1]]), (0, {"path": "/etc/passwd"}),
+        (5, "x" * 10**6),
+    ]:  # fmt: skip
         name, data = listen(port, ask(port, [*CHOICES[:place], value, *CHOICES[place + 1 :]])[1])
         assert name == "error" and len(data["error"]) < 200 and data["error"][0].isupper()
     assert "Traceback" not in capfd.readouterr().err
@@ -477,7 +557,9 @@ def test_a_visitor_has_a_few_jobs_at_a_time(live, monkeypatch):
     port, _ = live
     monkeypatch.setattr(visitors, "PATIENCE", 0.5)
     asked = {"data": [[0], 16, 1.5, "ddpm", 1000, "0"], "session_hash": "greedy"}
-    statuses = [request(port, "POST", visitors.JOIN, asked)[0] for _ in range(visitors.MOST_EACH + 1)]
+    statuses = [
+        request(port, "POST", visitors.JOIN, asked)[0] for _ in range(visitors.MOST_EACH + 1)
+    ]
     assert statuses == [200] * visitors.MOST_EACH + [429]
 
 
@@ -491,13 +573,21 @@ def free_port():
 
 @contextmanager
 def served(folder, *flags):
-    """The address of `python app.py FLAGS`, run in the folder; it must end without ever having printed a traceback."""
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(free_port()), "--device", "cpu", *flags]
+    """The address of `python app.py FLAGS`, run in the folder; it must end without ever having
+    printed a traceback.
+    """
+    command = [
+        sys.executable, str(ROOT / "app.py"), "--port", str(free_port()), "--device", "cpu", *flags,
+    ]  # fmt: skip
     with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True
+        )
         try:
             line = process.stdout.readline()
-            assert "the page is at http://127.0.0.1:" in line, line + (folder / "log.txt").read_text()
+            assert "the page is at http://127.0.0.1:" in line, (
+                line + (folder / "log.txt").read_text()
+            )
             yield line.split()[4]
         finally:
             process.terminate()
@@ -606,7 +696,9 @@ def test_ten_digits_in_a_browser_without_a_network(address, visit):
     right = judge.judge(digits, np.arange(10))["agreement with the asked-for class"]
     print(f"{10 * right:.0f} of the ten digits shown are classified as what was asked for")
     assert right >= 0.9
-    assert len(asked) > 10 and not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert len(asked) > 10 and not [
+        url for url in asked if not url.startswith((address, "data:", "blob:"))
+    ]
 
 
 @pytest.mark.long
@@ -639,7 +731,10 @@ def test_two_visitors_at_once_both_get_what_they_asked_for(address, visit):
 def test_a_thousand_names_are_searched_and_a_solver_sets_its_steps(tmp_path, visit):
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
     network = fill_randomly(DiT(**TINY, num_classes=1000))
-    save_weights(tmp_path / "tiny.safetensors", Weights(network.state_dict(), network.config, imagenet_names()))
+    save_weights(
+        tmp_path / "tiny.safetensors",
+        Weights(network.state_dict(), network.config, imagenet_names()),
+    )
     with served(tmp_path, "--ckpt", "tiny.safetensors", "--vae", "none") as address:
         page = visit(address)
         choose(page, "golden retr", "88", "7")
@@ -661,8 +756,8 @@ def test_ctrl_c_ends_a_page_that_is_drawing(tmp_path):
     port = free_port()
     with open(tmp_path / "log.txt", "w") as log:
         page = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"], stdout=subprocess.PIPE, stderr=log,
-            env=os.environ | {"TMPDIR": str(tmp_path)},
+            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"],
+            stdout=subprocess.PIPE, stderr=log, env=os.environ | {"TMPDIR": str(tmp_path)},
         )  # fmt: skip
     assert b"the page is at" in page.stdout.readline() and list(tmp_path.glob("dit-page-*"))
     assert ask(port, [[0], 16, 1.5, "ddpm", 1000, "0"])[0] == 200

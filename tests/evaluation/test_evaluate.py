@@ -1,4 +1,6 @@
-"""evaluate.py and image_sets.py: what can be compared, what a report says, reference files, and what users get wrong."""
+"""evaluate.py and image_sets.py: what can be compared, what a report says, reference files, and
+what users get wrong.
+"""
 
 import hashlib
 import json
@@ -83,7 +85,15 @@ def refused(capsys, *flags):
 
 def test_folder_and_npz_are_the_same_set(sets, capsys):
     reports = [
-        run(capsys, "--samples", sets / f"samples{a}", "--reference", sets / f"real{b}", "--features", CLASSIFIER)[0]
+        run(
+            capsys,
+            "--samples",
+            sets / f"samples{a}",
+            "--reference",
+            sets / f"real{b}",
+            "--features",
+            CLASSIFIER,
+        )[0]
         for a, b in (("", ""), (".npz", ".npz"), (".npz", ""))
     ]
     assert reports[0]["scores"] == reports[1]["scores"] == reports[2]["scores"]
@@ -95,40 +105,59 @@ def test_folder_and_npz_are_the_same_set(sets, capsys):
     }  # fmt: skip
     assert first["features"]["dimension"] == 64 and len(first["features"]["sha256"]) == 64
     assert first["settings"] == {
-        "neighbours": 3, "reference_images_in_precision_and_recall": 300, "inception_score_split": 5000, "device": "cpu",
+        "neighbours": 3, "reference_images_in_precision_and_recall": 300,
+        "inception_score_split": 5000, "device": "cpu",
     }  # fmt: skip
     assert torch.__version__.startswith(first["versions"]["torch"])
 
 
 def test_scores_are_those_computed_from_the_features_one_by_one(sets, capsys):
-    scores = run(capsys, "--samples", sets / "samples", "--reference", sets / "real", "--features", CLASSIFIER)[0]["scores"]
+    scores = run(
+        capsys, "--samples", sets / "samples", "--reference", sets / "real", "--features",
+        CLASSIFIER,
+    )[0]["scores"]  # fmt: skip
     extractor = load_extractor(CLASSIFIER, CPU)
     ours, theirs = (
-        extractor(torch.from_numpy(pictures(count, seed=seed)).permute(0, 3, 1, 2)) for count, seed in ((240, 0), (300, 1))
+        extractor(torch.from_numpy(pictures(count, seed=seed)).permute(0, 3, 1, 2))
+        for count, seed in ((240, 0), (300, 1))
     )
     a, b = (rows.features.double().numpy() for rows in (ours, theirs))
     from scipy.linalg import sqrtm
 
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    fid = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(first + second - 2 * sqrtm(first @ second).real)
-    assert scores["fid"] == pytest.approx(fid, rel=1e-4)  # float32 features in another batch, of almost equal directions
+    fid = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(
+        first + second - 2 * sqrtm(first @ second).real
+    )
+    # float32 features in another batch, of almost equal directions
+    assert scores["fid"] == pytest.approx(fid, rel=1e-4)
     assert (scores["precision"], scores["recall"]) == pytest.approx(shares(a, b, 3), abs=0.01)
     probabilities = ours.logits.double().softmax(dim=1).numpy()
-    assert scores["inception_score"] == pytest.approx(exponential_divergence(probabilities), rel=1e-5)
+    assert scores["inception_score"] == pytest.approx(
+        exponential_divergence(probabilities), rel=1e-5
+    )
     assert scores["sfid"] is None
 
 
 def test_a_set_against_itself(sets, capsys):
-    report, err = run(capsys, "--samples", sets / "real", "--reference", sets / "real.npz", "--features", "pixels")
-    assert report["scores"] | {"fid": 0} == {"fid": 0, "sfid": None, "inception_score": None, "precision": 1, "recall": 1}
+    report, err = run(
+        capsys, "--samples", sets / "real", "--reference", sets / "real.npz", "--features", "pixels"
+    )
+    assert report["scores"] | {"fid": 0} == {
+        "fid": 0, "sfid": None, "inception_score": None, "precision": 1, "recall": 1,
+    }  # fmt: skip
     assert 0 <= report["scores"]["fid"] < 1e-8
     assert "300 samples; published scores are of 50,000" in err and "too few for" not in err
 
 
 def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weights):
-    """A file with mu, sigma, mu_s, sigma_s and arr_0, made here, scores like the images that it was made of."""
+    """A file with mu, sigma, mu_s, sigma_s and arr_0, made here, scores like the images that it was
+    made of.
+    """
     images = pictures(12, seed=3)
-    folder, flags = write_folder(tmp_path / "real", images), ["--inception-weights", inception_weights, "--batch-size", "6"]
+    folder, flags = (
+        write_folder(tmp_path / "real", images),
+        ["--inception-weights", inception_weights, "--batch-size", "6"],
+    )
     samples = write_folder(tmp_path / "samples", pictures(10, seed=4))
     out, _ = run(capsys, "--make-reference", folder, "--output", tmp_path / "ref.npz", *flags)
     assert "mu, sigma, mu_s, sigma_s, arr_0, made_from of 12 images, 12 of them as arr_0" in out
@@ -137,9 +166,13 @@ def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weigh
             "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
         }  # fmt: skip
         assert np.array_equal(file["arr_0"], images) and file["mu"].dtype == np.float64
-        rows = load_extractor("inception", CPU, inception_weights)(torch.from_numpy(images).permute(0, 3, 1, 2))
+        rows = load_extractor("inception", CPU, inception_weights)(
+            torch.from_numpy(images).permute(0, 3, 1, 2)
+        )
         assert np.allclose(file["mu_s"], rows.spatial.double().mean(0), atol=1e-5)
-        assert np.allclose(file["sigma"], np.cov(rows.features.double().numpy(), rowvar=False), atol=1e-5)
+        assert np.allclose(
+            file["sigma"], np.cov(rows.features.double().numpy(), rowvar=False), atol=1e-5
+        )
         as_adm = {name: file[name] for name in file.files if name != "made_from"}
     np.savez(tmp_path / "adm.npz", **as_adm)
     (from_folder, err), *from_files = (
@@ -155,65 +188,115 @@ def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weigh
 
 
 def test_file_statistics_come_before_those_of_its_images(sets, capsys, tmp_path):
-    """As in ADM's files, whose mu and sigma are of the whole training set and arr_0 of 10,000 images."""
-    run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "whole.npz", "--features", "pixels")
+    """As in ADM's files, whose mu and sigma are of the whole training set and arr_0 of 10,000
+    images.
+    """
+    run(
+        capsys, "--make-reference", sets / "real", "--output", tmp_path / "whole.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     whole = np.load(tmp_path / "whole.npz")
-    np.savez(tmp_path / "part.npz", mu=whole["mu"], sigma=whole["sigma"], arr_0=pictures(100, seed=9))
+    np.savez(
+        tmp_path / "part.npz", mu=whole["mu"], sigma=whole["sigma"], arr_0=pictures(100, seed=9)
+    )
     found = {
-        name: run(capsys, "--samples", sets / "samples", "--reference", tmp_path / name, "--features", "pixels")[0]["scores"]
+        name: run(
+            capsys,
+            "--samples",
+            sets / "samples",
+            "--reference",
+            tmp_path / name,
+            "--features",
+            "pixels",
+        )[0]["scores"]
         for name in ("whole.npz", "part.npz")
     }
-    assert found["whole.npz"]["fid"] == found["part.npz"]["fid"] and found["part.npz"]["recall"] != found["whole.npz"]["recall"]
+    assert (
+        found["whole.npz"]["fid"] == found["part.npz"]["fid"]
+        and found["part.npz"]["recall"] != found["whole.npz"]["recall"]
+    )
 
 
 def test_statistics_alone_leave_some_scores(sets, capsys, tmp_path):
-    run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "whole.npz", "--features", "pixels")
+    run(
+        capsys, "--make-reference", sets / "real", "--output", tmp_path / "whole.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     whole = np.load(tmp_path / "whole.npz")
     np.savez(tmp_path / "bare.npz", mu=whole["mu"], sigma=whole["sigma"])
-    report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "bare.npz", "--features", "pixels")
+    report, err = run(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "bare.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     assert [name for name, value in report["scores"].items() if value is not None] == ["fid"]
-    assert "precision needs more than 3 images; recall needs more than 3 images. What remains: fid" in err
+    assert (
+        "precision needs more than 3 images; recall needs more than 3 images. What remains: fid"
+        in err
+    )
     assert report["reference"]["images"] is None and report["notes"][-1] in err
 
 
 def test_spatial_statistics_alone_leave_nothing(sets, capsys, tmp_path):
     np.savez(tmp_path / "s.npz", mu_s=np.ones(7), sigma_s=np.eye(7))
-    report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "s.npz", "--features", "pixels")
+    report, err = run(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "s.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     assert set(report["scores"].values()) == {None} and "What remains: nothing" in err
 
 
 def test_a_reference_of_three_images_has_no_third_neighbours(sets, capsys, tmp_path):
     np.savez(tmp_path / "three.npz", pictures(3))
-    report, err = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "three.npz", "--features", "pixels")
+    report, err = run(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "three.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     assert [name for name, value in report["scores"].items() if value is not None] == ["fid"]
-    assert "recall needs more than 3 images" in err and "3 reference images are too few for 192 features" in err
+    assert (
+        "recall needs more than 3 images" in err
+        and "3 reference images are too few for 192 features" in err
+    )
 
 
 def test_all_images_of_a_file_count_and_of_a_folder_those_that_are_kept(sets, capsys, monkeypatch):
     monkeypatch.setattr(sides, "MANIFOLD_IMAGES", 100)
     for name, kept in (("real.npz", 300), ("real", 100)):
-        report, _ = run(capsys, "--samples", sets / "samples", "--reference", sets / name, "--features", "pixels")
+        report, _ = run(
+            capsys, "--samples", sets / "samples", "--reference", sets / name, "--features",
+            "pixels",
+        )  # fmt: skip
         assert report["settings"]["reference_images_in_precision_and_recall"] == kept
 
 
 def test_what_is_odd_is_remarked(sets, capsys, tmp_path):
-    run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features", "pixels")
+    run(
+        capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     flags = ["--features", "pixels"]
-    swapped = run(capsys, "--samples", tmp_path / "r.npz", "--reference", sets / "samples", *flags)[1]
+    swapped = run(capsys, "--samples", tmp_path / "r.npz", "--reference", sets / "samples", *flags)[
+        1
+    ]
     assert "r.npz has statistics as a reference has; of samples the images alone count" in swapped
     pooled = run(capsys, "--samples", sets, "--reference", sets / "real", *flags)[1]
     assert "540 samples; " in pooled and f"samples come from 2 folders at or below {sets}" in pooled
     whole = np.load(tmp_path / "r.npz")
     np.savez(tmp_path / "unsigned.npz", **{name: whole[name] for name in ("mu", "sigma", "arr_0")})
-    unsigned = run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "unsigned.npz", *flags)[1]
-    assert "does not say of which features its mu and sigma are; taken for those of pixels" in unsigned
+    unsigned = run(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "unsigned.npz", *flags
+    )[1]
+    assert (
+        "does not say of which features its mu and sigma are; taken for those of pixels" in unsigned
+    )
 
 
 def test_an_unfinished_folder_of_samples_is_refused(sets, capsys, tmp_path):
     folder = write_folder(tmp_path / "s", pictures(5))
     (folder / "manifest.json").write_text(json.dumps({"decides": {"num_fid_samples": 6}}))
     err = refused(capsys, "--samples", folder, "--reference", sets / "real", "--features", "pixels")
-    assert "holds 5 images, its manifest.json says 6: give the same sample_ddp.py command again" in err
+    assert (
+        "holds 5 images, its manifest.json says 6: give the same sample_ddp.py command again" in err
+    )
     (folder / "manifest.json").write_text("[" * 100_000)
     run(capsys, "--samples", folder, "--reference", sets / "real", "--features", "pixels")
 
@@ -221,23 +304,37 @@ def test_an_unfinished_folder_of_samples_is_refused(sets, capsys, tmp_path):
 def test_another_order_of_samples_changes_hash_and_nothing_else(sets, capsys, tmp_path):
     np.savez(tmp_path / "turned.npz", pictures(240)[::-1])
     flags = ["--reference", sets / "real", "--features", "pixels"]
-    a, b = (run(capsys, "--samples", path, *flags)[0] for path in (sets / "samples", tmp_path / "turned.npz"))
+    a, b = (
+        run(capsys, "--samples", path, *flags)[0]
+        for path in (sets / "samples", tmp_path / "turned.npz")
+    )
     assert a["samples"]["sha256_of_pixels"] != b["samples"]["sha256_of_pixels"]
-    assert a["scores"]["fid"] == pytest.approx(b["scores"]["fid"], rel=1e-9) and a["scores"]["recall"] == b["scores"]["recall"]
+    assert (
+        a["scores"]["fid"] == pytest.approx(b["scores"]["fid"], rel=1e-9)
+        and a["scores"]["recall"] == b["scores"]["recall"]
+    )
 
 
 def test_two_processes_score_like_one(sets, capsys, tmp_path):
-    flags = ["--samples", sets / "samples", "--reference", sets / "real", "--features", CLASSIFIER, *QUICK]
+    flags = [
+        "--samples", sets / "samples", "--reference", sets / "real", "--features", CLASSIFIER,
+        *QUICK,
+    ]  # fmt: skip
     alone = run(capsys, *flags)[0]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py",
-        *map(str, flags), "--num-workers", "1", "--output", str(tmp_path / "two.json"),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "evaluate.py", *map(str, flags), "--num-workers", "1", "--output",
+        str(tmp_path / "two.json"),
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
-    assert json.loads(done.stdout) == two and two["samples"] == alone["samples"] and two["reference"] == alone["reference"]
+    assert (
+        json.loads(done.stdout) == two
+        and two["samples"] == alone["samples"]
+        and two["reference"] == alone["reference"]
+    )
     assert two["scores"].pop("sfid") is alone["scores"].pop("sfid") is None
     assert two["scores"] == pytest.approx(alone["scores"], rel=1e-5)
 
@@ -245,11 +342,14 @@ def test_two_processes_score_like_one(sets, capsys, tmp_path):
 def test_reference_of_photographs_is_cropped_as_training_crops(capsys, tmp_path):
     folder = tmp_path / "photographs" / "a"
     folder.mkdir(parents=True)
-    for i, (mode, size) in enumerate([("RGB", (30, 20)), ("L", (16, 16)), ("RGBA", (9, 40)), ("RGB", (8, 8))]):
+    for i, (mode, size) in enumerate(
+        [("RGB", (30, 20)), ("L", (16, 16)), ("RGBA", (9, 40)), ("RGB", (8, 8))]
+    ):
         Image.fromarray(pictures(1, 40, i)[0]).resize(size).convert(mode).save(folder / f"{i}.png")
     out, _ = run(
-        capsys, "--make-reference", folder.parent, "--image-size", "8", "--features", "pixels", "--output", tmp_path / "r.npz"
-    )
+        capsys, "--make-reference", folder.parent, "--image-size", "8", "--features", "pixels",
+        "--output", tmp_path / "r.npz",
+    )  # fmt: skip
     from data.images import ImageDataset
     from data.listing import list_images
 
@@ -258,12 +358,19 @@ def test_reference_of_photographs_is_cropped_as_training_crops(capsys, tmp_path)
     with np.load(tmp_path / "r.npz") as file:
         assert np.array_equal(file["arr_0"], wanted)
         made_from = json.loads(str(file["made_from"]))
-    assert made_from["images"] == 4 and made_from["features"] == "pixels" and made_from["size"] == [8, 8]
+    assert (
+        made_from["images"] == 4
+        and made_from["features"] == "pixels"
+        and made_from["size"] == [8, 8]
+    )
 
 
 def test_a_reference_keeps_evenly_spread_images(sets, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation_report, "MANIFOLD_IMAGES", 30)
-    run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features", "pixels")
+    run(
+        capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     with np.load(tmp_path / "r.npz") as file:
         assert np.array_equal(file["arr_0"], pictures(300, seed=1)[::10])
 
@@ -275,16 +382,23 @@ def test_unequal_and_colourless_images_are_named(sets, capsys, tmp_path):
     folder = write_folder(tmp_path / "a", pictures(5))
     flags = ["--reference", sets / "real", "--features", "pixels"]
     Image.fromarray(pictures(1, 12)[0]).save(folder / "000003.png")
-    assert "000003.png is 12x12, " in (err := refused(capsys, "--samples", folder, *flags)) and "000000.png is 8x8" in err
+    assert (
+        "000003.png is 12x12, " in (err := refused(capsys, "--samples", folder, *flags))
+        and "000000.png is 8x8" in err
+    )
     Image.fromarray(pictures(1)[0]).convert("L").save(folder / "000003.png")
-    assert "000003.png is of mode L; wanted is RGB. Convert it" in refused(capsys, "--samples", folder, *flags)
+    assert "000003.png is of mode L; wanted is RGB. Convert it" in refused(
+        capsys, "--samples", folder, *flags
+    )
     (folder / "000003.png").write_bytes(b"no picture")
     assert "000003.png cannot be read" in refused(capsys, "--samples", folder, *flags)
     Image.fromarray(pictures(1)[0]).save(folder / "000003.png")
     whole = (folder / "000003.png").read_bytes()
     (folder / "000003.png").write_bytes(whole[:-30])  # a header and no end
     for workers in ("0", "1"):
-        assert "000003.png cannot be read" in refused(capsys, "--samples", folder, *flags, "--num-workers", workers)
+        assert "000003.png cannot be read" in refused(
+            capsys, "--samples", folder, *flags, "--num-workers", workers
+        )
 
 
 @pytest.mark.parametrize("arrays, message", [
@@ -310,7 +424,10 @@ def test_unequal_and_colourless_images_are_named(sets, capsys, tmp_path):
 ])  # fmt: skip
 def test_references_that_cannot_be_used(sets, capsys, tmp_path, arrays, message):
     np.savez(tmp_path / "r.npz", **arrays)
-    err = refused(capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features", "pixels")
+    err = refused(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features",
+        "pixels",
+    )  # fmt: skip
     assert message in err
 
 
@@ -321,7 +438,8 @@ def test_files_that_are_no_npz(sets, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     flags = ["--samples", sets / "samples", "--features", "pixels", "--reference"]
     for name, message in {
-        "text.npz": "text.npz cannot be read as an .npz", "short.npz": "short.npz cannot be read as an .npz",
+        "text.npz": "text.npz cannot be read as an .npz",
+        "short.npz": "short.npz cannot be read as an .npz",
         "missing": "there is no such file or folder; give a folder of images or an .npz",
     }.items():
         assert message in refused(capsys, *flags, tmp_path / name)
@@ -334,8 +452,13 @@ def test_a_changed_byte_in_an_npz_is_noticed(sets, capsys, tmp_path, save):
     content = bytearray((tmp_path / "r.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "r.npz").write_bytes(content)
-    err = refused(capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features", "pixels")
-    assert "arr_0.npy is damaged; fetch or make it again" in err or "cannot be read as an .npz" in err
+    err = refused(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features",
+        "pixels",
+    )  # fmt: skip
+    assert (
+        "arr_0.npy is damaged; fetch or make it again" in err or "cannot be read as an .npz" in err
+    )
 
 
 HEADER = "{{'descr': '{0}', 'fortran_order': {1}, 'shape': {2}, }}"
@@ -380,7 +503,8 @@ def test_archives_that_are_traps_or_of_other_forms(tmp_path, monkeypatch):
 
 
 def test_samples_class_by_class_are_remarked(tmp_path, capsys, monkeypatch):
-    """The Inception Score is taken of consecutive images, so it is another where they are sorted."""
+    """The Inception Score is taken of consecutive images, so it is another where they are sorted.
+    """
     for module in (image_sets, metrics):
         monkeypatch.setattr(module, "SPLIT", 100)
 
@@ -393,33 +517,50 @@ def test_samples_class_by_class_are_remarked(tmp_path, capsys, monkeypatch):
     path = tmp_path / "bright.pt"
     torch.jit.save(torch.jit.trace(Bright(), torch.zeros(3, 3, 2, 2, dtype=torch.uint8)), path)
     source = np.random.default_rng(0)
-    images = np.repeat(np.array([20, 220]), 100)[:, None, None, None] + source.integers(-15, 15, (200, 2, 2, 3))
+    images = np.repeat(np.array([20, 220]), 100)[:, None, None, None] + source.integers(
+        -15, 15, (200, 2, 2, 3)
+    )
     told = {}
     for name, order in {"sorted": np.arange(200), "mixed": source.permutation(200)}.items():
         np.savez(tmp_path / f"{name}.npz", images[order].astype(np.uint8))
         flags = ["--reference", tmp_path / "sorted.npz", "--features", path]
         report, told[name] = run(capsys, "--samples", tmp_path / f"{name}.npz", *flags)
     assert "inception_score depends on the order of the samples" in told["sorted"]
-    assert "it is 1 in this order, perhaps class by class, and 1.98 in a random one" in told["sorted"]
-    assert "order" not in told["mixed"] and report["scores"]["inception_score"] == pytest.approx(2, rel=0.02)
+    assert (
+        "it is 1 in this order, perhaps class by class, and 1.98 in a random one" in told["sorted"]
+    )
+    assert "order" not in told["mixed"] and report["scores"]["inception_score"] == pytest.approx(
+        2, rel=0.02
+    )
 
 
 def test_a_made_from_of_somebody_else_is_passed_over(sets, capsys, tmp_path):
     np.savez(tmp_path / "r.npz", arr_0=pictures(300), made_from=np.array("2021"))
-    assert run(capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features", "pixels")[0]["scores"]
+    assert run(
+        capsys, "--samples", sets / "samples", "--reference", tmp_path / "r.npz", "--features",
+        "pixels",
+    )[0]["scores"]  # fmt: skip
 
 
 def test_samples_without_images(sets, capsys, tmp_path):
     np.savez(tmp_path / "s.npz", mu=np.ones(192), sigma=np.eye(192))
-    err = refused(capsys, "--samples", tmp_path / "s.npz", "--reference", sets / "real", "--features", "pixels")
+    err = refused(
+        capsys, "--samples", tmp_path / "s.npz", "--reference", sets / "real", "--features",
+        "pixels",
+    )  # fmt: skip
     assert "has statistics and no images" in err
 
 
 def test_statistics_of_other_features_are_refused(sets, capsys, tmp_path):
-    run(capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features", CLASSIFIER)
+    run(
+        capsys, "--make-reference", sets / "real", "--output", tmp_path / "r.npz", "--features",
+        CLASSIFIER,
+    )  # fmt: skip
     flags = ["--samples", sets / "samples", "--reference", tmp_path / "r.npz"]
     assert "was made with --features" in refused(capsys, *flags, "--features", "pixels")
-    assert run(capsys, *flags, "--features", CLASSIFIER + "/model.safetensors")[0]["scores"]["fid"] > 0
+    assert (
+        run(capsys, *flags, "--features", CLASSIFIER + "/model.safetensors")[0]["scores"]["fid"] > 0
+    )
 
 
 def test_features_that_are_not_finite(sets, capsys, tmp_path):
@@ -428,7 +569,10 @@ def test_features_that_are_not_finite(sets, capsys, tmp_path):
             return images.float().mean(dim=(2, 3)) / 0
 
     torch.jit.script(Broken()).save(str(tmp_path / "broken.ts"))
-    flags = ["--samples", sets / "samples", "--reference", sets / "real", "--features", tmp_path / "broken.ts"]
+    flags = [
+        "--samples", sets / "samples", "--reference", sets / "real", "--features",
+        tmp_path / "broken.ts",
+    ]  # fmt: skip
     assert "the features of some image are not finite" in refused(capsys, *flags)
 
     class BrokenLogits(torch.nn.Module):
@@ -466,7 +610,9 @@ def test_output_is_the_report_and_is_never_replaced(sets, capsys, tmp_path):
     flags = ["--samples", sets / "samples", "--reference", sets / "real", "--features", "pixels"]
     report, _ = run(capsys, *flags, "--output", tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text()) == report
-    assert "exists already; remove it or give another name" in refused(capsys, *flags, "--output", tmp_path / "scores.json")
+    assert "exists already; remove it or give another name" in refused(
+        capsys, *flags, "--output", tmp_path / "scores.json"
+    )
 
 
 # ---- .npz files ----
@@ -482,7 +628,10 @@ def test_arrays_of_an_npz_are_mapped_where_they_can_be(tmp_path, save):
 
 def test_an_npz_written_row_by_row_is_as_numpy_reads_it(tmp_path):
     images = pictures(7)
-    arrays = {"mu": np.arange(5.0), "arr_0": (images.shape, np.uint8, iter(images)), "text": np.array("a word")}
+    arrays = {
+        "mu": np.arange(5.0), "arr_0": (images.shape, np.uint8, iter(images)),
+        "text": np.array("a word"),
+    }  # fmt: skip
     digests = set()
     for name in ("a.npz", "b.npz"):
         with open(tmp_path / name, "wb") as file:

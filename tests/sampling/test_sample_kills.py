@@ -1,4 +1,6 @@
-"""sample_ddp.py killed with SIGKILL and started again: the same images, and the same .npz, as if it had been left alone."""
+"""sample_ddp.py killed with SIGKILL and started again: the same images, and the same .npz, as if it
+had been left alone.
+"""
 
 import hashlib
 import json
@@ -19,9 +21,9 @@ from kill_campaign import TIMEOUT, end, launcher
 
 COUNT, BATCH = 40, 4
 RUN = [
-    "--ckpt", str(ROOT / "examples/digits/dit.safetensors"), "--vae", str(ROOT / "examples/digits/vae"),
-    "--num-fid-samples", str(COUNT), "--per-proc-batch-size", str(BATCH), "--num-sampling-steps", "20", "--sampler", "ddim",
-    "--device", "cpu",
+    "--ckpt", str(ROOT / "examples/digits/dit.safetensors"), "--vae",
+    str(ROOT / "examples/digits/vae"), "--num-fid-samples", str(COUNT), "--per-proc-batch-size",
+    str(BATCH), "--num-sampling-steps", "20", "--sampler", "ddim", "--device", "cpu",
 ]  # fmt: skip
 WAYS = ["outside", "outside", "byte", "before", "after", "packing"]
 
@@ -32,7 +34,8 @@ def context():
 
 
 def worker(folder, rank, processes, death):
-    """sample_ddp.py as process `rank` of so many; rank 0 kills itself as `death` says, if at all."""
+    """sample_ddp.py as process `rank` of so many; rank 0 kills itself as `death` says, if at all.
+    """
     from sampling import many
     import sample_ddp
     import torch
@@ -49,14 +52,18 @@ def worker(folder, rank, processes, death):
 
 
 def arm(death, many):
-    """Have this process kill itself at a share of an image's bytes, about its renaming, or within the .npz."""
+    """Have this process kill itself at a share of an image's bytes, about its renaming, or within
+    the .npz.
+    """
     write_whole, replace, images = many.write_whole, Path.replace, iter(range(COUNT))
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_write(path, write):
-        at_image = path.suffix == ".png" and death["at"] == "byte" and next(images) == death["image"]
+        at_image = (
+            path.suffix == ".png" and death["at"] == "byte" and next(images) == death["image"]
+        )
         if not at_image and not (path.suffix == ".npz" and death["at"] == "packing"):
             return write_whole(path, write)
 
@@ -72,7 +79,11 @@ def arm(death, many):
         write_whole(path, half)
 
     def dying_replace(self, target):
-        dies = death["at"] in ("before", "after") and target.suffix == ".png" and next(images) == death["image"]
+        dies = (
+            death["at"] in ("before", "after")
+            and target.suffix == ".png"
+            and next(images) == death["image"]
+        )
         if dies and death["at"] == "before":
             die()
         replace(self, target)
@@ -83,7 +94,10 @@ def arm(death, many):
 
 
 def start(context, folder, processes, death=None):
-    started = [context.Process(target=worker, args=(folder, rank, processes, death)) for rank in range(processes)]
+    started = [
+        context.Process(target=worker, args=(folder, rank, processes, death))
+        for rank in range(processes)
+    ]
     for process in started:
         process.start()
     return started
@@ -104,10 +118,15 @@ def images(folder):
 
 
 def hashes(folder):
-    """Every file in folder but the manifest, by name, with its SHA-256; there is exactly what there should be."""
+    """Every file in folder but the manifest, by name, with its SHA-256; there is exactly what there
+    should be.
+    """
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert len(files) == COUNT + 1
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def all_whole(folder):
@@ -126,10 +145,15 @@ def alone(context, tmp_path_factory):
 
 
 def survive(context, folder, processes, how, source):
-    """Kill a run so, look at what it left, start it again; (images that were there, the hashes in the end)."""
+    """Kill a run so, look at what it left, start it again; (images that were there, the hashes in
+    the end).
+    """
     death = None
     if how != "outside":
-        death = {"at": how, "image": source.randrange(COUNT // processes - BATCH), "share": source.uniform(0.05, 0.95)}
+        death = {
+            "at": how, "image": source.randrange(COUNT // processes - BATCH),
+            "share": source.uniform(0.05, 0.95),
+        }  # fmt: skip
     started = start(context, folder, processes, death)
     if death:
         started[0].join(TIMEOUT)
@@ -153,7 +177,9 @@ def test_a_killed_group_goes_on_where_it_stopped(alone, tmp_path):
     """The command itself, in a process group of its own, killed as a scheduler would."""
     command = [sys.executable, "sample_ddp.py", *RUN, "--sample-dir", str(tmp_path / "samples")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, start_new_session=True, stderr=subprocess.DEVNULL
+    )
     patience = time.monotonic() + TIMEOUT
     while len(images(tmp_path / "samples")) < 6:
         assert time.monotonic() < patience and process.poll() is None
@@ -164,7 +190,10 @@ def test_a_killed_group_goes_on_where_it_stopped(alone, tmp_path):
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     assert hashes(tmp_path / "samples") == alone
     (manifest,) = (tmp_path / "samples").glob("*/manifest.json")
-    assert [run["seconds"] is None for run in json.loads(manifest.read_text())["runs"]] == [True, False]
+    assert [run["seconds"] is None for run in json.loads(manifest.read_text())["runs"]] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.long
@@ -173,7 +202,9 @@ def test_a_killed_group_goes_on_where_it_stopped(alone, tmp_path):
 def test_a_killed_run_goes_on_where_it_stopped(context, alone, tmp_path, processes, number):
     """Each way twice, on one process and on two, at moments that differ: 24 kills."""
     how = WAYS[number % len(WAYS)]
-    left, found = survive(context, tmp_path / "samples", processes, how, random.Random(f"{number} {processes}"))
+    left, found = survive(
+        context, tmp_path / "samples", processes, how, random.Random(f"{number} {processes}")
+    )
     print(f"{processes} process(es), {how}: {left} of {COUNT} images were there")
     assert (left == COUNT) == (how == "packing")
     assert found == alone

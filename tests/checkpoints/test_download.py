@@ -1,4 +1,6 @@
-"""Downloads from a server that does all that servers do: nothing but the whole, undamaged file ever gets its name."""
+"""Downloads from a server that does all that servers do: nothing but the whole, undamaged file ever
+gets its name.
+"""
 import errno
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import io
@@ -15,7 +17,7 @@ import torch
 
 from checkpoints.weights import load_weights
 from checkpoints import released as checkpoints_released
-from checkpoints.loading import find_model
+from checkpoints.released import find_model
 from checkpoints.released import download_model, fetch, released_name
 from download import main
 
@@ -77,7 +79,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; answers by `plan`, one entry per request, and by `always` after that; notes what was `asked`."""
+    """Serves `files`; answers by `plan`, one entry per request, and by `always` after that; notes
+    what was `asked`.
+    """
 
     daemon_threads = True
 
@@ -100,7 +104,9 @@ def server(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     with Server() as server:
-        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True
+        ).start()
         yield server
         server.over.set()
         server.shutdown()
@@ -166,7 +172,9 @@ def test_where_released_checkpoints_lie():
 
 # ---- interruptions ----
 
-@pytest.mark.parametrize("cuts", [[1000], [1, 2, 3], [1000, 0, 5000, 0, 0, 1], [len(FILE) - 1], [1024, 2048]])
+@pytest.mark.parametrize(
+    "cuts", [[1000], [1, 2, 3], [1000, 0, 5000, 0, 0, 1], [len(FILE) - 1], [1024, 2048]]
+)
 def test_broken_connection_is_taken_up_where_it_stopped(server, get, tmp_path, cuts):
     server.plan = [Answer(cut=cut) for cut in cuts]
     assert get().read_bytes() == FILE
@@ -177,11 +185,21 @@ def test_broken_connection_is_taken_up_where_it_stopped(server, get, tmp_path, c
 
 def test_partial_file_is_kept_between_runs_and_taken_up(server, get, tmp_path, pauses):
     server.plan, server.always = [Answer(cut=3000)], Answer(cut=0)
-    with pytest.raises(ValueError, match=f"cannot download {server.url}/{NAME} .*5 times in a row.* kept, try again"):
+    with pytest.raises(
+        ValueError,
+        match=f"cannot download {server.url}/{NAME} .*5 times in a row.* kept, try again",
+    ):
         get()
-    assert visible(tmp_path) == [f"{NAME}.partial"] and partial(tmp_path).read_bytes() == FILE[:3000]
+    assert (
+        visible(tmp_path) == [f"{NAME}.partial"] and partial(tmp_path).read_bytes() == FILE[:3000]
+    )
     assert len(server.asked) == 1 + checkpoints_released.TRIES
-    assert len(pauses) == checkpoints_released.TRIES - 1 and pauses == sorted(pauses) and 0 < pauses[0] and sum(pauses) < 60
+    assert (
+        len(pauses) == checkpoints_released.TRIES - 1
+        and pauses == sorted(pauses)
+        and 0 < pauses[0]
+        and sum(pauses) < 60
+    )
 
     server.asked.clear()
     server.always = Answer()
@@ -266,7 +284,9 @@ def test_error_of_the_server(server, get, tmp_path, status, have):
     if have:
         partial(tmp_path).write_bytes(FILE[:have])
     server.always = Answer(status=status)
-    with pytest.raises(ValueError, match=rf"cannot download {server.url}/{NAME} \(HTTP Error {status}"):
+    with pytest.raises(
+        ValueError, match=rf"cannot download {server.url}/{NAME} \(HTTP Error {status}"
+    ):
         get()
     assert not (tmp_path / NAME).exists()
     assert (partial(tmp_path).read_bytes() if have else b"") == FILE[:have]
@@ -299,7 +319,9 @@ def test_length_announced_too_short(server, get, tmp_path):
 def test_altered_values_are_found_by_the_checksum(server, get, tmp_path):
     server.files[NAME] = altered(place_of_data())
     torch.load(io.BytesIO(server.files[NAME]), weights_only=True)  # nothing else would notice
-    with pytest.raises(ValueError, match=rf"{NAME} arrived damaged \(\S*/data/\d+; .* was removed; download it"):
+    with pytest.raises(
+        ValueError, match=rf"{NAME} arrived damaged \(\S*/data/\d+; .* was removed; download it"
+    ):
         get()
     assert visible(tmp_path) == []  # so that the next run does not take up the damage
 
@@ -316,10 +338,14 @@ def test_partial_file_of_something_else_is_found_by_the_checksum(server, get, tm
     assert get().read_bytes() == FILE
 
 
-@pytest.mark.parametrize("content", [b"<html>Please log in</html>", FILE[:-30], FILE[: len(FILE) // 2], b"x" * 20])
+@pytest.mark.parametrize(
+    "content", [b"<html>Please log in</html>", FILE[:-30], FILE[: len(FILE) // 2], b"x" * 20]
+)
 def test_whole_answer_that_is_no_whole_archive(server, get, tmp_path, content):
     server.files[NAME] = content
-    with pytest.raises(ValueError, match=rf"{NAME} arrived damaged \(the archive's directory; .*download it again"):
+    with pytest.raises(
+        ValueError, match=rf"{NAME} arrived damaged \(the archive's directory; .*download it again"
+    ):
         get()
     assert visible(tmp_path) == []
 
@@ -329,17 +355,27 @@ def outcome(url, path):
     try:
         fetch(url, path)
         tensors = load_weights(path).tensors
-        return "harmless" if all(torch.equal(tensors[name], STATE[name]) for name in STATE) else "taken for good"
+        return (
+            "harmless"
+            if all(torch.equal(tensors[name], STATE[name]) for name in STATE)
+            else "taken for good"
+        )
     except ValueError as error:
         if "arrived damaged" in str(error):
             return "left lying" if list(path.parent.glob(f"{path.name}*")) else "removed"
-        return "unreadable" if "is cut short, damaged or no checkpoint; download or copy it again" in str(error) else str(error)
+        return (
+            "unreadable"
+            if "is cut short, damaged or no checkpoint; download or copy it again" in str(error)
+            else str(error)
+        )
     except Exception as error:
         return repr(error)
 
 
 def test_no_alteration_is_taken_for_good(server, tmp_path):
-    """Headers and the directory of the archive as well: each byte that differs breaks zipfile in a way of its own."""
+    """Headers and the directory of the archive as well: each byte that differs breaks zipfile in a
+    way of its own.
+    """
     with zipfile.ZipFile(io.BytesIO(FILE)) as archive:
         headers = [info.header_offset + i for info in archive.infolist() for i in range(30)]
         places = [*headers, *range(archive.start_dir, len(FILE))][::3]
@@ -347,7 +383,8 @@ def test_no_alteration_is_taken_for_good(server, tmp_path):
     for place in places:
         server.files[NAME] = altered(place)
         outcomes[place] = outcome(f"{server.url}/{NAME}", tmp_path / str(place))
-    # what zipfile overlooks, such as the number of the disk, is either nothing to torch, or stops it
+    # what zipfile overlooks, such as the number of the disk, is either nothing to torch, or stops
+    # it
     expected = ("removed", "harmless", "unreadable")
     assert {place: what for place, what in outcomes.items() if what not in expected} == {}
     assert list(outcomes.values()).count("removed") > len(places) / 4
@@ -397,7 +434,9 @@ def test_the_next_tries_when_the_first_fails(server, get):
 
 # ---- names ----
 
-@pytest.mark.parametrize("name", ["DiT-XL-2-1024x1024.pt", "DiT-XL/2", "../evil.pt", "", f"./{NAME}"])
+@pytest.mark.parametrize(
+    "name", ["DiT-XL-2-1024x1024.pt", "DiT-XL/2", "../evil.pt", "", f"./{NAME}"]
+)
 def test_unknown_name_is_not_asked_for(server, tmp_path, name):
     with pytest.raises(ValueError, match=f"unknown released model .*; there are {NAME}, {OTHER}"):
         download_model(name, tmp_path / "new", server.url)
@@ -406,23 +445,32 @@ def test_unknown_name_is_not_asked_for(server, tmp_path, name):
 
 @pytest.fixture
 def released(server, tmp_path, monkeypatch):
-    """The server stands for the one of the released checkpoints; returns the folder that they go to."""
+    """The server stands for the one of the released checkpoints; returns the folder that they go
+    to.
+    """
     monkeypatch.setattr(download_model, "__defaults__", (str(tmp_path / "models"), server.url))
     return tmp_path / "models"
 
 
 def test_find_model_fetches_a_released_one(server, released):
-    server.files[OTHER] = checkpoint({"model": {}, "ema": {"module.weight": torch.ones(2)}, "args": None})
+    server.files[OTHER] = checkpoint(
+        {"model": {}, "ema": {"module.weight": torch.ones(2)}, "args": None}
+    )
     assert {k: v.tolist() for k, v in find_model(OTHER).items()} == {"weight": [1, 1]}
     assert torch.equal(find_model(NAME)["weight"], STATE["weight"])
-    assert server.asked == [(f"/{OTHER}", None), (f"/{NAME}", None)] and visible(released) == [NAME, OTHER]
+    assert server.asked == [(f"/{OTHER}", None), (f"/{NAME}", None)] and visible(released) == [
+        NAME,
+        OTHER,
+    ]
     find_model(NAME)
     assert len(server.asked) == 2
 
 
 def test_find_model_reads_a_local_file(server, released, tmp_path):
     path = tmp_path / "mine.pt"
-    path.write_bytes(checkpoint({"model": {"weight": torch.zeros(2)}, "ema": {"weight": torch.ones(2)}}))
+    path.write_bytes(
+        checkpoint({"model": {"weight": torch.zeros(2)}, "ema": {"weight": torch.ones(2)}})
+    )
     assert find_model(str(path))["weight"].tolist() == [1, 1]
     path.write_bytes(checkpoint({"weight": torch.full((2,), 3)}))
     assert find_model(path)["weight"].tolist() == [3, 3]
@@ -440,12 +488,16 @@ def test_find_model_that_is_nowhere(server, released, tmp_path):
     assert server.asked == []
 
 
-@pytest.mark.parametrize("flags, name", [(("DiT-XL/2", 256, 1000), NAME), (("DiT-XL/2", 512, 1000), OTHER)])
+@pytest.mark.parametrize(
+    "flags, name", [(("DiT-XL/2", 256, 1000), NAME), (("DiT-XL/2", 512, 1000), OTHER)]
+)
 def test_name_of_what_was_released(flags, name):
     assert released_name(*flags) == name
 
 
-@pytest.mark.parametrize("flags", [("DiT-XL/2", 128, 1000), ("DiT-XL/4", 256, 1000), ("DiT-XL/2", 256, 10)])
+@pytest.mark.parametrize(
+    "flags", [("DiT-XL/2", 128, 1000), ("DiT-XL/4", 256, 1000), ("DiT-XL/2", 256, 10)]
+)
 def test_what_was_not_released(flags):
     model, size, classes = flags
     says = f"no weights were released for {model} at {size} pixels with {classes} classes.*DiT-XL/2 at 512.*pass --ckpt"
@@ -456,7 +508,8 @@ def test_what_was_not_released(flags):
 # ---- the door ----
 
 @pytest.mark.parametrize("models, names", [
-    ([], [NAME, OTHER]), ([OTHER], [OTHER]), (["DiT-XL/2"], [NAME, OTHER]), ([OTHER, "DiT-XL/2", OTHER], [OTHER, NAME]),
+    ([], [NAME, OTHER]), ([OTHER], [OTHER]), (["DiT-XL/2"], [NAME, OTHER]),
+    ([OTHER, "DiT-XL/2", OTHER], [OTHER, NAME]),
 ])  # fmt: skip
 def test_door_prints_the_paths(server, released, tmp_path, capsys, models, names):
     main([*models, "--folder", str(tmp_path / "here")])
@@ -468,7 +521,9 @@ def test_door_with_an_unknown_model(server, released, capsys):
     with pytest.raises(SystemExit) as caught:
         main([NAME, "DiT-B/4"])
     assert caught.value.code == 2
-    assert re.search(f"nothing was released as 'DiT-B/4'; there are {NAME}, {OTHER}", capsys.readouterr().err)
+    assert re.search(
+        f"nothing was released as 'DiT-B/4'; there are {NAME}, {OTHER}", capsys.readouterr().err
+    )
     assert server.asked == []  # nothing is fetched before all is understood
 
 
@@ -488,7 +543,9 @@ def test_a_full_disk_is_named_at_once(server, get, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints_released, "_receive", full)
-    with pytest.raises(ValueError, match=r"cannot write .*\.partial .No space left on device.; make room there") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot write .*\.partial .No space left on device.; make room there"
+    ) as caught:
         get()
     assert "times in a row" not in str(caught.value)
 

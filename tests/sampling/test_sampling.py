@@ -1,4 +1,6 @@
-"""sampling.py, sample.py and sample_ddp.py: what is drawn from what, the picture, the files, and what users get wrong."""
+"""sampling.py, sample.py and sample_ddp.py: what is drawn from what, the picture, the files, and
+what users get wrong.
+"""
 
 import errno
 import fcntl
@@ -36,7 +38,9 @@ from sampling.sampler import ImageNoise, Sampler
 from runtime.surroundings import Place
 from vae import PixelSpace, load_vae, to_uint8
 
-CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+CONFIG = dict(
+    input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10
+)
 NAMES = [f"digit {i}" for i in range(10)]
 
 
@@ -50,7 +54,9 @@ def ckpt(tmp_path_factory):
 
 def write_bare(path, wrap=lambda state: state, **changes):
     """A file with the state dict of a DiT-Ti/4 for 8-pixel images behind a VAE of ratio 2 alone."""
-    network = fill_randomly(DiT_models["DiT-Ti/4"](**{"input_size": 4, "num_classes": 10, **changes}))
+    network = fill_randomly(
+        DiT_models["DiT-Ti/4"](**{"input_size": 4, "num_classes": 10, **changes})
+    )
     save_checkpoint(path, wrap(network.state_dict()))
     return network
 
@@ -65,36 +71,35 @@ def sampled(tmp_path, *flags):
 def test_flags_found_in_the_wild_keep_their_defaults():
     args = vars(sample.build_parser().parse_args([]))
     wild = dict(
-        model="DiT-XL/2",
-        vae="mse",
-        image_size=256,
-        num_classes=1000,
-        cfg_scale=4.0,
-        num_sampling_steps=250,
-        seed=0,
-        ckpt=None,
-    )
+        model="DiT-XL/2", vae="mse", image_size=256, num_classes=1000, cfg_scale=4.0,
+        num_sampling_steps=250, seed=0, ckpt=None,
+    )  # fmt: skip
     ours = dict(
-        class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema", cfg_channels=3,
-        mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False, trajectory=None,
-    )
+        class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema",
+        cfg_channels=3, mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
+        trajectory=None,
+    )  # fmt: skip
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
     wild = dict(
-        model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50000, image_size=256,
-        num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True, ckpt=None,
+        model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32,
+        num_fid_samples=50000, image_size=256, num_classes=1000, cfg_scale=1.5,
+        num_sampling_steps=250, global_seed=0, tf32=True, ckpt=None,
     )  # fmt: skip
     ours = dict(
-        sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no", labels="random",
-        cfg_interval=[0.0, 1.0], compile=False,
+        sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no",
+        labels="random", cfg_interval=[0.0, 1.0], compile=False,
     )  # fmt: skip
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]
 
 
 def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt):
-    """Seed, then x_T, then one draw of the doubled batch per step: what other implementations do."""
-    got = sampled(tmp_path, "--ckpt", ckpt, "--vae", vae, "--class-labels", "3", "digit 1", "--seed", "5")
+    """Seed, then x_T, then one draw of the doubled batch per step: what other implementations do.
+    """
+    got = sampled(
+        tmp_path, "--ckpt", ckpt, "--vae", vae, "--class-labels", "3", "digit 1", "--seed", "5"
+    )
     network = fill_randomly(DiT(**CONFIG)).eval()
     torch.manual_seed(5)
     z = torch.randn(2, 4, 4, 4)
@@ -105,12 +110,9 @@ def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt)
             step = {999: 2, 500: 1, 0: 0}[t]
             assert process.timestep_map[step] == t
             z = process.p_sample(
-                network.forward_with_cfg,
-                z,
-                torch.full((4,), step),
-                clip_denoised=False,
+                network.forward_with_cfg, z, torch.full((4,), step), clip_denoised=False,
                 model_kwargs=dict(y=y, cfg_scale=4.0),
-            )["sample"]
+            )["sample"]  # fmt: skip
     tiles = to_uint8(load_vae(vae).decode(z[:2])).numpy()
     factor = LEAST_TILE // 8
     for i, tile in enumerate(tiles):
@@ -124,29 +126,30 @@ def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt)
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_sampler_calls_the_process_as_asked(sampler, eta, scale):
     network, noise, labels = (
-        fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval(),
-        torch.randn(2, 3, 4, 4),
+        fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval(), torch.randn(2, 3, 4, 4),
         torch.tensor([1, 2]),
-    )
+    )  # fmt: skip
     ours = Sampler(network, PixelSpace(), None, 4, sampler, eta, scale, "all")
     torch.manual_seed(1)
     got = ours.latents(labels, noise)
     torch.manual_seed(1)
     process = create_diffusion("4")
-    loop, extra = (process.p_sample_loop, {}) if sampler == "ddpm" else (process.ddim_sample_loop, {"eta": eta})
+    loop, extra = (
+        (process.p_sample_loop, {})
+        if sampler == "ddpm"
+        else (process.ddim_sample_loop, {"eta": eta})
+    )
     if scale == 1:
-        want = loop(network, noise.shape, noise, clip_denoised=True, model_kwargs=dict(y=labels), **extra)
+        want = loop(
+            network, noise.shape, noise, clip_denoised=True, model_kwargs=dict(y=labels), **extra
+        )
     else:
         y = torch.cat([labels, torch.tensor([10, 10])])
         kwargs = dict(y=y, cfg_scale=scale, cfg_channels=3)
         want = loop(
-            network.forward_with_cfg,
-            (4, 3, 4, 4),
-            torch.cat([noise, noise]),
-            clip_denoised=True,
-            model_kwargs=kwargs,
-            **extra,
-        )[:2]
+            network.forward_with_cfg, (4, 3, 4, 4), torch.cat([noise, noise]), clip_denoised=True,
+            model_kwargs=kwargs, **extra,
+        )[:2]  # fmt: skip
     assert torch.equal(got, want) and got.abs().max() <= 1.0
 
 
@@ -162,7 +165,10 @@ def test_no_guidance_means_no_doubled_batch():
 
 
 def test_guided_channels_matter(tmp_path, vae, ckpt):
-    pictures = [sampled(tmp_path, "--ckpt", ckpt, "--vae", vae, "--cfg-channels", n) for n in ("3", "all", "4")]
+    pictures = [
+        sampled(tmp_path, "--ckpt", ckpt, "--vae", vae, "--cfg-channels", n)
+        for n in ("3", "all", "4")
+    ]
     assert not np.array_equal(pictures[0], pictures[1]) and np.array_equal(pictures[1], pictures[2])
 
 
@@ -176,7 +182,8 @@ def test_grid_has_four_to_a_row_and_a_caption_under_each():
     assert labelled.size == (4 * 132 + 4, 2 * (132 + FONT_SIZE + MARGIN) + 4)
     strip = np.asarray(labelled)[4 + 128 : 4 + 128 + FONT_SIZE, :132]
     assert (strip < 100).any()
-    between = np.asarray(labelled)[4 + 128 :, 132:136]  # the margin between columns stays clear of long names
+    # The margin between columns stays clear of long names
+    between = np.asarray(labelled)[4 + 128 :, 132:136]
     assert (between[: FONT_SIZE] == 255).all()
 
 
@@ -186,9 +193,14 @@ def test_default_labels_and_names():
     assert sample.parse_labels(None, 3, None) == [0, 1, 2]
     assert sample.parse_labels(["digit 7", "0"], 10, NAMES) == [7, 0]
     assert sample.parse_labels(["10", "index:1", "name:1"], 3, ["1", "10", "2"]) == [1, 1, 0]
-    with pytest.raises(ValueError, match="--class-labels 1 may be .* number 1 or .* called 1 .number 0.; give index:1 or"):
+    with pytest.raises(
+        ValueError,
+        match="--class-labels 1 may be .* number 1 or .* called 1 .number 0.; give index:1 or",
+    ):
         sample.parse_labels(["1"], 3, ["1", "10", "2"])
-    assert captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and captions([7], 10, None) == ["7"]
+    assert captions([7, 2], 10, NAMES) == ["digit 7", "digit 2"] and captions([7], 10, None) == [
+        "7"
+    ]
 
 
 def test_folder_names_of_imagenet_are_shown_and_understood_as_words():
@@ -198,20 +210,24 @@ def test_folder_names_of_imagenet_are_shown_and_understood_as_words():
     assert readable(["n00000000"]) == ["n00000000"]
     cranes = ["n02012849", "n03126707"]  # a bird and a machine
     assert readable(cranes) == ["crane", "crane"] and label_indices(["n03126707"], 2, cranes) == [1]
-    with pytest.raises(ValueError, match="crane: several classes have that name; give the number, 0 or 1"):
+    with pytest.raises(
+        ValueError, match="crane: several classes have that name; give the number, 0 or 1"
+    ):
         label_indices(["crane"], 2, cranes)
     for classes in (None, NAMES, [*synsets, "my sofa"]):
         assert readable(classes) == classes
 
 
 @pytest.mark.parametrize("text, want", [
-    ("0", 0), ("3", 3), ("03", {"give index:03 or name:03"}), ("007", 7), ("12", 2), ("index:12", {"give a number"}),
-    ("name:03", 1), ("index:03", 3), ("cafe\u0301", 4), ("name:caf\xe9", 4), ("a\u0302\u0300", {"several"}), ("name:x", 5),
+    ("0", 0), ("3", 3), ("03", {"give index:03 or name:03"}), ("007", 7), ("12", 2),
+    ("index:12", {"give a number"}), ("name:03", 1), ("index:03", 3), ("cafe\u0301", 4),
+    ("name:caf\xe9", 4), ("a\u0302\u0300", {"several"}), ("name:x", 5),
     ("9" * 6000, {"give a number from 0 to 9"}), ("-1", {"give a number"}), ("", {"give a number"}),
 ])  # fmt: skip
 def test_a_label_is_one_class_or_refused(text, want):
     """Names that look like numbers, and names in either Unicode form."""
-    names = ["0", "03", "12", "three", "caf\xe9", "name:x", "\u1ea7", "\xe2\u0300", "A", "B"]  # the same letter twice
+    # The same letter twice
+    names = ["0", "03", "12", "three", "caf\xe9", "name:x", "\u1ea7", "\xe2\u0300", "A", "B"]
     if isinstance(want, int):
         assert label_indices([text], 10, names) == [want]
     else:
@@ -225,7 +241,12 @@ def test_a_network_put_in_half_precision_samples(dtype, sampler):
     """network.half(), as users of other implementations do it."""
     images = {}
     for kind in (torch.float32, dtype):
-        network = fill_randomly(DiT(4, 2, 3, 16, 2, 2, num_classes=3)).eval().requires_grad_(False).to(kind)
+        network = (
+            fill_randomly(DiT(4, 2, 3, 16, 2, 2, num_classes=3))
+            .eval()
+            .requires_grad_(False)
+            .to(kind)
+        )
         made = Sampler(network, PixelSpace(), None, 4, sampler, cfg_scale=2.0)
         images[kind] = made.numbered_latents(0, range(3), torch.arange(3))
     assert images[dtype].dtype == torch.float32
@@ -234,14 +255,18 @@ def test_a_network_put_in_half_precision_samples(dtype, sampler):
 
 def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):
     network = write_bare(tmp_path / "a.pt")
-    write_bare(tmp_path / "b.pt", wrap=lambda state: {"model": {}, "ema": {f"module.{k}": v for k, v in state.items()}})
+    write_bare(
+        tmp_path / "b.pt",
+        wrap=lambda state: {"model": {}, "ema": {f"module.{k}": v for k, v in state.items()}},
+    )
     flags = ["--vae", vae, "--model", "DiT-Ti/4", "--image-size", "8", "--num-classes", "10"]
     a, b = (sampled(tmp_path, "--ckpt", str(tmp_path / name), *flags) for name in ("a.pt", "b.pt"))
     assert np.array_equal(a, b)
     args = sample.build_parser().parse_args(flags)
     built = build_network(args, Weights(network.state_dict(), None, None), load_vae(vae).shape)
     assert all(
-        torch.equal(x, y) for x, y in zip(built.state_dict().values(), network.state_dict().values(), strict=True)
+        torch.equal(x, y)
+        for x, y in zip(built.state_dict().values(), network.state_dict().values(), strict=True)
     )
     assert not built.training and not any(p.requires_grad for p in built.parameters())
 
@@ -254,20 +279,33 @@ def test_half_precision_weights_are_sampled_in_float32(tmp_path, vae):
 
 def test_raw_weights_differ_from_ema(tmp_path, vae):
     states = [fill_randomly(DiT(**CONFIG), seed).state_dict() for seed in (0, 1)]
-    save_checkpoint(tmp_path / "c.pt", {"model": states[0], "ema": states[1], "config": CONFIG, "classes": None})
+    save_checkpoint(
+        tmp_path / "c.pt", {"model": states[0], "ema": states[1], "config": CONFIG, "classes": None}
+    )
     pictures = [
-        sampled(tmp_path, "--ckpt", str(tmp_path / "c.pt"), "--vae", vae, "--weights", w) for w in ("raw", "ema")
+        sampled(tmp_path, "--ckpt", str(tmp_path / "c.pt"), "--vae", vae, "--weights", w)
+        for w in ("raw", "ema")
     ]
     assert not np.array_equal(*pictures)
 
 
 def test_network_without_classes(tmp_path, vae):
     config = {**CONFIG, "num_classes": 0}
-    save_weights(tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
+    save_weights(
+        tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None)
+    )
     flags = ["--ckpt", str(tmp_path / "u.safetensors"), "--vae", vae, "--cfg-scale", "1"]
     assert sampled(tmp_path, *flags).shape[:2] == (204, 404)
     sample_ddp.main(
-        [*flags, "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path / "s")]
+        [
+            *flags,
+            "--num-fid-samples",
+            "2",
+            "--num-sampling-steps",
+            "2",
+            "--sample-dir",
+            str(tmp_path / "s"),
+        ]
     )
     assert len(list((tmp_path / "s").glob("*/*.png"))) == 2
 
@@ -281,7 +319,10 @@ BAD = [
     (["--cfg-scale", "nan"], "--cfg-scale is nan"),
     (["--cfg-channels", "0"], "neither a number of channels, 1 or more, nor all"),
     (["--cfg-channels", "9"], "--cfg-channels 9: the latents have 4"),
-    (["--class-labels", "10"], "--class-labels 10: give a number from 0 to 9 or one of the names digit 0"),
+    (
+        ["--class-labels", "10"],
+        "--class-labels 10: give a number from 0 to 9 or one of the names digit 0",
+    ),
     (["--class-labels", "-1"], "--class-labels -1: give a number from 0 to 9"),
     (["--class-labels", "dog"], "--class-labels dog: give a number from 0 to 9"),
     (["--output", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
@@ -304,40 +345,70 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_a_mistake_gets_one_message_before_sampling(tmp_path, capsys, monkeypatch, vae, ckpt, flags, message):
+def test_a_mistake_gets_one_message_before_sampling(
+    tmp_path, capsys, monkeypatch, vae, ckpt, flags, message
+):
     monkeypatch.setattr(Sampler, "trajectory", lambda *_: pytest.fail("sampling began"))
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
-        sample.main(["--ckpt", ckpt, "--vae", vae, "--device", "cpu", "--output", str(tmp_path / "o.png"), *flags])
+        sample.main(
+            [
+                "--ckpt",
+                ckpt,
+                "--vae",
+                vae,
+                "--device",
+                "cpu",
+                "--output",
+                str(tmp_path / "o.png"),
+                *flags,
+            ]
+        )
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
 
 
 def test_bare_state_dict_of_another_configuration(tmp_path, capsys, vae):
     write_bare(tmp_path / "a.pt")
-    flags = ["--ckpt", str(tmp_path / "a.pt"), "--vae", vae, "--image-size", "8", "--output", str(tmp_path / "o.png")]
+    flags = [
+        "--ckpt", str(tmp_path / "a.pt"), "--vae", vae, "--image-size", "8", "--output",
+        str(tmp_path / "o.png"),
+    ]  # fmt: skip
     for more, message in [
-        (["--model", "DiT-Ti/4"], "y_embedder.embedding_table.weight is (11, 128), wanted (1001, 128)"),
+        (
+            ["--model", "DiT-Ti/4"],
+            "y_embedder.embedding_table.weight is (11, 128), wanted (1001, 128)",
+        ),
         (["--model", "DiT-S/4", "--num-classes", "10"], "and"),
         (["--model", "DiT-Ti/8", "--num-classes", "10"], "image size 8 is not a multiple of 16"),
     ]:
         with pytest.raises(SystemExit):
             sample.main([*flags, *more])
         error = capsys.readouterr().err
-        assert message in error and ("of another configuration" in error or "not a multiple" in error)
+        assert message in error and (
+            "of another configuration" in error or "not a multiple" in error
+        )
 
 
 def test_guidance_needs_a_null_class(tmp_path, capsys, vae):
     config = {**CONFIG, "class_dropout_prob": 0.0}
-    save_weights(tmp_path / "n.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
+    save_weights(
+        tmp_path / "n.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None)
+    )
     with pytest.raises(SystemExit):
         sampled(tmp_path, "--ckpt", str(tmp_path / "n.safetensors"), "--vae", vae)
-    assert "the network has no null class to guide against; pass --cfg-scale 1" in capsys.readouterr().err
-    assert sampled(tmp_path, "--ckpt", str(tmp_path / "n.safetensors"), "--vae", vae, "--cfg-scale", "1").any()
+    assert (
+        "the network has no null class to guide against; pass --cfg-scale 1"
+        in capsys.readouterr().err
+    )
+    assert sampled(
+        tmp_path, "--ckpt", str(tmp_path / "n.safetensors"), "--vae", vae, "--cfg-scale", "1"
+    ).any()
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "no weights were released for DiT-S/2"), (["--image-size", "128"], "no weights were released"),
+    ([], "no weights were released for DiT-S/2"),
+    (["--image-size", "128"], "no weights were released"),
     (["--num-classes", "10", "--model", "DiT-XL/2"], "no weights were released"),
 ])  # fmt: skip
 def test_without_checkpoint_only_released_models_can_be_sampled(tmp_path, capsys, flags, message):
@@ -349,20 +420,15 @@ def test_without_checkpoint_only_released_models_can_be_sampled(tmp_path, capsys
 def test_sample_as_a_command(tmp_path, vae, ckpt):
     (tmp_path / "a.png").write_bytes(b"a picture of before")
     command = [
-        sys.executable,
-        "sample.py",
-        "--ckpt",
-        ckpt,
-        "--vae",
-        vae,
-        "--num-sampling-steps",
-        "2",
-        "--output",
-        str(tmp_path / "a.png"),
-    ]
+        sys.executable, "sample.py", "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "2",
+        "--output", str(tmp_path / "a.png"),
+    ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "8 images of 8x8 pixels" in done.stdout and Image.open(tmp_path / "a.png").size == (404, 2 * 116 + 4)
+    assert "8 images of 8x8 pixels" in done.stdout and Image.open(tmp_path / "a.png").size == (
+        404,
+        2 * 116 + 4,
+    )
 
 
 # ---- image noise, labels, settings ----
@@ -374,7 +440,12 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone():
     first, second = whole(x), whole(x)
     assert torch.equal(part(x[:2]), first[[4, 2]]) and torch.equal(part(x[:2]), second[[4, 2]])
     assert (
-        len({tuple(row.flatten().tolist()) for row in torch.cat([first, second, ImageNoise(4, range(6), "cpu")(x)])})
+        len(
+            {
+                tuple(row.flatten().tolist())
+                for row in torch.cat([first, second, ImageNoise(4, range(6), "cpu")(x)])
+            }
+        )
         == 18
     )
     assert abs(ImageNoise(0, range(4000), "cpu")(torch.empty(4000, 4)).std() - 1) < 0.02
@@ -402,7 +473,10 @@ def test_tf32_is_put_back():
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
         raise KeyError
     with tf32(False):
-        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert (
+            torch.get_float32_matmul_precision() == "highest"
+            and not torch.backends.cudnn.allow_tf32
+        )
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
@@ -429,16 +503,21 @@ def test_checks_leave_no_trace(tmp_path):
 def many(ckpt, vae, folder, *flags):
     """sample_ddp.main with 7 images; the folder of PNGs and the array in the .npz."""
     sample_ddp.main([
-        "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3", "--per-proc-batch-size", "2",
-        "--device", "cpu", "--sample-dir", str(folder), *flags,
+        "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3",
+        "--per-proc-batch-size", "2", "--device", "cpu", "--sample-dir", str(folder), *flags,
     ])  # fmt: skip
     (npz,) = Path(folder).glob("*.npz")
-    return npz.with_suffix("") if npz.with_suffix("").is_dir() else Path(str(npz)[:-4]), np.load(npz)["arr_0"]
+    return npz.with_suffix("") if npz.with_suffix("").is_dir() else Path(str(npz)[:-4]), np.load(
+        npz
+    )["arr_0"]
 
 
 def test_files_are_whole_and_named_as_evaluations_expect(tmp_path, vae, ckpt):
     folder, array = many(ckpt, vae, tmp_path)
-    assert sorted(p.name for p in folder.iterdir()) == [*(f"{i:06d}.png" for i in range(7)), "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(f"{i:06d}.png" for i in range(7)),
+        "manifest.json",
+    ]
     assert array.shape == (7, 8, 8, 3) and array.dtype == np.uint8
     for i in range(7):
         assert np.array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), array[i])
@@ -447,11 +526,18 @@ def test_files_are_whole_and_named_as_evaluations_expect(tmp_path, vae, ckpt):
     assert decides["num_sampling_steps"] == 3 and decides["network"]["hidden_size"] == 16
     assert len(decides["checkpoint_sha256"]) == 64 and len(decides["vae_sha256"]) == 2
     assert manifest["options"]["ckpt"] == ckpt and manifest["options"]["per_proc_batch_size"] == 2
-    assert isinstance(one["seconds"], float) and one["processes"] == 1 and one["versions"]["torch"] == torch.__version__
+    assert (
+        isinstance(one["seconds"], float)
+        and one["processes"] == 1
+        and one["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_batch_size_moves_no_pixel_by_more_than_a_grey_level(tmp_path, vae, ckpt):
-    arrays = [many(ckpt, vae, tmp_path / n, "--per-proc-batch-size", n)[1].astype(int) for n in ("2", "3", "7")]
+    arrays = [
+        many(ckpt, vae, tmp_path / n, "--per-proc-batch-size", n)[1].astype(int)
+        for n in ("2", "3", "7")
+    ]
     assert max(abs(arrays[0] - other).max() for other in arrays[1:]) <= 1
 
 
@@ -473,11 +559,16 @@ def test_restart_makes_only_what_is_missing(tmp_path, vae, ckpt, monkeypatch):
     (tmp_path / f"{folder.name}.npz").unlink()
     batches, latents = [], Sampler.latents
     monkeypatch.setattr(
-        Sampler, "latents", lambda self, labels, *rest: batches.append(len(labels)) or latents(self, labels, *rest)
-    )
+        Sampler, "latents",
+        lambda self, labels, *rest: batches.append(len(labels)) or latents(self, labels, *rest),
+    )  # fmt: skip
     again = many(ckpt, vae, tmp_path)[1]
     assert batches == [2] and np.array_equal(again, array)
-    assert all(before[p.name] == p.stat().st_mtime_ns for p in folder.glob("*.png") if p.name != "000003.png")
+    assert all(
+        before[p.name] == p.stat().st_mtime_ns
+        for p in folder.glob("*.png")
+        if p.name != "000003.png"
+    )
 
 
 def refused(capsys, ckpt, vae, folder, *flags):
@@ -497,7 +588,9 @@ def test_foreign_and_damaged_files_in_the_folder(tmp_path, vae, ckpt, capsys):
     victim.write_bytes(victim.read_bytes()[:40])
     assert "000002.png cannot be read" in refused(capsys, ckpt, vae, tmp_path)
     Image.new("RGB", (16, 16)).save(victim)
-    assert "000002.png has the shape (16, 16, 3), others (8, 8, 3); remove it" in refused(capsys, ckpt, vae, tmp_path)
+    assert "000002.png has the shape (16, 16, 3), others (8, 8, 3); remove it" in refused(
+        capsys, ckpt, vae, tmp_path
+    )
     assert not list(tmp_path.glob("*npz*")) and not list(tmp_path.glob(".*npz*"))
     victim.unlink()
     assert np.array_equal(many(ckpt, vae, tmp_path)[1], array) and (folder / "grid.png").exists()
@@ -516,7 +609,9 @@ def test_manifest_is_of_the_checkpoint_that_was_loaded(tmp_path, vae, monkeypatc
     monkeypatch.setattr(sample_ddp, "load_sampler", lambda *args: (load(*args), save_step(2))[0])
     folder, _ = many(str(tmp_path / "000-run"), vae, tmp_path / "samples")
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["decides"]["checkpoint_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert (
+        manifest["decides"]["checkpoint_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    )
     assert folder.name.startswith("0000001-")
 
 
@@ -528,64 +623,64 @@ def test_another_autoencoder_in_the_same_place_gets_another_folder(tmp_path, vae
     autoencoder.post_quant_conv.weight.data.mul_(2)
     autoencoder.save_pretrained(copied)
     sample_ddp.main([
-        "--ckpt", ckpt, "--vae", str(copied), "--num-fid-samples", "7", "--num-sampling-steps", "3", "--device", "cpu",
-        "--per-proc-batch-size", "2", "--sample-dir", str(tmp_path / "samples"),
+        "--ckpt", ckpt, "--vae", str(copied), "--num-fid-samples", "7", "--num-sampling-steps", "3",
+        "--device", "cpu", "--per-proc-batch-size", "2", "--sample-dir", str(tmp_path / "samples"),
     ])  # fmt: skip
     assert len(list((tmp_path / "samples").glob("*.npz"))) == 2
 
 
 def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
     for flags in (
-        ["--cfg-scale", "2"],
-        ["--global-seed", "1"],
-        ["--sampler", "ddim"],
-        ["--num-fid-samples", "3"],
-        ["--cfg-channels", "all"],
-        ["--labels", "balanced"],
-        ["--no-tf32"],
-        ["--per-proc-batch-size", "1"],
-    ):
+        ["--cfg-scale", "2"], ["--global-seed", "1"], ["--sampler", "ddim"],
+        ["--num-fid-samples", "3"], ["--cfg-channels", "all"], ["--labels", "balanced"],
+        ["--no-tf32"], ["--per-proc-batch-size", "1"],
+    ):  # fmt: skip
         many_flags = [
-            "--ckpt",
-            ckpt,
-            "--vae",
-            vae,
-            "--num-fid-samples",
-            "2",
-            "--num-sampling-steps",
-            "2",
-            "--sample-dir",
-            str(tmp_path),
-        ]
+            "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "2", "--num-sampling-steps", "2",
+            "--sample-dir", str(tmp_path),
+        ]  # fmt: skip
         sample_ddp.main([*many_flags, *flags])
     assert len(list(tmp_path.glob("*.npz"))) == 8
 
 
 def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt):
     flags = [
-        "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3", "--per-proc-batch-size", "2",
-        "--device", "cpu",
+        "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3",
+        "--per-proc-batch-size", "2", "--device", "cpu",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
+    launchers = {
+        "one": [],
+        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    }
     for name, launcher in launchers.items():
-        command = [sys.executable, *launcher, "sample_ddp.py", *flags, "--sample-dir", str(tmp_path / name)]
+        command = [
+            sys.executable, *launcher, "sample_ddp.py", *flags, "--sample-dir",
+            str(tmp_path / name),
+        ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in launchers]
     assert len(files[0]) == 9
-    assert [p.relative_to(tmp_path / "one") for p in files[0]] == [p.relative_to(tmp_path / "two") for p in files[1]]
+    assert [p.relative_to(tmp_path / "one") for p in files[0]] == [
+        p.relative_to(tmp_path / "two") for p in files[1]
+    ]
     for a, b in zip(*files):
         if a.name == "manifest.json":  # which also says when, and how many processes
             a, b = (json.loads(path.read_text()) for path in (a, b))
-            assert a["decides"] == b["decides"] and [x["runs"][0]["processes"] for x in (a, b)] == [1, 2]
+            assert a["decides"] == b["decides"] and [x["runs"][0]["processes"] for x in (a, b)] == [
+                1,
+                2,
+            ]
         else:
             assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--num-fid-samples", "0"], "--num-fid-samples is 0"), (["--per-proc-batch-size", "0"], "--per-proc-batch-size is 0"),
-    (["--global-seed", "-1"], "the seed is -1"), (["--sample-dir", "/proc/samples"], "cannot write to /proc/samples"),
+    (["--num-fid-samples", "0"], "--num-fid-samples is 0"),
+    (["--per-proc-batch-size", "0"], "--per-proc-batch-size is 0"),
+    (["--global-seed", "-1"], "the seed is -1"),
+    (["--sample-dir", "/proc/samples"], "cannot write to /proc/samples"),
 ])  # fmt: skip
 def test_mistakes_of_sample_ddp(tmp_path, capsys, vae, ckpt, flags, message):
     with pytest.raises(SystemExit) as stopped:
@@ -594,18 +689,32 @@ def test_mistakes_of_sample_ddp(tmp_path, capsys, vae, ckpt, flags, message):
 
 
 def test_labels_are_drawn_balanced_or_read(tmp_path, vae, ckpt, capsys):
-    """Images of a file with the labels that were drawn are the same; those of other labels are others."""
+    """Images of a file with the labels that were drawn are the same; those of other labels are
+    others.
+    """
     lines = [str(int(label)) for label in random_labels(0, range(7), 10)]
     (tmp_path / "drawn.txt").write_text("\n".join(lines))
-    (tmp_path / "named.txt").write_text("\n".join(f" digit {line} " for line in lines) + "\nand more\n")
+    (tmp_path / "named.txt").write_text(
+        "\n".join(f" digit {line} " for line in lines) + "\nand more\n"
+    )
     arrays = {
-        name: many(ckpt, vae, tmp_path / f"to-{name}", "--labels", name if "." not in name else str(tmp_path / name))[1]
+        name: many(
+            ckpt,
+            vae,
+            tmp_path / f"to-{name}",
+            "--labels",
+            name if "." not in name else str(tmp_path / name),
+        )[1]
         for name in ("random", "drawn.txt", "named.txt", "balanced")
     }
-    assert np.array_equal(arrays["random"], arrays["drawn.txt"]) and np.array_equal(arrays["random"], arrays["named.txt"])
+    assert np.array_equal(arrays["random"], arrays["drawn.txt"]) and np.array_equal(
+        arrays["random"], arrays["named.txt"]
+    )
     (tmp_path / "counted.txt").write_text("\n".join(str(i % 10) for i in range(7)))
     counted = many(ckpt, vae, tmp_path / "to-counted", "--labels", str(tmp_path / "counted.txt"))[1]
-    assert np.array_equal(arrays["balanced"], counted) and not np.array_equal(counted, arrays["random"])
+    assert np.array_equal(arrays["balanced"], counted) and not np.array_equal(
+        counted, arrays["random"]
+    )
 
 
 def test_another_file_of_labels_gets_another_folder(tmp_path, vae, ckpt):
@@ -613,8 +722,9 @@ def test_another_file_of_labels_gets_another_folder(tmp_path, vae, ckpt):
     for last in ("3", "4"):
         path.write_text("1\n" * 6 + last)
         sample_ddp.main([
-            "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "2", "--device", "cpu",
-            "--sample-dir", str(tmp_path / "s"), "--labels", str(path), "--per-proc-batch-size", "7",
+            "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "2",
+            "--device", "cpu", "--sample-dir", str(tmp_path / "s"), "--labels", str(path),
+            "--per-proc-batch-size", "7",
         ])  # fmt: skip
     first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "s").glob("*.npz")))
     assert np.array_equal(first[:6], second[:6]) and not np.array_equal(first[6], second[6])
@@ -631,21 +741,31 @@ def test_mistakes_in_a_file_of_labels(tmp_path, capsys, vae, ckpt, text, message
         (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(SystemExit) as stopped:
         many(ckpt, vae, tmp_path / "s", "--labels", str(tmp_path / "labels.txt"))
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "s").exists()
+    assert (
+        stopped.value.code == 2
+        and message in capsys.readouterr().err
+        and not (tmp_path / "s").exists()
+    )
 
 
 def test_labels_for_a_network_without_classes(tmp_path, capsys, vae):
     config = {**CONFIG, "num_classes": 0}
-    save_weights(tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None))
+    save_weights(
+        tmp_path / "u.safetensors", Weights(fill_randomly(DiT(**config)).state_dict(), config, None)
+    )
     with pytest.raises(SystemExit):
-        many(str(tmp_path / "u.safetensors"), vae, tmp_path, "--cfg-scale", "1", "--labels", "balanced")
+        many(
+            str(tmp_path / "u.safetensors"), vae, tmp_path, "--cfg-scale", "1", "--labels",
+            "balanced",
+        )  # fmt: skip
     assert "--labels balanced: the network was trained without classes" in capsys.readouterr().err
 
 
 def test_what_killed_processes_left_is_removed_and_what_is_written_is_not(tmp_path, vae, ckpt):
     folder, _ = many(ckpt, vae, tmp_path)
     dead, dead_npz, alive = (
-        folder / ".000003.png.0-99.partial", tmp_path / f".{folder.name}.npz.0-99.partial", folder / ".000004.png.1-7.partial",
+        folder / ".000003.png.0-99.partial", tmp_path / f".{folder.name}.npz.0-99.partial",
+        folder / ".000004.png.1-7.partial",
     )  # fmt: skip
     for path in (dead, dead_npz, alive):
         path.write_bytes(b"half an image")
@@ -665,13 +785,18 @@ def test_a_full_disk_gets_one_message(tmp_path, vae, ckpt, capsys, monkeypatch):
         many(ckpt, vae, tmp_path)
     assert stopped.value.code == 1
     err = capsys.readouterr().err
-    assert "No space left on device; when that is mended, the same command goes on" in err and "000000.png" in err
+    assert (
+        "No space left on device; when that is mended, the same command goes on" in err
+        and "000000.png" in err
+    )
     monkeypatch.setattr(Image.Image, "save", save)
     assert len(many(ckpt, vae, tmp_path)[1]) == 7
 
 
 def test_png_files_are_written_while_the_next_chunk_is_sampled(tmp_path, vae, ckpt, monkeypatch):
-    """Each write waits until the network has been asked for the chunk after it, which it would never be otherwise."""
+    """Each write waits until the network has been asked for the chunk after it, which it would
+    never be otherwise.
+    """
     began, latents, write = [], Sampler.latents, sampling_many.write_whole
     more = threading.Condition()
 
@@ -725,20 +850,25 @@ def test_packing_takes_no_more_memory_for_more_images(tmp_path):
     """2,000 and 10,000 images of 256×256 pixels (few, linked under many names)."""
     source, peaks = np.random.default_rng(0), []
     for i in range(20):
-        Image.fromarray(source.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(source.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
     for count in (2000, 10_000):
         folder = tmp_path / f"many-{count}"
         folder.mkdir()
         for i in range(count):
             os.link(tmp_path / f"{i % 20}.png", folder / f"{i:06d}.png")
         done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(folder), str(count)], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+            [sys.executable, "-c", MEMORY, str(folder), str(count)], cwd=ROOT, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
         peaks.append(int(done.stdout) / 1024)
         npz = folder.with_suffix(".npz")
         array = open_array(npz, "arr_0")
         assert array.shape == (count, 256, 256, 3)
-        assert np.array_equal(array[count - 1], np.asarray(Image.open(tmp_path / f"{(count - 1) % 20}.png")))
+        assert np.array_equal(
+            array[count - 1], np.asarray(Image.open(tmp_path / f"{(count - 1) % 20}.png"))
+        )
         npz.unlink()
     print(f"resident at most {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
     assert abs(peaks[1] - peaks[0]) < 50 and max(peaks) < 1000
@@ -746,7 +876,9 @@ def test_packing_takes_no_more_memory_for_more_images(tmp_path):
 
 @pytest.mark.gpu
 def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
-    """The images of the overlapped run are those decoded one chunk after the other; CPU and GPU have folders of their own."""
+    """The images of the overlapped run are those decoded one chunk after the other; CPU and GPU
+    have folders of their own.
+    """
     folder, array = many(ckpt, vae, tmp_path, "--device", "cuda")
     args = sample_ddp.build_parser().parse_args([
         "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "3", "--num-fid-samples", "7",
@@ -757,7 +889,11 @@ def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
     with tf32(True):
         for start in range(0, 7, 2):
             indices = range(start, min(start + 2, 7))
-            images = sampler.decode(sampler.numbered_latents(0, indices, labels[start : start + 2])).cpu().numpy()
+            images = (
+                sampler.decode(sampler.numbered_latents(0, indices, labels[start : start + 2]))
+                .cpu()
+                .numpy()
+            )
             assert np.array_equal(images, array[start : start + 2])
     many(ckpt, vae, tmp_path / "cpu", "--device", "cpu")
     assert not (tmp_path / "cpu" / folder.name).exists()
@@ -774,7 +910,10 @@ def test_images_that_are_not_finite_are_no_images(tmp_path, vae, capsys):
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.glob("*.npz"))
     with pytest.raises(SystemExit):
         sampled(tmp_path, "--ckpt", str(bad), "--vae", vae)
-    assert "values that are not finite" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+    assert (
+        "values that are not finite" in capsys.readouterr().err
+        and not (tmp_path / "out.png").exists()
+    )
 
 
 def test_an_npz_that_is_not_whole_is_made_again(tmp_path, vae, ckpt):
@@ -826,7 +965,10 @@ def test_a_start_under_other_circumstances_is_told(tmp_path, vae, ckpt, capsys):
     capsys.readouterr()
     many(ckpt, vae, tmp_path)
     out = capsys.readouterr().out
-    assert "a start before had other threads (99): images may round otherwise" in out and "other versions" in out
+    assert (
+        "a start before had other threads (99): images may round otherwise" in out
+        and "other versions" in out
+    )
     assert len(json.loads((folder / "manifest.json").read_text())["runs"]) == 2
     (folder / "manifest.json").write_text("[]")
     many(ckpt, vae, tmp_path)
@@ -842,13 +984,22 @@ def test_ctrl_c_is_no_traceback(tmp_path, vae, ckpt, capsys, monkeypatch):
     monkeypatch.setattr(Sampler, "latents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as stopped:
         many(ckpt, vae, tmp_path)
-    assert stopped.value.code == 130 and "interrupted; the same command goes on" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 130
+        and "interrupted; the same command goes on" in capsys.readouterr().err
+    )
 
 
-def test_a_wrong_autoencoder_is_found_before_the_released_weights_are_fetched(tmp_path, vae, capsys, monkeypatch):
-    monkeypatch.setattr("checkpoints.loading.download_model", lambda name: pytest.fail("a download began"))
+def test_a_wrong_autoencoder_is_found_before_the_released_weights_are_fetched(
+    tmp_path, vae, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "checkpoints.loading.download_model", lambda name: pytest.fail("a download began")
+    )
     with pytest.raises(SystemExit):
-        sample_ddp.main(["--vae", str(tmp_path), "--sample-dir", str(tmp_path / "s"), "--device", "cpu"])
+        sample_ddp.main(
+            ["--vae", str(tmp_path), "--sample-dir", str(tmp_path / "s"), "--device", "cpu"]
+        )
     assert "is a folder without config.json" in capsys.readouterr().err
 
 
@@ -862,4 +1013,6 @@ def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", replaced_while_another_clears_up)
     sampling_many.write_whole(tmp_path / "000000.png", lambda file: file.write(b"whole"))
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("000000.png", b"whole")]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        ("000000.png", b"whole")
+    ]

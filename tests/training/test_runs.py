@@ -1,4 +1,6 @@
-"""Run folders: who may write, where --resume goes on, damaged checkpoints, a full disk, and what is kept."""
+"""Run folders: who may write, where --resume goes on, damaged checkpoints, a full disk, and what is
+kept.
+"""
 
 import json
 import os
@@ -48,8 +50,9 @@ def holder(tmp_path):
     folder = tmp_path / "000-DiT-Ti-8"
     folder.mkdir(exist_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(ROOT), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", HOLD, str(ROOT), str(folder)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
     assert process.stdout.readline() == b"held\n", process.stderr.read()
     yield process
     process.kill()
@@ -104,7 +107,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
         assert "cannot lock (Operation not supported)" in lock.note
 
 
-def test_resuming_a_run_that_goes_on_elsewhere_is_refused(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_resuming_a_run_that_goes_on_elsewhere_is_refused(images, tmp_path, monkeypatch, capsys):
     run(images, tmp_path, "--max-steps", "2")
     folder = tmp_path / "000-DiT-Ti-8"
     before = contents_of(folder)
@@ -114,22 +117,32 @@ def test_resuming_a_run_that_goes_on_elsewhere_is_refused(images, tmp_path, monk
         for resume in ("auto", str(folder), str(checkpoint_path(folder, 2))):
             with pytest.raises(SystemExit) as stopped:
                 run(images, tmp_path, "--max-steps", "4", "--resume", resume)
-            assert stopped.value.code == 2 and "is being written by process" in capsys.readouterr().err
+            assert (
+                stopped.value.code == 2 and "is being written by process" in capsys.readouterr().err
+            )
     assert contents_of(folder) == before and len(list(tmp_path.iterdir())) == 1
 
 
 def contents_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
-def test_told_to_stop_while_an_image_does_not_come(images, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """As where a network's disk hangs: what was learned is saved, and the blocked worker is not waited for."""
+def test_told_to_stop_while_an_image_does_not_come(images, tmp_path, monkeypatch, capsys):
+    """As where a network's disk hangs: what was learned is saved, and the blocked worker is not
+    waited for.
+    """
     monkeypatch.setattr("data.loader.WAIT", 0.2)
     monkeypatch.setattr("data.loader.GRACE", 0.2)
     monkeypatch.setattr("data.loader.TELL_SECONDS", 0.3)
     folder = copied(images, tmp_path / "images")
     order = np.random.default_rng([0, 0, 0]).permutation(12)
-    blocked = sorted(folder.glob("*/*.png"), key=lambda path: (path.parent.name, path.name))[order[9]]
+    blocked = sorted(folder.glob("*/*.png"), key=lambda path: (path.parent.name, path.name))[
+        order[9]
+    ]
     make_loader = loop.make_loader
 
     def blocking(*args, **kwargs):
@@ -147,44 +160,61 @@ def test_told_to_stop_while_an_image_does_not_come(images, tmp_path, monkeypatch
 
     monkeypatch.setattr(RunLog, "__call__", stop)
     with pytest.raises(SystemExit) as stopped:
-        run(folder, tmp_path / "results", "--max-steps", "6", "--num-workers", "1", "--resume", "auto")
+        run(
+            folder, tmp_path / "results", "--max-steps", "6", "--num-workers", "1", "--resume",
+            "auto",
+        )  # fmt: skip
     assert "stopped by SIGTERM while waiting for images, saved at step 2" in stopped.value.code
-    assert [path.name for path in list_checkpoints(tmp_path / "results" / "000-DiT-Ti-8")] == ["0000002.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path / "results" / "000-DiT-Ti-8")] == [
+        "0000002.pt"
+    ]
 
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), KeyError("x"), RuntimeError("shapes"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), KeyError("x"),
+    RuntimeError("shapes"),
 ])  # fmt: skip
-def test_a_lost_worker_is_said_wherever_it_is_noticed(images, tmp_path, monkeypatch, error):  # noqa: F811
+def test_a_lost_worker_is_said_wherever_it_is_noticed(images, tmp_path, monkeypatch, error):
     def interrupted(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises((SystemExit, KeyError, RuntimeError)) as stopped:
         run(images, tmp_path, "--max-steps", "2")
-    told = "worker (pid 7) is killed by signal: Killed: the system" in (tmp_path / "000-DiT-Ti-8/log.txt").read_text()
+    told = (
+        "worker (pid 7) is killed by signal: Killed: the system"
+        in (tmp_path / "000-DiT-Ti-8/log.txt").read_text()
+    )
     assert told == isinstance(stopped.value, SystemExit) == ("DataLoader" in str(error))
 
 
-def test_a_run_in_another_thread_than_the_main_one(images, tmp_path):  # noqa: F811
+def test_a_run_in_another_thread_than_the_main_one(images, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=run, args=(images, tmp_path, "--max-steps", "2"))
     thread.start()
     thread.join()
-    assert len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 1 and signal.getsignal(signal.SIGTERM) == before
+    assert (
+        len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 1
+        and signal.getsignal(signal.SIGTERM) == before
+    )
 
 
 # ---- where a run goes on ----
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(images, tmp_path, capsys):  # noqa: F811
+def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
+    images, tmp_path, capsys
+):
     whole = run(images, tmp_path / "whole", "--max-steps", "4")
     run(images, tmp_path / "parts", "--max-steps", "4")
     folder = tmp_path / "parts" / "000-DiT-Ti-8"
     for path in list_checkpoints(folder):
         path.unlink()
     resumed = run(images, tmp_path / "parts", "--max-steps", "4", "--resume", "auto")
-    assert "starting over in" in capsys.readouterr().out and len(list((tmp_path / "parts").iterdir())) == 1
+    assert (
+        "starting over in" in capsys.readouterr().out
+        and len(list((tmp_path / "parts").iterdir())) == 1
+    )
     assert same(whole["model"], resumed["model"])
     assert [row["step"] for row in rows(folder)] == [2, 4]
 
@@ -195,10 +225,12 @@ def rows(folder):
 
 def without_rates(folder):
     timed = ("images_per_second", "model_flops_per_second", "time")
-    return [{name: value for name, value in row.items() if name not in timed} for row in rows(folder)]
+    return [
+        {name: value for name, value in row.items() if name not in timed} for row in rows(folder)
+    ]
 
 
-def test_resumed_metrics_and_state_are_those_of_one_run(images, tmp_path):  # noqa: F811
+def test_resumed_metrics_and_state_are_those_of_one_run(images, tmp_path):
     flags = ["--log-every", "4", "--ckpt-every", "3", "--ema-decay", "0.5", "0.25"]
     whole = run(images, tmp_path / "whole", "--max-steps", "8", *flags)
     run(images, tmp_path / "parts", "--max-steps", "8", *flags)
@@ -212,12 +244,16 @@ def test_resumed_metrics_and_state_are_those_of_one_run(images, tmp_path):  # no
         assert same(whole[part], resumed[part])
     assert list(resumed["emas"]) == [0.25] and same(whole["emas"][0.25], resumed["emas"][0.25])
     assert whole["log"] == resumed["log"]
-    for theirs, ours in zip(whole["opt"]["state"].values(), resumed["opt"]["state"].values(), strict=True):
+    for theirs, ours in zip(
+        whole["opt"]["state"].values(), resumed["opt"]["state"].values(), strict=True
+    ):
         assert same(theirs, ours)
 
 
 def test_lines_that_are_no_rows_are_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('5\n{"step": "x", "a": 1}\n{"step": 2, "a": 1}\n' + "[" * 10**5 + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        '5\n{"step": "x", "a": 1}\n{"step": 2, "a": 1}\n' + "[" * 10**5 + "\n"
+    )
     assert run_log.has_row(tmp_path, 2, "a") and not run_log.has_row(tmp_path, 2, "b")
 
 
@@ -230,7 +266,7 @@ def test_rows_beyond_the_step_and_half_written_ones_are_cut(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_other_images_make_another_run(images, tmp_path, capsys):  # noqa: F811
+def test_other_images_make_another_run(images, tmp_path, capsys):
     for path in images.glob("*/*.png"):
         target = tmp_path / "images" / path.relative_to(images)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,11 +284,13 @@ def copied(folder, target):
     return target
 
 
-def test_the_same_images_in_another_place_are_the_same_run(images, tmp_path, capsys):  # noqa: F811
+def test_the_same_images_in_another_place_are_the_same_run(images, tmp_path, capsys):
     """As where every job unpacks its data to a disk of its own."""
     results = tmp_path / "results"
     run(copied(images, tmp_path / "job1"), results, "--max-steps", "2")
-    contents = run(copied(images, tmp_path / "job2"), results, "--max-steps", "4", "--resume", "auto")
+    contents = run(
+        copied(images, tmp_path / "job2"), results, "--max-steps", "4", "--resume", "auto"
+    )
     assert contents["step"] == 4 and len(list(results.iterdir())) == 1
     assert f"--data-path was {tmp_path / 'job1'}, which held the same" in capsys.readouterr().out
     other = copied(images, tmp_path / "job3")
@@ -262,24 +300,31 @@ def test_the_same_images_in_another_place_are_the_same_run(images, tmp_path, cap
     assert "has other --data-path" in capsys.readouterr().out and len(list(results.iterdir())) == 2
 
 
-def test_a_record_that_says_less_is_no_reason_to_start_over(images, tmp_path, capsys):  # noqa: F811
-    """Records of earlier versions have no content: where their path is gone, nobody knows what was there."""
+def test_a_record_that_says_less_is_no_reason_to_start_over(images, tmp_path, capsys):
+    """Records of earlier versions have no content: where their path is gone, nobody knows what was
+    there.
+    """
     first, results = copied(images, tmp_path / "job1"), tmp_path / "results"
     run(first, results, "--max-steps", "2")
     record = results / "000-DiT-Ti-8" / "run.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "content": {}}))
     second = copied(images, tmp_path / "job2")
-    assert run(second, results, "--max-steps", "2", "--resume", "auto")["step"] == 2  # the first is still there: another
+    # The first is still there: another
+    assert run(second, results, "--max-steps", "2", "--resume", "auto")["step"] == 2
     shutil.rmtree(results / "001-DiT-Ti-8")
     shutil.rmtree(first)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(second, results, "--max-steps", "4", "--resume", "auto")
-    assert "its --data-path is gone" in capsys.readouterr().err and len(list(results.iterdir())) == 1
+    assert (
+        "its --data-path is gone" in capsys.readouterr().err and len(list(results.iterdir())) == 1
+    )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"args": 5, "data": "", "id": ""}', "[" * 100_000, "NO LR"])
-def test_a_damaged_record_is_no_reason_to_start_over(images, tmp_path, capsys, text):  # noqa: F811
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", "{}", '{"args": 5, "data": "", "id": ""}', "[" * 100_000, "NO LR"]
+)
+def test_a_damaged_record_is_no_reason_to_start_over(images, tmp_path, capsys, text):
     run(images, tmp_path, "--max-steps", "2")
     record = tmp_path / "000-DiT-Ti-8" / "run.json"
     found = json.loads(record.read_text())
@@ -290,18 +335,24 @@ def test_a_damaged_record_is_no_reason_to_start_over(images, tmp_path, capsys, t
         run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
     error = capsys.readouterr().err
     assert "cannot tell whether" in error and f"give --resume {tmp_path / '000-DiT-Ti-8'}" in error
-    assert run(images, tmp_path, "--max-steps", "3", "--resume", "auto", "--lr", "3e-4")["step"] == 3  # it is another
+    # It is another
+    assert (
+        run(images, tmp_path, "--max-steps", "3", "--resume", "auto", "--lr", "3e-4")["step"] == 3
+    )
 
 
-def test_a_start_from_a_checkpoint_waits_for_the_same_one(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_start_from_a_checkpoint_waits_for_the_same_one(images, tmp_path, monkeypatch, capsys):
     run(images, tmp_path, "--max-steps", "2")
     begun = []
     monkeypatch.setattr(FolderLock, "begin", lambda self, results, key: begun.append(results))
-    run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", str(tmp_path / "000-DiT-Ti-8"))
+    run(
+        images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume",
+        str(tmp_path / "000-DiT-Ti-8"),
+    )  # fmt: skip
     assert begun == [tmp_path]
 
 
-def test_a_run_whose_beginning_is_gone_says_where_that_was(images, tmp_path, capsys):  # noqa: F811
+def test_a_run_whose_beginning_is_gone_says_where_that_was(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "2")
     first = checkpoint_path(tmp_path / "000-DiT-Ti-8", 2)
     run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", str(first))
@@ -311,13 +362,16 @@ def test_a_run_whose_beginning_is_gone_says_where_that_was(images, tmp_path, cap
     assert f"001-DiT-Ti-8 began at {first}, which is gone" in capsys.readouterr().out
 
 
-def test_a_run_in_a_folder_that_is_not_utf8(images, tmp_path):  # noqa: F811
+def test_a_run_in_a_folder_that_is_not_utf8(images, tmp_path):
     results = tmp_path / os.fsdecode(b"r\xe9sultats")
     run(images, results, "--max-steps", "1")
-    assert run(images, results, "--max-steps", "2", "--resume", "auto")["step"] == 2 and len(list(results.iterdir())) == 1
+    assert (
+        run(images, results, "--max-steps", "2", "--resume", "auto")["step"] == 2
+        and len(list(results.iterdir())) == 1
+    )
 
 
-def test_the_autoencoder_may_move(images, tmp_path, vae):  # noqa: F811
+def test_the_autoencoder_may_move(images, tmp_path, vae):
     flags = ["--model", "DiT-Ti/4", "--resume", "auto", "--vae"]
     run(images, tmp_path / "results", "--max-steps", "1", *flags, vae)
     moved = str(copied(vae, tmp_path / "moved"))
@@ -326,7 +380,9 @@ def test_the_autoencoder_may_move(images, tmp_path, vae):  # noqa: F811
 
 
 def test_two_starts_of_one_run_at_once(tmp_path, monkeypatch):
-    """The second waits until the first has its folder, and then finds it; starts of other runs do not wait."""
+    """The second waits until the first has its folder, and then finds it; starts of other runs do
+    not wait.
+    """
     monkeypatch.setattr(folder_lock, "START_PATIENCE", 0)
     results = tmp_path / "results"
     with FolderLock() as first, FolderLock() as second, FolderLock() as other:
@@ -338,7 +394,9 @@ def test_two_starts_of_one_run_at_once(tmp_path, monkeypatch):
         folder.mkdir()
         first.take(folder)
         second.begin(results, "a")
-    assert [path.name for path in results.iterdir()] == ["000-DiT"] and [path.name for path in folder.iterdir()] == ["lock"]
+    assert [path.name for path in results.iterdir()] == ["000-DiT"] and [
+        path.name for path in folder.iterdir()
+    ] == ["lock"]
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path):
@@ -375,7 +433,9 @@ def test_a_start_is_not_held_by_a_file_that_was_taken_away(tmp_path):
     (lambda c: c["log"].update(window=[1.0]), "window of its log"),
     (lambda c: c.update(log=[1]), "log is no dict"),
 ])  # fmt: skip
-def test_parts_of_a_checkpoint_that_do_not_belong_together(images, tmp_path, capsys, change, message):  # noqa: F811
+def test_parts_of_a_checkpoint_that_do_not_belong_together(
+    images, tmp_path, capsys, change, message
+):
     contents = run(images, tmp_path, "--max-steps", "2")
     change(contents)
     save_checkpoint(checkpoint_path(tmp_path / "000-DiT-Ti-8", 2), contents)
@@ -385,25 +445,32 @@ def test_parts_of_a_checkpoint_that_do_not_belong_together(images, tmp_path, cap
 
 
 def test_deciding_flags_are_those_that_the_documentation_says():
-    groups = {group.title: group._group_actions for group in training_flags.build_parser()._action_groups}
+    groups = {
+        group.title: group._group_actions for group in training_flags.build_parser()._action_groups
+    }
     flags = {action.dest for title in ("data", "network", "recipe") for action in groups[title]}
     assert set(run_folder.DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
 
 
-def test_another_number_of_processes_is_told(images, tmp_path, capsys):  # noqa: F811
+def test_another_number_of_processes_is_told(images, tmp_path, capsys):
     contents = run(images, tmp_path, "--max-steps", "2")
     assert contents["rng"] == {"seed": 0, "processes": 1, "device": "cpu"}
     path = checkpoint_path(tmp_path / "000-DiT-Ti-8", 2)
     save_checkpoint(path, {**contents, "rng": {"seed": 0, "processes": 2, "device": "cpu"}})
     run(images, tmp_path, "--max-steps", "4", "--resume", "auto")
     out = capsys.readouterr().out
-    assert "written by 2 process(es) on cpu; the same samples and noise per step, but other rounding" in out
+    assert (
+        "written by 2 process(es) on cpu; the same samples and noise per step, but other rounding"
+        in out
+    )
 
 
-def test_a_folder_is_the_same_however_it_is_spelt(images, tmp_path, monkeypatch):  # noqa: F811
+def test_a_folder_is_the_same_however_it_is_spelt(images, tmp_path, monkeypatch):
     monkeypatch.chdir(images.parent)
     for steps, spelt in enumerate(("train", "train/", "./train", str(images)), start=2):
-        flags = [*QUICK, "--results-dir", str(tmp_path), "--resume", "auto", "--max-steps", str(steps)]
+        flags = [
+            *QUICK, "--results-dir", str(tmp_path), "--resume", "auto", "--max-steps", str(steps),
+        ]  # fmt: skip
         train.main(["--data-path", spelt, *flags])
         monkeypatch.chdir(images.parent if spelt != "./train" else tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["000-DiT-Ti-8"]
@@ -411,37 +478,46 @@ def test_a_folder_is_the_same_however_it_is_spelt(images, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("resume", ["auto", "PATH"])
-def test_a_run_begun_at_a_checkpoint_restarts_from_there(images, tmp_path, resume, capsys):  # noqa: F811
+def test_a_run_begun_at_a_checkpoint_restarts_from_there(images, tmp_path, resume, capsys):
     run(images, tmp_path, "--max-steps", "4", "--ckpt-every", "3")
     first = str(checkpoint_path(tmp_path / "000-DiT-Ti-8", 3))  # in the middle of a log window
     flags = ["--lr", "3e-3", "--max-steps", "5"]
     whole = run(images, tmp_path, *flags, "--resume", first)
     written = without_rates(tmp_path / "001-DiT-Ti-8")
-    checkpoint_path(tmp_path / "001-DiT-Ti-8", 5).unlink()  # as if killed before its first checkpoint
+    # As if killed before its first checkpoint
+    checkpoint_path(tmp_path / "001-DiT-Ti-8", 5).unlink()
     for _ in range(2):  # and then a second time, when it is finished
         again = run(images, tmp_path, *flags, "--resume", resume.replace("PATH", first))
     assert same(whole["model"], again["model"]) and again["step"] == 5
-    assert without_rates(tmp_path / "001-DiT-Ti-8") == written and [row["step"] for row in written] == [4, 5]
+    assert without_rates(tmp_path / "001-DiT-Ti-8") == written and [
+        row["step"] for row in written
+    ] == [4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-Ti-8", "001-DiT-Ti-8"]
     out = capsys.readouterr().out
     assert f"no checkpoint yet, from {first}" in out and "at its last step already" in out
 
 
-def test_a_new_run_keeps_neither_the_log_window_nor_the_bad_steps_in_a_row(images, tmp_path):  # noqa: F811
+def test_a_new_run_keeps_neither_the_log_window_nor_the_bad_steps_in_a_row(images, tmp_path):
     contents = run(images, tmp_path, "--max-steps", "3", "--log-every", "9", "--ckpt-every", "2")
     path = checkpoint_path(tmp_path / "000-DiT-Ti-8", 2)
     contents = read_checkpoint(path)
     contents["log"]["bad_in_a_row"] = 9
     save_checkpoint(path, contents)
-    run(images, tmp_path, "--max-steps", "4", "--lr", "1e-9", "--global-batch-size", "12", "--resume", str(path))
+    run(
+        images, tmp_path, "--max-steps", "4", "--lr", "1e-9", "--global-batch-size", "12",
+        "--resume", str(path),
+    )  # fmt: skip
     (row,) = rows(tmp_path / "001-DiT-Ti-8")
     assert 0.8 < row["loss"] < 1.3 and contents["log"]["window"][0] > 1
 
 
-def test_a_new_run_with_nothing_to_do_is_refused(images, tmp_path, capsys):  # noqa: F811
+def test_a_new_run_with_nothing_to_do_is_refused(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "4")
     with pytest.raises(SystemExit):
-        run(images, tmp_path, "--max-steps", "3", "--lr", "1e-3", "--resume", str(tmp_path / "000-DiT-Ti-8"))
+        run(
+            images, tmp_path, "--max-steps", "3", "--lr", "1e-3", "--resume",
+            str(tmp_path / "000-DiT-Ti-8"),
+        )  # fmt: skip
     assert "is at step 4, the last would be 3; raise it" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -462,7 +538,9 @@ def damaged_by(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "empty"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(images, tmp_path, capsys, how):  # noqa: F811
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    images, tmp_path, capsys, how
+):
     flags = ["--max-steps", "6", "--ckpt-every", "2"]
     whole = run(images, tmp_path / "whole", *flags)
     run(images, tmp_path / "parts", *flags)
@@ -479,7 +557,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(images, tm
     assert without_rates(folder) == without_rates(tmp_path / "whole" / "000-DiT-Ti-8")
 
 
-def test_a_read_error_is_no_damage(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_read_error_is_no_damage(images, tmp_path, monkeypatch, capsys):
     run(images, tmp_path, "--max-steps", "4", "--ckpt-every", "2")
     before = contents_of(tmp_path)
 
@@ -489,7 +567,10 @@ def test_a_read_error_is_no_damage(images, tmp_path, monkeypatch, capsys):  # no
     monkeypatch.setattr("checkpoints.files.zipfile.ZipFile.testzip", fail)
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--max-steps", "6", "--resume", "auto")
-    assert "0000004.pt: Input/output error" in capsys.readouterr().err and contents_of(tmp_path) == before
+    assert (
+        "0000004.pt: Input/output error" in capsys.readouterr().err
+        and contents_of(tmp_path) == before
+    )
 
 
 @pytest.mark.parametrize("part", [0.2, 0.4, 0.6, 0.8])
@@ -505,7 +586,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, part):
         check_whole(path)
 
 
-def test_a_path_to_a_damaged_checkpoint_is_refused(images, tmp_path, capsys):  # noqa: F811
+def test_a_path_to_a_damaged_checkpoint_is_refused(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "4", "--ckpt-every", "2")
     for step in (2, 4):
         damaged_by(checkpoint_path(tmp_path / "000-DiT-Ti-8", step), "bit")
@@ -531,16 +612,23 @@ def test_damaged_files_get_names_of_their_own(tmp_path):
         assert newest_whole_checkpoint(folder)[0] == checkpoint_path(folder, 1)
         (folder / "checkpoints" / ".0000002.pt.partial").touch()
         assert run_folder.go_on(folder).checkpoint == checkpoint_path(folder, 1)
-    found = {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir() if path.suffix != ".pt"}
+    found = {
+        path.name: path.read_bytes()
+        for path in (folder / "checkpoints").iterdir()
+        if path.suffix != ".pt"
+    }
     assert found == {"0000002.pt.damaged": b"one", "0000002.pt.damaged1": b"two"}
 
 
 # ---- what is saved, and when ----
 
 
-def test_keep_last_deletes_the_older_ones(images, tmp_path):  # noqa: F811
+def test_keep_last_deletes_the_older_ones(images, tmp_path):
     run(images, tmp_path, "--max-steps", "7", "--ckpt-every", "2", "--keep-last", "2")
-    assert [p.name for p in list_checkpoints(tmp_path / "000-DiT-Ti-8")] == ["0000006.pt", "0000007.pt"]
+    assert [p.name for p in list_checkpoints(tmp_path / "000-DiT-Ti-8")] == [
+        "0000006.pt",
+        "0000007.pt",
+    ]
 
 
 def test_pruning_spares_other_files(tmp_path):
@@ -548,10 +636,12 @@ def test_pruning_spares_other_files(tmp_path):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / name).touch()
     prune_checkpoints(tmp_path, 1)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000001.pt.damaged", "0000002.pt", "best.pt"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "0000001.pt.damaged", "0000002.pt", "best.pt",
+    ]  # fmt: skip
 
 
-def test_checkpoints_by_the_clock(images, tmp_path):  # noqa: F811
+def test_checkpoints_by_the_clock(images, tmp_path):
     run(images, tmp_path, "--max-steps", "4", "--ckpt-minutes", "1e-9")
     assert len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 4
     run(images, tmp_path, "--max-steps", "4", "--ckpt-minutes", "60")
@@ -578,19 +668,15 @@ train.main(sys.argv[3:])
 
 
 @pytest.mark.parametrize("on_error, reached", [("stop", 4), ("continue", 6)])
-def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(images, tmp_path, on_error, reached):  # noqa: F811
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(images, tmp_path, on_error, reached):
     flags = [
-        "--data-path",
-        str(images),
-        "--results-dir",
-        str(tmp_path),
-        *QUICK,
-        "--max-steps",
-        "6",
-        "--ckpt-every",
-        "2",
-    ]
-    command = [sys.executable, "-c", FULL, str(ROOT), "100000", *flags, "--keep-last", "1", "--on-save-error", on_error]
+        "--data-path", str(images), "--results-dir", str(tmp_path), *QUICK, "--max-steps", "6",
+        "--ckpt-every", "2",
+    ]  # fmt: skip
+    command = [
+        sys.executable, "-c", FULL, str(ROOT), "100000", *flags, "--keep-last", "1",
+        "--on-save-error", on_error,
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     folder = tmp_path / "000-DiT-Ti-8"
@@ -610,17 +696,25 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
     log("two")
     log.close()
     out, err = capsys.readouterr()
-    assert "] one\n" in out and "] two\n" in out and "the log was not written (No space left on device)" in err
+    assert (
+        "] one\n" in out
+        and "] two\n" in out
+        and "the log was not written (No space left on device)" in err
+    )
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_a_preview_that_cannot_be_written_does_not_end_the_run(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_preview_that_cannot_be_written_does_not_end_the_run(
+    images, tmp_path, monkeypatch, capsys
+):
     def full(path, write):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "write_whole", full)
     assert run(images, tmp_path, "--max-steps", "2", "--sample-every", "1")["step"] == 2
-    assert "previews/0000001.png was not written (No space left on device" in capsys.readouterr().out
+    assert (
+        "previews/0000001.png was not written (No space left on device" in capsys.readouterr().out
+    )
 
 
 def test_the_disks_reason_is_told(tmp_path, monkeypatch):
@@ -639,8 +733,12 @@ def test_the_disks_reason_is_told(tmp_path, monkeypatch):
 # ---- signals ----
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_later(images, tmp_path, monkeypatch, capsys, number, code):  # noqa: F811
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_the_run_goes_on_later(
+    images, tmp_path, monkeypatch, capsys, number, code
+):
     whole = run(images, tmp_path / "whole", "--max-steps", "6")
     step_of = loop.train_step
 
@@ -663,7 +761,9 @@ def test_a_signal_saves_and_the_run_goes_on_later(images, tmp_path, monkeypatch,
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     resumed = run(images, tmp_path / "parts", "--max-steps", "6", "--resume", "auto")
     assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
-    assert without_rates(tmp_path / "parts" / "000-DiT-Ti-8") == without_rates(tmp_path / "whole" / "000-DiT-Ti-8")
+    assert without_rates(tmp_path / "parts" / "000-DiT-Ti-8") == without_rates(
+        tmp_path / "whole" / "000-DiT-Ti-8"
+    )
 
 
 def test_a_second_interruption_stops_at_once():
@@ -674,7 +774,7 @@ def test_a_second_interruption_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_loader_workers_leave_signals_to_the_training_process(images):  # noqa: F811
+def test_loader_workers_leave_signals_to_the_training_process(images):
     from data.images import ImageDataset
     from data.listing import list_images
     from data.loader import make_loader

@@ -1,4 +1,6 @@
-"""Scores while training: what they are, that they leave the run alone, and that stopping and restarting lose none."""
+"""Scores while training: what they are, that they leave the run alone, and that stopping and
+restarting lose none.
+"""
 
 from copy import deepcopy
 import json
@@ -25,22 +27,26 @@ import sample_ddp
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
 
-SCORES = ["eval_fid", "eval_sfid", "eval_inception_score", "eval_precision", "eval_recall", "eval_samples"]
+SCORES = [
+    "eval_fid", "eval_sfid", "eval_inception_score", "eval_precision", "eval_recall",
+    "eval_samples",
+]  # fmt: skip
 
 
-def scored(images, every="3", samples="10"):  # noqa: F811
+def scored(images, every="3", samples="10"):
     return [
-        "--eval-every", every, "--eval-samples", samples, "--eval-reference", str(images), "--eval-features", "pixels",
+        "--eval-every", every, "--eval-samples", samples, "--eval-reference", str(images),
+        "--eval-features", "pixels",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def square(tmp_path_factory, images):  # noqa: F811
+def square(tmp_path_factory, images):
     """The images of the run cut to what the network sees, as a reference must be."""
     path = tmp_path_factory.mktemp("reference") / "square.npz"
     evaluate.main([
-        "--make-reference", str(images), "--image-size", "16", "--features", "pixels", "--output", str(path), "--device",
-        "cpu", "--num-workers", "0",
+        "--make-reference", str(images), "--image-size", "16", "--features", "pixels", "--output",
+        str(path), "--device", "cpu", "--num-workers", "0",
     ])  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     return path
@@ -50,52 +56,88 @@ def rows(results, name="eval_fid"):
     """The lines of metrics.jsonl that have scores, without the time."""
     (path,) = Path(results).glob("000-*/metrics.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "time"} for row in found if name in row]
+    return [
+        {key: value for key, value in row.items() if key != "time"} for row in found if name in row
+    ]
 
 
-def test_scores_come_at_their_steps_and_change_nothing_else(images, square, tmp_path, capsys):  # noqa: F811
+def test_scores_come_at_their_steps_and_change_nothing_else(images, square, tmp_path, capsys):
     plain = run(images, tmp_path / "plain", "--max-steps", "7", "--ckpt-every", "2")
-    judged = run(images, tmp_path / "judged", "--max-steps", "7", "--ckpt-every", "2", *scored(square))
+    judged = run(
+        images, tmp_path / "judged", "--max-steps", "7", "--ckpt-every", "2", *scored(square)
+    )
     assert same(plain["model"], judged["model"]) and same(plain["ema"], judged["ema"])
     assert plain["log"] == judged["log"]
     found = rows(tmp_path / "judged")
-    assert [row["step"] for row in found] == [3, 6] and list(found[0]) == ["step", *SCORES, "eval_reference", "eval_features"]
-    assert found[0]["eval_samples"] == 10 and found[0]["eval_fid"] != found[1]["eval_fid"] and found[0]["eval_sfid"] is None
-    assert rows(tmp_path / "plain", "loss")[-1]["loss"] == rows(tmp_path / "judged", "loss")[-1]["loss"]
+    assert [row["step"] for row in found] == [3, 6] and list(found[0]) == [
+        "step", *SCORES, "eval_reference", "eval_features",
+    ]  # fmt: skip
+    assert (
+        found[0]["eval_samples"] == 10
+        and found[0]["eval_fid"] != found[1]["eval_fid"]
+        and found[0]["eval_sfid"] is None
+    )
+    assert (
+        rows(tmp_path / "plain", "loss")[-1]["loss"]
+        == rows(tmp_path / "judged", "loss")[-1]["loss"]
+    )
     out = capsys.readouterr().out
-    assert "step 0000003: fid " in out and out.count("note: 10 samples are too few for 768 features") == 1
+    assert (
+        "step 0000003: fid " in out
+        and out.count("note: 10 samples are too few for 768 features") == 1
+    )
 
 
-def test_scores_are_those_of_sample_ddp_and_evaluate(images, square, tmp_path, capsys):  # noqa: F811
+def test_scores_are_those_of_sample_ddp_and_evaluate(images, square, tmp_path, capsys):
     """The same images, sampled and scored by the doors."""
-    run(images, tmp_path, "--max-steps", "3", "--ckpt-every", "3", *scored(square), "--global-seed", "5")
+    run(
+        images, tmp_path, "--max-steps", "3", "--ckpt-every", "3", *scored(square), "--global-seed",
+        "5",
+    )  # fmt: skip
     (row,) = rows(tmp_path)
     (checkpoint,) = list_checkpoints(tmp_path / "000-DiT-Ti-8")
     sample_ddp.main([
-        "--ckpt", str(checkpoint), "--vae", "none", "--num-fid-samples", "10", "--per-proc-batch-size", "4", "--cfg-scale",
-        "1", "--sampler", training_scores.SAMPLER, "--num-sampling-steps", str(training_scores.STEPS),
-        "--sample-dir", str(tmp_path / "s"), "--device", "cpu", "--global-seed", "5",
+        "--ckpt", str(checkpoint), "--vae", "none", "--num-fid-samples", "10",
+        "--per-proc-batch-size", "4", "--cfg-scale", "1", "--sampler", training_scores.SAMPLER,
+        "--num-sampling-steps", str(training_scores.STEPS), "--sample-dir", str(tmp_path / "s"),
+        "--device", "cpu", "--global-seed", "5",
     ])  # fmt: skip
     (samples,) = (tmp_path / "s").glob("*.npz")
     AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
-    evaluate.main(["--samples", str(samples), "--reference", str(square), "--features", "pixels", "--device", "cpu"])
+    evaluate.main(
+        [
+            "--samples",
+            str(samples),
+            "--reference",
+            str(square),
+            "--features",
+            "pixels",
+            "--device",
+            "cpu",
+        ]
+    )
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert row["eval_fid"] == pytest.approx(scores["fid"], rel=1e-9)
     assert (row["eval_precision"], row["eval_recall"]) == (scores["precision"], scores["recall"])
 
 
 @pytest.mark.parametrize("more", [[], ["--fsdp"]])
-def test_two_processes_score_what_one_does(images, square, tmp_path, more):  # noqa: F811
+def test_two_processes_score_what_one_does(images, square, tmp_path, more):
     flags = [*QUICK, "--max-steps", "2", *scored(square, "2", "9")]
     run(images, tmp_path / "alone" / "results", *flags)
     context = launcher()
     end(start(context, images, tmp_path / "two", 2, run=[*flags, *more]), 0)
     (alone,), (two,) = rows(tmp_path / "alone" / "results"), rows(tmp_path / "two" / "results")
-    assert two["eval_fid"] == pytest.approx(alone["eval_fid"], rel=1e-3) and two["eval_recall"] == alone["eval_recall"]
+    assert (
+        two["eval_fid"] == pytest.approx(alone["eval_fid"], rel=1e-3)
+        and two["eval_recall"] == alone["eval_recall"]
+    )
 
 
-def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(images, square, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(
+    images, square, tmp_path, monkeypatch, capsys
+):
     flags = ["--max-steps", "5", "--ckpt-every", "100", *scored(square), "--resume", "auto"]
     run(images, tmp_path / "alone", *flags)
     score = training_scores.score_samples
@@ -106,7 +148,10 @@ def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(images, square,
 
     monkeypatch.setattr(records, "score_samples", signalled)
     assert run(images, tmp_path / "stopped", *flags)["step"] == 3
-    assert rows(tmp_path / "stopped") == [] and "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    assert (
+        rows(tmp_path / "stopped") == []
+        and "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    )
     run(images, tmp_path / "stopped", *flags)  # and again, before the first step of the restart
     assert "stopped while scoring" in capsys.readouterr().out
     monkeypatch.setattr(records, "score_samples", score)
@@ -116,7 +161,7 @@ def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(images, square,
     assert steps == [row["step"] for row in rows(tmp_path / "alone", "step")] == [2, 3, 4, 5]
 
 
-def test_a_restart_does_not_score_twice(images, square, tmp_path):  # noqa: F811
+def test_a_restart_does_not_score_twice(images, square, tmp_path):
     flags = [*scored(square, "2"), "--ckpt-every", "2", "--resume", "auto"]
     run(images, tmp_path, "--max-steps", "2", *flags)
     before = rows(tmp_path)
@@ -124,19 +169,21 @@ def test_a_restart_does_not_score_twice(images, square, tmp_path):  # noqa: F811
     assert rows(tmp_path)[:1] == before and [row["step"] for row in rows(tmp_path)] == [2, 4]
 
 
-def test_cached_latents_are_decoded_for_scores(images, square, tmp_path, monkeypatch):  # noqa: F811
+def test_cached_latents_are_decoded_for_scores(images, square, tmp_path, monkeypatch):
     """Where latents are cached the VAE is loaded for that alone."""
     asked = []
     monkeypatch.setattr(training_job, "load_vae", lambda name, device: asked.append(name))
     for flags in (["--latents", "x"], ["--latents", "x", *scored(square)]):
         args = train.build_parser().parse_args(flags)
-        dataset = type("", (), {"manifest": {"channels": 4, "ratio": 8, "scale": 1.0, "shift": 0.0}})
+        dataset = type(
+            "", (), {"manifest": {"channels": 4, "ratio": 8, "scale": 1.0, "shift": 0.0}}
+        )
         accelerator = team.Accelerator(cpu=True)
         training_job.load_space(args, accelerator, dataset)
     assert asked == ["ema"]
 
 
-def test_samples_without_finite_features_do_not_end_a_run(images, square, tmp_path, capsys):  # noqa: F811
+def test_samples_without_finite_features_do_not_end_a_run(images, square, tmp_path, capsys):
     class Broken(torch.nn.Module):
         def forward(self, images):
             return images.float().mean(dim=(2, 3)) / (images.float().std() - images.float().std())
@@ -144,13 +191,14 @@ def test_samples_without_finite_features_do_not_end_a_run(images, square, tmp_pa
     torch.jit.script(Broken()).save(str(tmp_path / "broken.ts"))
     flags = scored(images)
     flags[flags.index("pixels")] = str(tmp_path / "broken.ts")
-    with pytest.raises(SystemExit):  # the reference's features are looked at before anything is written
+    # The reference's features are looked at before anything is written
+    with pytest.raises(SystemExit):
         run(images, tmp_path / "a", "--max-steps", "3", *flags)
     assert not (tmp_path / "a").exists()
     capsys.readouterr()
 
 
-def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys, monkeypatch):
     """NaN in the average: neither scores nor previews come of it, and the run goes on."""
     average = records.whole_average
 
@@ -160,42 +208,70 @@ def test_a_network_that_went_wrong_is_reported(images, square, tmp_path, capsys,
         return network
 
     monkeypatch.setattr(records, "whole_average", broken)
-    assert run(images, tmp_path, "--max-steps", "4", *scored(square), "--sample-every", "4")["step"] == 4
+    assert (
+        run(images, tmp_path, "--max-steps", "4", *scored(square), "--sample-every", "4")["step"]
+        == 4
+    )
     out = capsys.readouterr().out
     assert "step 0000003: not scored (the images that the network draws are not finite)" in out
-    assert "0000004.png was not written (some images have values that are not finite" in out and rows(tmp_path) == []
+    assert (
+        "0000004.png was not written (some images have values that are not finite" in out
+        and rows(tmp_path) == []
+    )
 
 
-def test_features_that_are_not_finite_are_reported_by_every_process(images, square, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_features_that_are_not_finite_are_reported_by_every_process(
+    images, square, tmp_path, monkeypatch, capsys
+):
     def fail(*args, **kwargs):
         raise ValueError("the features of some image are not finite")
 
     monkeypatch.setattr(training_scores, "summarize", fail)
     assert run(images, tmp_path, "--max-steps", "4", *scored(square))["step"] == 4
-    assert "step 0000003: not scored (the features of some image are not finite)" in capsys.readouterr().out
+    assert (
+        "step 0000003: not scored (the features of some image are not finite)"
+        in capsys.readouterr().out
+    )
 
 
-def test_references_and_features_that_do_not_fit_are_found_at_the_start(images, square, tmp_path, capsys):  # noqa: F811
-    floats = torch.jit.trace(lambda x: torch.nn.functional.avg_pool2d(x, 16).flatten(1), torch.zeros(1, 3, 16, 16))
+def test_references_and_features_that_do_not_fit_are_found_at_the_start(
+    images, square, tmp_path, capsys
+):
+    floats = torch.jit.trace(
+        lambda x: torch.nn.functional.avg_pool2d(x, 16).flatten(1), torch.zeros(1, 3, 16, 16)
+    )
     floats.save(str(tmp_path / "floats.ts"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
     for reference, features, message in (
-        (tmp_path / "other.npz", "pixels", "has 64 features in its mu and sigma, samples have 768 by --eval-features pixels"),
-        (tmp_path / "other.npz", str(tmp_path / "floats.ts"), "cannot be used on uint8 images of 16x16"),
+        (
+            tmp_path / "other.npz",
+            "pixels",
+            "has 64 features in its mu and sigma, samples have 768 by --eval-features pixels",
+        ),
+        (
+            tmp_path / "other.npz",
+            str(tmp_path / "floats.ts"),
+            "cannot be used on uint8 images of 16x16",
+        ),
     ):
-        flags = ["--eval-every", "2", "--eval-reference", str(reference), "--eval-features", features]
+        flags = [
+            "--eval-every", "2", "--eval-reference", str(reference), "--eval-features", features,
+        ]  # fmt: skip
         with pytest.raises(SystemExit):
             run(images, tmp_path / "results", "--max-steps", "3", *flags)
         assert message in capsys.readouterr().err and not (tmp_path / "results").exists()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_scores_that_never_come_are_noted(images, square, tmp_path, capsys):  # noqa: F811
+def test_scores_that_never_come_are_noted(images, square, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "2", *scored(square))
-    assert "--eval-every 3 is beyond the last step 2: nothing will be scored" in capsys.readouterr().out
+    assert (
+        "--eval-every 3 is beyond the last step 2: nothing will be scored"
+        in capsys.readouterr().out
+    )
 
 
-def test_scores_reach_the_tracker(images, square, tmp_path):  # noqa: F811
+def test_scores_reach_the_tracker(images, square, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -215,25 +291,33 @@ def test_scores_reach_the_tracker(images, square, tmp_path):  # noqa: F811
     (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "pixels"], "--eval-reference x: there is no such"),
     (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "y"], "--eval-features y: there is no file y"),
 ])  # fmt: skip
-def test_mistakes_come_before_anything_is_written(images, tmp_path, capsys, flags, message):  # noqa: F811
+def test_mistakes_come_before_anything_is_written(images, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path / "results", *flags)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "results").exists()
+    assert (
+        stopped.value.code == 2
+        and message in capsys.readouterr().err
+        and not (tmp_path / "results").exists()
+    )
 
 
-def test_checkpoints_do_not_know_of_scores(images, square, tmp_path):  # noqa: F811
+def test_checkpoints_do_not_know_of_scores(images, square, tmp_path):
     """They decide nothing: a run goes on whether or not it is scored."""
     run(images, tmp_path, "--max-steps", "2")
     run(images, tmp_path, "--max-steps", "4", "--resume", "auto", *scored(square, "4"))
-    assert [folder.name for folder in tmp_path.iterdir()] == ["000-DiT-Ti-8"] and rows(tmp_path)[0]["step"] == 4
+    assert [folder.name for folder in tmp_path.iterdir()] == ["000-DiT-Ti-8"] and rows(tmp_path)[0][
+        "step"
+    ] == 4
     assert read_checkpoint(list_checkpoints(tmp_path / "000-DiT-Ti-8")[-1])["step"] == 4
 
 
-def test_scores_are_drawn_beside_the_losses(images, square, tmp_path):  # noqa: F811
+def test_scores_are_drawn_beside_the_losses(images, square, tmp_path):
     pytest.importorskip("matplotlib")
     script = runpy.run_path(str(ROOT / "examples" / "plot_run.py"))
     for name, more in (("plain", []), ("judged", scored(square))):
         run(images, tmp_path / name, "--max-steps", "3", *more)
-        script["main"]([str(tmp_path / name / "000-DiT-Ti-8"), "--output", str(tmp_path / f"{name}.png")])
+        script["main"](
+            [str(tmp_path / name / "000-DiT-Ti-8"), "--output", str(tmp_path / f"{name}.png")]
+        )
     heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("plain", "judged")]
     assert heights[1] == pytest.approx(1.5 * heights[0], rel=0.01)

@@ -1,4 +1,6 @@
-"""The same numbers as diffusers: its DiT with our weights, its DDPM, its first-order DPM-Solver, which is DDIM."""
+"""The same numbers as diffusers: its DiT with our weights, its DDPM, its first-order DPM-Solver,
+which is DDIM.
+"""
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -24,14 +26,19 @@ def test_network_equals_that_of_diffusers(sizes):
         plain = Plain(ours)(x, t, y)
     assert expected.abs().max() > 0.1
     assert (out - expected).abs().max() < 1e-10
-    assert (out - plain).abs().max() < 1e-4  # the waves are of float32, whose angles round otherwise
+    # The waves are of float32, whose angles round otherwise
+    assert (out - plain).abs().max() < 1e-4
 
 
 # ---- samplers ----
 
 def ddpm_scheduler(steps, table=None):
-    """diffusers' ancestral sampler over that many steps; with a table, in its place the given alphas_cumprod."""
-    scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False, timestep_spacing="linspace")
+    """diffusers' ancestral sampler over that many steps; with a table, in its place the given
+    alphas_cumprod.
+    """
+    scheduler = DDPMScheduler(
+        variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
+    )
     if table is not None:
         scheduler.alphas_cumprod = torch.from_numpy(table)
     scheduler.set_timesteps(steps)
@@ -40,8 +47,11 @@ def ddpm_scheduler(steps, table=None):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000])
 def test_steps_are_those_of_diffusers(steps):
-    # not so for the counts where rounding a running sum and rounding multiples differ, such as 21: see test_respace
-    assert create_diffusion(str(steps)).timestep_map == ddpm_scheduler(steps).timesteps.tolist()[::-1]
+    # not so for the counts where rounding a running sum and rounding multiples differ, such as 21:
+    # see test_respace
+    assert (
+        create_diffusion(str(steps)).timestep_map == ddpm_scheduler(steps).timesteps.tolist()[::-1]
+    )
 
 
 @pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
@@ -69,7 +79,8 @@ def test_ancestral_sampling_equals_that_of_diffusers(monkeypatch, steps, dtype, 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 def test_ddim_equals_first_order_dpm_solver():
-    # DPM-Solver++ of order 1 is DDIM; diffusers' own DDIM takes other steps where their number does not divide 1000
+    # DPM-Solver++ of order 1 is DDIM; diffusers' own DDIM takes other steps where their number does
+    # not divide 1000
     diffusion = create_diffusion("30")
     scheduler = DPMSolverMultistepScheduler(solver_order=1)
     scheduler.set_timesteps(timesteps=diffusion.timestep_map[::-1])
@@ -77,7 +88,9 @@ def test_ddim_equals_first_order_dpm_solver():
     scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1, dtype=torch.float64)])
 
     x_last = x = randn(2, 4, 8, 8)
-    outs = diffusion.ddim_sample_loop_progressive(smooth_eps_and_v, x.shape, x_last, clip_denoised=False)
+    outs = diffusion.ddim_sample_loop_progressive(
+        smooth_eps_and_v, x.shape, x_last, clip_denoised=False
+    )
     for i, (t, out) in enumerate(zip(scheduler.timesteps, outs, strict=True)):
         scheduler._step_index = i  # its public step() would round to float32
         x_start = scheduler.convert_model_output(smooth_eps(x, t.repeat(len(x))), sample=x)
@@ -88,7 +101,9 @@ def test_ddim_equals_first_order_dpm_solver():
 
 
 def test_guided_sampling_of_a_network_equals_that_of_diffusers(monkeypatch):
-    """The network, its guidance and the sampler at once, against diffusers' network and sampler in float64."""
+    """The network, its guidance and the sampler at once, against diffusers' network and sampler in
+    float64.
+    """
     steps, scale, ours = 5, 3.0, small_dit()
     theirs, diffusion = diffusers_twin(ours), create_diffusion(str(steps))
     scheduler = ddpm_scheduler(steps, create_diffusion("").alphas_cumprod)
@@ -99,8 +114,13 @@ def test_guided_sampling_of_a_network_equals_that_of_diffusers(monkeypatch):
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
     with torch.no_grad():
         for t in scheduler.timesteps:
-            cond, uncond = theirs(x, t.repeat(2), labels).sample, theirs(x, t.repeat(2), null).sample
-            guided = torch.cat([uncond[:, :4] + scale * (cond[:, :4] - uncond[:, :4]), cond[:, 4:]], dim=1)
+            cond, uncond = (
+                theirs(x, t.repeat(2), labels).sample,
+                theirs(x, t.repeat(2), null).sample,
+            )
+            guided = torch.cat(
+                [uncond[:, :4] + scale * (cond[:, :4] - uncond[:, :4]), cond[:, 4:]], dim=1
+            )
             x = scheduler.step(guided, t, x).prev_sample
 
     draws = iter(torch.cat([z, z]) for z in noises)

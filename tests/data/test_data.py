@@ -1,4 +1,6 @@
-"""Folders, the centre crop against a computation of its own, broken files, and which image is seen at which step."""
+"""Folders, the centre crop against a computation of its own, broken files, and which image is seen
+at which step.
+"""
 import collections
 from functools import partial
 import multiprocessing
@@ -43,15 +45,23 @@ def save(path, array, mode=None):
 # ---- the centre crop ----
 
 def halve(array, axis):
-    """Half as many pixels along an axis, each the mean of those whose centres lie in it (PIL's box filter)."""
+    """Half as many pixels along an axis, each the mean of those whose centres lie in it (PIL's box
+    filter).
+    """
     old, new = array.shape[axis], array.shape[axis] // 2
     owner = np.floor((np.arange(old) + 0.5) * new / old).astype(int)
-    assert old % 2 == 0 or new % 2, "a centre would lie on an edge, where the last bit decides whose it is"
-    return np.stack([array.take(np.flatnonzero(owner == i), axis).mean(axis) for i in range(new)], axis)
+    assert old % 2 == 0 or new % 2, (
+        "a centre would lie on an edge, where the last bit decides whose it is"
+    )
+    return np.stack(
+        [array.take(np.flatnonzero(owner == i), axis).mean(axis) for i in range(new)], axis
+    )
 
 
 def crop_in_numbers(array, size):
-    """The centre crop as its description has it, in float64 and without PIL: (height, width, 3) → (size, size, 3)."""
+    """The centre crop as its description has it, in float64 and without PIL: (height, width, 3) →
+    (size, size, 3).
+    """
     picture = array.astype(np.float64)
     while picture.shape[0] >= 2 * size and picture.shape[1] >= 2 * size:
         picture = halve(halve(picture, 0), 1)
@@ -67,9 +77,10 @@ def crop_in_numbers(array, size):
 
 
 @pytest.mark.parametrize("width, height, size", [
-    (64, 64, 64), (64, 64, 32), (128, 64, 32), (64, 256, 32), (63, 64, 32), (64, 63, 32), (31, 50, 16), (50, 31, 16),
-    (10, 13, 16), (13, 10, 16), (199, 255, 50), (1023, 127, 16), (38, 106, 16), (1000, 5, 4), (5, 1000, 4),
-    (7, 1000, 2), (1, 1, 8), (1, 9, 4), (47, 20, 3), (300, 260, 256),
+    (64, 64, 64), (64, 64, 32), (128, 64, 32), (64, 256, 32), (63, 64, 32), (64, 63, 32),
+    (31, 50, 16), (50, 31, 16), (10, 13, 16), (13, 10, 16), (199, 255, 50), (1023, 127, 16),
+    (38, 106, 16), (1000, 5, 4), (5, 1000, 4), (7, 1000, 2), (1, 1, 8), (1, 9, 4), (47, 20, 3),
+    (300, 260, 256),
 ])  # fmt: skip
 def test_centre_crop_is_halved_scaled_and_cut(width, height, size):
     picture = noise_picture(width, height)
@@ -106,9 +117,14 @@ def relative(listing, root):
 
 
 def test_one_folder_per_class(tmp_path):
-    empty_files(tmp_path, "cat/2.png", "cat/1.JPG", "ant/in/deep.jpeg", "Bee/x.webp", "cat/notes.txt", "loose.png")
+    empty_files(
+        tmp_path, "cat/2.png", "cat/1.JPG", "ant/in/deep.jpeg", "Bee/x.webp", "cat/notes.txt",
+        "loose.png",
+    )  # fmt: skip
     listing = list_images(tmp_path, 3)
-    assert relative(listing, tmp_path) == ["Bee/x.webp", "ant/in/deep.jpeg", "cat/1.JPG", "cat/2.png"]
+    assert relative(listing, tmp_path) == [
+        "Bee/x.webp", "ant/in/deep.jpeg", "cat/1.JPG", "cat/2.png",
+    ]  # fmt: skip
     assert listing.labels == [0, 1, 2, 2] and listing.classes == ["Bee", "ant", "cat"]
     assert list_images(str(tmp_path), 1000) == listing  # fewer folders than classes are allowed
 
@@ -124,19 +140,28 @@ def test_without_classes_every_image_below_the_folder(tmp_path):
 @pytest.mark.parametrize("num_classes", [0, 2])
 def test_hidden_files_and_folders_are_left_out(tmp_path, num_classes):
     """Jupyter's copies and a Mac's shadows are no classes and no images."""
-    hidden = [".ipynb_checkpoints/1.png", "a/.ipynb_checkpoints/1.png", "a/._1.png", "b/.DS_Store", ".hidden.png"]
+    hidden = [
+        ".ipynb_checkpoints/1.png", "a/.ipynb_checkpoints/1.png", "a/._1.png", "b/.DS_Store",
+        ".hidden.png",
+    ]  # fmt: skip
     empty_files(tmp_path / ".data", "a/1.png", "b/2.png", *hidden)
     listing = list_images(tmp_path / ".data", num_classes)
     assert relative(listing, tmp_path / ".data") == ["a/1.png", "b/2.png"]
     assert listing.classes == (["a", "b"] if num_classes else None)
-    assert [note.split("left out ")[1][:15] for note in listing.notes] == ["2 hidden files ", "2 hidden folder"]
+    assert [note.split("left out ")[1][:15] for note in listing.notes] == [
+        "2 hidden files ",
+        "2 hidden folder",
+    ]
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_no_folder_is_listed_twice_by_links(tmp_path, num_classes):
     empty_files(tmp_path / "data", "a/1.png", "b/2.png")
     empty_files(tmp_path / "elsewhere", "3.png")
-    links = {"a/up": "..", "b/self": ".", "c": "../elsewhere", "b/a": "../a", "a/b": "../b", "d": "../elsewhere"}
+    links = {
+        "a/up": "..", "b/self": ".", "c": "../elsewhere", "b/a": "../a", "a/b": "../b",
+        "d": "../elsewhere",
+    }  # fmt: skip
     for link, target in links.items():
         (tmp_path / "data" / link).symlink_to(target)
     listing = list_images(tmp_path / "data", num_classes)
@@ -150,13 +175,18 @@ def test_pipes_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "a" / "2.png")
     (tmp_path / "a" / "3.png").symlink_to("2.png")
     listing = list_images(tmp_path, 1)
-    assert relative(listing, tmp_path) == ["a/1.png"] and "left out 2 pipes, sockets and devices" in listing.notes[0]
+    assert (
+        relative(listing, tmp_path) == ["a/1.png"]
+        and "left out 2 pipes, sockets and devices" in listing.notes[0]
+    )
 
 
 @pytest.mark.parametrize("inside", [".", "a", "a/new/folder", "../data/results"])
 def test_nothing_is_written_among_the_images(tmp_path, inside, monkeypatch):
     monkeypatch.chdir(empty_files(tmp_path / "data", "a/1.png"))
-    with pytest.raises(ValueError, match="--results-dir .* lies inside --data-path .; .*|lies inside --data-path"):
+    with pytest.raises(
+        ValueError, match="--results-dir .* lies inside --data-path .; .*|lies inside --data-path"
+    ):
         data_listing.check_outside(".", "--results-dir", inside)
     data_listing.check_outside("a", "--results-dir", "ab")
 
@@ -179,12 +209,19 @@ def test_what_else_is_left_out_is_counted(tmp_path):
         "2 .gif files, a format that is not read", "1 .heic files, a format that is not read",
         "1 loose images beside the class folders",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="no images in b; left out: 1 .gif files.*One folder of images per class"):
+    with pytest.raises(
+        ValueError, match="no images in b; left out: 1 .gif files.*One folder of images per class"
+    ):
         list_images(empty_files(tmp_path / "other", "b/3.gif"), 1)
 
 
 def test_order_is_that_of_torchvision(tmp_path):
-    names = [f"{c}/{d}{i}.png" for c in ("b", "B", "a b", "é") for d in ("", "z/", "z.y/", "Z/q/") for i in (10, 9, 1)]
+    names = [
+        f"{c}/{d}{i}.png"
+        for c in ("b", "B", "a b", "é")
+        for d in ("", "z/", "z.y/", "Z/q/")
+        for i in (10, 9, 1)
+    ]
     empty_files(tmp_path, *names)
     theirs, ours = ImageFolder(tmp_path), list_images(tmp_path, 4)
     assert ours.paths == [path for path, _ in theirs.samples] and ours.classes == theirs.classes
@@ -217,7 +254,10 @@ def test_folder_without_images(tmp_path):
     empty_files(tmp_path, "text.txt")
     with pytest.raises(ValueError, match=rf"--data-path {tmp_path} holds no images \(.*\.jpg"):
         list_images(tmp_path, 0)
-    with pytest.raises(ValueError, match=f"--data-path {tmp_path}: .*One folder of images per class .*--num-classes 0"):
+    with pytest.raises(
+        ValueError,
+        match=f"--data-path {tmp_path}: .*One folder of images per class .*--num-classes 0",
+    ):
         list_images(tmp_path, 2)
 
 
@@ -235,7 +275,10 @@ def test_class_without_images_is_named(tmp_path):
 
 def test_more_classes_than_allowed_names_the_surplus(tmp_path):
     empty_files(tmp_path, *(f"{name}/1.png" for name in ["ant", "bee", "cat", "dog"]))
-    with pytest.raises(ValueError, match="4 class folders, --num-classes is 2: .* for cat, dog; pass --num-classes 4"):
+    with pytest.raises(
+        ValueError,
+        match="4 class folders, --num-classes is 2: .* for cat, dog; pass --num-classes 4",
+    ):
         list_images(tmp_path, 2)
     assert list_images(tmp_path, 4).classes == ["ant", "bee", "cat", "dog"]
 
@@ -311,18 +354,31 @@ def test_what_is_transparent_is_white(tmp_path):
 def test_a_transparent_colour_is_white(tmp_path):
     """PNG and GIF may name one colour, or one entry of the palette, that is transparent."""
     levels = np.kron([[10, 200], [200, 10]], np.ones((8, 8))).astype(np.uint8)
-    for name, image in (("grey", Image.fromarray(levels)), ("palette", Image.fromarray(levels).convert("P"))):
+    for name, image in (
+        ("grey", Image.fromarray(levels)),
+        ("palette", Image.fromarray(levels).convert("P")),
+    ):
         image.save(tmp_path / f"{name}.png", transparency=10)
-        assert (read(tmp_path / f"{name}.png", 16).numpy() == np.where(levels == 10, 255, 200)).all()
+        assert (
+            read(tmp_path / f"{name}.png", 16).numpy() == np.where(levels == 10, 255, 200)
+        ).all()
 
 
 def png(path, header, rows, transparent):
     """Write a PNG chunk by chunk: Pillow cannot write these kinds."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
-    parts = [chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    parts = [
+        chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]  # fmt: skip
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
@@ -330,7 +386,10 @@ def test_a_transparent_colour_of_sixteen_bits_is_white(tmp_path):
     levels = np.kron([[0x1234, 0xC800], [0xC800, 0x1234]], np.ones((8, 8))).astype(">u2")
     for kind, channels in ((0, 1), (2, 3)):
         rows = b"".join(b"\0" + np.repeat(row, channels).tobytes() for row in levels)
-        png(tmp_path / "1.png", struct.pack(">IIBBBBB", 16, 16, 16, kind, 0, 0, 0), rows, b"\x12\x34" * channels)
+        png(
+            tmp_path / "1.png", struct.pack(">IIBBBBB", 16, 16, 16, kind, 0, 0, 0), rows,
+            b"\x12\x34" * channels,
+        )  # fmt: skip
         assert (read(tmp_path / "1.png", 16).numpy() == np.where(levels == 0x1234, 255, 0xC8)).all()
 
 
@@ -359,10 +418,15 @@ def test_a_long_text_in_a_png_is_passed_over(tmp_path):
 def test_a_strip_is_cropped_before_it_is_enlarged(monkeypatch):
     strip = Image.fromarray(noise_picture(4000, 2))
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a)
+    )
     monkeypatch.setattr(data_images, "MOST_PIXELS", 2**20)
     cropped = np.array(center_crop_arr(strip, 64))
-    assert sizes == [[64, 64]] and (cropped == np.array(center_crop_arr(strip.crop((1999, 0, 2001, 2)), 64))).all()
+    assert (
+        sizes == [[64, 64]]
+        and (cropped == np.array(center_crop_arr(strip.crop((1999, 0, 2001, 2)), 64))).all()
+    )
 
 
 def test_cmyk_images(tmp_path):
@@ -400,8 +464,12 @@ def test_unreadable_image_is_reported_with_its_path(broken):
 
 def test_next_readable_image_stands_in(tmp_path, broken):
     a, b = (save(tmp_path / f"{seed}.png", noise_picture(16, 16, seed=seed)) for seed in (1, 2))
-    dataset = ImageDataset(listing_of(broken[0], broken[1], a, broken[2], b, broken[3]), 16, skip_bad=True)
-    cases = [(0, a, 12, [0, 1]), (1, a, 12, [1]), (2, a, 12, []), (3, b, 14, [2]), (5, a, 12, [3, 0, 1])]
+    dataset = ImageDataset(
+        listing_of(broken[0], broken[1], a, broken[2], b, broken[3]), 16, skip_bad=True
+    )
+    cases = [
+        (0, a, 12, [0, 1]), (1, a, 12, [1]), (2, a, 12, []), (3, b, 14, [2]), (5, a, 12, [3, 0, 1]),
+    ]  # fmt: skip
     for index, stand_in, label, met in cases:
         image, got, bad = dataset[index, True]
         assert torch.equal(image, read(stand_in, 16, flip=True)) and got == label
@@ -409,7 +477,9 @@ def test_next_readable_image_stands_in(tmp_path, broken):
 
 
 def test_no_stand_in_unless_asked_for(tmp_path, broken):
-    dataset = ImageDataset(listing_of(broken[0], save(tmp_path / "a.png", noise_picture(16, 16))), 16)
+    dataset = ImageDataset(
+        listing_of(broken[0], save(tmp_path / "a.png", noise_picture(16, 16))), 16
+    )
     image, _, bad = dataset[0, False]
     assert image is None and len(bad) == 1
 
@@ -432,8 +502,14 @@ def test_a_disk_that_is_gone_is_not_an_image_that_is_broken(tmp_path, monkeypatc
 
 def test_collate():
     images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(3)]
-    batch, labels, bad = collate([(images[0], 5, []), (images[1], 6, ["x", "y"]), (images[2], 7, ["z"])])
-    assert batch.shape == (3, 3, 2, 2) and batch.dtype == torch.uint8 and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
+    batch, labels, bad = collate(
+        [(images[0], 5, []), (images[1], 6, ["x", "y"]), (images[2], 7, ["z"])]
+    )
+    assert (
+        batch.shape == (3, 3, 2, 2)
+        and batch.dtype == torch.uint8
+        and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
+    )
     assert labels.tolist() == [5, 6, 7] and labels.dtype == torch.int64
     assert bad == ["x", "y", "z"]
 
@@ -457,7 +533,9 @@ def flips(batches):
     return [[flip for _, flip in pairs] for pairs in batches]
 
 
-@pytest.mark.parametrize("num_images, batch, per_epoch", [(11, 4, 2), (12, 4, 3), (4, 4, 1), (7, 1, 7)])
+@pytest.mark.parametrize(
+    "num_images, batch, per_epoch", [(11, 4, 2), (12, 4, 3), (4, 4, 1), (7, 1, 7)]
+)
 def test_an_epoch_is_whole_batches_of_different_images(num_images, batch, per_epoch):
     assert steps_per_epoch(num_images, batch) == per_epoch
     seen = indices(stream(num_images, batch, stop=5 * per_epoch))
@@ -471,7 +549,9 @@ def test_epochs_are_shuffled_anew():
     seen = indices(stream(64, 64, stop=20))
     assert len({tuple(order) for order in seen}) == 20
     assert list(range(64)) not in seen
-    left_out = collections.Counter(i for one in indices(stream(5, 4, stop=100)) for i in set(range(5)) - set(one))
+    left_out = collections.Counter(
+        i for one in indices(stream(5, 4, stop=100)) for i in set(range(5)) - set(one)
+    )
     assert sorted(left_out) == [0, 1, 2, 3, 4]  # no image is left out for ever
 
 
@@ -503,8 +583,12 @@ def test_seeds_give_other_orders_and_flips():
     mirrors = {str(flips(stream(64, 16, seed=seed))) for seed in range(5)}
     assert len(orders) == len(mirrors) == 5
     # (seed, epoch) and (seed, step) are not added up anywhere
-    assert indices(stream(64, 64, seed=0, start=1, stop=2)) != indices(stream(64, 64, seed=1, start=0, stop=1))
-    assert flips(stream(64, 64, seed=0, start=1, stop=2)) != flips(stream(64, 64, seed=1, start=0, stop=1))
+    assert indices(stream(64, 64, seed=0, start=1, stop=2)) != indices(
+        stream(64, 64, seed=1, start=0, stop=1)
+    )
+    assert flips(stream(64, 64, seed=0, start=1, stop=2)) != flips(
+        stream(64, 64, seed=1, start=0, stop=1)
+    )
 
 
 def test_half_of_the_images_are_mirrored():
@@ -525,7 +609,9 @@ def test_flips_can_be_left_out():
 
 def test_too_few_images_for_one_batch():
     for call in (lambda: steps_per_epoch(3, 4), lambda: StepBatches(3, 4, 0, 0, 10)):
-        with pytest.raises(ValueError, match="3 images do not fill one batch of 4; lower --global-batch-size"):
+        with pytest.raises(
+            ValueError, match="3 images do not fill one batch of 4; lower --global-batch-size"
+        ):
             call()
 
 
@@ -556,7 +642,9 @@ def test_workers_change_nothing(folder):
 def test_loader_brings_the_images_that_the_stream_names(folder):
     dataset = ImageDataset(folder, 8, skip_bad=True)
     share = dict(rank=1, world_size=2)
-    for (images, labels, _), pairs in zip(loaded(folder, 0, **share), stream(10, seed=5, stop=6, **share), strict=True):
+    for (images, labels, _), pairs in zip(
+        loaded(folder, 0, **share), stream(10, seed=5, stop=6, **share), strict=True
+    ):
         assert images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8
         for image, label, pair in zip(images, labels, pairs, strict=True):
             assert torch.equal(image, dataset[pair][0]) and label == dataset[pair][1]
@@ -596,7 +684,9 @@ def block(path):
 
 
 def test_a_worker_that_was_killed_is_said_and_not_waited_for():
-    with pytest.raises(LoaderFailed, match=r"DataLoader worker .*memory is short.*fewer --num-workers"):
+    with pytest.raises(
+        LoaderFailed, match=r"DataLoader worker .*memory is short.*fewer --num-workers"
+    ):
         list(walk(kill_myself))
 
 
@@ -605,7 +695,9 @@ def kill_myself():
 
 
 def no_memory():
-    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+    raise RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+    )
 
 
 def test_workers_that_cannot_start_are_said_and_ended(monkeypatch):
@@ -633,7 +725,9 @@ def test_waiting_is_said_once_a_minute(capsys):
 
 
 def test_too_little_shared_memory_is_said():
-    with pytest.raises(LoaderFailed, match="too little shared memory: /dev/shm .*pass --num-workers 0"):
+    with pytest.raises(
+        LoaderFailed, match="too little shared memory: /dev/shm .*pass --num-workers 0"
+    ):
         list(walk(no_memory))
 
 

@@ -1,4 +1,6 @@
-"""Checkpoint files of every kind that is met, broken and hostile ones, and files that are whole or not there at all."""
+"""Checkpoint files of every kind that is met, broken and hostile ones, and files that are whole or
+not there at all.
+"""
 import argparse
 import collections
 from contextlib import nullcontext
@@ -37,14 +39,19 @@ FORMATS = {"zip": True, "legacy": False}  # torch.save's, since and before torch
 
 def state_dict(value=0.0):
     """A small state dict that can be told from others by its value."""
-    return {"blocks.0.attn.qkv.weight": torch.full((3, 2), value), "final_layer.linear.bias": torch.arange(4) + value}
+    return {
+        "blocks.0.attn.qkv.weight": torch.full((3, 2), value),
+        "final_layer.linear.bias": torch.arange(4) + value,
+    }
 
 
 def ours(value=0.0):
-    """A checkpoint as train.py writes it: ema is state_dict(value), model is state_dict(value + 1)."""
+    """A checkpoint as train.py writes it: ema is state_dict(value), model is state_dict(value + 1).
+    """
     return dict(
-        model=state_dict(value + 1), ema=state_dict(value), opt={"state": {}, "param_groups": [{"lr": 1e-4}]},
-        args={"model": "DiT-S/8"}, step=7, config=CONFIG, classes=CLASSES, rng={"torch": torch.get_rng_state()},
+        model=state_dict(value + 1), ema=state_dict(value),
+        opt={"state": {}, "param_groups": [{"lr": 1e-4}]}, args={"model": "DiT-S/8"}, step=7,
+        config=CONFIG, classes=CLASSES, rng={"torch": torch.get_rng_state()},
     )  # fmt: skip
 
 
@@ -79,7 +86,10 @@ def test_ema_is_the_default_and_paths_may_be_text(tmp_path):
 def test_checkpoint_with_a_namespace(tmp_path, which, value, kind):
     """Checkpoints in the wild hold model, ema, opt and a pickled argparse.Namespace."""
     args = argparse.Namespace(model="DiT-XL/2", lr=1e-4, ckpt=None, steps=[1, 2])
-    wild = dict(model=state_dict(4.0), ema=state_dict(3.0), opt={"state": {0: {"step": torch.tensor(1.0)}}}, args=args)
+    wild = dict(
+        model=state_dict(4.0), ema=state_dict(3.0), opt={"state": {0: {"step": torch.tensor(1.0)}}},
+        args=args,
+    )  # fmt: skip
     weights = load_weights(saved(tmp_path / "a.pt", wild, kind), which)
     assert_same(weights.tensors, state_dict(value))
     assert weights.config is None and weights.classes is None
@@ -87,7 +97,9 @@ def test_checkpoint_with_a_namespace(tmp_path, which, value, kind):
 
 
 def test_loading_a_namespace_leaves_no_permission_behind(tmp_path):
-    load_weights(saved(tmp_path / "a.pt", dict(model=state_dict(), args=argparse.Namespace(a=1))), "raw")
+    load_weights(
+        saved(tmp_path / "a.pt", dict(model=state_dict(), args=argparse.Namespace(a=1))), "raw"
+    )
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -111,7 +123,9 @@ def test_module_state_dict_with_its_own_types(tmp_path):
 @pytest.mark.parametrize("have, lack", [("ema", "raw"), ("model", "ema")])
 def test_weights_that_are_not_there_are_not_replaced(tmp_path, have, lack):
     path = saved(tmp_path / "a.pt", {have: state_dict(), "step": 3})
-    with pytest.raises(ValueError, match=f"a.pt holds no '{lack}' weights: its entries are {have}, step; "):
+    with pytest.raises(
+        ValueError, match=f"a.pt holds no '{lack}' weights: its entries are {have}, step; "
+    ):
         load_weights(path, lack)
     load_weights(path, "raw" if lack == "ema" else "ema")
 
@@ -135,7 +149,10 @@ def test_safetensors_with_our_metadata(tmp_path, config, classes):
 
 
 def test_saved_weights_come_back(tmp_path):
-    tensors = {"transposed": torch.arange(6.0).view(2, 3).t(), "half": torch.ones(2).bfloat16(), "one": torch.tensor(3)}
+    tensors = {
+        "transposed": torch.arange(6.0).view(2, 3).t(), "half": torch.ones(2).bfloat16(),
+        "one": torch.tensor(3),
+    }  # fmt: skip
     for weights in (Weights(tensors, CONFIG, CLASSES), Weights(tensors, None, None)):
         save_weights(tmp_path / "a.safetensors", weights)
         loaded = load_weights(tmp_path / "a.safetensors")
@@ -156,14 +173,16 @@ def test_saved_weights_come_back(tmp_path):
 ])  # fmt: skip
 def test_names_lose_the_marks_of_wrappers(tmp_path, wrapped):
     for contents in ({wrapped: torch.ones(2)}, {"ema": {wrapped: torch.ones(2)}}):
-        assert list(load_weights(saved(tmp_path / "a.pt", contents)).tensors) == ["blocks.0.attn.qkv.weight"]
+        assert list(load_weights(saved(tmp_path / "a.pt", contents)).tensors) == [
+            "blocks.0.attn.qkv.weight"
+        ]
     safetensors.torch.save_file({wrapped: torch.ones(2)}, tmp_path / "a.safetensors")
     assert list(load_weights(tmp_path / "a.safetensors").tensors) == ["blocks.0.attn.qkv.weight"]
 
 
 @pytest.mark.parametrize("name", [
-    "submodule.weight", "a.submodule.weight", "modules.weight", "a.module_list.0.weight", "module", "a.module",
-    "my_orig_mod.weight", "_orig_module.weight", "moduleXweight",
+    "submodule.weight", "a.submodule.weight", "modules.weight", "a.module_list.0.weight", "module",
+    "a.module", "my_orig_mod.weight", "_orig_module.weight", "moduleXweight",
 ])  # fmt: skip
 def test_other_names_stay(name):
     assert list(clean_names({name: torch.ones(2)})) == [name]
@@ -171,7 +190,9 @@ def test_other_names_stay(name):
 
 def test_wrapped_networks_give_the_bare_names():
     network = nn.Sequential(nn.Linear(2, 2), nn.SiLU(), nn.Linear(2, 2))
-    compiled = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.SiLU(), torch.compile(nn.Linear(2, 2))))
+    compiled = torch.compile(
+        nn.Sequential(nn.Linear(2, 2), nn.SiLU(), torch.compile(nn.Linear(2, 2)))
+    )
     assert any("_orig_mod" in name for name in compiled.state_dict())
     assert list(clean_names(compiled.state_dict())) == list(network.state_dict())
     assert list(clean_names(nn.DataParallel(network).state_dict())) == list(network.state_dict())
@@ -182,14 +203,18 @@ FIRST = "x_embedder.proj.weight"  # by which a network is found among others
 
 def wild(prefix="", value=1.0):
     """A state dict in which a network can be found, with a prefix."""
-    return {f"{prefix}{name}": tensor for name, tensor in {FIRST: torch.full((2,), value), **state_dict(value)}.items()}
+    return {
+        f"{prefix}{name}": tensor
+        for name, tensor in {FIRST: torch.full((2,), value), **state_dict(value)}.items()
+    }
 
 
 @pytest.mark.parametrize("contents, found", [
     ({"state_dict": wild("model.", 1), "epoch": 3}, {"ema": 1}),
     ({"state_dict": {**wild("model.", 1), **wild("ema_model.", 2), "vae.x": torch.ones(1)}}, {"ema": 2, "raw": 1}),
     ({"state_dict": {**wild("model.", 1), **wild("ema.ema_model.", 2), **wild("ema.online_model.", 1)}}, {"ema": 2}),
-    ({"state_dict": {**wild("model.", 1), "model_ema.decay": torch.ones(1)}}, {"raw": 1}),  # whose average is not read
+    # Whose average is not read
+    ({"state_dict": {**wild("model.", 1), "model_ema.decay": torch.ones(1)}}, {"raw": 1}),
     ({"state_dict": {**wild("a.", 1), **wild("b.", 2)}}, {}),
     ({"model_state_dict": wild("", 1), "ema_state_dict": wild("module.", 2), "optimizer_state_dict": {}}, {"ema": 2, "raw": 1}),
     ({"model": wild("net.", 1), "ema": wild("", 2), "model_ema": wild("", 3)}, {"ema": 2, "raw": 1}),
@@ -203,7 +228,10 @@ def test_containers_of_other_trainers(tmp_path, contents, found):
     path = saved(tmp_path / "a.pt", contents)
     for which in ("ema", "raw"):
         if which in found:
-            assert_same(dict(sorted(load_weights(path, which).tensors.items())), dict(sorted(wild("", found[which]).items())))
+            assert_same(
+                dict(sorted(load_weights(path, which).tensors.items())),
+                dict(sorted(wild("", found[which]).items())),
+            )
         else:
             with pytest.raises(ValueError, match=f"a.pt holds no '{which}' weights"):
                 load_weights(path, which)
@@ -223,19 +251,26 @@ def test_tensors_that_are_no_plain_weights(tmp_path, contents, says):
 
 @pytest.mark.parametrize("said", [
     {"args": argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")},
-    {"args": {"model": "SiT-XL/2"}}, {"args": {"model": "DiT-XL/2", "path_type": "linear", "prediction": "noise"}},
-    {"args": {"prediction": "v"}}, {"hyper_parameters": {"diffusion": {"prediction_type": "v_prediction"}}},
-    {"config": {"process": "flow"}}, {"config": {"transport": {"path_type": "GVP"}}}, {"prediction_type": "sample"},
-    {"args": {"objective": "pred_v"}}, {"args": {"loss_type": "flow-matching"}}, {"args": {"use_flow_matching": True}},
-    {"args": {"noise_schedule": "squaredcos_cap_v2"}}, {"args": {"diffusion_steps": 4000}}, {"args": {"predict_xstart": True}},
-    {"args": {"arch": "LightningDiT-B/1"}}, {"args": {"loss": "score_matching"}}, {"cfg": {"sigma_data": 0.5}},
+    {"args": {"model": "SiT-XL/2"}},
+    {"args": {"model": "DiT-XL/2", "path_type": "linear", "prediction": "noise"}},
+    {"args": {"prediction": "v"}},
+    {"hyper_parameters": {"diffusion": {"prediction_type": "v_prediction"}}},
+    {"config": {"process": "flow"}}, {"config": {"transport": {"path_type": "GVP"}}},
+    {"prediction_type": "sample"}, {"args": {"objective": "pred_v"}},
+    {"args": {"loss_type": "flow-matching"}}, {"args": {"use_flow_matching": True}},
+    {"args": {"noise_schedule": "squaredcos_cap_v2"}}, {"args": {"diffusion_steps": 4000}},
+    {"args": {"predict_xstart": True}}, {"args": {"arch": "LightningDiT-B/1"}},
+    {"args": {"loss": "score_matching"}}, {"cfg": {"sigma_data": 0.5}},
     {"args": types.SimpleNamespace(parameterization="x0")}, {"args": {"beta_end": 0.012}},
 ])  # fmt: skip
 @pytest.mark.parametrize("which", ["ema", "raw"])
 def test_a_network_of_another_process_is_refused(tmp_path, said, which):
     """Its tensors are those of a DiT, so nothing else would notice."""
     path = saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said})
-    with pytest.raises(ValueError, match=r"a\.pt is of another process \(.*predicts the noise.*Use the code that it was"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.pt is of another process \(.*predicts the noise.*Use the code that it was",
+    ):
         load_weights(path, which)
 
 
@@ -247,16 +282,21 @@ def test_a_network_of_another_process_is_refused(tmp_path, said, which):
     {"config": {**CONFIG, "process": "gaussian"}}, {"args": [1, 2]},
 ])  # fmt: skip
 def test_what_says_nothing_of_another_process_is_taken(tmp_path, said):
-    weights = load_weights(saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said}))
+    weights = load_weights(
+        saved(tmp_path / "a.pt", {"model": state_dict(), "ema": state_dict(), **said})
+    )
     assert "process" not in (weights.config or {})
 
 
 @pytest.mark.parametrize("metadata", [
-    {"modelspec.prediction_type": "v"}, {"modelspec.architecture": "SiT-XL/2"}, {"config": '{"process": "rectified flow"}'},
-    {"_class_name": "SiTTransformer2DModel"}, {"args": '{"prediction": "velocity"}'},
+    {"modelspec.prediction_type": "v"}, {"modelspec.architecture": "SiT-XL/2"},
+    {"config": '{"process": "rectified flow"}'}, {"_class_name": "SiTTransformer2DModel"},
+    {"args": '{"prediction": "velocity"}'},
 ])  # fmt: skip
 def test_metadata_say_another_process(tmp_path, metadata):
-    safetensors.torch.save_file(state_dict(), tmp_path / "a.safetensors", {"format": "pt", **metadata})
+    safetensors.torch.save_file(
+        state_dict(), tmp_path / "a.safetensors", {"format": "pt", **metadata}
+    )
     with pytest.raises(ValueError, match="is of another process"):
         load_weights(tmp_path / "a.safetensors")
 
@@ -264,7 +304,9 @@ def test_metadata_say_another_process(tmp_path, metadata):
 def test_config_beside_says_another_process(tmp_path):
     safetensors.torch.save_file(state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"_class_name": "SiTTransformer2DModel"}')
-    with pytest.raises(ValueError, match="config.json is of another process ._class_name: SiTTransformer2DModel"):
+    with pytest.raises(
+        ValueError, match="config.json is of another process ._class_name: SiTTransformer2DModel"
+    ):
         load_weights(tmp_path)
 
 
@@ -279,7 +321,9 @@ def test_checkpoint_path_has_seven_digits(tmp_path):
 def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in (10_000_000, 900, 9_999_999, 50_000):
         saved(checkpoint_path(tmp_path, step), {})
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["0000900.pt", "0050000.pt", "9999999.pt", "10000000.pt"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "0000900.pt", "0050000.pt", "9999999.pt", "10000000.pt",
+    ]  # fmt: skip
     assert newest_checkpoint(str(tmp_path)) == tmp_path / "checkpoints" / "10000000.pt"
 
 
@@ -304,14 +348,19 @@ def test_run_folder_stands_for_its_newest_checkpoint(tmp_path):
 def test_folder_without_checkpoints(tmp_path):
     assert list_checkpoints(tmp_path) == []
     for call in (load_weights, newest_checkpoint):
-        with pytest.raises(ValueError, match=f"{tmp_path} has no checkpoints/.*give a run folder, a checkpoint file, or a"):
+        with pytest.raises(
+            ValueError,
+            match=f"{tmp_path} has no checkpoints/.*give a run folder, a checkpoint file, or a",
+        ):
             call(tmp_path)
 
 
 # ---- broken files ----
 
 def refusals(path, contents_by_case, suffix=""):
-    """Case → what load_weights raised on these bytes, as text; anything but ValueError names its type."""
+    """Case → what load_weights raised on these bytes, as text; anything but ValueError names its
+    type.
+    """
     said = {}
     for case, contents in contents_by_case.items():
         path.write_bytes(contents)
@@ -326,7 +375,9 @@ def refusals(path, contents_by_case, suffix=""):
 
 @pytest.mark.parametrize("name", ["gone.pt", "gone.safetensors", "gone"])
 def test_missing_file(tmp_path, name):
-    with pytest.raises(ValueError, match=f"there is no checkpoint {tmp_path / name}; give a .pt or"):
+    with pytest.raises(
+        ValueError, match=f"there is no checkpoint {tmp_path / name}; give a .pt or"
+    ):
         load_weights(tmp_path / name)
 
 
@@ -339,7 +390,10 @@ def test_file_cut_short(tmp_path, kind, every):
     assert list(said) == list(lengths)  # none was taken for whole
     assert {text for text in said.values() if not text.startswith(f"{path} ")} == set()
     if kind == "zip":
-        assert all("cut short, damaged or no checkpoint; download or copy it again" in text for text in said.values())
+        assert all(
+            "cut short, damaged or no checkpoint; download or copy it again" in text
+            for text in said.values()
+        )
 
 
 def test_safetensors_cut_short(tmp_path):
@@ -348,7 +402,9 @@ def test_safetensors_cut_short(tmp_path):
     whole = path.read_bytes()
     said = refusals(path, {length: whole[:length] for length in range(len(whole))})
     assert len(said) == len(whole)
-    assert all(text.startswith(f"{path} is cut short or not a safetensors file") for text in said.values())
+    assert all(
+        text.startswith(f"{path} is cut short or not a safetensors file") for text in said.values()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -373,7 +429,9 @@ def test_altered_directory_of_the_archive(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("contents, name", [([torch.ones(2)], "list"), (torch.ones(2), "Tensor"), (None, "NoneType")])
+@pytest.mark.parametrize(
+    "contents, name", [([torch.ones(2)], "list"), (torch.ones(2), "Tensor"), (None, "NoneType")]
+)
 def test_file_that_holds_no_dict(tmp_path, contents, name, kind):
     path = saved(tmp_path / "a.pt", contents, kind)
     with pytest.raises(ValueError, match=f"a.pt holds a {name}, not a checkpoint"):
@@ -381,8 +439,9 @@ def test_file_that_holds_no_dict(tmp_path, contents, name, kind):
 
 
 @pytest.mark.parametrize("contents", [
-    {}, {"step": 3, "lr": 1e-4}, {"ema": {}}, {"ema": {"a": 1}}, {"ema": {"a": {"b": torch.ones(2)}}},
-    {"ema": None, "model": None}, {"a": torch.ones(2), "epoch": 3}, {"state_dict": {"a": torch.ones(2)}},
+    {}, {"step": 3, "lr": 1e-4}, {"ema": {}}, {"ema": {"a": 1}},
+    {"ema": {"a": {"b": torch.ones(2)}}}, {"ema": None, "model": None},
+    {"a": torch.ones(2), "epoch": 3}, {"state_dict": {"a": torch.ones(2)}},
 ])  # fmt: skip
 def test_dict_without_weights(tmp_path, contents):
     with pytest.raises(ValueError, match="a.pt holds no 'ema' weights: .*a state dict is wanted"):
@@ -394,14 +453,17 @@ def test_dict_without_weights(tmp_path, contents):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_json_in_any_unicode_and_with_a_byte_order_mark(tmp_path, encoding):
     """Editors on Windows begin a file with one."""
-    (tmp_path / "a.json").write_bytes(json.dumps({"name": "é"}, ensure_ascii=False).encode(encoding))
+    (tmp_path / "a.json").write_bytes(
+        json.dumps({"name": "é"}, ensure_ascii=False).encode(encoding)
+    )
     assert read_json(tmp_path / "a.json") == {"name": "é"}
 
 
 @pytest.mark.parametrize("text, says", [
     ("[" * 100_000, "nested too deeply"), ('{"a":' * 200 + "1" + "}" * 200, "nested too deeply"),
-    ('{"a": NaN}', "the number NaN"), ('{"a": 1e999}', "the number 1e999"), ('{"a": ' + "9" * 5000 + "}", "5,000 digits"),
-    ("\0", "Expecting value"), ("", "Expecting value"), ("5", "holds a int"), ('{"a": 1', "Expecting"),
+    ('{"a": NaN}', "the number NaN"), ('{"a": 1e999}', "the number 1e999"),
+    ('{"a": ' + "9" * 5000 + "}", "5,000 digits"), ("\0", "Expecting value"),
+    ("", "Expecting value"), ("5", "holds a int"), ('{"a": 1', "Expecting"),
     (b"\xff\x00\x01", "codec can't decode"), (None, "No such file"),
 ])  # fmt: skip
 def test_nonsense_in_json_is_one_message(tmp_path, text, says):
@@ -431,14 +493,17 @@ class Hostile:
 
 
 @pytest.mark.parametrize("place", [
-    lambda bad: {"a": torch.ones(2), "b": bad}, lambda bad: {"model": state_dict(), "ema": state_dict(), "args": bad},
-    lambda bad: {"ema": bad}, lambda bad: bad, lambda bad: argparse.Namespace(a=bad),
+    lambda bad: {"a": torch.ones(2), "b": bad},
+    lambda bad: {"model": state_dict(), "ema": state_dict(), "args": bad}, lambda bad: {"ema": bad},
+    lambda bad: bad, lambda bad: argparse.Namespace(a=bad),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", FORMATS)
 def test_code_in_a_checkpoint_is_refused_and_named(tmp_path, place, kind):
     marker = tmp_path / "it ran"
     path = saved(tmp_path / "a.pt", place(Hostile(marker)), kind)
-    with pytest.raises(ValueError, match=r"a\.pt was not loaded: it asks for \w+\.system,.* do not trust this file"):
+    with pytest.raises(
+        ValueError, match=r"a\.pt was not loaded: it asks for \w+\.system,.* do not trust this file"
+    ):
         load_weights(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)
@@ -457,23 +522,32 @@ class Call(Hostile):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("wrap", [
-    lambda bad: collections.defaultdict(bad), lambda bad: Call(collections.deque, bad), lambda bad: Call(pathlib.Path, bad),
-    lambda bad: Call(np.dtype, bad), lambda bad: Call(types.SimpleNamespace, bad), lambda bad: Call(frozenset, bad),
+    lambda bad: collections.defaultdict(bad), lambda bad: Call(collections.deque, bad),
+    lambda bad: Call(pathlib.Path, bad), lambda bad: Call(np.dtype, bad),
+    lambda bad: Call(types.SimpleNamespace, bad), lambda bad: Call(frozenset, bad),
 ])  # fmt: skip
 def test_admitted_names_call_nothing(tmp_path, wrap, kind):
     marker = tmp_path / "it ran"
-    hidden = Call(os.system, f"touch '{marker}'") if "defaultdict" not in str(wrap(None)) else os.system
+    hidden = (
+        Call(os.system, f"touch '{marker}'") if "defaultdict" not in str(wrap(None)) else os.system
+    )
     path = saved(tmp_path / "a.pt", {"ema": state_dict(), "x": wrap(hidden)}, kind)
     with pytest.raises(ValueError, match=r"it asks for \w+\.system,.* do not trust this file"):
         load_weights(path)
-    path = saved(tmp_path / "a.pt", {"ema": state_dict(), "x": Call(eval, f"open({str(marker)!r}, 'w')")}, kind)
+    path = saved(
+        tmp_path / "a.pt", {"ema": state_dict(), "x": Call(eval, f"open({str(marker)!r}, 'w')")},
+        kind,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="it asks for eval,.* do not trust this file"):
         load_weights(path)
     assert not marker.exists()
 
 
 def test_a_factory_in_a_pickle_is_never_called(tmp_path):
-    contents = {"ema": state_dict(), "x": collections.defaultdict(list, {"a": [1]}), "y": Call(bytes, 10**11)}
+    contents = {
+        "ema": state_dict(), "x": collections.defaultdict(list, {"a": [1]}),
+        "y": Call(bytes, 10**11),
+    }  # fmt: skip
     path = saved(tmp_path / "a.pt", contents)
     with pytest.raises(ValueError, match="damaged"):  # rather than take 100 GB
         read_checkpoint(path)
@@ -490,23 +564,35 @@ EVERYDAY = {  # beside the weights → what becomes of it
     "dtype": (torch.float16, torch.float16),
 }  # fmt: skip
 UNREAD = [
-    np.arange(3), np.float32, np.dtype("f4"), np.random.get_state(), np.random.default_rng(0), datetime.datetime(2020, 1, 1),
-    datetime.timedelta(3), decimal.Decimal("1.5"), uuid.UUID(int=3), int, slice(1, 2), np.datetime64("2020-01-01"),
+    np.arange(3), np.float32, np.dtype("f4"), np.random.get_state(), np.random.default_rng(0),
+    datetime.datetime(2020, 1, 1), datetime.timedelta(3), decimal.Decimal("1.5"), uuid.UUID(int=3),
+    int, slice(1, 2), np.datetime64("2020-01-01"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_everyday_objects_beside_weights_are_read_as_plain_values(tmp_path, kind):
-    contents = {name: value for name, (value, _) in EVERYDAY.items()} | {"unread": UNREAD, "ema": state_dict(2.0)}
+    contents = {name: value for name, (value, _) in EVERYDAY.items()} | {
+        "unread": UNREAD,
+        "ema": state_dict(2.0),
+    }
     path = saved(tmp_path / "a.pt", contents, kind)
     read = read_checkpoint(path)
-    assert {name: read[name] for name in EVERYDAY} == {name: want for name, (_, want) in EVERYDAY.items()}
+    assert {name: read[name] for name in EVERYDAY} == {
+        name: want for name, (_, want) in EVERYDAY.items()
+    }
     assert_same(load_weights(path).tensors, state_dict(2.0))
 
 
 def test_a_programs_own_object_is_called_that(tmp_path):
-    path = saved(tmp_path / "a.pt", {"ema": state_dict(), "x": functools.partial(print), "y": nn.Linear(1, 1)})
-    with pytest.raises(ValueError, match="asks for functools.partial, an object of the program.*save the weights alone"):
+    path = saved(
+        tmp_path / "a.pt",
+        {"ema": state_dict(), "x": functools.partial(print), "y": nn.Linear(1, 1)},
+    )
+    with pytest.raises(
+        ValueError,
+        match="asks for functools.partial, an object of the program.*save the weights alone",
+    ):
         load_weights(path)
     torch.save(state_dict(), path, pickle_protocol=4)
     with pytest.raises(ValueError, match="a pickle of another protocol than torch.save's own"):
@@ -517,7 +603,9 @@ def test_a_programs_own_object_is_called_that(tmp_path):
 @pytest.mark.parametrize("place", [lambda network: network, lambda network: {"ema": network}])
 def test_pickled_network_is_refused(tmp_path, place, kind):
     path = saved(tmp_path / "a.pt", place(nn.Linear(2, 2)), kind)
-    with pytest.raises(ValueError, match=r"a\.pt was not loaded: it asks for torch\.nn\.modules\.linear\.Linear,"):
+    with pytest.raises(
+        ValueError, match=r"a\.pt was not loaded: it asks for torch\.nn\.modules\.linear\.Linear,"
+    ):
         load_weights(path)
 
 
@@ -558,12 +646,16 @@ def test_fitting_weights_pass():
 def test_each_misfit_is_named(change, says):
     tensors = dict(network().state_dict())
     change(tensors)
-    with pytest.raises(ValueError, match=rf"^a\.pt is of another configuration: {says}\. Give the --model"):
+    with pytest.raises(
+        ValueError, match=rf"^a\.pt is of another configuration: {says}\. Give the --model"
+    ):
         check_fits(network(), tensors, "a.pt")
 
 
 def test_all_misfits_are_counted():
-    with pytest.raises(ValueError, match=r"0\.weight is missing; 0\.bias is missing; .* and 2 more\. Give"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight is missing; 0\.bias is missing; .* and 2 more\. Give"
+    ):
         check_fits(network(), {"x": torch.ones(1), "y": torch.ones(1)}, "a.pt")
     with pytest.raises(ValueError, match=r"2\.bias is missing\. Give"):
         check_fits(network(), {}, "a.pt")
@@ -620,10 +712,15 @@ def test_a_name_as_long_as_may_be_is_written(tmp_path, name):
     assert os.listdir(tmp_path) == [name] and load_weights(tmp_path / name).tensors
 
 
-@pytest.mark.parametrize("path, says", [("x" * 256, "File name too long"), ("a\0b", "null"), ("file/x", "Not a directory")])
+@pytest.mark.parametrize(
+    "path, says",
+    [("x" * 256, "File name too long"), ("a\0b", "null"), ("file/x", "Not a directory")],
+)
 def test_paths_that_no_file_can_have(tmp_path, path, says):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"is no name for a file or folder .*{says}.*; give another"):
+    with pytest.raises(
+        ValueError, match=f"is no name for a file or folder .*{says}.*; give another"
+    ):
         load_weights(tmp_path / path)
 
 
@@ -643,7 +740,9 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch, num
     with pytest.raises(OSError, match="refused") if fails else nullcontext():
         save_checkpoint(tmp_path / "a.pt", ours())
     assert os.listdir(tmp_path) == ["a.pt"]
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "refused")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "refused"))
+    )
     with pytest.raises(OSError, match=f"refused: '{tmp_path}/b.pt'"):
         save_checkpoint(tmp_path / "b.pt", ours())
     assert os.listdir(tmp_path) == ["a.pt"]
@@ -651,7 +750,10 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch, num
 
 def test_a_split_checkpoint_of_torch_distributed_is_called_that(tmp_path):
     (tmp_path / ".metadata").touch()
-    with pytest.raises(ValueError, match="split over files; make one file of it: python -m torch.distributed.checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match="split over files; make one file of it: python -m torch.distributed.checkpoint",
+    ):
         load_weights(tmp_path)
 
 
@@ -661,7 +763,11 @@ def test_file_is_on_disk_before_it_gets_its_name_and_the_name_after(tmp_path, mo
     fsync, replace = os.fsync, os.replace
 
     def note_sync(handle):
-        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"file of {os.fstat(handle).st_size}")
+        done.append(
+            "folder"
+            if stat.S_ISDIR(os.fstat(handle).st_mode)
+            else f"file of {os.fstat(handle).st_size}"
+        )
         fsync(handle)
 
     def note_name(source, target):

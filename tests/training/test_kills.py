@@ -1,4 +1,5 @@
-"""Runs that are killed with SIGKILL and resumed with the same command end bit by bit as one that was left alone.
+"""Runs that are killed with SIGKILL and resumed with the same command end bit by bit as one that
+was left alone.
 
 kill_campaign.py does the killing, and can be run by itself for as many kills as wanted.
 """
@@ -60,7 +61,9 @@ def test_killed_once_from_outside(context, data, alone, tmp_path):
 
 
 def test_killed_in_the_middle_of_a_checkpoint(context, data, alone, tmp_path):
-    step, found = survive(context, data, tmp_path, 1, {"at": "byte", "save": 2, "share": 0.5}, random)
+    step, found = survive(
+        context, data, tmp_path, 1, {"at": "byte", "save": 2, "share": 0.5}, random
+    )
     assert step == 14 and found == alone(1)
 
 
@@ -78,16 +81,22 @@ def test_killed_at_ten_steps(context, data, alone, tmp_path, processes):
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("at, share", [("byte", 0.0), ("byte", 0.01), ("byte", 0.99), ("before", 1), ("after", 1)])
+@pytest.mark.parametrize(
+    "at, share", [("byte", 0.0), ("byte", 0.01), ("byte", 0.99), ("before", 1), ("after", 1)]
+)
 def test_killed_while_a_checkpoint_is_written(context, data, alone, tmp_path, processes, at, share):
-    step, found = survive(context, data, tmp_path, processes, {"at": at, "save": 3, "share": share}, random)
+    step, found = survive(
+        context, data, tmp_path, processes, {"at": at, "save": 3, "share": share}, random
+    )
     assert step == 21 and found == alone(processes)
 
 
 @pytest.mark.long
 def test_killed_on_four_processes(context, data, alone, tmp_path):
     """More than two, where a sum over processes depends on its order."""
-    step, found = survive(context, data, tmp_path, 4, {"at": "before", "save": 2, "share": 1}, random)
+    step, found = survive(
+        context, data, tmp_path, 4, {"at": "before", "save": 2, "share": 1}, random
+    )
     assert step == 14 and found == alone(4)
 
 
@@ -102,13 +111,18 @@ def test_killed_again_and_again(context, data, alone, tmp_path):
 
 
 def torchrun(data, folder, steps=STEPS):
-    """The command under torchrun, in a process group of its own; its output goes to folder/torchrun.txt."""
+    """The command under torchrun, in a process group of its own; its output goes to
+    folder/torchrun.txt.
+    """
     folder.mkdir(exist_ok=True)
-    flags = ["--data-path", str(data), "--results-dir", str(folder / "results"), *RUN, "--max-steps", str(steps)]
+    flags = [
+        "--data-path", str(data), "--results-dir", str(folder / "results"), *RUN, "--max-steps",
+        str(steps),
+    ]  # fmt: skip
     with open(folder / "torchrun.txt", "a") as output:
         return subprocess.Popen(
-            [*TORCHRUN, "train.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
-            stderr=output, start_new_session=True,
+            [*TORCHRUN, "train.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
 
 
@@ -159,7 +173,11 @@ def test_torchrun_killed_alone_leaves_workers_that_hold_the_folder(data, tmp_pat
     assert torchrun(data, tmp_path, steps=100_000).wait(120) != 0
     text = (tmp_path / "torchrun.txt").read_text()
     holder = re.search(r"is being written by process (\d+) on (\S+);", text)
-    assert holder and int(holder[1]) in [worker.pid for worker in workers] and holder[2] == os.uname().nodename, text
+    assert (
+        holder
+        and int(holder[1]) in [worker.pid for worker in workers]
+        and holder[2] == os.uname().nodename
+    ), text
     kill_all(workers)
     later = torchrun(data, tmp_path, steps=100_000)
     wait_for(tmp_path, "going on from", later)

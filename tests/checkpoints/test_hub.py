@@ -1,4 +1,6 @@
-"""hub.py, export.py and diffusers_format.py: folders that others read, the same numbers there, and what cannot be exported."""
+"""hub.py, export.py and diffusers_format.py: folders that others read, the same numbers there, and
+what cannot be exported.
+"""
 
 import json
 import shutil
@@ -28,7 +30,9 @@ import sample
 from sampling.sampler import Sampler
 from vae import PixelSpace, load_vae, to_uint8
 
-CONFIG = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=3, num_heads=2, num_classes=10)
+CONFIG = dict(
+    input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=3, num_heads=2, num_classes=10
+)
 NAMES = [f"digit {i}" for i in range(10)]
 DIGITS = ROOT / "examples" / "digits"
 
@@ -54,13 +58,18 @@ def inputs(ours, null_label):
 
 # ---- diffusers ----
 
-@pytest.mark.parametrize("changes", [{}, dict(learn_sigma=False, num_classes=1000), dict(patch_size=1, num_classes=1)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(learn_sigma=False, num_classes=1000), dict(patch_size=1, num_classes=1)]
+)
 def test_exported_network_gives_our_numbers(tmp_path, vae, changes):
     ours = network(**changes)
     publish.export_diffusers(ours, load_vae(vae), tmp_path / "p")
     pipeline = publish.load_exported(tmp_path / "p")
     x, t, here, there = inputs(ours, 1000)
-    here, there = here.clamp(max=ours.null_label), torch.where(here >= ours.num_classes, 1000, there)
+    here, there = (
+        here.clamp(max=ours.null_label),
+        torch.where(here >= ours.num_classes, 1000, there),
+    )
     with torch.no_grad():
         expected, out = ours(x, t, here), pipeline.transformer(x, t, there).sample
     assert expected.abs().max() > 0.1
@@ -80,8 +89,8 @@ def ours_as_the_pipeline_does_it(ours, space, labels, noise, steps, scale):
     diffusion = create_diffusion(f"ddim{steps}", learn_sigma=ours.learn_sigma)
     y = torch.cat([labels, torch.full_like(labels, ours.null_label)])
     latents = diffusion.ddim_sample_loop(
-        ours.forward_with_cfg, (2 * len(noise), *noise.shape[1:]), torch.cat([noise, noise]), clip_denoised=False,
-        model_kwargs=dict(y=y, cfg_scale=scale, cfg_channels="all"),
+        ours.forward_with_cfg, (2 * len(noise), *noise.shape[1:]), torch.cat([noise, noise]),
+        clip_denoised=False, model_kwargs=dict(y=y, cfg_scale=scale, cfg_channels="all"),
     )  # fmt: skip
     return to_uint8(space.decode(latents[: len(noise)]))
 
@@ -89,8 +98,11 @@ def ours_as_the_pipeline_does_it(ours, space, labels, noise, steps, scale):
 def theirs(pipeline, labels, noise, steps, scale, monkeypatch):
     """The pipeline's images from that noise."""
     pipeline.set_progress_bar_config(disable=True)
-    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **kwargs: noise.clone())
-    images = pipeline(labels.tolist(), scale, num_inference_steps=steps, output_type="pt").images  # in [0, 1]
+    monkeypatch.setattr(
+        "diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **kwargs: noise.clone()
+    )
+    # in [0, 1]
+    images = pipeline(labels.tolist(), scale, num_inference_steps=steps, output_type="pt").images
     return to_uint8(2 * images - 1)
 
 
@@ -111,7 +123,8 @@ def test_pipeline_draws_our_pictures_of_digits(tmp_path, monkeypatch):
     stock = theirs(DiTPipeline.from_pretrained(tmp_path / "p"), labels, noise, 20, 1.5, monkeypatch)
     gap = grey_levels(stock, expected)
     text = (ROOT / "README.md").read_text()
-    said = float(text.split("grey levels of 255")[0].rsplit(maxsplit=1)[-1])  # the README's figure is this one
+    # the README's figure is this one
+    said = float(text.split("grey levels of 255")[0].rsplit(maxsplit=1)[-1])
     assert abs(gap - said) < 0.1 * said
 
 
@@ -126,21 +139,29 @@ def test_import_undoes_export(exported):
 
 @pytest.mark.parametrize("options", [{}, {"safe_serialization": False}])
 def test_import_of_what_diffusers_saved_again(exported, tmp_path, options):
-    DiTPipeline.from_pretrained(exported, torch_dtype=torch.float16).save_pretrained(tmp_path / "again", **options)
+    DiTPipeline.from_pretrained(exported, torch_dtype=torch.float16).save_pretrained(
+        tmp_path / "again", **options
+    )
     back, classes = loading.import_diffusers(tmp_path / "again")
     assert back.config == network().config and classes == NAMES
-    halves = {name: value.half().float() for name, value in network().state_dict().items() if name != "pos_embed"}
+    halves = {
+        name: value.half().float()
+        for name, value in network().state_dict().items()
+        if name != "pos_embed"
+    }
     assert all(torch.equal(back.state_dict()[name], value) for name, value in halves.items())
     assert torch.equal(back.pos_embed, network().pos_embed)  # computed, not read
 
 
 @pytest.fixture
 def stock_folder(tmp_path):
-    """The folder of a network that diffusers made itself, every block with the first one's embedders."""
+    """The folder of a network that diffusers made itself, every block with the first one's
+    embedders.
+    """
     torch.manual_seed(0)
     theirs = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
-        num_embeds_ada_norm=1000, norm_eps=1e-6,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=4, num_embeds_ada_norm=1000, norm_eps=1e-6,
     ).eval()  # fmt: skip
     first, *others = theirs.transformer_blocks
     for block in others:
@@ -153,7 +174,9 @@ def stock_folder(tmp_path):
 def test_import_of_a_folder_that_diffusers_made(stock_folder, older):
     folder, theirs = stock_folder
     if older:  # another class name, and weights that torch.save wrote
-        config = json.loads((folder / "config.json").read_text()) | {"_class_name": "Transformer2DModel"}
+        config = json.loads((folder / "config.json").read_text()) | {
+            "_class_name": "Transformer2DModel"
+        }
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "diffusion_pytorch_model.safetensors").unlink()
         torch.save(theirs.state_dict(), folder / "diffusion_pytorch_model.bin")
@@ -167,14 +190,19 @@ def test_import_of_a_folder_that_diffusers_made(stock_folder, older):
         assert (ours(x, t, here) - expected).abs().max() < 1e-5 < 0.1 < expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["class_embedder.embedding_table.weight", "timestep_embedder.linear_2.bias"])
+@pytest.mark.parametrize(
+    "name", ["class_embedder.embedding_table.weight", "timestep_embedder.linear_2.bias"]
+)
 def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
     folder, _ = stock_folder
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(file)
     tensors[f"transformer_blocks.1.norm1.emb.{name}"][0] += 1e-3
     safetensors.torch.save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"config.json: its blocks have embedders of their own \(.*blocks.1.*{name}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"config.json: its blocks have embedders of their own \(.*blocks.1.*{name}",
+    ):
         loading.import_diffusers(folder)
 
 
@@ -208,10 +236,13 @@ def test_import_refuses_what_is_no_dit(stock_folder, change, message):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"prediction_type": "v_prediction"}, "prediction_type: v_prediction"), ({"prediction_type": "sample"}, "prediction_type"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name"), ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+    ({"prediction_type": "v_prediction"}, "prediction_type: v_prediction"),
+    ({"prediction_type": "sample"}, "prediction_type"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name"),
+    ({"use_flow_sigmas": True}, "use_flow_sigmas"),
     ({"beta_schedule": "scaled_linear"}, "beta_schedule"), ({"beta_end": 0.012}, "beta_end"),
-    ({"num_train_timesteps": 500}, "num_train_timesteps"), ({"trained_betas": [0.1] * 1000}, "trained_betas"),
+    ({"num_train_timesteps": 500}, "num_train_timesteps"),
+    ({"trained_betas": [0.1] * 1000}, "trained_betas"),
     ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ({"_class_name": "DDPMScheduler", "trained_betas": create_diffusion("").betas.tolist()}, None),
     ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, None),
@@ -224,14 +255,18 @@ def test_a_pipelines_scheduler_says_its_process(exported, tmp_path, change, says
         loading.import_diffusers(tmp_path / "p")
         return
     for path in (tmp_path / "p", tmp_path / "p" / "transformer"):
-        with pytest.raises(ValueError, match=rf"scheduler_config.json is of another process \({says}"):
+        with pytest.raises(
+            ValueError, match=rf"scheduler_config.json is of another process \({says}"
+        ):
             loading.load_pretrained(path)
 
 
 def test_import_takes_diffusers_format_alone(tmp_path):
     publish.save_pretrained(network(), tmp_path / "dit")
     for other in (tmp_path / "dit", DIGITS / "dit.safetensors", DIGITS / "vae"):
-        with pytest.raises(ValueError, match="is no DiT of diffusers; load_pretrained reads everything else"):
+        with pytest.raises(
+            ValueError, match="is no DiT of diffusers; load_pretrained reads everything else"
+        ):
             loading.import_diffusers(other)
 
 
@@ -267,12 +302,23 @@ def test_export_refuses_pixels_and_shifted_latents(tmp_path, vae):
 def test_load_pretrained_undoes_save_pretrained(tmp_path):
     ours = network(block="adaln", num_classes=3)
     publish.save_pretrained(ours, tmp_path / "a" / "dit", ["a", "b", "é"])
-    assert sorted(p.name for p in (tmp_path / "a" / "dit").iterdir()) == ["README.md", "config.json", PRETRAINED]
+    assert sorted(p.name for p in (tmp_path / "a" / "dit").iterdir()) == [
+        "README.md", "config.json", PRETRAINED,
+    ]  # fmt: skip
     back, classes = loading.load_pretrained(tmp_path / "a" / "dit")
-    assert back.config == ours.config and classes == ["a", "b", "é"] and not back.training and not back.pos_embed.requires_grad
-    assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
+    assert (
+        back.config == ours.config
+        and classes == ["a", "b", "é"]
+        and not back.training
+        and not back.pos_embed.requires_grad
+    )
+    assert all(
+        torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items()
+    )
     config = json.loads((tmp_path / "a" / "dit" / "config.json").read_text())
-    assert config == {"_class_name": "DiT", **ours.config, "id2label": {"0": "a", "1": "b", "2": "é"}}
+    assert config == {
+        "_class_name": "DiT", **ours.config, "id2label": {"0": "a", "1": "b", "2": "é"},
+    }  # fmt: skip
 
 
 def test_class_names_that_are_no_text_are_named_where_others_read(tmp_path, vae):
@@ -280,12 +326,19 @@ def test_class_names_that_are_no_text_are_named_where_others_read(tmp_path, vae)
     names = ["a", "caf\udce9"]
     for write in (lambda: publish.save_pretrained(network(), tmp_path / "a", names),
                   lambda: publish.export_diffusers(network(), load_vae(vae), tmp_path / "b", names)):  # fmt: skip
-        with pytest.raises(ValueError, match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*--format safetensors"):
+        with pytest.raises(
+            ValueError,
+            match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*--format safetensors",
+        ):
             write()
     assert not list(tmp_path.iterdir())
-    save_weights(tmp_path / "c.safetensors", Weights(network().state_dict(), network().config, names))
+    save_weights(
+        tmp_path / "c.safetensors", Weights(network().state_dict(), network().config, names)
+    )
     assert load_weights(tmp_path / "c.safetensors").classes == names
-    publish.save_pretrained(network(), tmp_path / "d", training={"step": 1, "args": {"model": "caf\udce9", "vae": 5}})
+    publish.save_pretrained(
+        network(), tmp_path / "d", training={"step": 1, "args": {"model": "caf\udce9", "vae": 5}}
+    )
     assert "# caf?" in (tmp_path / "d" / "README.md").read_text()
 
 
@@ -294,7 +347,10 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path, vae, monkeypatch):
         raise safetensors.SafetensorError("No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(ValueError, match="cannot write .*/a .No space left on device.; nothing is left of it: make room"):
+    with pytest.raises(
+        ValueError,
+        match="cannot write .*/a .No space left on device.; nothing is left of it: make room",
+    ):
         publish.save_pretrained(network(), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
@@ -302,20 +358,32 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path, vae, monkeypatch):
 def test_a_pipeline_that_brings_code_is_not_run(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "p")
     index = tmp_path / "p" / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer": ["evil", "DiTTransformer2DModel"]}))
+    index.write_text(
+        json.dumps(
+            json.loads(index.read_text()) | {"transformer": ["evil", "DiTTransformer2DModel"]}
+        )
+    )
     (tmp_path / "p" / "transformer" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ValueError, match="its transformer is of .'evil'., not of diffusers; code in a folder is never run"):
+    with pytest.raises(
+        ValueError,
+        match="its transformer is of .'evil'., not of diffusers; code in a folder is never run",
+    ):
         publish.load_exported(tmp_path / "p")
     assert not (tmp_path / "ran").exists()
 
 
 def test_the_hub_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="some/one is no file.*set to be offline, by HF_HUB_OFFLINE, and there is no copy"):
+    with pytest.raises(
+        ValueError,
+        match="some/one is no file.*set to be offline, by HF_HUB_OFFLINE, and there is no copy",
+    ):
         checkpoints_names.local_path("some/one")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
+)
 def test_weights_of_any_precision_become_float32(tmp_path, dtype):
     ours = network()
     torch.save({"ema": {name: value.to(dtype) for name, value in ours.state_dict().items()}, "config": ours.config},
@@ -326,13 +394,17 @@ def test_weights_of_any_precision_become_float32(tmp_path, dtype):
 
 
 def test_card_says_what_the_checkpoint_says():
-    training = {"step": 1234, "args": {"model": "DiT-Ti/1", "lr": 1e-3, "vae": "some/vae", "results_dir": "/home/me"}}
+    training = {
+        "step": 1234,
+        "args": {"model": "DiT-Ti/1", "lr": 1e-3, "vae": "some/vae", "results_dir": "/home/me"},
+    }
     card = publish.model_card(network(), NAMES, training)
     for said in ("# DiT-Ti/1", "| training steps | 1234 |", "| lr | 0.001 |", "--vae some/vae", "10 classes", "| depth | 3 |",
                  f"{sum(p.numel() for p in network().parameters()):,} parameters", "digit 0, digit 1"):  # fmt: skip
         assert said in card
     assert "/home/me" not in card
-    assert "--vae VAE\n" in publish.model_card(network(), vae=str(DIGITS / "vae"))  # a folder of this machine
+    # A folder of this machine
+    assert "--vae VAE\n" in publish.model_card(network(), vae=str(DIGITS / "vae"))
     assert "| classes | a&#124;b c |" in publish.model_card(network(), ["a|b\nc"])
     assert "that makes\nimages. It is" in publish.model_card(network(num_classes=0))
 
@@ -341,11 +413,16 @@ def test_config_beside_any_safetensors_file(tmp_path):
     ours = network()
     safetensors.torch.save_file(ours.state_dict(), tmp_path / "mine.safetensors")
     assert load_weights(tmp_path / "mine.safetensors").config is None
-    (tmp_path / "config.json").write_text(json.dumps({**ours.config, "id2label": dict(enumerate(NAMES))}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**ours.config, "id2label": dict(enumerate(NAMES))})
+    )
     weights = load_weights(tmp_path / "mine.safetensors")
     assert weights.config == ours.config and weights.classes == NAMES
-    save_weights(tmp_path / "says.safetensors", Weights(ours.state_dict(), ours.config, ["its own"]))
-    assert load_weights(tmp_path / "says.safetensors").classes == ["its own"]  # what a file says itself counts more
+    save_weights(
+        tmp_path / "says.safetensors", Weights(ours.state_dict(), ours.config, ["its own"])
+    )
+    # What a file says itself counts more
+    assert load_weights(tmp_path / "says.safetensors").classes == ["its own"]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -367,7 +444,8 @@ def test_config_beside_any_safetensors_file(tmp_path):
 ])  # fmt: skip
 def test_broken_configurations(tmp_path, text, message):
     publish.save_pretrained(network(), tmp_path / "dit")
-    safetensors.torch.save_file(network().state_dict(), tmp_path / "dit" / PRETRAINED)  # without metadata
+    # Without metadata
+    safetensors.torch.save_file(network().state_dict(), tmp_path / "dit" / PRETRAINED)
     (tmp_path / "dit" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         loading.load_pretrained(tmp_path / "dit")
@@ -377,7 +455,9 @@ def test_folders_without_weights(tmp_path, exported):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has config.json but none of model.safetensors.*shards"):
         weights_file(tmp_path)
-    DiTPipeline.from_pretrained(exported).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    DiTPipeline.from_pretrained(exported).save_pretrained(
+        tmp_path / "shards", max_shard_size="100KB"
+    )
     with pytest.raises(ValueError, match="has config.json but none of model.safetensors.*shards"):
         weights_file(tmp_path / "shards")
 
@@ -387,7 +467,9 @@ def test_folders_without_weights(tmp_path, exported):
     (["a"] * 11, "11 class names for 10"),
 ])  # fmt: skip
 def test_class_names_that_are_none(tmp_path, classes, message):
-    save_weights(tmp_path / "a.safetensors", Weights(network().state_dict(), network().config, classes))
+    save_weights(
+        tmp_path / "a.safetensors", Weights(network().state_dict(), network().config, classes)
+    )
     with pytest.raises(ValueError, match=f"a.safetensors has .*{message}"):
         load_weights(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -436,7 +518,9 @@ def test_name_on_the_hub(offline_cache, monkeypatch, tmp_path):
 
 
 def test_name_that_the_hub_does_not_give(offline_cache):
-    with pytest.raises(ValueError, match="me/other is no file or folder here, and cannot be fetched from the hub"):
+    with pytest.raises(
+        ValueError, match="me/other is no file or folder here, and cannot be fetched from the hub"
+    ):
         loading.load_pretrained("me/other")
     for path in ("me/dit.pt", "a/b/c", "dit"):
         with pytest.raises(ValueError, match=f"there is no checkpoint {path}"):
@@ -445,32 +529,58 @@ def test_name_that_the_hub_does_not_give(offline_cache):
 
 def test_weights_without_a_configuration(tmp_path):
     save_checkpoint(tmp_path / "bare.pt", network().state_dict())
-    with pytest.raises(ValueError, match="bare.pt does not say how its network is built; pass config"):
+    with pytest.raises(
+        ValueError, match="bare.pt does not say how its network is built; pass config"
+    ):
         loading.load_pretrained(tmp_path / "bare.pt")
-    assert loading.load_pretrained(tmp_path / "bare.pt", config=CONFIG)[0].config == network().config
+    assert (
+        loading.load_pretrained(tmp_path / "bare.pt", config=CONFIG)[0].config == network().config
+    )
 
 
 # ---- the doors ----
 
 def picture(tmp_path, *flags):
-    sample.main(["--output", str(tmp_path / "out.png"), "--steps", "2", "--device", "cpu", *map(str, flags)])
+    sample.main(
+        ["--output", str(tmp_path / "out.png"), "--steps", "2", "--device", "cpu", *map(str, flags)]
+    )
     return np.asarray(Image.open(tmp_path / "out.png"))
 
 
 def test_every_form_gives_the_same_picture(tmp_path, vae, exported):
     ours = network()
     raw = fill_randomly(DiT(**CONFIG), seed=1).state_dict()
-    training = dict(ema=ours.state_dict(), model=raw, step=3, config=ours.config, classes=NAMES, args={"model": "mine"})
+    training = dict(
+        ema=ours.state_dict(), model=raw, step=3, config=ours.config, classes=NAMES,
+        args={"model": "mine"},
+    )  # fmt: skip
     save_checkpoint(tmp_path / "run.pt", training)
     expected = picture(tmp_path, "--ckpt", tmp_path / "run.pt", "--vae", vae)
-    export.main(["--ckpt", str(tmp_path / "run.pt"), "--vae", vae, "--output", str(tmp_path / "hub")])
+    export.main(
+        ["--ckpt", str(tmp_path / "run.pt"), "--vae", vae, "--output", str(tmp_path / "hub")]
+    )
     assert "| training steps | 3 |" in (tmp_path / "hub" / "README.md").read_text()
     pipeline, one = str(tmp_path / "diffusers"), str(tmp_path / "one.safetensors")
-    export.main(["--ckpt", str(tmp_path / "hub"), "--vae", vae, "--format", "diffusers", "--output", pipeline])
+    export.main(
+        [
+            "--ckpt",
+            str(tmp_path / "hub"),
+            "--vae",
+            vae,
+            "--format",
+            "diffusers",
+            "--output",
+            pipeline,
+        ]
+    )
     export.main(["--ckpt", pipeline, "--format", "safetensors", "--output", one])
-    for ckpt in (tmp_path / "hub", tmp_path / "diffusers", tmp_path / "one.safetensors", exported, exported / "transformer"):
+    for ckpt in (
+        tmp_path / "hub", tmp_path / "diffusers", tmp_path / "one.safetensors", exported,
+        exported / "transformer",
+    ):  # fmt: skip
         assert np.array_equal(picture(tmp_path, "--ckpt", ckpt, "--vae", vae), expected)
-    assert np.array_equal(picture(tmp_path, "--ckpt", exported), expected)  # with the pipeline's own autoencoder
+    # With the pipeline's own autoencoder
+    assert np.array_equal(picture(tmp_path, "--ckpt", exported), expected)
 
 
 def test_export_says_what_is_wrong(tmp_path, vae, capsys):
@@ -499,16 +609,33 @@ def test_export_says_what_is_wrong(tmp_path, vae, capsys):
 
 def test_the_autoencoder_of_the_run_is_exported(tmp_path, vae):
     ours = network()
-    contents = dict(ema=ours.state_dict(), model={}, config=ours.config, classes=NAMES, args={"vae": vae}, step=1)
+    contents = dict(
+        ema=ours.state_dict(), model={}, config=ours.config, classes=NAMES, args={"vae": vae},
+        step=1,
+    )  # fmt: skip
     save_checkpoint(tmp_path / "run.pt", contents)
-    export.main(["--ckpt", str(tmp_path / "run.pt"), "--format", "diffusers", "--output", str(tmp_path / "p")])
+    export.main(
+        [
+            "--ckpt",
+            str(tmp_path / "run.pt"),
+            "--format",
+            "diffusers",
+            "--output",
+            str(tmp_path / "p"),
+        ]
+    )
     theirs, own = load_vae(str(tmp_path / "p" / "vae")), load_vae(vae)
     assert theirs.scale == own.scale and theirs.shape == own.shape
-    assert all(torch.equal(a, b) for a, b in zip(theirs.autoencoder.parameters(), own.autoencoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(theirs.autoencoder.parameters(), own.autoencoder.parameters(), strict=True)
+    )
 
 
 def test_export_as_a_script(tmp_path):
-    flags = ["--ckpt", DIGITS / "dit.safetensors", "--vae", DIGITS / "vae", "--output", tmp_path / "dit"]
+    flags = [
+        "--ckpt", DIGITS / "dit.safetensors", "--vae", DIGITS / "vae", "--output", tmp_path / "dit",
+    ]  # fmt: skip
     command = [sys.executable, "export.py", *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'dit'}\n", done.stderr

@@ -1,4 +1,6 @@
-"""features.py: Inception tapped where it should be, classifiers, pixels, and how work is dealt and put together."""
+"""features.py: Inception tapped where it should be, classifiers, pixels, and how work is dealt and
+put together.
+"""
 
 import hashlib
 import json
@@ -27,24 +29,31 @@ def images(n=6, side=12, seed=0):
 
 # ---- Inception ----
 
-# Every stage that the network consists of, in order, with the shape of what leaves it for an image of any size.
+# Every stage that the network consists of, in order, with the shape of what leaves it for an image
+# of any size.
 STAGES = {
-    "Conv2d_1a_3x3": (32, 149, 149), "Conv2d_2a_3x3": (32, 147, 147), "Conv2d_2b_3x3": (64, 147, 147),
-    "MaxPool_1": (64, 73, 73), "Conv2d_3b_1x1": (80, 73, 73), "Conv2d_4a_3x3": (192, 71, 71), "MaxPool_2": (192, 35, 35),
-    "Mixed_5b": (256, 35, 35), "Mixed_5c": (288, 35, 35), "Mixed_5d": (288, 35, 35), "Mixed_6a": (768, 17, 17),
-    "Mixed_6b": (768, 17, 17), "Mixed_6c": (768, 17, 17), "Mixed_6d": (768, 17, 17), "Mixed_6e": (768, 17, 17),
-    "Mixed_7a": (1280, 8, 8), "Mixed_7b": (2048, 8, 8), "Mixed_7c": (2048, 8, 8), "AvgPool": (2048, 1, 1),
+    "Conv2d_1a_3x3": (32, 149, 149), "Conv2d_2a_3x3": (32, 147, 147),
+    "Conv2d_2b_3x3": (64, 147, 147), "MaxPool_1": (64, 73, 73), "Conv2d_3b_1x1": (80, 73, 73),
+    "Conv2d_4a_3x3": (192, 71, 71), "MaxPool_2": (192, 35, 35), "Mixed_5b": (256, 35, 35),
+    "Mixed_5c": (288, 35, 35), "Mixed_5d": (288, 35, 35), "Mixed_6a": (768, 17, 17),
+    "Mixed_6b": (768, 17, 17), "Mixed_6c": (768, 17, 17), "Mixed_6d": (768, 17, 17),
+    "Mixed_6e": (768, 17, 17), "Mixed_7a": (1280, 8, 8), "Mixed_7b": (2048, 8, 8),
+    "Mixed_7c": (2048, 8, 8), "AvgPool": (2048, 1, 1),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def walk(inception_weights):
-    """The extractor, its Rows of two images, and what entered and left each stage on the way, in order."""
+    """The extractor, its Rows of two images, and what entered and left each stage on the way, in
+    order.
+    """
     extractor = load_extractor("inception", CPU, inception_weights)
     seen = {}
     hooks = [
         getattr(extractor.extract.trunk, name).register_forward_hook(
-            lambda module, args, output, name=name: seen.update({name: (args[0].clone(), output.clone())})
+            lambda module, args, output, name=name: seen.update(
+                {name: (args[0].clone(), output.clone())}
+            )
         )
         for name in STAGES
     ]
@@ -71,18 +80,22 @@ def test_pooled_features_are_means_over_the_last_stage(walk):
 
 
 def test_spatial_features_are_seven_channels_of_mixed_6_in_tensorflows_order(walk):
-    """mixed_6/conv of the TensorFlow graph: 1×1 convolution, batch norm and ReLU on what enters Mixed_6d."""
+    """mixed_6/conv of the TensorFlow graph: 1×1 convolution, batch norm and ReLU on what enters
+    Mixed_6d.
+    """
     extractor, rows, seen = walk
     assert rows.spatial.shape == (2, 17 * 17 * 7)
     branch = extractor.extract.trunk.Mixed_6d.branch1x1
     normed = F.conv2d(seen["Mixed_6d"][0], branch.conv.weight)
     normed = F.batch_norm(
-        normed, branch.bn.running_mean, branch.bn.running_var, branch.bn.weight, branch.bn.bias, eps=1e-3
-    )
+        normed, branch.bn.running_mean, branch.bn.running_var, branch.bn.weight, branch.bn.bias,
+        eps=1e-3,
+    )  # fmt: skip
     found = rows.spatial.reshape(2, 17, 17, 7)
     for y, x, channel in [(0, 0, 0), (3, 11, 2), (16, 5, 6), (8, 8, 4)]:
         assert torch.allclose(found[:, y, x, channel], normed.relu()[:, channel, y, x], atol=1e-5)
-    assert torch.allclose(found[..., 6], seen["Mixed_6d"][1][:, 6], atol=1e-5)  # the block's own first channels
+    # The block's own first channels
+    assert torch.allclose(found[..., 6], seen["Mixed_6d"][1][:, 6], atol=1e-5)
     assert found.std() > 1e-3
 
 
@@ -111,9 +124,12 @@ def test_inception_weights_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pickle.pth")
     for name in ("other.pth", "text.pth", "pickle.pth"):
-        with pytest.raises(ValueError, match=f"{name} holds other weights .* as --inception-weights") as raised:
+        with pytest.raises(
+            ValueError, match=f"{name} holds other weights .* as --inception-weights"
+        ) as raised:
             load_extractor("inception", CPU, tmp_path / name)
-        assert "weights_only" not in str(raised.value)  # PyTorch's own advice is to do without that safeguard
+        # PyTorch's own advice is to do without that safeguard
+        assert "weights_only" not in str(raised.value)
     with pytest.raises(ValueError, match="cannot read .*missing.pth"):
         load_extractor("inception", CPU, tmp_path / "missing.pth")
 
@@ -128,7 +144,10 @@ def test_inception_that_cannot_be_had(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(ValueError, match="no route to host.*put it at .*6726825d.pth, or pass evaluate.py --inception-w"):
+    with pytest.raises(
+        ValueError,
+        match="no route to host.*put it at .*6726825d.pth, or pass evaluate.py --inception-w",
+    ):
         load_extractor("inception", CPU)
     monkeypatch.setattr(features, "is_installed", lambda name: False)
     with pytest.raises(ValueError, match="needs torch-fidelity: pip install torch-fidelity"):
@@ -146,7 +165,9 @@ def test_inception_is_fetched_once(tmp_path, monkeypatch, inception_weights):
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     first, second = (load_extractor("inception", CPU) for _ in range(2))
     assert len(fetched) == 1
-    assert first.sha256 == second.sha256 == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    assert (
+        first.sha256 == second.sha256 == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    )
 
 
 # ---- classifiers and pixels ----
@@ -160,7 +181,9 @@ class Tiny(torch.nn.Module):
         self.both, self.head = both, torch.nn.Linear(2, 5)
 
     def forward(self, images):
-        x = torch.stack([images.float().mean(dim=(1, 2, 3)), images.float().amax(dim=(1, 2, 3))], dim=1)
+        x = torch.stack(
+            [images.float().mean(dim=(1, 2, 3)), images.float().amax(dim=(1, 2, 3))], dim=1
+        )
         return x, self.head(x)
 
 
@@ -169,9 +192,15 @@ def test_a_torchscript_file_gives_features_and_logits(tmp_path):
     torch.jit.script(tiny).save(str(tmp_path / "tiny.ts"))
     extractor = load_extractor(str(tmp_path / "tiny.ts"), CPU)
     rows, (wanted, logits) = extractor(images()), tiny(images())
-    assert torch.equal(rows.features, wanted) and torch.equal(rows.logits, logits) and rows.spatial is None
+    assert (
+        torch.equal(rows.features, wanted)
+        and torch.equal(rows.logits, logits)
+        and rows.spatial is None
+    )
     assert extractor.sha256 == hashlib.sha256((tmp_path / "tiny.ts").read_bytes()).hexdigest()
-    torch.jit.trace(lambda x: x.float().mean(dim=(2, 3)), images(1)).save(str(tmp_path / "plain.ts"))
+    torch.jit.trace(lambda x: x.float().mean(dim=(2, 3)), images(1)).save(
+        str(tmp_path / "plain.ts")
+    )
     rows = load_extractor(str(tmp_path / "plain.ts"), CPU)(images())
     assert rows.features.shape == (6, 3) and rows.logits is None
 
@@ -191,35 +220,50 @@ def test_networks_that_give_something_else_are_found_out_on_two_images(tmp_path,
 
 
 def test_logits_without_features_are_found_out():
-    with pytest.raises(ValueError, match=r"gives None features and \(2, 5\) logits for 2 images; wanted are"):
-        Extractor(lambda images: Rows(None, None, torch.zeros(2, 5)), "odd").dimensions((12, 12), CPU)
+    with pytest.raises(
+        ValueError, match=r"gives None features and \(2, 5\) logits for 2 images; wanted are"
+    ):
+        Extractor(lambda images: Rows(None, None, torch.zeros(2, 5)), "odd").dimensions(
+            (12, 12), CPU
+        )
 
 
 def test_a_timm_classifier_gives_what_timm_computes():
     config = json.loads((CLASSIFIER / "config.json").read_text())
-    model = timm.create_model("resnet10t", checkpoint_path=CLASSIFIER / "model.safetensors", **config["model_args"]).eval()
+    model = timm.create_model(
+        "resnet10t", checkpoint_path=CLASSIFIER / "model.safetensors", **config["model_args"]
+    ).eval()
     for path in (CLASSIFIER, CLASSIFIER / "model.safetensors"):
         rows = load_extractor(str(path), CPU)(images(4, 32))
         x = images(4, 32).float() / 127.5 - 1
         assert torch.allclose(rows.logits, model(x), atol=1e-5) and rows.features.shape == (4, 64)
         assert torch.allclose(rows.features, model.forward_features(x).mean(dim=(2, 3)), atol=1e-5)
-    assert load_extractor(str(CLASSIFIER), CPU)(images(1, 48)).features.shape == (1, 64)  # brought to its size
+    # Brought to its size
+    assert load_extractor(str(CLASSIFIER), CPU)(images(1, 48)).features.shape == (1, 64)
 
 
 def test_a_network_without_a_classifier_has_no_logits(tmp_path):
     from timm.models import save_for_hf
 
     options = {"stem_width": 8, "stem_type": "", "channels": [8, 8, 8, 8], "num_classes": 0}
-    save_for_hf(timm.create_model("resnet10t", **options), tmp_path / "bare", model_args=options, safe_serialization=True)
+    save_for_hf(
+        timm.create_model("resnet10t", **options), tmp_path / "bare", model_args=options,
+        safe_serialization=True,
+    )  # fmt: skip
     rows = load_extractor(str(tmp_path / "bare"), CPU)(images(2, 32))
     assert rows.features.shape == (2, 8) and rows.logits is None
 
 
 def test_pixels_are_grey_levels_from_0_to_1():
     rows = load_extractor("pixels", CPU)(images())
-    assert torch.equal(rows.features, images().flatten(1) / 255) and rows.logits is rows.spatial is None
+    assert (
+        torch.equal(rows.features, images().flatten(1) / 255)
+        and rows.logits is rows.spatial is None
+    )
     assert load_extractor("pixels", CPU).dimensions((5, 4), CPU) == (60, None)
-    with pytest.raises(ValueError, match="--features pixels makes 12,288 features of an image of 64x64"):
+    with pytest.raises(
+        ValueError, match="--features pixels makes 12,288 features of an image of 64x64"
+    ):
         load_extractor("pixels", CPU).dimensions((64, 64), CPU)
 
 
@@ -251,13 +295,19 @@ def changed(folder, **changes):
 
 
 def test_a_timm_configuration_loads_nothing_beside_its_weights(tmp_path, monkeypatch):
-    """Arguments of the factory, which fetch or open files, are dropped; those of the network itself count."""
+    """Arguments of the factory, which fetch or open files, are dropped; those of the network itself
+    count.
+    """
     given = []
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: given.append(options) or create(name, **options))
+    monkeypatch.setattr(
+        timm, "create_model",
+        lambda name, **options: given.append(options) or create(name, **options),
+    )  # fmt: skip
     hostile = {
-        "pretrained": True, "checkpoint_path": str(tmp_path / "evil.pt"), "pretrained_cfg": "x", "cache_dir": "/tmp",
-        "pretrained_cfg_overlay": "x", "pretrained_strict": False, "features_only": True, "scriptable": True, "made_up": 1,
+        "pretrained": True, "checkpoint_path": str(tmp_path / "evil.pt"), "pretrained_cfg": "x",
+        "cache_dir": "/tmp", "pretrained_cfg_overlay": "x", "pretrained_strict": False,
+        "features_only": True, "scriptable": True, "made_up": 1,
     }  # fmt: skip
     rows = load_extractor(changed(tmp_path / "c", model_args=hostile), CPU)(images(2, 32))
     assert torch.equal(rows.features, load_extractor(str(CLASSIFIER), CPU)(images(2, 32)).features)
@@ -282,17 +332,24 @@ def test_nonsense_in_a_timm_configuration_is_one_message(tmp_path, changes, says
         (tmp_path / "c" / "config.json").write_text(json.dumps(config | changes))
     else:
         folder = changed(tmp_path / "c", **changes)
-    with pytest.raises(ValueError, match=rf"--features {folder}/model.safetensors cannot be loaded .*{says}|{says}.*"):
+    with pytest.raises(
+        ValueError,
+        match=rf"--features {folder}/model.safetensors cannot be loaded .*{says}|{says}.*",
+    ):
         load_extractor(folder, CPU)
 
 
 # ---- many images ----
 
 
-@pytest.mark.parametrize("count, batch_size, world_size", [(10, 3, 1), (10, 3, 2), (1, 4, 3), (24, 4, 3), (7, 1, 4)])
+@pytest.mark.parametrize(
+    "count, batch_size, world_size", [(10, 3, 1), (10, 3, 2), (1, 4, 3), (24, 4, 3), (7, 1, 4)]
+)
 def test_every_image_is_dealt_once_and_in_order(count, batch_size, world_size):
     hands = [list(deal(count, batch_size, Team(rank, world_size))) for rank in range(world_size)]
-    assert len({len(hand) for hand in hands}) == 1 and all(len(batch) == batch_size for hand in hands for batch in hand)
+    assert len({len(hand) for hand in hands}) == 1 and all(
+        len(batch) == batch_size for hand in hands for batch in hand
+    )
     order = [i for turn in zip(*hands) for batch in turn for i in batch]
     assert order[:count] == list(range(count)) and set(order[count:]) <= {count - 1}
 
@@ -304,7 +361,9 @@ def test_spread_reaches_from_beginning_to_end():
 
 
 def numbers(count):
-    """An extractor and images with two features, a spatial one and logits that are functions of the image's number."""
+    """An extractor and images with two features, a spatial one and logits that are functions of the
+    image's number.
+    """
     def extract(batch):
         x = batch.float()
         return Rows(torch.cat([x, x**2], dim=1), x + 1, torch.cat([x, -x, x], dim=1))
@@ -318,7 +377,9 @@ def test_a_summary_is_of_all_images_in_their_order(batch_size):
     batches = ((source[batch], source[batch].to(torch.uint8)) for batch in deal(11, batch_size))
     summary, digests = summarize(extractor, batches, 11, with_logits=True)
     assert torch.equal(summary.features, torch.cat([source, source**2], dim=1))
-    assert torch.equal(digests[:, 0], torch.arange(11, dtype=torch.uint8)) and summary.logits.shape == (11, 3)
+    assert torch.equal(
+        digests[:, 0], torch.arange(11, dtype=torch.uint8)
+    ) and summary.logits.shape == (11, 3)
     moments = Moments()
     moments.add(summary.features)
     for found, wanted in zip(summary.statistics, moments.statistics()):
@@ -328,13 +389,21 @@ def test_a_summary_is_of_all_images_in_their_order(batch_size):
 
 def test_a_summary_keeps_evenly_spread_features():
     extractor, source = numbers(40)
-    summary, digests = summarize(extractor, ((source[batch], None) for batch in deal(40, 7)), 40, keep=10)
-    assert summary.features[:, 0].tolist() == spread(40, 10) and digests is None and summary.logits is None
+    summary, digests = summarize(
+        extractor, ((source[batch], None) for batch in deal(40, 7)), 40, keep=10
+    )
+    assert (
+        summary.features[:, 0].tolist() == spread(40, 10)
+        and digests is None
+        and summary.logits is None
+    )
     assert summary.statistics.mean[0] == pytest.approx(19.5)
 
 
 def test_processes_together_give_the_summary_of_one():
-    """The rows of each turn are put together as gather would; the first process keeps them, the others nothing."""
+    """The rows of each turn are put together as gather would; the first process keeps them, the
+    others nothing.
+    """
     extractor, source = numbers(11)
     turns = list(zip(*(deal(11, 2, Team(rank, 3)) for rank in range(3))))
 
@@ -346,18 +415,27 @@ def test_processes_together_give_the_summary_of_one():
     mine = ((source[turn[0]], None) for turn in turns)
     summary, _ = summarize(extractor, mine, 11, with_logits=True, team=Team(0, 3, gathered))
     alone, _ = summarize(extractor, ((source[b], None) for b in deal(11, 4)), 11, with_logits=True)
-    assert torch.equal(summary.features, alone.features) and torch.equal(summary.logits, alone.logits)
+    assert torch.equal(summary.features, alone.features) and torch.equal(
+        summary.logits, alone.logits
+    )
     assert summary.statistics.covariance == pytest.approx(alone.statistics.covariance, rel=1e-12)
     progress = iter(turns)
-    assert summarize(extractor, ((source[turn[1]], None) for turn in turns), 11, team=Team(1, 3, gathered)) == (None, None)
+    assert summarize(
+        extractor, ((source[turn[1]], None) for turn in turns), 11, team=Team(1, 3, gathered)
+    ) == (None, None)
 
 
 @pytest.mark.gpu
 def test_features_on_a_gpu_are_those_of_the_cpu(inception_weights):
-    rows = [load_extractor("inception", torch.device(d), inception_weights)(images(4, 64).to(d)) for d in ("cpu", "cuda")]
+    rows = [
+        load_extractor("inception", torch.device(d), inception_weights)(images(4, 64).to(d))
+        for d in ("cpu", "cuda")
+    ]
     for on_cpu, on_gpu in zip(*rows):
         assert torch.allclose(on_cpu, on_gpu.cpu(), rtol=1e-3, atol=1e-3)
     moments = [Moments(), Moments()]
     for one, row in zip(moments, rows):
         one.add(row.features)
-    assert moments[0].statistics().covariance == pytest.approx(moments[1].statistics().covariance, rel=1e-2, abs=1e-4)
+    assert moments[0].statistics().covariance == pytest.approx(
+        moments[1].statistics().covariance, rel=1e-2, abs=1e-4
+    )

@@ -1,4 +1,6 @@
-"""The diffusion process against closed forms in float64, and what its methods promise: randomness, errors, copies."""
+"""The diffusion process against closed forms in float64, and what its methods promise: randomness,
+errors, copies.
+"""
 import functools
 import inspect
 import math
@@ -13,16 +15,18 @@ from torch.utils._pytree import tree_leaves
 from conftest import SMALL, randn, small_dit, smooth_eps, smooth_eps_and_v
 from diffusion import create_diffusion, gaussian_diffusion
 from diffusion.gaussian_diffusion import (
-    GaussianDiffusion, LossType, ModelMeanType, ModelVarType, betas_for_alpha_bar, get_named_beta_schedule,
+    GaussianDiffusion, LossType, ModelMeanType, ModelVarType, betas_for_alpha_bar,
+    get_named_beta_schedule,
 )  # fmt: skip
-from diffusion.likelihood import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
+from diffusion.likelihood import (
+    approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl,
+)  # fmt: skip
 from models import DiT
 
 VARIANCES = {
-    "learned": dict(learn_sigma=True),
-    "large": dict(learn_sigma=False),
+    "learned": dict(learn_sigma=True), "large": dict(learn_sigma=False),
     "small": dict(learn_sigma=False, sigma_small=True),
-}
+}  # fmt: skip
 SHAPE = (3, 4, 8, 8)
 
 
@@ -65,10 +69,13 @@ class Noise:
 
 
 def plain_diffusion(
-    betas=(0.1, 0.2, 0.3), mean=ModelMeanType.EPSILON, variance=ModelVarType.FIXED_SMALL, loss=LossType.MSE
-):
+    betas=(0.1, 0.2, 0.3), mean=ModelMeanType.EPSILON, variance=ModelVarType.FIXED_SMALL,
+    loss=LossType.MSE,
+):  # fmt: skip
     """A process without respacing."""
-    return GaussianDiffusion(betas=betas, model_mean_type=mean, model_var_type=variance, loss_type=loss)
+    return GaussianDiffusion(
+        betas=betas, model_mean_type=mean, model_var_type=variance, loss_type=loss
+    )
 
 
 # ---- schedules ----
@@ -76,15 +83,21 @@ def plain_diffusion(
 def test_linear_schedule():
     betas = get_named_beta_schedule("linear", 1000)
     assert betas.dtype == np.float64 and betas.shape == (1000,)
-    np.testing.assert_allclose(betas, [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)], rtol=1e-13)
-    np.testing.assert_allclose(get_named_beta_schedule("linear", 250)[[0, -1]], [4e-4, 0.08], rtol=1e-13)
+    np.testing.assert_allclose(
+        betas, [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)], rtol=1e-13
+    )
+    np.testing.assert_allclose(
+        get_named_beta_schedule("linear", 250)[[0, -1]], [4e-4, 0.08], rtol=1e-13
+    )
 
 
 def test_cosine_schedule():
     levels = [math.cos((i / 50 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(51)]
     betas = get_named_beta_schedule("squaredcos_cap_v2", 50)
     assert betas.dtype == np.float64 and betas[-1] == 0.999
-    np.testing.assert_allclose(betas[:-1], [1 - levels[i + 1] / levels[i] for i in range(49)], rtol=1e-13)
+    np.testing.assert_allclose(
+        betas[:-1], [1 - levels[i + 1] / levels[i] for i in range(49)], rtol=1e-13
+    )
     capped = betas_for_alpha_bar(4, lambda s: 1 - s, max_beta=0.4)
     np.testing.assert_allclose(capped, [0.25, 1 / 3, 0.4, 0.4], rtol=1e-13)
 
@@ -119,9 +132,13 @@ def test_processes_of_another_length():
 # ---- q ----
 
 def test_q_sample_and_its_moments():
-    d, t, x_start, noise = create_diffusion(""), steps(0, 500, 999), randn(*SHAPE), randn(*SHAPE, seed=1)
+    d, t, x_start, noise = (
+        create_diffusion(""), steps(0, 500, 999), randn(*SHAPE), randn(*SHAPE, seed=1),
+    )  # fmt: skip
     abar = column(d.alphas_cumprod, t)
-    assert_near(d.q_sample(x_start, t, noise=noise), abar.sqrt() * x_start + (1 - abar).sqrt() * noise)
+    assert_near(
+        d.q_sample(x_start, t, noise=noise), abar.sqrt() * x_start + (1 - abar).sqrt() * noise
+    )
     mean, variance, log_variance = d.q_mean_variance(x_start, t)
     assert_near(mean, abar.sqrt() * x_start)
     assert_near(variance, (1 - abar).expand(SHAPE))
@@ -134,8 +151,11 @@ def test_q_sample_and_its_moments():
 
 @pytest.mark.parametrize("respacing", ["", "20"])
 def test_posterior_is_bayes_rule(respacing):
-    # q(x_{t-1} | x_t, x_start) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_start), both normal: precisions add up
-    d, t, x_start, x_t = create_diffusion(respacing), steps(1, 7, 19), randn(*SHAPE), randn(*SHAPE, seed=1)
+    # q(x_{t-1} | x_t, x_start) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_start), both normal: precisions add
+    # up
+    d, t, x_start, x_t = (
+        create_diffusion(respacing), steps(1, 7, 19), randn(*SHAPE), randn(*SHAPE, seed=1),
+    )  # fmt: skip
     beta, before = column(d.betas, t), column(d.alphas_cumprod_prev, t)
     precision = (1 - beta) / beta + 1 / (1 - before)
     bayes = ((1 - beta).sqrt() / beta * x_t + before.sqrt() / (1 - before) * x_start) / precision
@@ -150,23 +170,33 @@ def test_posterior_at_the_first_step_is_x_start():
     mean, variance, log_variance = d.q_posterior_mean_variance(x_start, randn(*SHAPE, seed=1), t)
     assert_near(mean, x_start)
     assert not variance.any()
-    assert_near(log_variance, torch.full(SHAPE, math.log(d.posterior_variance[1]), dtype=torch.float64))
+    assert_near(
+        log_variance, torch.full(SHAPE, math.log(d.posterior_variance[1]), dtype=torch.float64)
+    )
 
 
 # ---- likelihood ----
 
 def test_kl_is_that_of_torch():
     mean1, mean2, logvar1, logvar2 = (randn(5, 7, seed=i) for i in range(4))
-    normals = [torch.distributions.Normal(m, (v / 2).exp()) for m, v in ((mean1, logvar1), (mean2, logvar2))]
-    assert_near(normal_kl(mean1, logvar1, mean2, logvar2), torch.distributions.kl_divergence(*normals))
+    normals = [
+        torch.distributions.Normal(m, (v / 2).exp())
+        for m, v in ((mean1, logvar1), (mean2, logvar2))
+    ]
+    assert_near(
+        normal_kl(mean1, logvar1, mean2, logvar2), torch.distributions.kl_divergence(*normals)
+    )
     standard = torch.distributions.Normal(torch.zeros(5, 7).double(), 1.0)
-    assert_near(normal_kl(mean1, logvar1, 0.0, 0.0), torch.distributions.kl_divergence(normals[0], standard))
+    assert_near(
+        normal_kl(mean1, logvar1, 0.0, 0.0), torch.distributions.kl_divergence(normals[0], standard)
+    )
 
 
 def test_normal_distribution_function():
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
     assert_near(approx_standard_normal_cdf(x), torch.special.ndtr(x), atol=3e-4)
-    closed_form = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))  # as ½(1 + tanh(z)) = sigmoid(2z)
+    # as ½(1 + tanh(z)) = sigmoid(2z)
+    closed_form = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     assert_near(approx_standard_normal_cdf(x), closed_form, atol=1e-15)
 
 
@@ -175,8 +205,11 @@ def test_normal_distribution_function():
 def test_probabilities_of_the_grey_levels_add_up_to_one(mean, std):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     log_scales = torch.full_like(levels, math.log(std))
-    log_p = discretized_gaussian_log_likelihood(levels, means=torch.full_like(levels, mean), log_scales=log_scales)
-    assert log_p.exp().sum() == pytest.approx(1, abs=1e-9)  # 256 clamped probabilities of 1e-12 at most
+    log_p = discretized_gaussian_log_likelihood(
+        levels, means=torch.full_like(levels, mean), log_scales=log_scales
+    )
+    # 256 clamped probabilities of 1e-12 at most
+    assert log_p.exp().sum() == pytest.approx(1, abs=1e-9)
     middle, cdf = levels[128], torch.special.ndtr
     exact = cdf((middle + 1 / 255 - mean) / std) - cdf((middle - 1 / 255 - mean) / std)
     assert log_p[128].exp() == pytest.approx(exact.item(), abs=6e-4)
@@ -185,9 +218,13 @@ def test_probabilities_of_the_grey_levels_add_up_to_one(mean, std):
 def test_the_outermost_grey_levels_are_open_ended_and_probabilities_clamped():
     x = torch.tensor([-1.0, -0.9995, -0.9985, 0.9985, 0.9995, 1.0, 1.0], dtype=torch.float64)
     means = torch.tensor([-5, -5, -5, 5, 5, 5, -5], dtype=torch.float64)
-    log_p = discretized_gaussian_log_likelihood(x, means=means, log_scales=torch.full_like(x, math.log(0.3)))
+    log_p = discretized_gaussian_log_likelihood(
+        x, means=means, log_scales=torch.full_like(x, math.log(0.3))
+    )
     assert_near(log_p[[0, 1, 4, 5]], torch.zeros(4).double(), atol=1e-12)
-    assert_near(log_p[[2, 3, 6]], torch.full((3,), math.log(1e-12), dtype=torch.float64), atol=1e-12)
+    assert_near(
+        log_p[[2, 3, 6]], torch.full((3,), math.log(1e-12), dtype=torch.float64), atol=1e-12
+    )
 
 
 # ---- p ----
@@ -231,8 +268,12 @@ def test_mean_of_the_way_back(variance):
 
 
 def test_the_true_noise_leads_back_to_x_start():
-    d, t, x_start, noise = create_diffusion(""), steps(0, 500, 999), randn(*SHAPE), randn(*SHAPE, seed=1)
-    out = d.p_mean_variance(constant(noise, noise), d.q_sample(x_start, t, noise), t, clip_denoised=False)
+    d, t, x_start, noise = (
+        create_diffusion(""), steps(0, 500, 999), randn(*SHAPE), randn(*SHAPE, seed=1),
+    )  # fmt: skip
+    out = d.p_mean_variance(
+        constant(noise, noise), d.q_sample(x_start, t, noise), t, clip_denoised=False
+    )
     assert_near(out["pred_xstart"], x_start, atol=1e-12)
 
 
@@ -266,13 +307,16 @@ def test_denoised_fn_acts_before_the_clamp():
         assert torch.equal(out["mean"], d.q_posterior_mean_variance(expected, x, t)[0])
         for step in (d.p_sample, d.ddim_sample, d.ddim_reverse_sample):
             assert torch.equal(step(smooth_eps_and_v, x, t, **asked)["pred_xstart"], expected)
-    loop = functools.partial(d.p_sample_loop, smooth_eps_and_v, SHAPE, x, denoised_fn=torch.zeros_like)
+    loop = functools.partial(
+        d.p_sample_loop, smooth_eps_and_v, SHAPE, x, denoised_fn=torch.zeros_like
+    )
     assert_near(loop(), torch.zeros(SHAPE).double())
 
 
 def test_clipping_is_on_by_default_wherever_there_is_a_choice():
     d, t, x = create_diffusion("5"), steps(4, 4, 4), randn(*SHAPE)
-    network = constant(torch.zeros_like(x), torch.zeros_like(x))  # takes x for signal, which at this step is faint
+    # Takes x for signal, which at this step is faint
+    network = constant(torch.zeros_like(x), torch.zeros_like(x))
     methods = [name for name in dir(d) if name.startswith(("p_", "ddim_", "calc_bpd"))]
     assert len(methods) == 9
     for name in methods:
@@ -295,18 +339,26 @@ def test_ancestral_step(variance):
     p = d.p_mean_variance(network_for(variance), x, t)
     expected = p["mean"] + (p["log_variance"] / 2).exp() * noise
     assert_near(out["sample"], torch.cat([p["mean"][:1], expected[1:]]))
-    assert torch.equal(out["pred_xstart"], p["pred_xstart"]) and set(out) == {"sample", "pred_xstart"}
+    assert torch.equal(out["pred_xstart"], p["pred_xstart"]) and set(out) == {
+        "sample",
+        "pred_xstart",
+    }
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
 def test_ddim_step(eta, clip):
-    d, t, x, noise = create_diffusion("50"), steps(0, 3, 49), 2 * randn(*SHAPE), randn(*SHAPE, seed=1)
-    out = d.ddim_sample(smooth_eps_and_v, x, t, clip_denoised=clip, eta=eta, noise_fn=Noise([noise]))
+    d, t, x, noise = (
+        create_diffusion("50"), steps(0, 3, 49), 2 * randn(*SHAPE), randn(*SHAPE, seed=1),
+    )  # fmt: skip
+    out = d.ddim_sample(
+        smooth_eps_and_v, x, t, clip_denoised=clip, eta=eta, noise_fn=Noise([noise])
+    )
     x_start = d.p_mean_variance(smooth_eps_and_v, x, t, clip_denoised=clip)["pred_xstart"]
     abar, before = column(d.alphas_cumprod, t), column(d.alphas_cumprod_prev, t)
     eps = (x - abar.sqrt() * x_start) / (1 - abar).sqrt()
-    sigma = eta * ((1 - before) / (1 - abar)).sqrt() * (1 - abar / before).sqrt()  # DDIM eq. 16; 0 at t = 0
+    # DDIM eq. 16; 0 at t = 0
+    sigma = eta * ((1 - before) / (1 - abar)).sqrt() * (1 - abar / before).sqrt()
     mean = before.sqrt() * x_start + (1 - before - sigma**2).sqrt() * eps  # DDIM eq. 12
     assert_near(out["sample"], mean + sigma * noise, atol=1e-11)
     assert torch.equal(out["pred_xstart"], x_start) and set(out) == {"sample", "pred_xstart"}
@@ -315,17 +367,25 @@ def test_ddim_step(eta, clip):
 def test_ddim_with_eta_1_has_the_posterior_variance():
     d, t, x = create_diffusion("50"), steps(0, 3, 49), randn(*SHAPE)
     step = functools.partial(d.ddim_sample, smooth_eps_and_v, x, t, eta=1.0)
-    quiet, loud = (step(noise_fn=constant_noise)["sample"] for constant_noise in (torch.zeros_like, torch.ones_like))
+    quiet, loud = (
+        step(noise_fn=constant_noise)["sample"]
+        for constant_noise in (torch.zeros_like, torch.ones_like)
+    )
     assert_near((loud - quiet) ** 2, column(d.posterior_variance, t).expand(SHAPE), atol=1e-12)
 
 
 def test_ddim_backwards_and_forwards_again():
-    d, t, eps, x_start = create_diffusion("50"), steps(0, 20, 48), randn(*SHAPE, seed=1), randn(*SHAPE)
+    d, t, eps, x_start = (
+        create_diffusion("50"), steps(0, 20, 48), randn(*SHAPE, seed=1), randn(*SHAPE),
+    )  # fmt: skip
     x, network = d.q_sample(x_start, t, eps), constant(eps, eps)
     there = d.ddim_reverse_sample(network, x, t, clip_denoised=False)
-    assert_near(there["sample"], d.q_sample(x_start, t + 1, eps), atol=1e-11)  # exact where the noise is one constant
+    # Exact where the noise is one constant
+    assert_near(there["sample"], d.q_sample(x_start, t + 1, eps), atol=1e-11)
     assert_near(there["pred_xstart"], x_start, atol=1e-11)
-    assert_near(d.ddim_sample(network, there["sample"], t + 1, clip_denoised=False)["sample"], x, atol=1e-11)
+    assert_near(
+        d.ddim_sample(network, there["sample"], t + 1, clip_denoised=False)["sample"], x, atol=1e-11
+    )
     beyond = d.ddim_reverse_sample(network, x, steps(49, 49, 49), clip_denoised=False)
     assert_near(beyond["sample"], eps, atol=1e-11)  # after the last step there is only noise
 
@@ -334,14 +394,18 @@ def test_ddim_backwards_and_forwards_again():
     def network(x, t):
         return torch.cat([0.3 * torch.tanh(x), x], dim=1)
 
-    there = fine.ddim_reverse_sample(network, x, steps(300, 500, 900), clip_denoised=False)["sample"]
+    there = fine.ddim_reverse_sample(network, x, steps(300, 500, 900), clip_denoised=False)[
+        "sample"
+    ]
     back = fine.ddim_sample(network, there, steps(301, 501, 901), clip_denoised=False)["sample"]
     assert (back - x).abs().max() < 0.01 * (there - x).abs().max()
 
 
 def test_only_the_deterministic_path_goes_backwards():
     with pytest.raises(ValueError, match="eta=0"):
-        create_diffusion("50").ddim_reverse_sample(smooth_eps_and_v, randn(*SHAPE), steps(1, 2, 3), eta=0.5)
+        create_diffusion("50").ddim_reverse_sample(
+            smooth_eps_and_v, randn(*SHAPE), steps(1, 2, 3), eta=0.5
+        )
 
 
 # ---- guidance by a gradient ----
@@ -357,7 +421,10 @@ def test_gradient_moves_the_ancestral_mean_by_its_variance():
         return smooth_eps_and_v(x, t)
 
     asked = dict(model_kwargs=dict(scale=0.7), noise_fn=torch.zeros_like)
-    out, plain = d.p_sample(network, x, t, cond_fn=gradient, **asked), d.p_sample(network, x, t, **asked)
+    out, plain = (
+        d.p_sample(network, x, t, cond_fn=gradient, **asked),
+        d.p_sample(network, x, t, **asked),
+    )
     p = d.p_mean_variance(smooth_eps_and_v, x, t)
     assert_near(out["sample"], plain["sample"] + p["variance"] * 0.7 * x)
     assert torch.equal(out["pred_xstart"], plain["pred_xstart"])
@@ -372,7 +439,11 @@ def test_gradient_moves_the_noise_of_ddim(reverse):
         seen.append(t)
         return -20 * torch.ones_like(x)
 
-    step, other = (d.ddim_reverse_sample, d.alphas_cumprod_next) if reverse else (d.ddim_sample, d.alphas_cumprod_prev)
+    step, other = (
+        (d.ddim_reverse_sample, d.alphas_cumprod_next)
+        if reverse
+        else (d.ddim_sample, d.alphas_cumprod_prev)
+    )
     out, plain = step(smooth_eps_and_v, x, t, cond_fn=gradient), step(smooth_eps_and_v, x, t)
     abar, other = column(d.alphas_cumprod, t), column(other, t)
     eps = (x - abar.sqrt() * plain["pred_xstart"]) / (1 - abar).sqrt() + 20 * (1 - abar).sqrt()
@@ -400,7 +471,9 @@ def test_losses_are_mse_and_the_bound():
     x_start, noise = randn(*SHAPE).clamp(-1, 1), randn(*SHAPE, seed=1)
     eps, v = 3 * randn(*SHAPE, seed=2), randn(*SHAPE, seed=3)
     losses = d.training_losses(constant(eps, v), x_start, t, noise=noise)
-    assert set(losses) == {"loss", "mse", "vb"} and all(value.shape == (3,) for value in losses.values())
+    assert set(losses) == {"loss", "mse", "vb"} and all(
+        value.shape == (3,) for value in losses.values()
+    )
     assert_near(losses["mse"], (noise - eps).square().flatten(1).mean(1))
     assert_near(losses["loss"], losses["mse"] + losses["vb"])
 
@@ -409,10 +482,13 @@ def test_losses_are_mse_and_the_bound():
     true_mean, _, true_log_variance = d.q_posterior_mean_variance(x_start, x_t, t)
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(
-        normal(true_mean, (true_log_variance / 2).exp()), normal(p["mean"], (p["log_variance"] / 2).exp())
+        normal(true_mean, (true_log_variance / 2).exp()),
+        normal(p["mean"], (p["log_variance"] / 2).exp()),
     )
     assert_near(losses["vb"][1:], bits(kl)[1:], atol=0, rtol=1e-12)
-    log_p = discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=p["log_variance"] / 2)
+    log_p = discretized_gaussian_log_likelihood(
+        x_start, means=p["mean"], log_scales=p["log_variance"] / 2
+    )
     assert_near(losses["vb"][:1], bits(-log_p)[:1], atol=0, rtol=1e-12)
 
 
@@ -425,7 +501,11 @@ def test_gradient_of_the_bound_reaches_the_variance_alone_unless_it_is_the_loss(
         found = torch.autograd.grad(losses[loss_name].sum(), (eps, v), allow_unused=True)
         return [g is not None and bool(g.flatten(1).any(1).all()) for g in found]
 
-    assert gradients("vb") == [False, True] and gradients("mse") == [True, False] and gradients("loss") == [True, True]
+    assert (
+        gradients("vb") == [False, True]
+        and gradients("mse") == [True, False]
+        and gradients("loss") == [True, True]
+    )
     assert gradients("vb", rescale_learned_sigmas=True) == [False, True]
     assert gradients("loss", use_kl=True) == [True, True]
 
@@ -434,7 +514,9 @@ def test_gradient_of_the_bound_reaches_the_variance_alone_unless_it_is_the_loss(
 def test_loss_factors(respacing, kept):
     x_start, t, noise = randn(*SHAPE).clamp(-1, 1), steps(0, 1, 249), randn(*SHAPE, seed=1)
     plain, rescaled, kl = (
-        create_diffusion(respacing, **options).training_losses(smooth_eps_and_v, x_start, t, noise=noise)
+        create_diffusion(respacing, **options).training_losses(
+            smooth_eps_and_v, x_start, t, noise=noise
+        )
         for options in ({}, dict(rescale_learned_sigmas=True), dict(use_kl=True))
     )
     assert_near(rescaled["vb"], plain["vb"] * kept / 1000)
@@ -442,13 +524,19 @@ def test_loss_factors(respacing, kept):
     assert_near(rescaled["mse"], plain["mse"])
     assert set(kl) == {"loss"}
     assert_near(kl["loss"], plain["vb"] * kept, atol=0, rtol=1e-13)
-    unscaled = plain_diffusion(create_diffusion("").betas, variance=ModelVarType.LEARNED_RANGE, loss=LossType.KL)
+    unscaled = plain_diffusion(
+        create_diffusion("").betas, variance=ModelVarType.LEARNED_RANGE, loss=LossType.KL
+    )
     if not respacing:
-        assert_near(unscaled.training_losses(smooth_eps_and_v, x_start, t, noise=noise)["loss"], plain["vb"])
+        assert_near(
+            unscaled.training_losses(smooth_eps_and_v, x_start, t, noise=noise)["loss"], plain["vb"]
+        )
 
 
 def test_fixed_variance_has_no_bound_in_its_loss():
-    losses = create_diffusion("", learn_sigma=False).training_losses(smooth_eps, randn(*SHAPE), steps(0, 1, 7))
+    losses = create_diffusion("", learn_sigma=False).training_losses(
+        smooth_eps, randn(*SHAPE), steps(0, 1, 7)
+    )
     assert set(losses) == {"loss", "mse"} and torch.equal(losses["loss"], losses["mse"])
 
 
@@ -477,8 +565,12 @@ def test_bits_per_dim_loop_term_by_term():
         losses = d.training_losses(smooth_eps_and_v, x_start, t, noise=noise)
         assert_near(out["vb"][:, i], losses["vb"])
         assert_near(out["mse"][:, i], losses["mse"])
-        p = d.p_mean_variance(smooth_eps_and_v, d.q_sample(x_start, t, noise), t, clip_denoised=False)
-        assert_near(out["xstart_mse"][:, i], (p["pred_xstart"] - x_start).square().flatten(1).mean(1))
+        p = d.p_mean_variance(
+            smooth_eps_and_v, d.q_sample(x_start, t, noise), t, clip_denoised=False
+        )
+        assert_near(
+            out["xstart_mse"][:, i], (p["pred_xstart"] - x_start).square().flatten(1).mean(1)
+        )
     assert_near(out["total_bpd"], out["vb"].sum(1) + out["prior_bpd"])
 
     abar = d.alphas_cumprod[-1]
@@ -489,7 +581,9 @@ def test_bits_per_dim_loop_term_by_term():
 
 def test_bits_per_dim_measure_the_noise_implied_by_the_clipped_prediction():
     d, x_start, noises = create_diffusion("4"), randn(*SHAPE).clamp(-1, 1), randn(4, *SHAPE, seed=1)
-    out = d.calc_bpd_loop(constant(torch.zeros_like(x_start), x_start), x_start, noise_fn=Noise(noises))
+    out = d.calc_bpd_loop(
+        constant(torch.zeros_like(x_start), x_start), x_start, noise_fn=Noise(noises)
+    )
     for i, noise in enumerate(noises):
         t = torch.full((3,), 3 - i)
         abar = column(d.alphas_cumprod, t)
@@ -497,11 +591,16 @@ def test_bits_per_dim_measure_the_noise_implied_by_the_clipped_prediction():
         clipped = (x_t / abar.sqrt()).clamp(-1, 1)
         eps = (x_t - abar.sqrt() * clipped) / (1 - abar).sqrt()
         assert_near(out["mse"][:, i], (eps - noise).square().flatten(1).mean(1), atol=1e-12)
-        assert_near(out["xstart_mse"][:, i], (clipped - x_start).square().flatten(1).mean(1), atol=1e-12)
+        assert_near(
+            out["xstart_mse"][:, i], (clipped - x_start).square().flatten(1).mean(1), atol=1e-12
+        )
 
 
 def test_a_perfect_network_costs_nothing_but_the_last_step():
-    d, x_start = create_diffusion("10", learn_sigma=False, sigma_small=True), randn(*SHAPE).clamp(-1, 1)
+    d, x_start = (
+        create_diffusion("10", learn_sigma=False, sigma_small=True),
+        randn(*SHAPE).clamp(-1, 1),
+    )
     abar = torch.from_numpy(create_diffusion("").alphas_cumprod)
 
     def perfect(x, t):
@@ -556,15 +655,21 @@ def test_a_loop_draws_its_start_and_once_per_step(name):
     assert torch.equal(first, second) and first.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name, step_name", [("p_sample_loop", "p_sample"), ("ddim_sample_loop", "ddim_sample")])
+@pytest.mark.parametrize(
+    "name, step_name", [("p_sample_loop", "p_sample"), ("ddim_sample_loop", "ddim_sample")]
+)
 def test_loops_chain_their_steps(name, step_name):
     d, x = create_diffusion("5"), randn(*SHAPE)
     noises = randn(5, *SHAPE, seed=1)
-    outs = list(getattr(d, name + "_progressive")(smooth_eps_and_v, SHAPE, x, noise_fn=Noise(noises)))
+    outs = list(
+        getattr(d, name + "_progressive")(smooth_eps_and_v, SHAPE, x, noise_fn=Noise(noises))
+    )
     assert len(outs) == 5
     final = getattr(d, name)(smooth_eps_and_v, SHAPE, x, noise_fn=Noise(noises))
     for i, out in enumerate(outs):
-        expected = getattr(d, step_name)(smooth_eps_and_v, x, torch.full((3,), 4 - i), noise_fn=Noise([noises[i]]))
+        expected = getattr(d, step_name)(
+            smooth_eps_and_v, x, torch.full((3,), 4 - i), noise_fn=Noise([noises[i]])
+        )
         assert set(out) == {"sample", "pred_xstart"}
         assert all(torch.equal(out[key], expected[key]) for key in out)
         x = expected["sample"]
@@ -575,14 +680,21 @@ def test_loops_pass_every_option_on():
     d, x, noises = create_diffusion("3"), 3 * randn(*SHAPE), randn(3, *SHAPE, seed=1)
     halve, gradient, kwargs = lambda x: x / 2, lambda x, t, y: -y * x, dict(y=0.1)
     options = dict(clip_denoised=False, denoised_fn=halve, cond_fn=gradient, model_kwargs=kwargs)
-    for loop, step, more in ((d.p_sample_loop, d.p_sample, {}), (d.ddim_sample_loop, d.ddim_sample, dict(eta=0.7))):
+    for loop, step, more in (
+        (d.p_sample_loop, d.p_sample, {}),
+        (d.ddim_sample_loop, d.ddim_sample, dict(eta=0.7)),
+    ):
         at = x
         for i in (2, 1, 0):
             t, noise_fn = torch.full((3,), i), Noise([noises[2 - i]])
             at = step(smooth_eps_and_v, at, t, **options, **more, noise_fn=noise_fn)["sample"]
-        assert torch.equal(loop(smooth_eps_and_v, SHAPE, x, **options, **more, noise_fn=Noise(noises)), at)
+        assert torch.equal(
+            loop(smooth_eps_and_v, SHAPE, x, **options, **more, noise_fn=Noise(noises)), at
+        )
         positional = (False, halve, gradient, kwargs, "cpu", False, *more.values())
-        assert torch.equal(loop(smooth_eps_and_v, SHAPE, x, *positional, noise_fn=Noise(noises)), at)
+        assert torch.equal(
+            loop(smooth_eps_and_v, SHAPE, x, *positional, noise_fn=Noise(noises)), at
+        )
 
 
 @pytest.mark.parametrize("name", ["p_sample_loop_progressive", "ddim_sample_loop_progressive"])
@@ -618,7 +730,9 @@ def test_the_network_and_the_losses_see_original_steps():
 
     kept = d.timestep_map
     x, t, expected = randn(*SHAPE), steps(0, 7, 14), [0, 388, 999]
-    for call in (d.p_mean_variance, d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses):
+    for call in (
+        d.p_mean_variance, d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses,
+    ):  # fmt: skip
         seen.clear()
         call(network, x, t)
         assert seen == [expected]
@@ -630,7 +744,9 @@ def test_the_network_and_the_losses_see_original_steps():
 
 def test_without_respacing_the_steps_are_their_own():
     seen = []
-    plain_diffusion().p_sample(lambda x, t: seen.append(t.tolist()) or x, randn(3, 2), steps(0, 1, 2))
+    plain_diffusion().p_sample(
+        lambda x, t: seen.append(t.tolist()) or x, randn(3, 2), steps(0, 1, 2)
+    )
     assert seen == [[0, 1, 2]]
 
 
@@ -646,7 +762,9 @@ def test_sampling_happens_where_noise_or_parameters_are():
         assert loop(elsewhere.forward, shape).device.type == "meta"
         out = loop(guided.forward_with_cfg, shape, model_kwargs=dict(y=y, cfg_scale=2.0))
         assert out.device.type == "meta"
-        assert loop(smooth_eps_and_v, shape, torch.zeros(shape, device="meta")).device.type == "meta"
+        assert (
+            loop(smooth_eps_and_v, shape, torch.zeros(shape, device="meta")).device.type == "meta"
+        )
         assert loop(smooth_eps_and_v, shape, device="cpu").device.type == "cpu"
         assert loop(elsewhere, shape, torch.zeros(shape), device="meta").device.type == "meta"
         with pytest.raises(ValueError, match="device="):
@@ -656,7 +774,9 @@ def test_sampling_happens_where_noise_or_parameters_are():
 @pytest.mark.parametrize("learn_sigma, network", [(True, smooth_eps), (False, smooth_eps_and_v)])
 def test_a_network_with_the_wrong_channels_is_refused(learn_sigma, network):
     d, x, t = create_diffusion("5", learn_sigma=learn_sigma), randn(*SHAPE), steps(0, 1, 2)
-    for call in (d.p_mean_variance, d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses):
+    for call in (
+        d.p_mean_variance, d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses,
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="learn_sigma"):
             call(network, x, t)
     with pytest.raises(ValueError, match="learn_sigma"):
@@ -664,7 +784,8 @@ def test_a_network_with_the_wrong_channels_is_refused(learn_sigma, network):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(sigma_small=True), "sigma_small"), (dict(rescale_learned_sigmas=True, use_kl=True), "rescale_learned_sigmas"),
+    (dict(sigma_small=True), "sigma_small"),
+    (dict(rescale_learned_sigmas=True, use_kl=True), "rescale_learned_sigmas"),
     (dict(rescale_learned_sigmas=True, learn_sigma=False), "rescale_learned_sigmas"),
     (dict(noise_schedule="cosine"), "cosine"), (dict(timestep_respacing="none"), "none"),
     (dict(diffusion_steps=20), "take 21 or more"), (dict(diffusion_steps=0), "0"),
@@ -676,10 +797,10 @@ def test_options_that_contradict_one_another_are_refused(options, message):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(mean="EPSILON"), dict(mean=ModelVarType.FIXED_SMALL), dict(variance=None), dict(variance=LossType.MSE),
-    dict(loss="mse"), dict(betas=[]), dict(betas=[[0.1, 0.2]]), dict(betas=[0.1, 0.0]), dict(betas=[0.1, 1.5]),
-    dict(betas=[-0.1]),
-    dict(betas=[0.1, math.nan]), dict(betas=0.1),
+    dict(mean="EPSILON"), dict(mean=ModelVarType.FIXED_SMALL), dict(variance=None),
+    dict(variance=LossType.MSE), dict(loss="mse"), dict(betas=[]), dict(betas=[[0.1, 0.2]]),
+    dict(betas=[0.1, 0.0]), dict(betas=[0.1, 1.5]), dict(betas=[-0.1]), dict(betas=[0.1, math.nan]),
+    dict(betas=0.1),
 ])  # fmt: skip
 def test_betas_and_types_are_checked(wrong):
     with pytest.raises(ValueError):
@@ -719,7 +840,8 @@ def test_one_step_is_enough_for_everything(variance, schedule):
         results += step(network, x, t).values()
     results += [*d.calc_bpd_loop(network, x).values(), *d.q_posterior_mean_variance(x, x, t)]
     assert all(value.isfinite().all() for value in results)
-    log_variance = d.p_mean_variance(network, x, t)["log_variance"]  # all bounds are beta where there is one step
+    # All bounds are beta where there is one step
+    log_variance = d.p_mean_variance(network, x, t)["log_variance"]
     assert_near(log_variance, torch.full(SHAPE, math.log(d.betas[0]), dtype=torch.float64))
 
 
@@ -750,12 +872,17 @@ def test_devices_without_float64_get_a_float32_table(monkeypatch, elsewhere):
     assert "mps" in gaussian_diffusion.WITHOUT_FLOAT64
     monkeypatch.setattr(gaussian_diffusion, "WITHOUT_FLOAT64", elsewhere)
     d, t = create_diffusion(""), torch.arange(1000)
-    got, exact = d.q_mean_variance(torch.ones(1000, 1).double(), t)[0][:, 0], torch.from_numpy(d.sqrt_alphas_cumprod)
+    got, exact = (
+        d.q_mean_variance(torch.ones(1000, 1).double(), t)[0][:, 0],
+        torch.from_numpy(d.sqrt_alphas_cumprod),
+    )
     assert torch.equal(got, exact.float().double() if elsewhere else exact)
 
 
 class Operations(TorchDispatchMode):
-    """Lists the aten operations run inside it: name, and devices of the tensors that go in and come out."""
+    """Lists the aten operations run inside it: name, and devices of the tensors that go in and come
+    out.
+    """
 
     def __init__(self):
         super().__init__()
@@ -764,7 +891,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         if operation.namespace == "aten":
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+            tensors = [
+                leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)
+            ]
             self.ran.append((operation.name(), {tensor.device.type for tensor in tensors}))
         return out
 
@@ -785,7 +914,8 @@ def test_a_step_takes_few_operations():
     for call, most in ((d.p_sample, 28), (d.ddim_sample, 39), (d.training_losses, 82)):
         ran = count_operations(call, network, x, t)
         assert len(ran) <= most, ran
-        assert ran.count("aten::index_select") == 2  # all coefficients at once, and the original step numbers
+        # All coefficients at once, and the original step numbers
+        assert ran.count("aten::index_select") == 2
     unspaced = count_operations(plain_diffusion().p_sample, lambda x, t: x, x, steps(0, 1, 2))
     assert unspaced.count("aten::index_select") == 1
 
@@ -805,7 +935,10 @@ def test_nothing_is_copied_between_devices_once_warm():
         def train():
             d.training_losses(model.train(), x, t, dict(y=y))
 
-        calls = [functools.partial(sample, d.p_sample), functools.partial(sample, d.ddim_sample, eta=0.5), train]
+        calls = [
+            functools.partial(sample, d.p_sample),
+            functools.partial(sample, d.ddim_sample, eta=0.5), train,
+        ]  # fmt: skip
         for call in calls:
             call()
             with Operations() as log:
@@ -831,7 +964,9 @@ def test_a_network_without_parameters_does_not_tell_the_device():
 
     with pytest.raises(ValueError, match="pass device="):
         create_diffusion("5").p_sample_loop(Bare(), (2, 4, 8, 8))
-    assert create_diffusion("5").p_sample_loop(Bare(), (2, 4, 8, 8), device="cpu").shape == (2, 4, 8, 8)
+    assert create_diffusion("5").p_sample_loop(Bare(), (2, 4, 8, 8), device="cpu").shape == (
+        2, 4, 8, 8,
+    )  # fmt: skip
 
 
 def test_variances_keep_their_digits_in_float32():
@@ -845,9 +980,13 @@ def test_variances_keep_their_digits_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("given", ["float32", "as the network"])
 def test_a_network_in_half_precision_learns_and_samples(dtype, given):
-    """The coefficients are float32, and so is x_t whatever the images are; the network gets it as it can take it."""
+    """The coefficients are float32, and so is x_t whatever the images are; the network gets it as
+    it can take it.
+    """
     process, halves = create_diffusion("10"), small_dit().to(dtype)
-    x, noise = (randn(2, 4, 8, 8).to(torch.float32 if given == "float32" else dtype) for _ in range(2))
+    x, noise = (
+        randn(2, 4, 8, 8).to(torch.float32 if given == "float32" else dtype) for _ in range(2)
+    )
     t, y = torch.tensor([0, 9]), dict(y=torch.tensor([0, 1]))
     with torch.no_grad():
         losses = process.training_losses(halves, x, t, y, noise)

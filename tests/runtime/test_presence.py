@@ -42,7 +42,11 @@ def kill(child):
 
 def test_a_process_that_is_killed_is_gone(tmp_path, other):
     with Presence(tmp_path, Place(0, 2)) as presence:
-        assert not presence.at_work(1) and not presence.is_gone(1) and "process 1 of 2 is not there" in presence.missed({1})
+        assert (
+            not presence.at_work(1)
+            and not presence.is_gone(1)
+            and "process 1 of 2 is not there" in presence.missed({1})
+        )
         child = other()
         assert presence.at_work(1) and not presence.is_gone(1) and presence.missed({0, 1}) == ""
         kill(child)
@@ -67,7 +71,10 @@ def test_only_one_process_of_a_rank_where_that_is_wanted(tmp_path):
     with Presence(tmp_path, Place(0, 1), only=True):
         with Presence(tmp_path, Place(0, 1)):
             pass
-    with Presence(tmp_path, Place(0, 1)), pytest.raises(ValueError, match="is being written by process"):
+    with (
+        Presence(tmp_path, Place(0, 1)),
+        pytest.raises(ValueError, match="is being written by process"),
+    ):
         with Presence(tmp_path, Place(0, 1), only=True):
             pass
 
@@ -105,6 +112,9 @@ def test_the_first_process_waits_for_nobody_who_is_gone(tmp_path, other, monkeyp
     monkeypatch.setattr(many, "POLL_SECONDS", 0)
     for i in (0, 1, 2):
         (tmp_path / f"{i:06d}.png").touch()
-    with pytest.raises(ValueError, match="process 1 of 2 has ended"), Presence(tmp_path, Place(0, 2)) as presence:
+    with (
+        pytest.raises(ValueError, match="process 1 of 2 has ended"),
+        Presence(tmp_path, Place(0, 2)) as presence,
+    ):
         kill(other())
         many.wait_for_all(tmp_path, 4, presence, 2)

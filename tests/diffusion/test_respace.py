@@ -10,11 +10,16 @@ from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from diffusion.respace import SpacedDiffusion, space_timesteps
 
-KINDS = dict(model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.LEARNED_RANGE, loss_type=LossType.MSE)
+KINDS = dict(
+    model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.LEARNED_RANGE,
+    loss_type=LossType.MSE,
+)  # fmt: skip
 
 
 def rounded_running_sum(size, count):
-    """`count` of `size` positions by adding the stride up, as the steps of published samples were chosen."""
+    """`count` of `size` positions by adding the stride up, as the steps of published samples were
+    chosen.
+    """
     position, chosen = 0.0, []
     while len(chosen) < count:
         chosen.append(round(position))
@@ -35,7 +40,9 @@ def test_a_running_sum_for_every_count():
 
 
 def test_multiplying_would_keep_other_steps_for_278_counts():
-    other = [n for n in range(1, 1001) if sorted(space_timesteps(1000, n)) != rounded_multiples(1000, n)]
+    other = [
+        n for n in range(1, 1001) if sorted(space_timesteps(1000, n)) != rounded_multiples(1000, n)
+    ]
     assert len(other) == 278 and other[0] == 21
 
 
@@ -53,7 +60,11 @@ def test_a_number_in_any_form(four_of_ten):
 
 @pytest.mark.parametrize("counts", ["10,15,20", [10, 15, 20], "10, 15, 20"])
 def test_sections_of_equal_length(counts):
-    expected = [start + i for start, n in ((0, 10), (100, 15), (200, 20)) for i in rounded_running_sum(100, n)]
+    expected = [
+        start + i
+        for start, n in ((0, 10), (100, 15), (200, 20))
+        for i in rounded_running_sum(100, n)
+    ]
     kept = space_timesteps(300, counts)
     assert sorted(kept) == expected and {99, 100, 199, 200, 299} < kept
 
@@ -72,7 +83,9 @@ def test_ddim_strides(total):
         smallest_stride.setdefault(len(range(0, total, stride)), stride)
     for wanted in range(total + 3):
         if wanted in smallest_stride:
-            assert space_timesteps(total, f"ddim{wanted}") == set(range(0, total, smallest_stride[wanted]))
+            assert space_timesteps(total, f"ddim{wanted}") == set(
+                range(0, total, smallest_stride[wanted])
+            )
         else:
             with pytest.raises(ValueError, match="ddim") as error:
                 space_timesteps(total, f"ddim{wanted}")
@@ -88,8 +101,8 @@ def test_ddim_examples():
 
 
 @pytest.mark.parametrize("wrong", [
-    "fast", "ddim", "ddimfast", "ddim-5", "ddim5.0", "5,", "5;5", "2.5", 0, -1, "0", "-1", [5, 0], 1001, "1001",
-    [5, 501], "600,400", {}, [[5]], [None],
+    "fast", "ddim", "ddimfast", "ddim-5", "ddim5.0", "5,", "5;5", "2.5", 0, -1, "0", "-1", [5, 0],
+    1001, "1001", [5, 501], "600,400", {}, [[5]], [None],
 ])  # fmt: skip
 def test_what_is_not_understood_or_not_possible_is_refused(wrong):
     with pytest.raises(ValueError, match=f"respacing {re.escape(repr(wrong))}"):
@@ -99,12 +112,21 @@ def test_what_is_not_understood_or_not_possible_is_refused(wrong):
 @pytest.mark.parametrize("respacing", ["50", "ddim50", "10,15,20", "1", "2", ""])
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_alpha_bar_at_kept_steps_stays(respacing, schedule):
-    full, d = create_diffusion("", noise_schedule=schedule), create_diffusion(respacing, noise_schedule=schedule)
-    assert d.timestep_map == sorted(space_timesteps(1000, respacing)) and type(d.timestep_map) is list
+    full, d = (
+        create_diffusion("", noise_schedule=schedule),
+        create_diffusion(respacing, noise_schedule=schedule),
+    )
+    assert (
+        d.timestep_map == sorted(space_timesteps(1000, respacing)) and type(d.timestep_map) is list
+    )
     assert d.use_timesteps == set(d.timestep_map) and type(d.use_timesteps) is set
     assert d.num_timesteps == len(d.betas) == len(d.timestep_map) and d.original_num_steps == 1000
-    np.testing.assert_allclose(d.alphas_cumprod, full.alphas_cumprod[d.timestep_map], rtol=1e-10, atol=1e-15)
-    np.testing.assert_allclose(np.cumprod(1 - d.betas), full.alphas_cumprod[d.timestep_map], rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(
+        d.alphas_cumprod, full.alphas_cumprod[d.timestep_map], rtol=1e-10, atol=1e-15
+    )
+    np.testing.assert_allclose(
+        np.cumprod(1 - d.betas), full.alphas_cumprod[d.timestep_map], rtol=1e-10, atol=1e-15
+    )
     if not respacing:
         np.testing.assert_allclose(d.betas, full.betas, rtol=1e-10)
 
@@ -119,7 +141,10 @@ def test_one_kept_step_falls_back_to_beta():
 
 
 def test_steps_may_come_in_any_order_and_the_network_sees_them():
-    d, seen = SpacedDiffusion(use_timesteps=[7, 2, 7, 4], betas=np.linspace(0.01, 0.2, 10), **KINDS), []
+    d, seen = (
+        SpacedDiffusion(use_timesteps=[7, 2, 7, 4], betas=np.linspace(0.01, 0.2, 10), **KINDS),
+        [],
+    )
     assert d.timestep_map == [2, 4, 7] and d.num_timesteps == 3 and d.original_num_steps == 10
 
     def network(x, t):

@@ -10,8 +10,9 @@ from runtime.surroundings import Place, check_accelerate, is_installed, lone_tas
 import train
 
 VARIABLES = [
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE", *surroundings.ACCELERATE_SWITCHES, *surroundings.ACCELERATE_VALUES,
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *surroundings.ACCELERATE_SWITCHES,
+    *surroundings.ACCELERATE_VALUES,
 ]  # fmt: skip
 
 
@@ -40,8 +41,9 @@ def test_place(monkeypatch, variables, place):
 
 
 @pytest.mark.parametrize("variables", [
-    dict(RANK="1"), dict(WORLD_SIZE="2"), dict(RANK="", WORLD_SIZE="2"), dict(RANK="x", WORLD_SIZE="2"),
-    dict(RANK="-1", WORLD_SIZE="2"), dict(RANK="2", WORLD_SIZE="2"), dict(RANK="1.0", WORLD_SIZE="2"), dict(LOCAL_RANK="1"),
+    dict(RANK="1"), dict(WORLD_SIZE="2"), dict(RANK="", WORLD_SIZE="2"),
+    dict(RANK="x", WORLD_SIZE="2"), dict(RANK="-1", WORLD_SIZE="2"), dict(RANK="2", WORLD_SIZE="2"),
+    dict(RANK="1.0", WORLD_SIZE="2"), dict(LOCAL_RANK="1"),
     dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="0"), dict(SLURM_PROCID="1", SLURM_NTASKS="2"),
     dict(OMPI_COMM_WORLD_SIZE="2"), dict(PMI_SIZE="2"),
 ])  # fmt: skip
@@ -72,7 +74,10 @@ def test_what_accelerate_is_asked_for_is_not_passed_over(monkeypatch, name, valu
 
 
 def test_what_accelerate_and_the_script_are_both_asked_for_is_fine(monkeypatch):
-    put(monkeypatch, ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_USE_FSDP="false")
+    put(
+        monkeypatch, ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_DYNAMO_BACKEND="NO",
+        ACCELERATE_USE_FSDP="false",
+    )  # fmt: skip
     put(monkeypatch, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     check_accelerate(mixed_precision="bf16", grad_accum=4)
 
@@ -80,21 +85,33 @@ def test_what_accelerate_and_the_script_are_both_asked_for_is_fine(monkeypatch):
 def test_a_folder_is_no_package(monkeypatch, tmp_path):
     (tmp_path / "wandb_like").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert is_installed("torch") and not is_installed("wandb_like") and not is_installed("no_such_package")
+    assert (
+        is_installed("torch")
+        and not is_installed("wandb_like")
+        and not is_installed("no_such_package")
+    )
 
 
 @pytest.mark.parametrize("door, flags", [
-    (train, ["--data-path", "x", "--vae", "none"]), (sample_ddp, ["--ckpt", "x.pt", "--vae", "none"]),
+    (train, ["--data-path", "x", "--vae", "none"]),
+    (sample_ddp, ["--ckpt", "x.pt", "--vae", "none"]),
     (extract_latents, ["--data-path", "x", "--output", "y", "--vae", "x"]),
     (evaluate, ["--samples", "x", "--reference", "y", "--features", "pixels"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("variables, message", [
     (dict(RANK="1"), "RANK"), (dict(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1"), "srun"),
-    (dict(ACCELERATE_USE_DEEPSPEED="true"), "DeepSpeed"), (dict(ACCELERATE_MIXED_PRECISION="fp16"), "MIXED_PRECISION"),
+    (dict(ACCELERATE_USE_DEEPSPEED="true"), "DeepSpeed"),
+    (dict(ACCELERATE_MIXED_PRECISION="fp16"), "MIXED_PRECISION"),
 ])  # fmt: skip
-def test_doors_look_at_their_surroundings_first(monkeypatch, tmp_path, capsys, door, flags, variables, message):
+def test_doors_look_at_their_surroundings_first(
+    monkeypatch, tmp_path, capsys, door, flags, variables, message
+):
     monkeypatch.chdir(tmp_path)
     put(monkeypatch, **variables)
     with pytest.raises(SystemExit) as stopped:
         door.main(flags)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert (
+        stopped.value.code == 2
+        and message in capsys.readouterr().err
+        and not list(tmp_path.iterdir())
+    )

@@ -1,4 +1,6 @@
-"""The multistep solvers, guidance inside an interval, and what makes sampling fast: what they may change and what not."""
+"""The multistep solvers, guidance inside an interval, and what makes sampling fast: what they may
+change and what not.
+"""
 
 import json
 import math
@@ -22,10 +24,13 @@ from sampling.flags import check_sampling_flags
 from vae import PixelSpace, load_vae
 
 DIGITS = ROOT / "examples" / "digits"
-SMALL = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+SMALL = dict(
+    input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=10
+)
 ABAR = create_diffusion("").alphas_cumprod
 MULTISTEP = sorted(sampling_sampler.SCHEDULERS)
-OLD_NAME = "dit-cfg-1.5-steps-3-ddpm-seed-0-n-2-2edc23ea"  # of the version before --cfg-interval and --compile
+# Of the version before --cfg-interval and --compile
+OLD_NAME = "dit-cfg-1.5-steps-3-ddpm-seed-0-n-2-2edc23ea"
 
 
 class Unbounded(PixelSpace):
@@ -33,7 +38,9 @@ class Unbounded(PixelSpace):
 
 
 class Gaussian(torch.nn.Module):
-    """A network for data N(mean, std²): its prediction of the noise is exact, and so is known where a path ends."""
+    """A network for data N(mean, std²): its prediction of the noise is exact, and so is known where
+    a path ends.
+    """
 
     input_size, in_channels, num_classes, null_label, learn_sigma = 4, 3, 0, None, True
     mean, std = 0.3, 0.5
@@ -77,7 +84,9 @@ def grey(one, other):
 
 
 def second_order_by_the_paper(eps, x, n):
-    """Data of x_T = x by DPM-Solver++(2M), algorithm 2 of Lu et al. 2022, in float64: n equal steps of lambda, then x_0."""
+    """Data of x_T = x by DPM-Solver++(2M), algorithm 2 of Lu et al. 2022, in float64: n equal steps
+    of lambda, then x_0.
+    """
     half_log_snr = np.log(ABAR / (1 - ABAR)) / 2
     lambdas = np.linspace(half_log_snr[-1], half_log_snr[0], n)
     steps = np.interp(-lambdas, -half_log_snr, np.arange(1000)).round().astype(int)
@@ -109,7 +118,9 @@ def test_multistep_solvers_come_to_the_exact_end_in_second_order(sampler):
     x = randn(2, 3, 4, 4)
     exact = Gaussian().end(x)
     ddim, twenty, forty = (
-        (Sampler(Gaussian(), Unbounded(), None, n, name).latents(torch.zeros(2), x) - exact).abs().max()
+        (Sampler(Gaussian(), Unbounded(), None, n, name).latents(torch.zeros(2), x) - exact)
+        .abs()
+        .max()
         for n, name in ((20, "ddim"), (20, sampler), (40, sampler))
     )
     assert forty < twenty / 3.5 and twenty < ddim / 9
@@ -151,12 +162,16 @@ def test_multistep_solvers_clip_where_the_space_has_bounds(sampler, scale):
 
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_images_depend_on_seed_and_index_whatever_the_batch(sampler):
-    sampler = Sampler(network(), Unbounded(), None, 6, sampler, cfg_scale=1.5, cfg_interval=(0.2, 0.7))
+    sampler = Sampler(
+        network(), Unbounded(), None, 6, sampler, cfg_scale=1.5, cfg_interval=(0.2, 0.7)
+    )
     whole = sampler.numbered_latents(3, range(4), torch.arange(4))
     parts = [sampler.numbered_latents(3, [i], torch.tensor([i])) for i in (2, 0)]
     torch.testing.assert_close(torch.cat(parts), whole[[2, 0]], rtol=1e-4, atol=1e-5)
     again = sampler.numbered_latents(3, range(4), torch.arange(4))
-    assert torch.equal(whole, again) and not torch.equal(whole, sampler.numbered_latents(4, range(4), torch.arange(4)))
+    assert torch.equal(whole, again) and not torch.equal(
+        whole, sampler.numbered_latents(4, range(4), torch.arange(4))
+    )
 
 
 @pytest.mark.parametrize("sampler", MULTISTEP)
@@ -165,7 +180,9 @@ def test_multistep_solvers_draw_nothing(sampler):
         raise AssertionError("drawn")
 
     net, before = network(), torch.get_rng_state()
-    Sampler(net, Unbounded(), None, 3, sampler).latents(torch.tensor([1]), randn(1, 3, 4, 4).float(), noise_fn)
+    Sampler(net, Unbounded(), None, 3, sampler).latents(
+        torch.tensor([1]), randn(1, 3, 4, 4).float(), noise_fn
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -173,9 +190,12 @@ def test_multistep_solvers_draw_nothing(sampler):
 @pytest.mark.parametrize("steps", [10, 20, 100])
 def test_the_network_is_asked_at_the_steps_nearest_to_the_noise(sampler, steps):
     sampler = Sampler(Gaussian(), Unbounded(), None, steps, sampler)
-    exact = np.interp(np.log(sampler.scheduler().sigmas[:-1]), np.log(np.sqrt(1 / ABAR - 1)), np.arange(1000))
+    exact = np.interp(
+        np.log(sampler.scheduler().sigmas[:-1]), np.log(np.sqrt(1 / ABAR - 1)), np.arange(1000)
+    )
     assert (
-        np.abs(exact - sampler.steps()).max() <= 0.5 and np.ptp(np.diff(np.log(sampler.scheduler().sigmas[:-1]))) < 1e-4
+        np.abs(exact - sampler.steps()).max() <= 0.5
+        and np.ptp(np.diff(np.log(sampler.scheduler().sigmas[:-1]))) < 1e-4
     )
 
 
@@ -190,21 +210,25 @@ def test_networks_without_a_variance_can_be_sampled(sampler):
 # ---- guidance inside an interval ----
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", [0, 250, 500, 749, 999]), ("ddim", [0, 250, 500, 749, 999])])
+@pytest.mark.parametrize(
+    "sampler, steps", [("ddpm", [0, 250, 500, 749, 999]), ("ddim", [0, 250, 500, 749, 999])]
+)
 def test_guidance_is_applied_inside_the_interval_alone(sampler, steps):
     net, labels, x = network(), torch.tensor([3, 5]), randn(2, 3, 4, 4).float()
     process = create_diffusion("5")
     assert process.timestep_map == [0, 250, 500, 749, 999]  # 749.25 is the running sum
     noise_fn = ImageNoise(1, [0, 1], "cpu")
-    got = Sampler(net, Unbounded(), None, 5, sampler, cfg_scale=3.0, cfg_interval=(0.25, 0.749)).latents(
-        labels, x, noise_fn
-    )
+    got = Sampler(
+        net, Unbounded(), None, 5, sampler, cfg_scale=3.0, cfg_interval=(0.25, 0.749)
+    ).latents(labels, x, noise_fn)
     noise_fn, want = ImageNoise(1, [0, 1], "cpu"), x
     for i in range(4, -1, -1):
         if 250 <= steps[i] <= 749:
 
             def model(x, t):
-                doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, torch.full((2,), 10)])
+                doubled = (
+                    torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, torch.full((2,), 10)]),
+                )  # fmt: skip
                 return net.forward_with_cfg(*doubled, 3.0)[:2]
         else:
 
@@ -212,14 +236,18 @@ def test_guidance_is_applied_inside_the_interval_alone(sampler, steps):
                 return net(x, t, labels)
 
         step = process.p_sample if sampler == "ddpm" else process.ddim_sample
-        want = step(model, want, torch.full((2,), i), clip_denoised=False, noise_fn=noise_fn)["sample"]
+        want = step(model, want, torch.full((2,), i), clip_denoised=False, noise_fn=noise_fn)[
+            "sample"
+        ]
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_the_null_half_is_evaluated_inside_the_interval_alone(sampler):
     net, seen = network(), []
-    net.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), args[1][0].item())))
+    net.register_forward_pre_hook(
+        lambda module, args: seen.append((len(args[0]), args[1][0].item()))
+    )
     labels, noise = torch.tensor([0, 1, 2]), randn(3, 3, 4, 4).float()
 
     def latents(scale, interval):
@@ -241,7 +269,9 @@ def test_the_null_half_is_evaluated_inside_the_interval_alone(sampler):
 
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_an_interval_without_a_step_is_refused(sampler):
-    with pytest.raises(ValueError, match=f"--cfg-interval 0.9995 1.0 holds none of the 5 steps of {sampler}"):
+    with pytest.raises(
+        ValueError, match=f"--cfg-interval 0.9995 1.0 holds none of the 5 steps of {sampler}"
+    ):
         Sampler(network(), Unbounded(), None, 5, sampler, cfg_scale=2.0, cfg_interval=(0.9995, 1.0))
     Sampler(network(), Unbounded(), None, 5, sampler, cfg_scale=2.0, cfg_interval=(0.999, 1.0))
 
@@ -257,7 +287,9 @@ def test_casting_weights_once_is_what_autocast_does_each_time(precision, digits)
     assert cast.blocks[0].mlp.fc1.weight.dtype == speed.PRECISIONS[precision]
     assert cast.pos_embed.dtype == cast.y_embedder.embedding_table.weight.dtype == torch.float32
     one, other = (
-        Sampler(net, Unbounded(), None, 4, "unipc", cfg_scale=1.5, mixed_precision=precision).latents(labels, noise)
+        Sampler(
+            net, Unbounded(), None, 4, "unipc", cfg_scale=1.5, mixed_precision=precision
+        ).latents(labels, noise)
         for net in (plain, cast)
     )
     assert torch.equal(one, other)
@@ -283,9 +315,13 @@ def test_what_cannot_be_compiled_is_said_at_once(monkeypatch, tmp_path, capsys):
     output = tmp_path / "out.png"
     with pytest.raises(SystemExit):
         sample.main([
-            "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--compile", "--output", str(output),
+            "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--compile",
+            "--output", str(output),
         ])  # fmt: skip
-    assert "cannot compile here (No working C++ compiler found); leave the flag out" in capsys.readouterr().err
+    assert (
+        "cannot compile here (No working C++ compiler found); leave the flag out"
+        in capsys.readouterr().err
+    )
     assert not output.exists()
 
 
@@ -294,7 +330,8 @@ def test_what_cannot_be_compiled_is_said_at_once(monkeypatch, tmp_path, capsys):
 def test_compiled_networks_draw_the_same_digits(sampler, steps, digits):
     """Also with guidance that comes and goes, which is another shape of batch, and in bf16."""
     load, space, labels, noise = digits
-    torch._dynamo.reset()  # a process may compile one forward pass so many times only, and other tests did
+    # A process may compile one forward pass so many times only, and other tests did
+    torch._dynamo.reset()
     for precision, bar in (("no", 0.1), ("bf16", 2)):
         images = []
         for compiled in (False, True):
@@ -302,8 +339,9 @@ def test_compiled_networks_draw_the_same_digits(sampler, steps, digits):
             prepare(net, precision, compiled)
             torch.manual_seed(0)
             fast = Sampler(
-                net, space, None, steps, sampler, cfg_scale=1.5, mixed_precision=precision, cfg_interval=(0.3, 0.7)
-            )
+                net, space, None, steps, sampler, cfg_scale=1.5, mixed_precision=precision,
+                cfg_interval=(0.3, 0.7),
+            )  # fmt: skip
             images.append(fast.decode(fast.latents(labels, noise)))
         assert grey(*images) < bar
 
@@ -318,15 +356,9 @@ def test_a_gpu_with_graphs_draws_the_digits_of_float32(precision, digits):
         net = load().cuda()
         prepare(net, precision if fast else "no", compile=fast)
         sampler = Sampler(
-            net,
-            space,
-            None,
-            20,
-            "unipc",
-            cfg_scale=1.5,
-            cfg_interval=(0.2, 1.0),
+            net, space, None, 20, "unipc", cfg_scale=1.5, cfg_interval=(0.2, 1.0),
             mixed_precision=precision if fast else "no",
-        )
+        )  # fmt: skip
         images.append(sampler.decode(sampler.latents(labels.cuda(), noise.cuda())))
     assert grey(*images) < 2
 
@@ -334,8 +366,9 @@ def test_a_gpu_with_graphs_draws_the_digits_of_float32(precision, digits):
 @pytest.mark.gpu
 def test_graphs_are_safe_beside_decoding_and_a_smaller_last_batch(tmp_path):
     common = [
-        "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--num-fid-samples", "7", "--steps", "10",
-        "--per-proc-batch-size", "4", "--sampler", "dpm++", "--cfg-interval", "0.2", "0.9", "--sample-dir", str(tmp_path),
+        "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"),
+        "--num-fid-samples", "7", "--steps", "10", "--per-proc-batch-size", "4", "--sampler",
+        "dpm++", "--cfg-interval", "0.2", "0.9", "--sample-dir", str(tmp_path),
     ]  # fmt: skip
     sample_ddp.main(common)
     (plain,) = tmp_path.glob("*.npz")
@@ -369,11 +402,14 @@ def test_flags_reach_the_network(monkeypatch):
         and not compiled
     )
     fast, compiled = loaded(
-        monkeypatch, "--cfg-interval", "0.2", "0.7", "--mixed-precision", "bf16", "--compile", "--sampler", "unipc",
-        "--steps", "9",
+        monkeypatch, "--cfg-interval", "0.2", "0.7", "--mixed-precision", "bf16", "--compile",
+        "--sampler", "unipc", "--steps", "9",
     )  # fmt: skip
     assert (fast.cfg_interval, fast.sampler, fast.num_sampling_steps) == ([0.2, 0.7], "unipc", 9)
-    assert fast.mixed_precision == "bf16" and fast.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert (
+        fast.mixed_precision == "bf16"
+        and fast.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    )
     (_, (forward, options)) = compiled  # the first is a trial
     assert forward.__self__ is fast.network and options == {"dynamic": True, "fullgraph": True}
     assert fast.network.forward.__wrapped__ == forward
@@ -391,11 +427,8 @@ def test_each_sampler_has_steps_of_its_own_unless_told():
         assert flags("--sampler", name, "--steps", "250").num_sampling_steps == 250
         assert flags("--num-sampling-steps", "7", "--sampler", name).num_sampling_steps == 7
     assert {name: solver.steps for name, solver in SOLVERS.items()} == {
-        "ddpm": 250,
-        "ddim": 250,
-        "dpm++": 20,
-        "unipc": 20,
-    }
+        "ddpm": 250, "ddim": 250, "dpm++": 20, "unipc": 20,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("given, message", [
@@ -421,10 +454,12 @@ def test_a_sampler_refuses_steps_that_it_cannot_take():
 
 
 def test_folders_of_samples_keep_their_names_and_tell_new_options_apart(tmp_path):
-    """The name that this command had before there were --cfg-interval and --compile, taken from that version."""
+    """The name that this command had before there were --cfg-interval and --compile, taken from
+    that version.
+    """
     common = [
-        "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), "--num-fid-samples", "2", "--device", "cpu",
-        "--sample-dir", str(tmp_path), "--steps", "3",
+        "--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"),
+        "--num-fid-samples", "2", "--device", "cpu", "--sample-dir", str(tmp_path), "--steps", "3",
     ]  # fmt: skip
     sample_ddp.main(common)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())

@@ -23,9 +23,10 @@ from models import DiT, MOST_CLASSES
 import sample
 
 INTERRUPTIBLE = [
-    "train.py", "sample.py", "sample_ddp.py", "extract_latents.py", "evaluate.py", "export.py", "download.py", "count.py",
-    "app.py", "examples/grids.py", "examples/plot_run.py", "examples/digits/judge.py", "examples/digits/make_dataset.py",
-    "examples/digits/plot_scores.py", "examples/digits/train_vae.py", "examples/digits/train_classifier.py",
+    "train.py", "sample.py", "sample_ddp.py", "extract_latents.py", "evaluate.py", "export.py",
+    "download.py", "count.py", "app.py", "examples/grids.py", "examples/plot_run.py",
+    "examples/digits/judge.py", "examples/digits/make_dataset.py", "examples/digits/plot_scores.py",
+    "examples/digits/train_vae.py", "examples/digits/train_classifier.py",
     "examples/scaling/study.py", "examples/scaling/plot.py",
 ]  # fmt: skip
 
@@ -58,8 +59,8 @@ def test_an_option_given_twice_is_told(words, note, capsys):
 
 
 @pytest.mark.parametrize("words", [
-    ["--seed", "1", "--steps", "1"], ["--seed", "1", "--seed=1"], ["--seed", "1", "b"], ["--", "--seed", "--seed"],
-    ["--seed", "1", "--seed", "1", "b"], ["--no-flip", "--no-flip"],
+    ["--seed", "1", "--steps", "1"], ["--seed", "1", "--seed=1"], ["--seed", "1", "b"],
+    ["--", "--seed", "--seed"], ["--seed", "1", "--seed", "1", "b"], ["--no-flip", "--no-flip"],
 ])  # fmt: skip
 def test_what_is_not_given_twice_is_not_told(words, capsys):
     parser().parse_args(words)
@@ -69,7 +70,10 @@ def test_what_is_not_given_twice_is_not_told(words, capsys):
 def test_a_switch_and_its_contrary_are_told(capsys):
     args = training_flags.build_parser().parse_args(["--data-path", "x", "--flip", "--no-flip"])
     assert args.flip is False
-    assert "--flip and --no-flip decide the same; the last one, --no-flip, counts" in capsys.readouterr().err
+    assert (
+        "--flip and --no-flip decide the same; the last one, --no-flip, counts"
+        in capsys.readouterr().err
+    )
 
 
 def test_one_process_of_several_tells(monkeypatch, capsys):
@@ -79,9 +83,11 @@ def test_one_process_of_several_tells(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--path", ""], "--path is empty"), (["--path="], "--path is empty"), (["a", ""], "an argument is empty"),
-    (["--many", "a", ""], "--many is empty"), (["--path", "a\0"], "--path has a zero byte"),
-    (["--see", "1"], "unrecognized arguments: --see"), (["--seed", "9" * 5000], "invalid int value"),
+    (["--path", ""], "--path is empty"), (["--path="], "--path is empty"),
+    (["a", ""], "an argument is empty"), (["--many", "a", ""], "--many is empty"),
+    (["--path", "a\0"], "--path has a zero byte"),
+    (["--see", "1"], "unrecognized arguments: --see"),
+    (["--seed", "9" * 5000], "invalid int value"),
 ])  # fmt: skip
 def test_what_no_option_takes(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -102,8 +108,13 @@ def test_a_name_that_the_system_refuses_is_one_message(name, tmp_path, monkeypat
     (tmp_path / "text").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(SystemExit) as stopped:
-        sample.main(["--ckpt", name, "--vae", "none", "--device", "cpu", "--output", f"{name}/a.png"])
-    assert stopped.value.code == 2 and "sample.py: error: --output: " in capsys.readouterr().err.splitlines()[-1]
+        sample.main(
+            ["--ckpt", name, "--vae", "none", "--device", "cpu", "--output", f"{name}/a.png"]
+        )
+    assert (
+        stopped.value.code == 2
+        and "sample.py: error: --output: " in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 # ---- numbers ----
@@ -136,7 +147,10 @@ def test_the_ends_of_every_range_are_taken():
 def test_a_batch_that_no_memory_holds(monkeypatch):
     monkeypatch.setattr(limits, "memory", lambda: 10**9)
     check_memory(64, 2048, "--batch-size")
-    with pytest.raises(ValueError, match="65 images of 4096x4096 .* take 3 GB, and this machine has 1 GB.*; lower --x"):
+    with pytest.raises(
+        ValueError,
+        match="65 images of 4096x4096 .* take 3 GB, and this machine has 1 GB.*; lower --x",
+    ):
         check_memory(65, 4096, "--x")
     monkeypatch.setattr(limits, "memory", lambda: None)
     check_memory(65, 4096, "--batch-size")
@@ -148,10 +162,14 @@ def test_a_batch_that_no_memory_holds(monkeypatch):
     (dict(input_size=30000), "input_size is 30000; it must be at most 16384"),
     (dict(input_size=8192, patch_size=1), "position table of 2,147,483,648 numbers"),
     (dict(num_classes=MOST_CLASSES + 1), "num_classes is 1000001; it must be at most 1000000"),
-    (dict(depth="2"), "depth is '2'; it must be a whole number"), (dict(depth=2.0), "depth is 2.0; it must be a whole"),
-    (dict(depth=True), "depth is True; it must be a whole"), (dict(mlp_ratio=float("nan")), "mlp_ratio is nan"),
-    (dict(mlp_ratio=1e9), "mlp_ratio is 1000000000.0"), (dict(class_dropout_prob="0"), "class_dropout_prob is '0'"),
-    (dict(learn_sigma="no"), "learn_sigma is 'no'"), (dict(block=["adaln"]), r"block is \['adaln'\]"),
+    (dict(depth="2"), "depth is '2'; it must be a whole number"),
+    (dict(depth=2.0), "depth is 2.0; it must be a whole"),
+    (dict(depth=True), "depth is True; it must be a whole"),
+    (dict(mlp_ratio=float("nan")), "mlp_ratio is nan"),
+    (dict(mlp_ratio=1e9), "mlp_ratio is 1000000000.0"),
+    (dict(class_dropout_prob="0"), "class_dropout_prob is '0'"),
+    (dict(learn_sigma="no"), "learn_sigma is 'no'"),
+    (dict(block=["adaln"]), r"block is \['adaln'\]"),
 ])  # fmt: skip
 def test_a_network_beyond_all_bounds_is_refused_at_once(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -159,7 +177,12 @@ def test_a_network_beyond_all_bounds_is_refused_at_once(wrong, message):
 
 
 def test_numpys_whole_numbers_are_sizes():
-    assert DiT(input_size=np.int64(8), hidden_size=np.int32(32), depth=np.int16(1), num_heads=4).input_size == 8
+    assert (
+        DiT(
+            input_size=np.int64(8), hidden_size=np.int32(32), depth=np.int16(1), num_heads=4
+        ).input_size
+        == 8
+    )
 
 
 # ---- how a door ends ----
@@ -226,8 +249,9 @@ def test_nothing_but_a_file_is_replaced_by_one(tmp_path):
 
 def python(*words, **options):
     return subprocess.Popen(
-        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, **options,
+    )  # fmt: skip
 
 
 def interrupted(script, after):
@@ -252,7 +276,12 @@ def test_ctrl_c_while_any_door_is_imported(script):
 def test_every_door_can_be_interrupted_while_it_is_imported():
     """Each ends at Ctrl-C from its first line on, and its main is answered for by `door`."""
     folders = (ROOT, *(ROOT / "examples" / name for name in ("", "digits", "scaling")))
-    doors = {path for folder in folders for path in folder.glob("*.py") if "\ndef main(argv" in path.read_text()}
+    doors = {
+        path
+        for folder in folders
+        for path in folder.glob("*.py")
+        if "\ndef main(argv" in path.read_text()
+    }
     assert {str(path.relative_to(ROOT)) for path in doors} == set(INTERRUPTIBLE)
     for path in doors:
         text = path.read_text()
@@ -287,7 +316,9 @@ def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
 def test_every_text_can_be_printed_in_every_locale(tmp_path):
     script = tmp_path / "door.py"
     script.write_text(PRINTS.format(text=r"'\u4e2d\udcff\xe9'", flush=False))
-    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    poor = {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii",
+    }  # fmt: skip
     running = python(script, env=os.environ | poor | {"PYTHONPATH": str(ROOT)})
     assert running.communicate(timeout=60) == ("\\u4e2d\\udcff\\xe9\n", "")
 
@@ -302,14 +333,22 @@ def opens_text(node):
     """Whether a call reads or writes text."""
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
     mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "'r'"
-    return name in ("read_text", "write_text") or (isinstance(node.func, ast.Name) and name == "open" and "b" not in mode)
+    return name in ("read_text", "write_text") or (
+        isinstance(node.func, ast.Name) and name == "open" and "b" not in mode
+    )
 
 
 def test_every_text_file_has_its_encoding_named():
     """A file written in one locale is read in another."""
     found = []
-    for path in [*ROOT.glob("*.py"), *(ROOT / "diffusion").glob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+    for path in [
+        *ROOT.glob("*.py"), *(ROOT / "diffusion").glob("*.py"), *(ROOT / "examples").rglob("*.py"),
+    ]:  # fmt: skip
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and opens_text(node) and "encoding" not in [word.arg for word in node.keywords]:
+            if (
+                isinstance(node, ast.Call)
+                and opens_text(node)
+                and "encoding" not in [word.arg for word in node.keywords]
+            ):
                 found.append(f"{path.name}:{node.lineno}")
     assert not found

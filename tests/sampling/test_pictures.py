@@ -1,4 +1,6 @@
-"""pictures.py, sample.py --trajectory and Sampler.trajectory: what is shown of the way from noise to images."""
+"""pictures.py, sample.py --trajectory and Sampler.trajectory: what is shown of the way from noise
+to images.
+"""
 
 import errno
 import json
@@ -23,7 +25,9 @@ from sampling.sampler import SOLVERS, Sampler
 from vae import PixelSpace
 
 DIGITS = ROOT / "examples" / "digits"
-CONFIG = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
+CONFIG = dict(
+    input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4
+)
 
 
 def network():
@@ -41,8 +45,8 @@ def ckpt(tmp_path_factory):
 def sampled(tmp_path, ckpt, *flags):
     """sample.main with two labels and these flags; the file that it always writes."""
     sample.main([
-        "--ckpt", ckpt, "--vae", "none", "--device", "cpu", "--class-labels", "1", "3", "--steps", "40", "--sampler", "ddim",
-        "--output", str(tmp_path / "out.png"), *flags,
+        "--ckpt", ckpt, "--vae", "none", "--device", "cpu", "--class-labels", "1", "3", "--steps",
+        "40", "--sampler", "ddim", "--output", str(tmp_path / "out.png"), *flags,
     ])  # fmt: skip
     return tmp_path / "out.png"
 
@@ -63,7 +67,8 @@ def test_trajectory_ends_in_the_latents_and_goes_through_the_steps(solver, cfg_s
     assert torch.equal(way[-1]["sample"], sampler.latents(labels, noise))
     assert [out["t"] for out in way] == sampler.steps() and len(way) == 5
     assert all(out[key].shape == noise.shape for out in way for key in ("sample", "pred_xstart"))
-    assert (way[-1]["pred_xstart"] - way[-1]["sample"]).abs().max() < 1e-6  # nothing is left to do after the last step
+    # Nothing is left to do after the last step
+    assert (way[-1]["pred_xstart"] - way[-1]["sample"]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -91,7 +96,9 @@ def test_trajectory_does_not_change_the_picture(tmp_path, ckpt):
 
 def test_animation_runs_from_noise_to_the_picture(tmp_path):
     flags = ["--vae", str(DIGITS / "vae"), "--trajectory", str(tmp_path / "a.gif")]
-    last = np.asarray(Image.open(sampled(tmp_path, str(DIGITS / "dit.safetensors"), *flags))).astype(float)
+    last = np.asarray(
+        Image.open(sampled(tmp_path, str(DIGITS / "dit.safetensors"), *flags))
+    ).astype(float)
     animation = Image.open(tmp_path / "a.gif")
     assert 2 < animation.n_frames <= GIF_MOMENTS and animation.info["loop"] == 0
     far, times = [], []
@@ -99,7 +106,8 @@ def test_animation_runs_from_noise_to_the_picture(tmp_path):
         animation.seek(frame)
         far.append(np.abs(np.asarray(animation.convert("RGB")).astype(float) - last).mean())
         times.append(animation.info["duration"])
-    assert sum(times) == (GIF_MOMENTS - 1) * FRAME_MS + LAST_FRAME_MS  # equal frames are stored once and shown for longer
+    # Equal frames are stored once and shown for longer
+    assert sum(times) == (GIF_MOMENTS - 1) * FRAME_MS + LAST_FRAME_MS
     assert far[-1] < 5 < far[0] and far[-1] <= far[len(far) // 2] < far[0]  # a GIF has 256 colours
 
 
@@ -115,7 +123,8 @@ def test_strip_has_a_row_for_each_image(tmp_path, ckpt):
 
 
 @pytest.mark.parametrize("steps, path, expected", [
-    (250, "a.gif", GIF_MOMENTS), (250, "a.webp", STRIP_MOMENTS), (20, "a.gif", 20), (3, "a.png", 3), (1, "a.png", 1),
+    (250, "a.gif", GIF_MOMENTS), (250, "a.webp", STRIP_MOMENTS), (20, "a.gif", 20), (3, "a.png", 3),
+    (1, "a.png", 1),
 ])  # fmt: skip
 def test_moments_are_spread_from_first_to_last(steps, path, expected):
     shown = moments(steps, path)
@@ -131,7 +140,9 @@ def test_moments_are_spread_from_first_to_last(steps, path, expected):
     (["--trajectory", "."], "--trajectory: . is a folder"),
     (["--trajectory", "x.png", "--output", "./x.png"], "--trajectory and --output are both ./x.png; give two files"),
 ])  # fmt: skip
-def test_wrong_files_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, flags, message):
+def test_wrong_files_are_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, flags, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load_sampler", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stopped:
@@ -142,7 +153,11 @@ def test_wrong_files_are_refused_before_anything_is_loaded(tmp_path, monkeypatch
 
 def test_settings_are_in_the_picture(tmp_path, ckpt):
     settings = json.loads(Image.open(sampled(tmp_path, ckpt, "--seed", "5")).info[SETTINGS])
-    assert settings["seed"] == 5 and settings["class_labels"] == [1, 3] and settings["num_sampling_steps"] == 40
+    assert (
+        settings["seed"] == 5
+        and settings["class_labels"] == [1, 3]
+        and settings["num_sampling_steps"] == 40
+    )
     assert settings["ckpt"] == ckpt and "said" not in settings
     save(Image.new("RGB", (2, 2)), tmp_path / "a.jpg", {"seed": 1})  # which has no place for them
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
@@ -150,7 +165,10 @@ def test_settings_are_in_the_picture(tmp_path, ckpt):
 
 def test_a_picture_too_large_for_its_format_is_one_message(tmp_path, ckpt, capsys):
     with pytest.raises(SystemExit) as stopped:
-        sampled(tmp_path, ckpt, "--trajectory", str(tmp_path / "a.webp"), "--class-labels", *["0"] * 150, "--steps", "1")
+        sampled(
+            tmp_path, ckpt, "--trajectory", str(tmp_path / "a.webp"), "--class-labels",
+            *["0"] * 150, "--steps", "1",
+        )  # fmt: skip
     assert stopped.value.code == 1 and "sample.py: error: " in capsys.readouterr().err
 
 
@@ -161,7 +179,10 @@ def test_a_long_name_takes_no_time():
 def test_strip_of_images_without_names(tmp_path):
     frames = [(t, np.full((2, 128, 128, 3), t, np.uint8)) for t in (30, 20, 10)]
     save_trajectory(frames, tmp_path / "a.png", captions([0, 0], 0, None))
-    expected = picture(np.concatenate([np.stack([f[i] for _, f in frames]) for i in range(2)]), ["t = 30", "t = 20", ""] * 2, 3)
+    expected = picture(
+        np.concatenate([np.stack([f[i] for _, f in frames]) for i in range(2)]),
+        ["t = 30", "t = 20", ""] * 2, 3,
+    )  # fmt: skip
     assert np.array_equal(Image.open(tmp_path / "a.png"), expected)
 
 
@@ -193,7 +214,10 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_picture(tmp_path, full_di
     old = tmp_path / name
     with old.open("wb") as file:
         file.write(b"old picture")
-    with pytest.raises(ValueError, match=f"cannot write .*/{name} .No space left on device.; .* make room, or choose another"):
+    with pytest.raises(
+        ValueError,
+        match=f"cannot write .*/{name} .No space left on device.; .* make room, or choose another",
+    ):
         write(old)
     assert old.read_bytes() == b"old picture" and os.listdir(tmp_path) == [name]
 
@@ -203,9 +227,13 @@ def test_files_are_what_pillow_itself_writes(tmp_path, ending):
     save(SQUARE, tmp_path / f"ours{ending}", {})
     SQUARE.save(tmp_path / f"theirs{ending}")
     ours, theirs = Image.open(tmp_path / f"ours{ending}"), Image.open(tmp_path / f"theirs{ending}")
-    assert ours.format == theirs.format and np.array_equal(ours.convert("RGB"), theirs.convert("RGB"))
+    assert ours.format == theirs.format and np.array_equal(
+        ours.convert("RGB"), theirs.convert("RGB")
+    )
     if ending != ".png":  # which has the settings as well
-        assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"theirs{ending}").read_bytes()
+        assert (tmp_path / f"ours{ending}").read_bytes() == (
+            tmp_path / f"theirs{ending}"
+        ).read_bytes()
 
 
 def test_a_new_picture_has_the_permissions_of_the_old_one_or_of_any_new_file(tmp_path):
@@ -229,7 +257,9 @@ def test_a_link_is_written_through(tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "far" / "o.png")
     for colour in ("red", "blue"):  # once without a target, once with one
         save(Image.new("RGB", (2, 2), colour), tmp_path / "link.png", {})
-        assert (tmp_path / "link.png").is_symlink() and Image.open(tmp_path / "far" / "o.png").size == (2, 2)
+        assert (tmp_path / "link.png").is_symlink() and Image.open(
+            tmp_path / "far" / "o.png"
+        ).size == (2, 2)
     assert Image.open(tmp_path / "link.png").getpixel((0, 0)) == (0, 0, 255)
     (tmp_path / "a.png").symlink_to("a.png")
     with pytest.raises(ValueError, match="cannot write .*/a.png"):
@@ -259,6 +289,8 @@ def test_names_may_be_as_long_as_the_file_system_takes(tmp_path, name):
         write_file(tmp_path / f"n{name}", b"")
 
 
-@pytest.mark.parametrize("name", ["\udcff\udcfe", "two\nlines\tand more", "\x00", "x" * 100_000, "\ud83d\ude00 é"])
+@pytest.mark.parametrize(
+    "name", ["\udcff\udcfe", "two\nlines\tand more", "\x00", "x" * 100_000, "\ud83d\ude00 é"]
+)
 def test_any_class_name_can_be_written_below_an_image(name):
     assert picture(np.zeros((1, 96, 96, 3), np.uint8), [name]).size == (104, 120)

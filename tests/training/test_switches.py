@@ -31,10 +31,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def batch(n=8, seed=0, step=0):
     """Latents (n, 3, 8, 8), labels and the draws of a step, for pixel_state."""
     return (
-        randn(n, 3, 8, 8, seed=seed, dtype=torch.float32),
-        torch.arange(n) % 4,
+        randn(n, 3, 8, 8, seed=seed, dtype=torch.float32), torch.arange(n) % 4,
         draw(0, step, n, (3, 8, 8), 0.5, 1000, "cpu"),
-    )
+    )  # fmt: skip
 
 
 def steps(state, count=3):
@@ -52,9 +51,13 @@ def parameters_of(network):
 
 
 def test_accumulation_changes_rounding_only():
-    (plain, report), (parts, same_report) = (steps(pixel_state(lr=1e-3, grad_accum=n)) for n in (1, 4))
+    (plain, report), (parts, same_report) = (
+        steps(pixel_state(lr=1e-3, grad_accum=n)) for n in (1, 4)
+    )
     assert not torch.equal(parameters_of(plain.network), parameters_of(pixel_state().network))
-    torch.testing.assert_close(parameters_of(parts.network), parameters_of(plain.network), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        parameters_of(parts.network), parameters_of(plain.network), rtol=1e-4, atol=2e-5
+    )
     assert same_report == pytest.approx(report, rel=1e-4)
 
 
@@ -78,7 +81,9 @@ def test_clipping_scales_the_gradient_to_the_norm():
 
         def step():
             norms.append(
-                torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
+                torch.nn.utils.get_total_norm(
+                    [p.grad for p in state.network.parameters() if p.grad is not None]
+                )
             )
             step_of()
 
@@ -99,7 +104,9 @@ def test_warmup_is_linear_and_ends():
 def test_weight_decay_is_adamws():
     plain, decayed = (steps(pixel_state(lr=1e-2, weight_decay=decay), 1)[0] for decay in (0.0, 0.5))
     before = pixel_state().network
-    for p, q, start in zip(plain.network.parameters(), decayed.network.parameters(), before.parameters()):
+    for p, q, start in zip(
+        plain.network.parameters(), decayed.network.parameters(), before.parameters()
+    ):
         if p.requires_grad:
             torch.testing.assert_close(q, p - 1e-2 * 0.5 * start, rtol=1e-4, atol=1e-7)
 
@@ -113,8 +120,12 @@ def test_each_decay_has_its_average():
 
 def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32():
     state, seen = pixel_state(bf16=True), {}
-    state.network.blocks[0].attn.register_forward_hook(lambda _, __, out: seen.update(attention=out.dtype))
-    state.network.final_layer.norm_final.register_forward_hook(lambda _, __, out: seen.update(norm=out.dtype))
+    state.network.blocks[0].attn.register_forward_hook(
+        lambda _, __, out: seen.update(attention=out.dtype)
+    )
+    state.network.final_layer.norm_final.register_forward_hook(
+        lambda _, __, out: seen.update(norm=out.dtype)
+    )
     diffusion = create_diffusion("")
     losses_of = diffusion.training_losses
     diffusion.training_losses = lambda *args, **kw: seen.update(losses_of(*args, **kw)) or seen
@@ -122,7 +133,9 @@ def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32():
     assert seen["attention"] == torch.bfloat16 and seen["norm"] == torch.float32
     assert {seen[key].dtype for key in ("loss", "mse", "vb")} == {torch.float32}
     assert {p.dtype for p in state.network.parameters()} == {torch.float32}
-    assert {v.dtype for moments in state.opt.state.values() for v in moments.values()} == {torch.float32}
+    assert {v.dtype for moments in state.opt.state.values() for v in moments.values()} == {
+        torch.float32
+    }
 
 
 # ---- the report ----
@@ -135,15 +148,23 @@ def test_the_report_adds_up():
     assert report["stop"] == 1 and report["save"] == 0 and report["bad"] == 0
     counts = [report[f"samples_q{q + 1}"] for q in range(QUARTERS)]
     assert counts == torch.histc(draws.t.float(), 4, 0, 1000).tolist() and sum(counts) == 16
-    assert sum(report[f"mse_q{q + 1}"] for q in range(QUARTERS)) == pytest.approx(report["mse"], rel=1e-5)
+    assert sum(report[f"mse_q{q + 1}"] for q in range(QUARTERS)) == pytest.approx(
+        report["mse"], rel=1e-5
+    )
     reference = fill_randomly(DiT(**state.network.config)).train()
     y = torch.where(draws.drop == 1, 4, labels)
-    mse = create_diffusion("").training_losses(reference.eval(), latents, draws.t, dict(y=y), noise=draws.noise)["mse"]
-    assert report["mse_q2"] == pytest.approx(mse[(draws.t >= 250) & (draws.t < 500)].sum().item(), rel=1e-4)
+    mse = create_diffusion("").training_losses(
+        reference.eval(), latents, draws.t, dict(y=y), noise=draws.noise
+    )["mse"]
+    assert report["mse_q2"] == pytest.approx(
+        mse[(draws.t >= 250) & (draws.t < 500)].sum().item(), rel=1e-4
+    )
 
 
 def test_the_report_is_summed_over_processes():
-    report = train_step(pixel_state(), create_diffusion(""), *batch(), reduce=lambda values: 3 * values, save=True)
+    report = train_step(
+        pixel_state(), create_diffusion(""), *batch(), reduce=lambda values: 3 * values, save=True
+    )
     alone = train_step(pixel_state(), create_diffusion(""), *batch())
     assert report["save"] == 3 and report["loss"] == pytest.approx(3 * alone["loss"])
     assert report["gradient_norm"] == alone["gradient_norm"]
@@ -154,7 +175,10 @@ def test_one_read_per_step(monkeypatch):
     steps(state, 1)
     for name in ("item", "tolist", "__bool__", "__float__", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, _o=original, _n=name: reads.append(_n) or _o(self, *a))
+        monkeypatch.setattr(
+            torch.Tensor, name,
+            lambda self, *a, _o=original, _n=name: reads.append(_n) or _o(self, *a),
+        )  # fmt: skip
     arguments = batch()
     train_step(state, create_diffusion(""), *arguments)
     assert reads.count("tolist") == 1 and set(reads) == {"tolist"}
@@ -170,12 +194,15 @@ def test_window_means():
     window.add(report)
     window.add({**report, "gradient_norm": 8.0})
     assert window.means(2) == dict(
-        loss=2.0, mse=2.0, vb=2.0, gradient_norm=6.0, mse_q1=None, mse_q2=1.5, mse_q3=None, mse_q4=None
-    )
+        loss=2.0, mse=2.0, vb=2.0, gradient_norm=6.0, mse_q1=None, mse_q2=1.5, mse_q3=None,
+        mse_q4=None,
+    )  # fmt: skip
 
 
 def test_operations_of_training():
-    assert training_flops(dict(DiT_models["DiT-XL/2"].keywords)) == pytest.approx(6 * 118.621e9, rel=1e-4)
+    assert training_flops(dict(DiT_models["DiT-XL/2"].keywords)) == pytest.approx(
+        6 * 118.621e9, rel=1e-4
+    )
     assert training_flops(dict(input_size=8, patch_size=2, num_classes=0)) > 0
 
 
@@ -203,7 +230,10 @@ def test_a_bad_step_changes_nothing_and_is_counted():
     report = train_step(state, create_diffusion(""), latents, labels, draws)
     assert report["bad"] == 1 and (state.step, state.bad_steps, state.bad_in_a_row) == (4, 1, 1)
     assert all(torch.equal(a, parameters_of(b)) for a, b in zip(before, (state.network, state.ema)))
-    assert all(torch.equal(a, b) for a, b in zip(moments, [v for m in state.opt.state.values() for v in m.values()]))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(moments, [v for m in state.opt.state.values() for v in m.values()])
+    )
     assert state.window.sums == window and all(p.grad is None for p in state.network.parameters())
     report = train_step(state, create_diffusion(""), *batch())
     assert report["bad"] == 0 and (state.bad_steps, state.bad_in_a_row) == (1, 0)
@@ -220,11 +250,14 @@ def test_a_bad_gradient_alone_is_bad_and_another_process_can_find_it():
 
     state = pixel_state()
     before = parameters_of(state.network)
-    assert train_step(state, create_diffusion(""), *batch(), reduce=other_process_found_one)["bad"] == 1
+    assert (
+        train_step(state, create_diffusion(""), *batch(), reduce=other_process_found_one)["bad"]
+        == 1
+    )
     assert torch.equal(before, parameters_of(state.network))
 
 
-def test_bad_steps_are_logged_with_their_samples(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_bad_steps_are_logged_with_their_samples(images, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {1})
     contents = run(images, tmp_path, "--max-steps", "4")
     order = np.random.default_rng([0, 0, 0]).permutation(12)
@@ -235,18 +268,25 @@ def test_bad_steps_are_logged_with_their_samples(images, tmp_path, monkeypatch, 
     )
     assert contents["log"]["bad_steps"] == 1
     found = rows(tmp_path / "000-DiT-Ti-8")
-    assert [row["bad_steps"] for row in found] == [1, 1] and all(np.isfinite(row["loss"]) for row in found)
+    assert [row["bad_steps"] for row in found] == [1, 1] and all(
+        np.isfinite(row["loss"]) for row in found
+    )
 
 
-def test_too_many_bad_steps_stop_the_run_before_a_checkpoint(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_too_many_bad_steps_stop_the_run_before_a_checkpoint(images, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, range(3, 20))
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path, "--max-steps", "20", "--max-bad-steps", "3", "--ckpt-every", "2")
-    assert stopped.value.code == 1 and "stopped after 3 such steps in a row" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "000-DiT-Ti-8" / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt"]
+    assert (
+        stopped.value.code == 1 and "stopped after 3 such steps in a row" in capsys.readouterr().out
+    )
+    assert sorted(p.name for p in (tmp_path / "000-DiT-Ti-8" / "checkpoints").iterdir()) == [
+        "0000002.pt",
+        "0000004.pt",
+    ]
 
 
-def test_steps_that_were_bad_before_a_restart_count(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_steps_that_were_bad_before_a_restart_count(images, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {2, 3, 4, 5})
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--max-steps", "4")
@@ -255,7 +295,7 @@ def test_steps_that_were_bad_before_a_restart_count(images, tmp_path, monkeypatc
     assert "3 in a row, 3 in all" in capsys.readouterr().out
 
 
-def test_a_window_of_bad_steps_alone(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_window_of_bad_steps_alone(images, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {0, 1})
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--max-steps", "2")
@@ -263,7 +303,9 @@ def test_a_window_of_bad_steps_alone(images, tmp_path, monkeypatch, capsys):  # 
     assert rows(tmp_path / "000-DiT-Ti-8")[0]["loss"] is None
 
 
-def test_a_run_that_ends_in_bad_steps_says_so_and_deletes_nothing(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_that_ends_in_bad_steps_says_so_and_deletes_nothing(
+    images, tmp_path, monkeypatch, capsys
+):
     """Again and again, until it goes on with a good step."""
     poisoned(monkeypatch, {3})
     flags = ["--ckpt-every", "2", "--keep-last", "1", "--resume", "auto"]
@@ -272,14 +314,18 @@ def test_a_run_that_ends_in_bad_steps_says_so_and_deletes_nothing(images, tmp_pa
             run(images, tmp_path, "--max-steps", "4", *flags)
         assert "the run ended badly: its last 1 step(s) were skipped" in stopped.value.code
         out = capsys.readouterr().out
-        assert "done" not in out and "going on from" in out or "no older checkpoint was deleted" in out
+        assert (
+            "done" not in out and "going on from" in out or "no older checkpoint was deleted" in out
+        )
     checkpoints = tmp_path / "000-DiT-Ti-8" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002.pt", "0000004.pt"]
     assert run(images, tmp_path, "--max-steps", "6", *flags)["step"] == 6
-    assert "done" in capsys.readouterr().out and [path.name for path in checkpoints.iterdir()] == ["0000006.pt"]
+    assert "done" in capsys.readouterr().out and [path.name for path in checkpoints.iterdir()] == [
+        "0000006.pt"
+    ]
 
 
-def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monkeypatch, capsys):
     step = loop.train_step
 
     def ruins(state, *args, **kwargs):
@@ -298,7 +344,7 @@ def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monke
 # ---- seeing the run ----
 
 
-def test_preview_pictures_do_not_touch_the_run(images, tmp_path):  # noqa: F811
+def test_preview_pictures_do_not_touch_the_run(images, tmp_path):
     flags = ["--max-steps", "4", "--ckpt-every", "4"]
     plain = run(images, tmp_path / "plain", *flags)
     seen = run(images, tmp_path / "seen", *flags, "--sample-every", "2")
@@ -309,7 +355,7 @@ def test_preview_pictures_do_not_touch_the_run(images, tmp_path):  # noqa: F811
     assert pictures[0].shape == (4 * 18 + 2, 4 * 18 + 2, 3) and not np.array_equal(*pictures)
 
 
-def test_tensorboard_gets_the_metrics(images, tmp_path):  # noqa: F811
+def test_tensorboard_gets_the_metrics(images, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ["--log-with", "tensorboard", "--log-every", "1"]
     run(images, tmp_path, "--max-steps", "3", *flags)
@@ -318,36 +364,41 @@ def test_tensorboard_gets_the_metrics(images, tmp_path):  # noqa: F811
     folder = tmp_path / "000-DiT-Ti-8"
     events = accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    for name in ("loss", "mse", "vb", "gradient_norm", "images_per_second", "model_flops_per_second", "learning_rate"):
+    for name in (
+        "loss", "mse", "vb", "gradient_norm", "images_per_second", "model_flops_per_second",
+        "learning_rate",
+    ):  # fmt: skip
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == pytest.approx({row["step"]: row[name] for row in rows(folder)}, rel=1e-5)
     assert len(rows(folder)) == 4
 
 
-def test_tensorboard_gets_the_previews(images, tmp_path):  # noqa: F811
+def test_tensorboard_gets_the_previews(images, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(images, tmp_path, "--max-steps", "2", "--sample-every", "1", "--log-with", "tensorboard")
     events = accumulator.EventAccumulator(str(tmp_path / "000-DiT-Ti-8" / "tensorboard"))
     events.Reload()
     shown = events.Images("previews")
-    assert [one.step for one in shown] == [1, 2] and shown[0].width * shown[0].height == 16 * SIZE**2
+    assert [one.step for one in shown] == [1, 2] and shown[0].width * shown[
+        0
+    ].height == 16 * SIZE**2
 
 
-def test_a_tracker_that_accelerate_does_not_find(images, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_tracker_that_accelerate_does_not_find(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *args, **kwargs: None)
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--log-with", "tensorboard")
     assert "--log-with tensorboard cannot start" in capsys.readouterr().err
 
 
-def test_a_tracker_that_is_not_installed(images, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_tracker_that_is_not_installed(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("runtime.surroundings.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(images, tmp_path / "r", "--log-with", "wandb")
     assert "--log-with wandb: it is not installed; pip install wandb" in capsys.readouterr().err
 
 
-def test_plotted_metrics(images, tmp_path):  # noqa: F811
+def test_plotted_metrics(images, tmp_path):
     run(images, tmp_path, "--max-steps", "6")
     pytest.importorskip("matplotlib")
     script = ROOT / "examples" / "plot_run.py"
@@ -362,10 +413,15 @@ def test_plotted_metrics(images, tmp_path):  # noqa: F811
 # ---- starting from something ----
 
 
-def test_fine_tuning_starts_from_the_average_with_another_size_and_other_classes(images, tmp_path, capsys):  # noqa: F811
+def test_fine_tuning_starts_from_the_average_with_another_size_and_other_classes(
+    images, tmp_path, capsys
+):
     first = run(images, tmp_path / "first", "--max-steps", "3", "--model", "DiT-Ti/4")
     checkpoint = str(tmp_path / "first" / "000-DiT-Ti-4" / "checkpoints" / "0000003.pt")
-    flags = ["--model", "DiT-Ti/4", "--init-from", checkpoint, "--max-steps", "1", "--lr", "1e-9", "--ema-decay", "0"]
+    flags = [
+        "--model", "DiT-Ti/4", "--init-from", checkpoint, "--max-steps", "1", "--lr", "1e-9",
+        "--ema-decay", "0",
+    ]  # fmt: skip
     second = run(images, tmp_path / "second", *flags, "--image-size", "32")
     assert second["model"]["pos_embed"].shape == (1, 64, 128)
     assert second["step"] == 1
@@ -373,7 +429,9 @@ def test_fine_tuning_starts_from_the_average_with_another_size_and_other_classes
         if name != "pos_embed":
             torch.testing.assert_close(second["model"][name], tensor, atol=1e-7, rtol=0)
     third = run(images, tmp_path / "third", *flags, "--num-classes", "5", "--init-labels", "drop")
-    tables = [contents["y_embedder.embedding_table.weight"] for contents in (first["ema"], third["model"])]
+    tables = [
+        contents["y_embedder.embedding_table.weight"] for contents in (first["ema"], third["model"])
+    ]
     assert tables[1].shape == (6, 128)
     torch.testing.assert_close(tables[1][5], tables[0][3], atol=1e-7, rtol=0)  # the null class
     assert (tables[1][:3] - tables[0][:3]).abs().max() > 0.01
@@ -384,13 +442,16 @@ def test_fine_tuning_starts_from_the_average_with_another_size_and_other_classes
     assert "has 3 classes, the new network 5; pass --init-labels drop" in capsys.readouterr().err
 
 
-def test_a_restart_does_not_need_the_weights_that_the_run_began_with(images, tmp_path):  # noqa: F811
+def test_a_restart_does_not_need_the_weights_that_the_run_began_with(images, tmp_path):
     run(images, tmp_path / "first", "--max-steps", "2")
     checkpoint = tmp_path / "first" / "000-DiT-Ti-8" / "checkpoints" / "0000002.pt"
     flags = ["--init-from", str(checkpoint)]
     run(images, tmp_path / "second", "--max-steps", "2", *flags)
     checkpoint.unlink()
-    assert run(images, tmp_path / "second", "--max-steps", "3", *flags, "--resume", "auto")["step"] == 3
+    assert (
+        run(images, tmp_path / "second", "--max-steps", "3", *flags, "--resume", "auto")["step"]
+        == 3
+    )
     assert len(os.listdir(tmp_path / "second")) == 1
 
 
@@ -411,7 +472,8 @@ def test_labels_are_mapped_by_a_file(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_label_map(path, (["dog", "kitten"], 2), weights)
     numeric = weights._replace(classes=["1", "2", "0"])
-    path.write_text(json.dumps({"dog": 1, "index:1": "name:1"}), encoding="utf-8-sig")  # 1 without quotes is no name
+    # 1 without quotes is no name
+    path.write_text(json.dumps({"dog": 1, "index:1": "name:1"}), encoding="utf-8-sig")
     assert read_label_map(path, (["dog", "kitten"], 2), numeric) == {0: 1, 1: 0}
     for wrong, message in (({"dog": "1"}, "'1' is no label of the checkpoint.*give index:1 or name:1"),
                            ({"dog": 1, "0": 2}, "'0' is class 0, which is there twice"),
@@ -425,9 +487,14 @@ def test_labels_are_mapped_by_a_file(tmp_path):
             read_label_map(path, (None, 2), weights)
 
 
-def test_another_label_file_makes_another_run_and_other_classes_are_not_kept(images, tmp_path, capsys):  # noqa: F811
+def test_another_label_file_makes_another_run_and_other_classes_are_not_kept(
+    images, tmp_path, capsys
+):
     run(images, tmp_path / "first", "--max-steps", "1")
-    checkpoint, path = tmp_path / "first" / "000-DiT-Ti-8" / "checkpoints" / "0000001.pt", tmp_path / "map.json"
+    checkpoint, path = (
+        tmp_path / "first" / "000-DiT-Ti-8" / "checkpoints" / "0000001.pt",
+        tmp_path / "map.json",
+    )
     flags = ["--init-from", str(checkpoint), "--max-steps", "1", "--resume", "auto"]
     for pairs in ({"ape": "cat"}, {"ape": "bee"}):
         path.write_text(json.dumps(pairs))
@@ -446,8 +513,9 @@ def test_another_label_file_makes_another_run_and_other_classes_are_not_kept(ima
 
 def small(num_classes):
     return dict(
-        input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes
-    )
+        input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2,
+        num_classes=num_classes,
+    )  # fmt: skip
 
 
 def test_released_weights_have_a_null_class_and_no_configuration():
@@ -455,37 +523,47 @@ def test_released_weights_have_a_null_class_and_no_configuration():
     network.load_state_dict(adapt(Weights(source.state_dict(), None, None), network, "keep", "x"))
     assert torch.equal(parameters_of(network), parameters_of(source))
     with pytest.raises(ValueError, match="x is of another configuration: x_embedder"):
-        adapt(Weights(source.state_dict(), None, None), DiT(**{**small(7), "hidden_size": 32}), "keep", "x")
+        adapt(
+            Weights(source.state_dict(), None, None), DiT(**{**small(7), "hidden_size": 32}),
+            "keep", "x",
+        )  # fmt: skip
 
 
 # ---- several averages ----
 
 
-def test_an_average_is_chosen_by_its_decay(images, tmp_path):  # noqa: F811
+def test_an_average_is_chosen_by_its_decay(images, tmp_path):
     contents = run(images, tmp_path, "--max-steps", "3", "--ema-decay", "0.9", "0.5")
     folder = tmp_path / "000-DiT-Ti-8"
     assert list(contents["emas"]) == [0.5] and not same(contents["emas"][0.5], contents["ema"])
     for which, wanted in (("ema", "ema"), ("raw", "model"), ("ema@0.9", "ema")):
         assert same(load_weights(folder, weights_choice(which)).tensors, contents[wanted])
     assert same(load_weights(folder, "ema@0.5").tensors, contents["emas"][0.5])
-    with pytest.raises(ValueError, match="no 'ema@0.7' weights.*--weights can be ema, raw, ema@0.9, ema@0.5"):
+    with pytest.raises(
+        ValueError, match="no 'ema@0.7' weights.*--weights can be ema, raw, ema@0.9, ema@0.5"
+    ):
         load_weights(folder, "ema@0.7")
     for wrong in ("best", "ema@", "ema@x", "raw@0.5"):
         with pytest.raises(ValueError, match="is none of ema, raw and ema@DECAY"):
             weights_choice(wrong)
 
 
-def test_resuming_with_other_decays_takes_over_those_that_are_there(images, tmp_path):  # noqa: F811
+def test_resuming_with_other_decays_takes_over_those_that_are_there(images, tmp_path):
     run(images, tmp_path, "--max-steps", "3", "--ema-decay", "0.9", "0.5")
     path = str(tmp_path / "000-DiT-Ti-8")
     whole = run(images, tmp_path / "whole", "--max-steps", "5", "--ema-decay", "0.5", "0.9")
-    swapped = run(images, tmp_path / "more", "--max-steps", "5", "--ema-decay", "0.5", "0.9", "--resume", path)
+    swapped = run(
+        images, tmp_path / "more", "--max-steps", "5", "--ema-decay", "0.5", "0.9", "--resume", path
+    )
     assert same(whole["ema"], swapped["ema"]) and same(whole["emas"][0.9], swapped["emas"][0.9])
 
 
-def test_sampling_from_one_of_several_averages_in_bf16(images, tmp_path, capsys):  # noqa: F811
+def test_sampling_from_one_of_several_averages_in_bf16(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "3", "--ema-decay", "0.9", "0.5")
-    flags = ["--ckpt", str(tmp_path / "000-DiT-Ti-8"), "--vae", "none", "--device", "cpu", "--num-sampling-steps", "4"]
+    flags = [
+        "--ckpt", str(tmp_path / "000-DiT-Ti-8"), "--vae", "none", "--device", "cpu",
+        "--num-sampling-steps", "4",
+    ]  # fmt: skip
     pictures = {}
     for name, more in {"first": [], "named": ["--weights", "ema@0.9"], "second": ["--weights", "ema@0.50"],
                        "bf16": ["--mixed-precision", "bf16"], "fp16": ["--mixed-precision", "fp16"]}.items():  # fmt: skip
@@ -516,16 +594,20 @@ def launch(script, *arguments):
     return done.stdout
 
 
-def torchrun(images, results, *flags):  # noqa: F811
-    out = launch("train.py", "--data-path", images, "--results-dir", results, *QUICK, "--num-workers", "1", *flags)
+def torchrun(images, results, *flags):
+    out = launch(
+        "train.py", "--data-path", images, "--results-dir", results, *QUICK, "--num-workers", "1",
+        *flags,
+    )  # fmt: skip
     (path,) = list((results / sorted(os.listdir(results))[-1]).glob("checkpoints/*.pt"))
     return torch.load(path, weights_only=True), out
 
 
-def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(images, tmp_path):  # noqa: F811
+def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(images, tmp_path):
     flags = ["--ema-decay", "0.5", "0.25", "--grad-clip", "0.5", "--keep-last", "1", "--lr", "1e-3"]
     alone = run(images, tmp_path / "alone", "--max-steps", "4", *flags)
-    run(images, tmp_path / "split", "--max-steps", "2", *flags)  # begun whole, gone on with split, ended whole
+    # Begun whole, gone on with split, ended whole
+    run(images, tmp_path / "split", "--max-steps", "2", *flags)
     split, out = torchrun(images, tmp_path / "split", "--max-steps", "4", *flags, "--fsdp", "--grad-accum", "2",
                           "--grad-checkpointing", "--sample-every", "4", "--resume", "auto")  # fmt: skip
     assert "going on from" in out and "written by 1 process(es) on cpu" in out
@@ -533,7 +615,10 @@ def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(
         assert list(alone[part]) == list(split[part])
         for name in alone[part]:
             torch.testing.assert_close(split[part][name], alone[part][name], rtol=1e-3, atol=5e-4)
-    assert list(split["emas"]) == [0.25] and split["opt"]["state"].keys() == alone["opt"]["state"].keys()
+    assert (
+        list(split["emas"]) == [0.25]
+        and split["opt"]["state"].keys() == alone["opt"]["state"].keys()
+    )
     assert (tmp_path / "split" / "000-DiT-Ti-8" / "previews" / "0000004.png").exists()
     ended = run(images, tmp_path / "split", "--max-steps", "6", *flags, "--resume", "auto")
     whole = run(images, tmp_path / "alone", "--max-steps", "6", *flags, "--resume", "auto")
@@ -542,19 +627,24 @@ def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(
 
 
 @pytest.mark.long
-def test_compiled_blocks_learn_what_eager_ones_do(images, tmp_path):  # noqa: F811
+def test_compiled_blocks_learn_what_eager_ones_do(images, tmp_path):
     flags = ["--max-steps", "4", "--lr", "1e-3"]
     eager = run(images, tmp_path / "eager", *flags)
     compiled = run(images, tmp_path / "compiled", *flags, "--compile", "--grad-checkpointing")
     assert list(eager["model"]) == list(compiled["model"])
     for name in eager["ema"]:
         torch.testing.assert_close(compiled["ema"][name], eager["ema"][name], rtol=1e-3, atol=1e-4)
-    both, _ = torchrun(images, tmp_path / "both", *flags, "--compile", "--fsdp", "--mixed-precision", "bf16")
+    both, _ = torchrun(
+        images, tmp_path / "both", *flags, "--compile", "--fsdp", "--mixed-precision", "bf16"
+    )
     assert list(both["model"]) == list(eager["model"])
 
 
 BAD = [
-    (["--grad-accum", "3"], "cannot be shared equally by 1 process(es) in 3 part(s) each; use a multiple of 3"),
+    (
+        ["--grad-accum", "3"],
+        "cannot be shared equally by 1 process(es) in 3 part(s) each; use a multiple of 3",
+    ),
     (["--grad-accum", "0"], "--grad-accum is 0"),
     (["--grad-clip", "0"], "--grad-clip is 0.0"),
     (["--warmup-steps", "-1"], "--warmup-steps is -1"),
@@ -572,13 +662,19 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_a_mistake_gets_one_message_and_leaves_nothing(images, tmp_path, capsys, flags, message):  # noqa: F811
+def test_a_mistake_gets_one_message_and_leaves_nothing(images, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path / "r", *flags)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "r").exists()
+    assert (
+        stopped.value.code == 2
+        and message in capsys.readouterr().err
+        and not (tmp_path / "r").exists()
+    )
 
 
 def test_neither_images_nor_latents(capsys):
     with pytest.raises(SystemExit):
         train.main(QUICK)
-    assert "--data-path is missing; give a folder of images, or --latents" in capsys.readouterr().err
+    assert (
+        "--data-path is missing; give a folder of images, or --latents" in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""metrics.py: scores against closed forms, scipy, and small implementations written down here from the papers."""
+"""metrics.py: scores against closed forms, scipy, and small implementations written down here from
+the papers.
+"""
 
 import json
 import subprocess
@@ -63,9 +65,14 @@ def test_frechet_distance_of_gaussians_with_a_closed_form():
     first, second = np.linspace(0.5, 3, 40), np.linspace(4, 0.2, 40)
     mean, other = randn(40, seed=1).numpy(), randn(40, seed=2).numpy()
     wanted = np.square(mean - other).sum() + np.square(np.sqrt(first) - np.sqrt(second)).sum()
-    found = frechet_distance(Statistics(mean, basis * first @ basis.T), Statistics(other, basis * second @ basis.T))
+    found = frechet_distance(
+        Statistics(mean, basis * first @ basis.T), Statistics(other, basis * second @ basis.T)
+    )
     assert found == pytest.approx(wanted, rel=1e-12)
-    one = [Statistics(np.array([mean]), np.array([[sigma**2]])) for mean, sigma in ((1.0, 2.0), (4.0, 0.5))]
+    one = [
+        Statistics(np.array([mean]), np.array([[sigma**2]]))
+        for mean, sigma in ((1.0, 2.0), (4.0, 0.5))
+    ]
     assert frechet_distance(*one) == pytest.approx(9 + 1.5**2, rel=1e-14)
 
 
@@ -73,7 +80,9 @@ def test_frechet_distance_of_gaussians_with_a_closed_form():
 def test_frechet_distance_agrees_with_scipy(dimension):
     a, b = (Statistics(randn(dimension, seed=s).numpy(), covariance(dimension, s)) for s in (3, 4))
     root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
-    wanted = np.square(a.mean - b.mean).sum() + np.trace(a.covariance + b.covariance - 2 * root.real)
+    wanted = np.square(a.mean - b.mean).sum() + np.trace(
+        a.covariance + b.covariance - 2 * root.real
+    )
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-8)
     assert frechet_distance(b, a) == pytest.approx(wanted, rel=1e-8)
 
@@ -85,13 +94,17 @@ def test_a_set_against_itself_is_at_distance_zero(rows, dimension):
 
 
 def test_frechet_distance_without_full_rank():
-    """Where covariances commute the closed form holds with zeros in it; a set of equal images has none at all."""
+    """Where covariances commute the closed form holds with zeros in it; a set of equal images has
+    none at all.
+    """
     zero = np.zeros(10)
     for ranks in ((4, 10), (4, 4), (10, 3)):
         spectra = [np.where(np.arange(10) < rank, np.linspace(1, 2, 10), 0) for rank in ranks]
         basis = np.linalg.qr(randn(10, 10).numpy())[0]
         wanted = np.square(np.sqrt(spectra[0]) - np.sqrt(spectra[1])).sum()
-        found = frechet_distance(*(Statistics(zero, basis * values @ basis.T) for values in spectra))
+        found = frechet_distance(
+            *(Statistics(zero, basis * values @ basis.T) for values in spectra)
+        )
         assert found == pytest.approx(wanted, rel=1e-10, abs=1e-12)
     equal = Statistics(zero, np.zeros((10, 10)))
     assert frechet_distance(equal, equal) == 0
@@ -116,11 +129,15 @@ def test_inception_score_is_the_mean_over_consecutive_blocks():
     wanted = np.mean([exponential_divergence(p[:SPLIT]), exponential_divergence(p[SPLIT:])])
     assert SPLIT == 5000 and inception_score(logits) == pytest.approx(wanted, rel=1e-9)
     order = torch.argsort(logits[:, 0])
-    assert inception_score(logits[order]) != pytest.approx(wanted, rel=1e-3)  # the order matters, as in ADM's
+    # The order matters, as in ADM's
+    assert inception_score(logits[order]) != pytest.approx(wanted, rel=1e-3)
 
 
 def test_inception_score_where_classes_are_certain():
-    """K sure and equally frequent classes: K; always the same answer: 1. Probabilities of 0 do no harm."""
+    """K sure and equally frequent classes: K; always the same answer: 1.
+
+    Probabilities of 0 do no harm.
+    """
     certain = 1000 * torch.eye(7).repeat(30, 1)
     assert inception_score(certain) == pytest.approx(7, rel=1e-12)
     assert inception_score(torch.ones(50, 7)) == pytest.approx(1, rel=1e-12)
@@ -134,14 +151,17 @@ def shares(samples, reference, k):
 
     def inside(points, centers):
         radii = np.sort(cdist(centers, centers), axis=1)[:, k]
-        return np.mean([(np.linalg.norm(centers - point, axis=1) <= radii).any() for point in points])
+        return np.mean(
+            [(np.linalg.norm(centers - point, axis=1) <= radii).any() for point in points]
+        )
 
     return inside(samples, reference), inside(reference, samples)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall_agree_with_their_definition(k):
-    reference, samples = randn(300, 8), 0.7 * randn(1500, 8, seed=1) + 0.4  # more than one block of rows
+    # More than one block of rows
+    reference, samples = randn(300, 8), 0.7 * randn(1500, 8, seed=1) + 0.4
     wanted = shares(samples.numpy(), reference.numpy(), k)
     assert 0.2 < wanted[1] < 1 and 0.2 < wanted[0] < 1 and wanted[0] != wanted[1]
     assert precision_and_recall(samples, reference, k) == pytest.approx(wanted, abs=1e-12)
@@ -152,7 +172,8 @@ def test_precision_and_recall_agree_with_their_definition(k):
 def test_precision_and_recall_of_a_set_against_itself():
     far_away = randn(2000, 64, dtype=torch.float32) + 1000
     assert precision_and_recall(far_away, far_away) == (1, 1)
-    copies = randn(5, 64, dtype=torch.float32).repeat(40, 1)  # whose third neighbours are at distance 0
+    # Whose third neighbours are at distance 0
+    copies = randn(5, 64, dtype=torch.float32).repeat(40, 1)
     assert precision_and_recall(copies, copies) == (1, 1)
 
 
@@ -176,10 +197,13 @@ def test_scores_are_those_that_both_sides_allow():
         "inception_score": pytest.approx(inception_score(logits)), "precision": 1, "recall": 1,
     }  # fmt: skip
     lean = score(full, Summary(statistics=full.statistics))
-    assert [name for name, value in lean.items() if value is None] == ["sfid", "precision", "recall"]
+    assert [name for name, value in lean.items() if value is None] == [
+        "sfid", "precision", "recall",
+    ]  # fmt: skip
     assert score(Summary(full.statistics), full)["inception_score"] is None
     few = score(full, Summary(full.statistics, features=rows[:3]))
-    assert few["precision"] is few["recall"] is None and few["fid"] is not None  # three have no third neighbour each
+    # Three have no third neighbour each
+    assert few["precision"] is few["recall"] is None and few["fid"] is not None
 
 
 @pytest.mark.long

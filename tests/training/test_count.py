@@ -1,4 +1,5 @@
-"""count.py: the paper's numbers, memory against what real networks keep, and what users get wrong."""
+"""count.py: the paper's numbers, memory against what real networks keep, and what users get wrong.
+"""
 
 from itertools import accumulate
 import re
@@ -36,13 +37,18 @@ def test_the_papers_numbers(capsys):
         assert int(row[2].replace(",", "")) / 1e6 == pytest.approx(PAPER[row[1]][0], rel=5e-3)
         assert float(row[3]) == pytest.approx(PAPER[row[1]][1], rel=5e-3)
         assert float(row[4]) == pytest.approx(6 * float(row[3]) / 1000, abs=1e-4)
-    assert rows[0][2:5] == ["675,129,632", "118.621", "0.7117"] and rows[0][5:7] == ["2.52 GiB", "12.58 GiB"]
+    assert rows[0][2:5] == ["675,129,632", "118.621", "0.7117"] and rows[0][5:7] == [
+        "2.52 GiB",
+        "12.58 GiB",
+    ]
 
 
 def test_other_sizes_of_images(capsys):
     (row,) = printed(capsys, "--model", "DiT-XL/2", "--image-size", "512")
     assert row[2] == "676,014,368" and float(row[3]) == pytest.approx(524.5, rel=1e-3)
-    (row,) = printed(capsys, "--model", "DiT-Ti/4", "--vae", "none", "--image-size", "32", "--num-classes", "0")
+    (row,) = printed(
+        capsys, "--model", "DiT-Ti/4", "--vae", "none", "--image-size", "32", "--num-classes", "0"
+    )
     with torch.device("meta"):
         network = DiT_models["DiT-Ti/4"](input_size=32, in_channels=3, num_classes=0)
     assert row[2] == f"{sum(p.numel() for p in network.parameters()):,}"
@@ -51,7 +57,8 @@ def test_other_sizes_of_images(capsys):
 def test_one_row_for_each_model_and_block(capsys):
     rows = printed(capsys, "--model", "DiT-Ti/8", "DiT-Ti/4", "--block", "adaln", "in_context")
     assert [row[:2] for row in rows] == [
-        ["DiT-Ti/8", "adaln"], ["DiT-Ti/8", "in_context"], ["DiT-Ti/4", "adaln"], ["DiT-Ti/4", "in_context"],
+        ["DiT-Ti/8", "adaln"], ["DiT-Ti/8", "in_context"], ["DiT-Ti/4", "adaln"],
+        ["DiT-Ti/4", "in_context"],
     ]  # fmt: skip
     assert len({tuple(row[2:]) for row in rows}) == 4
 
@@ -87,7 +94,9 @@ def test_what_is_kept_is_what_a_real_network_keeps(block, bf16, grad_checkpointi
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_checkpointing_is_given_one_block_more(bf16):
-    """Against the most that tensors take at any time of a real backward pass, by what the allocator hands out."""
+    """Against the most that tensors take at any time of a real backward pass, by what the allocator
+    hands out.
+    """
     config = dict(input_size=32, patch_size=2, hidden_size=64, depth=8, num_heads=4, num_classes=10)
     network = fill_randomly(DiT(**config)).train()
     network.grad_checkpointing = True
@@ -99,10 +108,16 @@ def test_checkpointing_is_given_one_block_more(bf16):
                 out = network(x, t, y)
             out.float().square().mean().backward()
         network.zero_grad()
-        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events = [
+            event
+            for event in profiler.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        ]
         changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         peaks.append(max(accumulate(changes)))
-    assert training_cost.count(config, bf16, True).per_image == pytest.approx((peaks[1] - peaks[0]) / 16, rel=0.15)
+    assert training_cost.count(config, bf16, True).per_image == pytest.approx(
+        (peaks[1] - peaks[0]) / 16, rel=0.15
+    )
 
 
 def test_training_state_is_20_bytes_per_parameter():
@@ -112,7 +127,9 @@ def test_training_state_is_20_bytes_per_parameter():
     state.opt.register_step_pre_hook(
         lambda *_: taken.extend(p.grad for p in state.network.parameters() if p.grad is not None)
     )
-    train_step(state, create_diffusion(""), latents, labels, draw(0, 0, 2, (4, 16, 16), 0.1, 1000, "cpu"))
+    train_step(
+        state, create_diffusion(""), latents, labels, draw(0, 0, 2, (4, 16, 16), 0.1, 1000, "cpu")
+    )
     tensors = [*state.network.parameters(), *state.ema.parameters(), *taken]
     tensors += [v for moments in state.opt.state.values() for v in moments.values() if v.dim()]
     cost = training_cost.count(SMALL)
@@ -122,7 +139,9 @@ def test_training_state_is_20_bytes_per_parameter():
 
 
 def test_checkpointing_keeps_less_and_bf16_about_half(capsys):
-    plain, checkpointed, half = (training_cost.count(SMALL, *flags).per_image for flags in ((), (False, True), (True,)))
+    plain, checkpointed, half = (
+        training_cost.count(SMALL, *flags).per_image for flags in ((), (False, True), (True,))
+    )
     assert checkpointed < plain / 2 and 0.4 < half / plain < 0.8
 
 

@@ -1,11 +1,12 @@
-"""Kill training runs with SIGKILL, give the same command again, and compare the end with that of a run left alone.
+"""Kill training runs with SIGKILL, give the same command again, and compare the end with that of a
+run left alone.
 
     python tests/kill_campaign.py --data-path demo/digits/train --output campaign --kills 100
 
-Kills hit from outside at a random moment of a random step, at a random byte of a checkpoint's write, and just before and
-after it gets its name; on one process and on two, from images and from cached latents, with two averages, accumulated and
-clipped gradients. Prints a line per kill and a summary; exits with 1 unless all survived.
-The images are those of examples/digits/make_dataset.py.
+Kills hit from outside at a random moment of a random step, at a random byte of a checkpoint's
+write, and just before and after it gets its name; on one process and on two, from images and from
+cached latents, with two averages, accumulated and clipped gradients. Prints a line per kill and a
+summary; exits with 1 unless all survived. The images are those of examples/digits/make_dataset.py.
 """
 
 import argparse
@@ -23,16 +24,16 @@ import socket
 import sys
 import time
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sides import machine  # noqa: E402
 
 RUN = [
-    "--vae", str(ROOT / "examples/digits/vae"), "--model", "DiT-Ti/2", "--image-size", "32", "--num-classes", "10",
-    "--no-flip", "--global-batch-size", "16", "--max-steps", "40", "--lr", "2e-3", "--ema-decay", "0.9", "0.5",
-    "--grad-accum", "2", "--grad-clip", "0.5",
-    "--num-workers", "1", "--device", "cpu", "--log-every", "5", "--ckpt-every", "7", "--resume", "auto",
+    "--vae", str(ROOT / "examples/digits/vae"), "--model", "DiT-Ti/2", "--image-size", "32",
+    "--num-classes", "10", "--no-flip", "--global-batch-size", "16", "--max-steps", "40", "--lr",
+    "2e-3", "--ema-decay", "0.9", "0.5", "--grad-accum", "2", "--grad-clip", "0.5", "--num-workers",
+    "1", "--device", "cpu", "--log-every", "5", "--ckpt-every", "7", "--resume", "auto",
 ]  # fmt: skip
 STEPS, SAVES = 40, 6  # of such a run: its steps, and its checkpoints
 RATES = ("images_per_second", "model_flops_per_second", "time")
@@ -40,7 +41,9 @@ TIMEOUT = 120
 
 
 def launcher(door="train"):
-    """A multiprocessing context whose processes start at once, all that a door needs imported already."""
+    """A multiprocessing context whose processes start at once, all that a door needs imported
+    already.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([door])
@@ -48,11 +51,14 @@ def launcher(door="train"):
 
 
 def worker(argv, folder, env, death):
-    """Run train.py in this process, noting each step in folder/progress; dies by itself as `death` says, if at all."""
+    """Run train.py in this process, noting each step in folder/progress; dies by itself as `death`
+    says, if at all.
+    """
     import train
     from training import loop
 
-    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of one's own
+    # For the loader's workers, as in a process of one's own
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(env)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -71,7 +77,9 @@ def worker(argv, folder, env, death):
 
 
 def arm(death):
-    """Have this process kill itself at its save number death["save"]: at a share of its bytes, or about its renaming."""
+    """Have this process kill itself at its save number death["save"]: at a share of its bytes, or
+    about its renaming.
+    """
     import torch
 
     save, replace, count = torch.save, os.replace, iter(range(1, 1000))
@@ -86,7 +94,11 @@ def arm(death):
         save(contents, file)
 
     def dying_replace(source, target):
-        dies = str(target).endswith(".pt") and death["at"] in ("before", "after") and next(count) == death["save"]
+        dies = (
+            str(target).endswith(".pt")
+            and death["at"] in ("before", "after")
+            and next(count) == death["save"]
+        )
         if dies and death["at"] == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
@@ -106,9 +118,12 @@ def start(context, data, folder, processes, death=None, run=RUN):
     started = []
     for rank in range(processes):
         env = dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )  # fmt: skip
+        started.append(
+            context.Process(target=worker, args=(argv, folder, env if processes > 1 else {}, death))
         )
-        started.append(context.Process(target=worker, args=(argv, folder, env if processes > 1 else {}, death)))
         started[-1].start()
     return started
 
@@ -122,7 +137,9 @@ def step_reached(folder):
 
 
 def kill_at(started, folder, step, delay):
-    """Kill all of a run's processes `delay` seconds after it has done `step`; the step that they had reached."""
+    """Kill all of a run's processes `delay` seconds after it has done `step`; the step that they
+    had reached.
+    """
     patience = time.monotonic() + TIMEOUT
     while step_reached(folder) < step:
         assert all(process.is_alive() for process in started), (folder / "output.txt").read_text()
@@ -144,7 +161,9 @@ def end(started, code):
 
 
 def die(started, folder):
-    """Wait until the first process has killed itself, and kill the others; the step that they had reached."""
+    """Wait until the first process has killed itself, and kill the others; the step that they had
+    reached.
+    """
     end(started[:1], -signal.SIGKILL)
     for process in started[1:]:
         process.kill()
@@ -153,7 +172,9 @@ def die(started, folder):
 
 
 def fingerprint(folder):
-    """A hash of the end of the only run in folder/results: weights, averages, optimizer, log window, metrics without rates."""
+    """A hash of the end of the only run in folder/results: weights, averages, optimizer, log
+    window, metrics without rates.
+    """
     import torch
 
     (run,) = (folder / "results").iterdir()
@@ -183,11 +204,15 @@ def random_death(source):
     at = source.choice(["outside", "outside", "byte", "before", "after"])
     if at == "outside":
         return None
-    return {"at": at, "save": source.randint(1, SAVES - 1 if at == "after" else SAVES), "share": source.random()}
+    return {
+        "at": at, "save": source.randint(1, SAVES - 1 if at == "after" else SAVES),
+        "share": source.random(),
+    }  # fmt: skip
 
 
 def survive(context, data, folder, processes, death, source, run=RUN):
-    """Start a run, have it killed, start it again; (the step it was killed after, its fingerprint)."""
+    """Start a run, have it killed, start it again; (the step it was killed after, its fingerprint).
+    """
     started = start(context, data, folder, processes, death, run)
     if death:
         step = die(started, folder)
@@ -202,23 +227,41 @@ def cache(data, folder):
     """Latents of the digits, in a folder; returns it."""
     import extract_latents
 
-    flags = ["--data-path", str(data), "--output", str(folder), "--image-size", "32", "--num-classes", "10", "--no-flip"]
+    flags = [
+        "--data-path", str(data), "--output", str(folder), "--image-size", "32", "--num-classes",
+        "10", "--no-flip",
+    ]  # fmt: skip
     extract_latents.main([*flags, "--vae", RUN[1], "--num-workers", "0", "--device", "cpu"])
     return folder
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", required=True, type=Path, help="the digits: the folder train of make_dataset.py")
-    parser.add_argument("--output", required=True, type=Path, help="folder to work in; must not exist")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-path", required=True, type=Path,
+        help="the digits: the folder train of make_dataset.py",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder to work in; must not exist"
+    )
     parser.add_argument("--kills", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if args.output.exists() or not args.data_path.is_dir():
-        parser.error(f"--output {args.output} exists already, or --data-path {args.data_path} does not")
+        parser.error(
+            f"--output {args.output} exists already, or --data-path {args.data_path} does not"
+        )
     print(json.dumps(machine()), flush=True)
     context, source, survived, steps = launcher(), random.Random(args.seed), 0, []
-    wanted, runs = {}, {"images": RUN, "latents": [*RUN, "--latents", str(cache(args.data_path, args.output / "latents"))]}
+    wanted, runs = (
+        {},
+        {
+            "images": RUN,
+            "latents": [*RUN, "--latents", str(cache(args.data_path, args.output / "latents"))],
+        },
+    )
     for kind, processes in itertools.product(runs, (1, 2)):
         folder = args.output / f"alone-{kind}-{processes}"
         end(start(context, args.data_path, folder, processes, run=runs[kind]), 0)
@@ -232,7 +275,8 @@ def main(argv=None):
         steps.append(step)
         how = "from outside" if death is None else " ".join(map(str, death.values()))
         print(
-            f"{number:03d}: {kind}, {processes} process(es), {how}, after step {step}: {right}", flush=True
+            f"{number:03d}: {kind}, {processes} process(es), {how}, after step {step}: {right}",
+            flush=True,
         )
         if right:
             shutil.rmtree(folder)

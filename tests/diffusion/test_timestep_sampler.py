@@ -1,11 +1,15 @@
-"""Which steps are trained on: frequencies, weights that keep the mean loss unbiased, history, several processes."""
+"""Which steps are trained on: frequencies, weights that keep the mean loss unbiased, history,
+several processes.
+"""
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from diffusion import create_diffusion
-from diffusion.timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
+from diffusion.timestep_sampler import (
+    LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler,
+)  # fmt: skip
 
 
 def sampler(steps=5, **options):
@@ -20,7 +24,9 @@ def warmed(losses_per_step, **options):
     return s
 
 
-@pytest.mark.parametrize("name, kind", [("uniform", UniformSampler), ("loss-second-moment", LossSecondMomentResampler)])
+@pytest.mark.parametrize(
+    "name, kind", [("uniform", UniformSampler), ("loss-second-moment", LossSecondMomentResampler)]
+)
 def test_samplers_have_names(name, kind):
     s = create_named_schedule_sampler(name, create_diffusion("7"))
     assert type(s) is kind and s.num_timesteps == 7
@@ -34,8 +40,14 @@ def test_an_unknown_name_is_refused():
 @pytest.mark.parametrize("name", ["uniform", "loss-second-moment"])
 def test_uniform_draws(name):
     torch.manual_seed(0)
-    steps, weights = create_named_schedule_sampler(name, create_diffusion("8")).sample(16_000, "cpu")
-    assert steps.dtype == torch.int64 and weights.dtype == torch.float32 and steps.shape == weights.shape == (16_000,)
+    steps, weights = create_named_schedule_sampler(name, create_diffusion("8")).sample(
+        16_000, "cpu"
+    )
+    assert (
+        steps.dtype == torch.int64
+        and weights.dtype == torch.float32
+        and steps.shape == weights.shape == (16_000,)
+    )
     assert torch.equal(weights, torch.ones(16_000))
     counts = torch.bincount(steps, minlength=8)
     assert len(counts) == 8 and (counts - 2000).abs().max() < 5 * 2000**0.5
@@ -74,7 +86,9 @@ def test_uniform_until_every_step_has_its_history():
 def test_frequencies_follow_the_root_mean_square_loss(uniform_prob):
     losses = [[1.0, 7.0], [2.0, 2.0], [0.0, 1.0], [3.0, 4.0]]
     s = warmed(losses, uniform_prob=uniform_prob)
-    root_mean_square = torch.tensor([((a * a + b * b) / 2) ** 0.5 for a, b in losses], dtype=torch.float64)
+    root_mean_square = torch.tensor(
+        [((a * a + b * b) / 2) ** 0.5 for a, b in losses], dtype=torch.float64
+    )
     p = (1 - uniform_prob) * root_mean_square / root_mean_square.sum() + uniform_prob / 4
     weights = s.weights()
     assert weights.dtype == torch.float64
@@ -121,18 +135,24 @@ def test_losses_of_zero_leave_the_draws_uniform():
 
 def test_local_losses_are_tensors_and_count_without_other_processes():
     s, expected = sampler(3, history_per_term=1), warmed([[1.0], [2.0], [4.0]])
-    s.update_with_local_losses(torch.tensor([2, 0, 1]), torch.tensor([4.0, 1.0, 2.0], requires_grad=True))
+    s.update_with_local_losses(
+        torch.tensor([2, 0, 1]), torch.tensor([4.0, 1.0, 2.0], requires_grad=True)
+    )
     assert torch.equal(s.weights(), expected.weights())
     with pytest.raises(ValueError):
         s.update_with_all_losses([0, 1], [1.0])
 
 
 def update_in_process(rank, folder, batches):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=len(batches))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=len(batches)
+    )
     s = sampler(4, history_per_term=2)
     for ts, losses in batches[rank]:
         s.update_with_local_losses(torch.tensor(ts, dtype=torch.int64), torch.tensor(losses))
-    torch.save({"losses": s.losses, "counts": s.counts, "weights": s.weights()}, f"{folder}/{rank}.pt")
+    torch.save(
+        {"losses": s.losses, "counts": s.counts, "weights": s.weights()}, f"{folder}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -148,7 +168,9 @@ def test_all_processes_end_with_the_same_history(tmp_path):
         for ts, losses in together:
             alone.update_with_all_losses(ts, losses)
     assert alone.counts.tolist() == [3, 2, 2, 4]
-    for key, expected in (("losses", alone.losses), ("counts", alone.counts), ("weights", alone.weights())):
+    for key, expected in (
+        ("losses", alone.losses), ("counts", alone.counts), ("weights", alone.weights()),
+    ):  # fmt: skip
         assert torch.equal(first[key], second[key]) and torch.equal(first[key], expected)
 
 

@@ -1,4 +1,6 @@
-"""train.py and training.py: the recipe's formulas, runs on one and two processes, resuming, and what users get wrong."""
+"""train.py and training.py: the recipe's formulas, runs on one and two processes, resuming, and
+what users get wrong.
+"""
 
 import argparse
 import os
@@ -28,14 +30,16 @@ from training.step import draw, train_step, update_ema
 
 SIZE = 16
 QUICK = [
-    "--model", "DiT-Ti/8", "--image-size", str(SIZE), "--vae", "none", "--num-classes", "3", "--global-batch-size", "4",
-    "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--lr", "1e-2", "--ema-decay", "0.5",
+    "--model", "DiT-Ti/8", "--image-size", str(SIZE), "--vae", "none", "--num-classes", "3",
+    "--global-batch-size", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--lr",
+    "1e-2", "--ema-decay", "0.5",
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Accelerate remembers its first settings for the life of a process; each run here has its own."""
+    """Accelerate remembers its first settings for the life of a process; each run here has its own.
+    """
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -65,15 +69,17 @@ def same(a, b):
 def test_flags_found_in_the_wild_keep_their_defaults():
     args = vars(training_flags.build_parser("").parse_args(["--data-path", "x"]))
     wild = dict(
-        data_path="x", results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
-        global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50000,
+        data_path="x", results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000,
+        epochs=1400, global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100,
+        ckpt_every=50000,
     )  # fmt: skip
     assert {name: args[name] for name in wild} == wild
     ours = dict(
-        max_steps=None, lr=1e-4, ema_decay=[0.9999], mixed_precision="no", resume=None, device=None, flip=True,
-        skip_bad_images=False, latents=None, init_from=None, init_labels="keep", warmup_steps=0, weight_decay=0.0,
-        grad_clip=None, max_bad_steps=10, grad_accum=1, grad_checkpointing=False, compile=False, tf32=True, fsdp=False,
-        ckpt_minutes=None, keep_last=None, on_save_error="stop", sample_every=None, log_with=None, eval_every=None,
+        max_steps=None, lr=1e-4, ema_decay=[0.9999], mixed_precision="no", resume=None, device=None,
+        flip=True, skip_bad_images=False, latents=None, init_from=None, init_labels="keep",
+        warmup_steps=0, weight_decay=0.0, grad_clip=None, max_bad_steps=10, grad_accum=1,
+        grad_checkpointing=False, compile=False, tf32=True, fsdp=False, ckpt_minutes=None,
+        keep_last=None, on_save_error="stop", sample_every=None, log_with=None, eval_every=None,
         eval_samples=10_000, eval_reference=None, eval_features="inception", block="adaln_zero",
     )  # fmt: skip
     assert args == wild | ours
@@ -83,23 +89,35 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
     contents = run(images, tmp_path, "--max-steps", "5", "--ckpt-every", "2")
     folder = tmp_path / "000-DiT-Ti-8"
     assert [p.name for p in list_checkpoints(folder)] == ["0000002.pt", "0000004.pt", "0000005.pt"]
-    assert set(contents) == {"model", "ema", "opt", "args", "step", "config", "classes", "rng", "log"}
-    assert contents["step"] == 5 and contents["classes"] == ["ape", "bee", "cat"] and contents["args"]["lr"] == 1e-2
+    assert set(contents) == {
+        "model", "ema", "opt", "args", "step", "config", "classes", "rng", "log",
+    }  # fmt: skip
+    assert (
+        contents["step"] == 5
+        and contents["classes"] == ["ape", "bee", "cat"]
+        and contents["args"]["lr"] == 1e-2
+    )
     network = DiT(**contents["config"])
     network.load_state_dict(contents["model"])
     assert list(contents["ema"]) == list(contents["model"]) == list(network.state_dict())
-    assert not torch.equal(contents["ema"]["final_layer.linear.weight"], contents["model"]["final_layer.linear.weight"])
+    assert not torch.equal(
+        contents["ema"]["final_layer.linear.weight"], contents["model"]["final_layer.linear.weight"]
+    )
     log = (folder / "log.txt").read_text()
     assert log == capsys.readouterr().out
     lines = [line for line in log.splitlines() if " images/s" in line]
-    assert [line.split("] ")[1].split(" of")[0] for line in lines] == ["step 0000002", "step 0000004", "step 0000005"]
+    assert [line.split("] ")[1].split(" of")[0] for line in lines] == [
+        "step 0000002", "step 0000004", "step 0000005",
+    ]  # fmt: skip
     assert all(name.replace("_", " ") in line for line in lines for name in records.METRICS)
 
 
 def test_loss_falls(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "60", "--log-every", "20", "--lr", "2e-3")
     losses = [
-        float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if " loss " in line
+        float(line.split("loss ")[1].split(",")[0])
+        for line in capsys.readouterr().out.splitlines()
+        if " loss " in line
     ]
     assert len(losses) == 3 and losses[-1] < 0.9 * losses[0]
 
@@ -109,24 +127,35 @@ def test_epochs_end_a_run(images, tmp_path):
 
 
 def test_workers_change_nothing(images, tmp_path):
-    alone, helped = (run(images, tmp_path / n, "--max-steps", "4", "--num-workers", n) for n in ("0", "2"))
+    alone, helped = (
+        run(images, tmp_path / n, "--max-steps", "4", "--num-workers", n) for n in ("0", "2")
+    )
     assert same(alone["model"], helped["model"]) and same(alone["ema"], helped["ema"])
 
 
 def test_seed_decides(images, tmp_path):
-    one, other = (run(images, tmp_path / s, "--max-steps", "2", "--global-seed", s) for s in ("1", "2"))
+    one, other = (
+        run(images, tmp_path / s, "--max-steps", "2", "--global-seed", s) for s in ("1", "2")
+    )
     assert not same(one["model"], other["model"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="draws other noise on a GPU")
 def test_two_processes_learn_what_one_does(images, tmp_path):
     default_device = QUICK.index("--device")  # without the flag: the CPU, if there is nothing else
-    flags = ["--data-path", str(images), "--max-steps", "4", *QUICK[:default_device], *QUICK[default_device + 2 :]]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    flags = [
+        "--data-path", str(images), "--max-steps", "4", *QUICK[:default_device],
+        *QUICK[default_device + 2 :],
+    ]  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+        "train.py",
+    ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *flags, "--results-dir", str(tmp_path / "two")], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+        [*command, *flags, "--results-dir", str(tmp_path / "two")], cwd=ROOT, env=env,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and os.listdir(tmp_path / "two") == ["000-DiT-Ti-8"]
     two = read_checkpoint(newest_checkpoint(tmp_path / "two" / "000-DiT-Ti-8"))
@@ -146,10 +175,15 @@ def test_resumed_run_ends_as_one_that_was_not_interrupted(images, tmp_path, resu
     whole = run(images, tmp_path / "whole", "--max-steps", "6")
     run(images, tmp_path / "parts", "--max-steps", "3")
     folder = tmp_path / "parts" / "000-DiT-Ti-8"
-    resumed = run(images, tmp_path / "parts", "--max-steps", "6", "--resume", resume.replace("PATH", str(folder)))
+    resumed = run(
+        images, tmp_path / "parts", "--max-steps", "6", "--resume",
+        resume.replace("PATH", str(folder)),
+    )  # fmt: skip
     assert [p.name for p in (tmp_path / "parts").iterdir()] == [folder.name]
     assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
-    for theirs, ours in zip(whole["opt"]["state"].values(), resumed["opt"]["state"].values(), strict=True):
+    for theirs, ours in zip(
+        whole["opt"]["state"].values(), resumed["opt"]["state"].values(), strict=True
+    ):
         assert same(theirs, ours)
 
 
@@ -163,20 +197,28 @@ def test_a_finished_run_says_so(images, tmp_path, capsys):
 
 def test_resume_auto_starts_anew_beside_a_run_with_other_arguments(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "2")
-    assert run(images, tmp_path, "--max-steps", "2", "--resume", "auto", "--global-seed", "5")["step"] == 2
+    assert (
+        run(images, tmp_path, "--max-steps", "2", "--resume", "auto", "--global-seed", "5")["step"]
+        == 2
+    )
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["000-DiT-Ti-8", "001-DiT-Ti-8"]
     assert "000-DiT-Ti-8 has other --global-seed" in capsys.readouterr().out
 
 
 def test_resuming_with_other_arguments_leaves_the_first_run_alone(images, tmp_path, capsys):
     run(images, tmp_path, "--max-steps", "2")
-    contents = run(images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume", str(tmp_path / "000-DiT-Ti-8"))
+    contents = run(
+        images, tmp_path, "--max-steps", "3", "--lr", "3e-4", "--resume",
+        str(tmp_path / "000-DiT-Ti-8"),
+    )  # fmt: skip
     assert contents["step"] == 3 and contents["opt"]["param_groups"][0]["lr"] == 3e-4
     assert [p.name for p in list_checkpoints(tmp_path / "000-DiT-Ti-8")] == ["0000002.pt"]
     assert "which was made with other --lr" in capsys.readouterr().out
 
 
-def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(images, tmp_path, monkeypatch, capsys):
+def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(
+    images, tmp_path, monkeypatch, capsys
+):
     run(images, tmp_path, "--max-steps", "2")
     (tmp_path / "000-backup").mkdir()
     foreign = tmp_path / "001-DiT-XL-2" / "checkpoints" / "0000100.pt"
@@ -186,7 +228,19 @@ def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(images,
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(foreign.read_bytes()[:300])
     monkeypatch.chdir(images.parent)
-    train.main(["--data-path", images.name, "--results-dir", str(tmp_path), *QUICK, "--max-steps", "3", "--resume", "auto"])
+    train.main(
+        [
+            "--data-path",
+            images.name,
+            "--results-dir",
+            str(tmp_path),
+            *QUICK,
+            "--max-steps",
+            "3",
+            "--resume",
+            "auto",
+        ]
+    )
     assert "going on from" in capsys.readouterr().out
     assert len(list_checkpoints(tmp_path / "000-DiT-Ti-8")) == 2
 
@@ -200,7 +254,8 @@ def test_a_number_that_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part, value", [
-    ("opt", {}), ("opt", None), ("step", "x"), ("step", -3), ("ema", {}), ("model", None), ("step", torch.tensor(2)),
+    ("opt", {}), ("opt", None), ("step", "x"), ("step", -3), ("ema", {}), ("model", None),
+    ("step", torch.tensor(2)),
 ])  # fmt: skip
 def test_a_checkpoint_with_a_wrong_part_is_refused(images, tmp_path, capsys, part, value):
     contents = run(images, tmp_path / "good", "--max-steps", "1")
@@ -245,7 +300,8 @@ def test_bf16_keeps_float32_weights(images, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in mixed["model"].values())
     assert not same(exact["model"], mixed["model"])
     for name, tensor in exact["model"].items():
-        assert (mixed["model"][name] - tensor).abs().max() < 0.07  # three steps of 1e-2 in either direction at most
+        # Three steps of 1e-2 in either direction at most
+        assert (mixed["model"][name] - tensor).abs().max() < 0.07
 
 
 def test_unconditional_training_on_a_flat_folder(images, tmp_path):
@@ -254,7 +310,9 @@ def test_unconditional_training_on_a_flat_folder(images, tmp_path):
     for path in images.glob("*/*.png"):
         (flat / path.name).write_bytes(path.read_bytes())
     contents = run(flat, tmp_path / "results", "--num-classes", "0", "--max-steps", "2")
-    assert contents["classes"] is None and not any(name.startswith("y_embedder") for name in contents["model"])
+    assert contents["classes"] is None and not any(
+        name.startswith("y_embedder") for name in contents["model"]
+    )
 
 
 @pytest.fixture
@@ -283,7 +341,10 @@ def test_unreadable_image_is_skipped_and_listed_once(broken, tmp_path, capsys):
 BAD = [
     (["--model", "DiT-M/2"], "invalid choice: 'DiT-M/2'"),
     (["--image-size", "20"], "image size 20 is not a multiple of 8"),
-    (["--image-size", "250", "--vae", "ema", "--model", "DiT-XL/2"], "image size 250 is not a multiple of 16"),
+    (
+        ["--image-size", "250", "--vae", "ema", "--model", "DiT-XL/2"],
+        "image size 250 is not a multiple of 16",
+    ),
     (["--data-path", "nowhere"], "nowhere is not a folder"),
     (["--num-classes", "2"], "3 class folders, --num-classes is 2: there is no room for cat"),
     (["--global-batch-size", "13"], "12 images do not fill one batch of 13"),
@@ -300,7 +361,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_a_mistake_gets_one_message_and_leaves_nothing(images, tmp_path, capsys, monkeypatch, flags, message):
+def test_a_mistake_gets_one_message_and_leaves_nothing(
+    images, tmp_path, capsys, monkeypatch, flags, message
+):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     results = tmp_path / "results"
     with pytest.raises(SystemExit) as stopped:
@@ -315,21 +378,42 @@ def test_resuming_another_network_names_keys_and_shapes(images, tmp_path, capsys
     with pytest.raises(SystemExit):
         run(images, tmp_path, "--model", "DiT-Ti/4", "--resume", str(tmp_path / "000-DiT-Ti-8"))
     error = capsys.readouterr().err
-    assert "of another configuration" in error and "pos_embed is (1, 4, 128), wanted (1, 16, 128)" in error
+    assert (
+        "of another configuration" in error
+        and "pos_embed is (1, 4, 128), wanted (1, 16, 128)" in error
+    )
 
 
 def test_batch_that_processes_cannot_share(images, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
-    flags = ["--data-path", str(images), "--results-dir", str(tmp_path / "r"), *QUICK, "--global-batch-size", "5"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+        "train.py",
+    ]  # fmt: skip
+    flags = [
+        "--data-path", str(images), "--results-dir", str(tmp_path / "r"), *QUICK,
+        "--global-batch-size", "5",
+    ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "--global-batch-size 5 cannot be shared equally by 2 process(es)" in done.stderr
-    assert 'train.py", line' not in done.stderr  # torchrun shows a traceback of its own, none of ours
+    assert (
+        done.returncode != 0
+        and "--global-batch-size 5 cannot be shared equally by 2 process(es)" in done.stderr
+    )
+    # Torchrun shows a traceback of its own, none of ours
+    assert 'train.py", line' not in done.stderr
 
 
 def pixel_state(**recipe):
     network = fill_randomly(
-        DiT(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
+        DiT(
+            input_size=8,
+            patch_size=4,
+            in_channels=3,
+            hidden_size=16,
+            depth=1,
+            num_heads=2,
+            num_classes=4,
+        )
     )
     return new_state(network, Recipe(**{"lr": 1e-2, "ema_decay": (0.9,)} | recipe))
 
@@ -340,7 +424,9 @@ def test_draws_of_all_processes_are_those_of_one():
     for i, values in enumerate(whole):
         assert torch.equal(values, torch.cat([share[i] for share in shares]))
     assert not torch.equal(whole.vae_noise, whole.noise)
-    other = [draw(seed, step, 8, (3, 4, 4), 0.5, 1000, "cpu").noise for seed, step in ((3, 8), (4, 7))]
+    other = [
+        draw(seed, step, 8, (3, 4, 4), 0.5, 1000, "cpu").noise for seed, step in ((3, 8), (4, 7))
+    ]
     assert not any(torch.equal(whole.noise, noise) for noise in other)
 
 
@@ -360,17 +446,22 @@ def test_train_step_is_adamw_on_the_mean_loss_with_labels_dropped_as_drawn():
     report = train_step(state, create_diffusion(""), x, labels, draws)
 
     y = torch.where(draws.drop == 1, 4, labels)
-    losses = create_diffusion("").training_losses(reference.eval(), x, draws.t, dict(y=y), noise=draws.noise)
+    losses = create_diffusion("").training_losses(
+        reference.eval(), x, draws.t, dict(y=y), noise=draws.noise
+    )
     losses["loss"].mean().backward()
     grads = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads.values()))
-    expected = {k: losses[k].sum().item() for k in ("loss", "mse", "vb")} | {"gradient_norm": norm.item()}
+    expected = {k: losses[k].sum().item() for k in ("loss", "mse", "vb")} | {
+        "gradient_norm": norm.item()
+    }
     assert {name: report[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     for name, p in state.network.named_parameters():
         if name == "pos_embed":
             assert torch.equal(p, start[name])
             continue
-        step = 1e-2 * grads[name] / (grads[name].abs() + 1e-8)  # AdamW's first step, no weight decay
+        # AdamW's first step, no weight decay
+        step = 1e-2 * grads[name] / (grads[name].abs() + 1e-8)
         torch.testing.assert_close(p, start[name] - step, rtol=1e-3, atol=1e-5)
         ema = dict(state.ema.named_parameters())[name]
         torch.testing.assert_close(ema, 0.9 * start[name] + 0.1 * p.detach(), rtol=1e-5, atol=1e-6)
@@ -389,7 +480,9 @@ def test_update_ema_follows_the_formula_and_leaves_the_frozen_table():
 
 
 def test_update_ema_copies_buffers_and_takes_wrapped_networks():
-    networks = [torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)) for _ in range(2)]
+    networks = [
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)) for _ in range(2)
+    ]
     networks[1](randn(5, 2, dtype=torch.float32))
     update_ema(networks[0], networks[1], decay=0.5)
     for ours, theirs in zip(networks[0].buffers(), networks[1].buffers()):
