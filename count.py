@@ -26,8 +26,6 @@ from runtime.command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-from argparse import Namespace
-
 import torch
 
 from models import BLOCKS, DiT, DiT_models
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with parser.refusing():
         # The network itself looks at the classes
-        check_numbers(Namespace(image_size=args.image_size))
+        check_numbers({"image_size": args.image_size})
         shape = latent_shape(args.vae)
         sides = {
             name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"])

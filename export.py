@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
+from conditions.labels import CLASSES
 from checkpoints.weights import Weights, load_weights, save_weights
 from runtime.disk import check_name
 from checkpoints.publish import export_diffusers, save_pretrained
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
-        check_numbers(args)
+        check_numbers(args, num_classes=CLASSES)
         try:
             write(args)
         except OSError as error:

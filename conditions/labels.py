@@ -8,6 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import MOST_CLASSES
+from runtime.limits import Range
+
+# How many classes a network may have
+CLASSES = Range(0, MOST_CLASSES)
 # Before a label that is both a number and a name, to say which of the two is meant
 INDEX, NAME = "index:", "name:"
 

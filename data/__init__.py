@@ -7,9 +7,14 @@ __getattr__ = handed_on(
     __name__,
     {
         "data.batches": "collate stack StepBatches steps_per_epoch",
-        "data.cache": "CachedLatents open_cache check_manifest check_labels",
-        "data.images": "center_crop_arr open_image to_rgb BadImage ImageDataset unreadable",
+        "data.cache": "CachedLatents open_cache check_labels find_damage",
+        "data.cache_format": "check_manifest",
+        "data.cache_writer": "cache_latents",
+        "data.images": "center_crop_arr open_image read_pixels to_rgb ImageDataset unreadable",
         "data.listing": "Listing sample_hash list_images check_outside",
         "data.loader": "heed_the_trainer make_loader LoaderFailed say_waiting read explained",
+        "data.opening": "open_source",
+        "data.options": "CacheOptions DataOptions",
+        "data.source": "BadImage Source TrainingItem",
     },
 )

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler, get_worker_info
 
-from data.images import BadImage, Item
+from data.source import BadImage, TrainingItem
 
 NO_SHARED_MEMORY = (
-    "/dev/shm is too small for their batches; pass --num-workers 0 or fewer, or enlarge it (docker run --shm-size=8g, or "
-    "--ipc=host)"
+    "/dev/shm is too small for their batches; pass `num_workers=0` or fewer, or enlarge it "
+    "(docker run --shm-size=8g, or --ipc=host)"
 )
 
 
-def collate(items: list[Item]) -> tuple[Tensor | None, Tensor, list[BadImage]]:
+def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor, list[BadImage]]:
     """(images or moments (n, ...), labels (n,), bad images met); images is None where one had no
     readable stand-in.
     """
@@ -83,6 +83,7 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     """Whole batches in one pass over the images. Raises ValueError if there is none."""
     if num_images < global_batch_size:
         raise ValueError(
-            f"{num_images} images do not fill one batch of {global_batch_size}; lower --global-batch-size"
+            f"{num_images} images do not fill one batch of {global_batch_size}; "
+            "lower `global_batch_size`"
         )
     return num_images // global_batch_size

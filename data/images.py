@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image, ImageColor, PngImagePlugin
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.listing import Listing
+from data.source import BadImage, TrainingItem
 
 BACKGROUND = "white"  # behind what is transparent
 # Of a resized image; a strip that would have more is cropped first
@@ -92,16 +92,20 @@ def _eight_bits(image):
     return Image.fromarray(grey)
 
 
-class BadImage(NamedTuple):
-    """A file that could not be read, and why."""
+def read_pixels(path: Path | str, image_size: int | None = None) -> np.ndarray:
+    """The pixels of an image file, uint8 (H, W, 3): its central square of image_size in RGB, as
+    training sees it; with None, the image as it is.
 
-    path: str
-    reason: str
+    Raises what Pillow raises, of many kinds.
+    """
+    with open_image(path) as image:
+        cropped = center_crop_arr(to_rgb(image), image_size) if image_size else image
+        return np.array(cropped)  # (H, W, 3)
 
 
-# What a data set gives for an (index, flip): pixels or moments, None if unreadable; label; bad
-# images met.
-Item = tuple[Tensor | None, int, list[BadImage]]
+def channels_first(pixels: np.ndarray) -> Tensor:
+    """Pixels uint8 (H, W, 3) as a tensor uint8 (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, H, W)
 
 
 class ImageDataset(Dataset):
@@ -111,14 +115,18 @@ class ImageDataset(Dataset):
     in for it, else the image is None.
     """
 
-    def __init__(self, listing: Listing, image_size: int, skip_bad: bool = False) -> None:
+    def __init__(
+        self, listing: Listing, image_size: int, skip_bad: bool = False,
+        hashes: tuple[str, str] = ("", ""),
+    ) -> None:  # fmt: skip
         self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad
         self.classes, self.notes = listing.classes, listing.notes
+        self.hash, self.sample_hash = hashes  # of names and labels, and of some files
 
     def __len__(self) -> int:
         return len(self.listing.paths)
 
-    def __getitem__(self, key: tuple[int, bool]) -> Item:
+    def __getitem__(self, key: tuple[int, bool]) -> TrainingItem:
         index, flip = key
         bad: list[BadImage] = []
         for i in range(min(len(self), MOST_UNREADABLE)):
@@ -132,15 +140,14 @@ class ImageDataset(Dataset):
         return None, 0, bad
 
     def _read(self, path, flip):
-        with open_image(path) as image:
-            pixels = np.array(center_crop_arr(to_rgb(image), self.image_size))  # (S, S, 3)
-        pixels = pixels[:, ::-1] if flip else pixels
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
+        pixels = read_pixels(path, self.image_size)  # (S, S, 3)
+        return channels_first(pixels[:, ::-1] if flip else pixels)  # (3, S, S)
 
 
 def unreadable(bad: list[BadImage], skip_bad: bool) -> str:
-    """The sentence for images of which none can be taken, whose bad ones these are."""
+    """The sentence for images that cannot be read, with no other to stand in for them."""
     first = f"cannot read {bad[0].path} ({bad[0].reason})"
     if not skip_bad:
-        return f"{first}; mend it, or pass --skip-bad-images"
-    return f"{first}, and none of the {len(bad):,} images after it; look whether their disk is still there"
+        return f"{first}; mend it, or pass `skip_bad_images=True`"
+    others = f"none of the {len(bad):,} images after it"
+    return f"{first}, and {others}; look whether their disk is still there"

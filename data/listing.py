@@ -54,26 +54,28 @@ def sample_hash(paths: list[str]) -> str:
     return digest.hexdigest()
 
 
-def list_images(root: Path | str, num_classes: int) -> Listing:
+def list_images(root: Path | str, num_classes: int, argument: str = "data_path") -> Listing:
     """The Listing of a folder with one folder per class; with num_classes 0, of all images below
     it, whatever the folder.
 
     The order is that of torchvision's ImageFolder. Hidden files and folders are left out, and links
-    back to a folder above. Raises ValueError if the folder is missing, cannot be read, holds no
-    images or an empty class, or has more classes than num_classes.
+    back to a folder above. Errors call the folder by the name of the `argument` that gave it.
+    Raises ValueError if the folder is missing, cannot be read, holds no images or an empty class,
+    or has more classes than num_classes.
     """
     root = Path(root)
+    given = f"`{argument}` {root}"
     if not root.is_dir():
         raise ValueError(
-            f"--data-path {root} is not a folder; give one that holds one folder of images per class"
+            f"{given} is not a folder; give one that holds one folder of images per class"
         )
     left_out: Counter[str] = Counter()
-    folders = _walk(str(root), left_out)
+    folders = _walk(str(root), argument, left_out)
     if num_classes == 0:
         paths = sorted(path for images in folders.values() for path in images)
         if not paths:
             raise ValueError(
-                f"--data-path {root} holds no images ({', '.join(IMG_EXTENSIONS)}){_told(left_out)}"
+                f"{given} holds no images ({', '.join(IMG_EXTENSIONS)}){_told(left_out)}"
             )
         return Listing(paths, [0] * len(paths), None, _notes(root, left_out))
     loose = folders.pop(str(root))
@@ -85,13 +87,13 @@ def list_images(root: Path | str, num_classes: int) -> Listing:
             folders[folder]
         )
     classes = sorted(by_class)
-    _check_classes(root, num_classes, by_class, left_out)
+    _check_classes(given, num_classes, by_class, left_out)
     paths = [path for name in classes for path in by_class[name]]
     labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
     return Listing(paths, labels, classes, _notes(root, left_out))
 
 
-def _walk(root, left_out):
+def _walk(root, argument, left_out):
     """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not
     looked at.
     """
@@ -109,7 +111,8 @@ def _walk(root, left_out):
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise ValueError(
-                f"--data-path: {folder} cannot be read ({error.strerror}); mend that, or take it away"
+                f"`{argument}`: {folder} cannot be read ({error.strerror}); mend that, or take it "
+                "away"
             ) from None
         seen.add((status.st_dev, status.st_ino))
         below, linked, found[folder] = _sorted_out(inside, left_out)
@@ -166,33 +169,33 @@ def _notes(root, left_out):
     return tuple(f"{root}: left out {count:,} {what}" for what, count in sorted(left_out.items()))
 
 
-def _check_classes(root, num_classes, by_class, left_out):
+def _check_classes(given, num_classes, by_class, left_out):
     """Raise ValueError unless there are class folders, each with images, and no more than
     num_classes.
     """
     classes = sorted(by_class)
     empty = [name for name in classes if not by_class[name]]
     if not classes or empty:
-        lacking = (
-            f"no images in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}"
-            if empty
-            else "no class folders"
-        )
+        some = f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}"
+        lacking = f"no images in {some}" if empty else "no class folders"
         raise ValueError(
-            f"--data-path {root}: {lacking}{_told(left_out)}. One folder of images per class is wanted, or --num-classes 0"
+            f"{given}: {lacking}{_told(left_out)}. One folder of images per class is wanted, or "
+            "`num_classes=0`"
         )
     if len(classes) > num_classes:
         raise ValueError(
-            f"--data-path {root} has {len(classes)} class folders, --num-classes is {num_classes}: there is no room "
-            f"for {', '.join(classes[num_classes:][:5])}; pass --num-classes {len(classes)}"
+            f"{given} has {len(classes)} class folders, `num_classes` is {num_classes}: there is "
+            f"no room for {', '.join(classes[num_classes:][:5])}; "
+            f"pass `num_classes={len(classes)}`"
         )
 
 
-def check_outside(root: Path | str, flag: str, folder: Path | str) -> None:
-    """Raise ValueError if a folder to be written lies at or below that of the images, where it
-    would be taken for more.
+def check_outside(root: Path | str, argument: str, folder: Path | str) -> None:
+    """Raise ValueError if a folder to be written lies at or below that of the images, `data_path`,
+    where it would be taken for more. The `argument` named so gave the folder to be written.
     """
     if Path(root).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
         raise ValueError(
-            f"{flag} {folder} lies inside --data-path {root} and would be taken for images; choose another"
+            f"`{argument}` {folder} lies inside `data_path` {root} and would be taken for images; "
+            "choose another"
         )

@@ -51,9 +51,10 @@ def make_loader(
     To be walked by `read`.
     """
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn, pin_memory=pin_memory,
-        worker_init_fn=heed_the_trainer, timeout=WAIT if num_workers else 0,
-        # Which it draws its workers' seeds from: not torch's own, and nothing uses them
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn,
+        pin_memory=pin_memory, worker_init_fn=heed_the_trainer,
+        timeout=WAIT if num_workers else 0,
+        # The workers' seeds, which nothing uses, come from here instead of torch's own generator
         generator=torch.Generator(),
     )  # fmt: skip
 
@@ -153,7 +154,8 @@ def explained(error: RuntimeError) -> Exception:
         )
     if "open files" in text or "ancdata" in text:
         return LoaderFailed(
-            "the loader's workers need more open files than allowed; pass fewer --num-workers, or ulimit -n 65536"
+            "the loader's workers need more open files than allowed; pass fewer `num_workers`, "
+            "or ulimit -n 65536"
         )
     if "DataLoader worker (pid" in text:
         return LoaderFailed(why_lost(error))

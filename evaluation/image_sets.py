@@ -44,7 +44,7 @@ class FolderImages(Dataset):
         try:
             listing = list_images(folder, num_classes=0)
         except ValueError as error:
-            raise ValueError(str(error).replace("--data-path", flag)) from None
+            raise ValueError(str(error).replace("`data_path`", flag)) from None
         self.paths, self.notes = listing.paths, listing.notes
         self.folders = len({os.path.dirname(path) for path in self.paths})
         self.image_size = image_size

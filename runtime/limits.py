@@ -1,12 +1,10 @@
-"""Which numbers flags may have, in every door: what is far beyond all that exists is refused before
-any work.
+"""Which numbers an argument may be, in every door: what is far beyond all that exists is refused
+before any work.
 """
 
-from argparse import Namespace
+from collections.abc import Mapping
 import os
 from typing import NamedTuple
-
-from models import MOST_CLASSES
 
 COUNTS = 10**9  # of steps, epochs and the like: more than a century of work
 IMAGE_SIZE = 2**14
@@ -15,17 +13,16 @@ CHANNELS = 3
 
 
 class Range(NamedTuple):
-    """The least and the most that a flag's number may be."""
+    """The least and the most that an argument's number may be."""
 
     least: float
     most: float
 
 
-# Flag → its range. Upper ends are generous: nobody's sensible use is refused, and nothing that
-# passes overflows.
+# Argument → its range. Upper ends are generous: nobody's sensible use is refused, and nothing that
+# passes overflows. The range of num_classes is conditions.labels.CLASSES.
 RANGES = {
     "image_size": Range(1, IMAGE_SIZE),
-    "num_classes": Range(0, MOST_CLASSES),
     # training
     "epochs": Range(1, COUNTS),
     "max_steps": Range(1, COUNTS),
@@ -55,35 +52,41 @@ RANGES = {
     "global_seed": Range(0, 2**63 - 1),
     "seed": Range(0, 2**63 - 1),
 }
-# Flag → how many values may stand after it.
+# Argument → how many values it may have.
 MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "cfg_scale": 64}
 
 
-def check_numbers(args: Namespace, **others: Range) -> None:
-    """Raise ValueError for a number out of its range, or for too many values after a flag; `others`
-    add to RANGES.
+def check_numbers(options: object, **others: Range) -> None:
+    """Raise ValueError for a number out of its range, or for an argument with too many values.
+
+    `options` is a mapping from names to values, or an object with the names as attributes. `others`
+    adds to RANGES.
     """
+    found = options if isinstance(options, Mapping) else vars(options)
     ranges = RANGES | others
     for name in ranges | MOST_VALUES:
-        given = getattr(args, name, None)
-        values = given if isinstance(given, list) else [] if given is None else [given]
+        given = found.get(name)
+        values = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
         if len(values) > MOST_VALUES.get(name, len(values)):
             raise ValueError(
-                f"{flag(name)} has {len(values)} values; it takes {MOST_VALUES[name]} at most"
+                f"{argument(name)} has {len(values)} values; it takes {MOST_VALUES[name]} at most"
             )
         for value in values if name in ranges else ():
-            least, most = ranges[name]
-            if not least <= value <= most:
-                is_small = isinstance(value, int) and value < least
-                wanted = (
-                    f"at least {least}" if is_small else f"from {bound(least)} to {bound(most)}"
-                )
-                raise ValueError(f"{flag(name)} is {short(value)}; it must be {wanted}")
+            check_range(name, value, ranges[name])
 
 
-def flag(name: str) -> str:
-    """The option that an attribute of the arguments comes from."""
-    return f"--{name.replace('_', '-')}"
+def check_range(name: str, value: float, allowed: Range) -> None:
+    """Raise ValueError, naming the argument, for a number out of its range."""
+    least, most = allowed
+    if not least <= value <= most:
+        is_small = isinstance(value, int) and value < least
+        wanted = f"at least {least}" if is_small else f"from {bound(least)} to {bound(most)}"
+        raise ValueError(f"{argument(name)} is {short(value)}; it must be {wanted}")
+
+
+def argument(name: str) -> str:
+    """An argument's name as messages have it; a door turns it into its flag."""
+    return f"`{name}`"
 
 
 def short(number: float) -> str:
@@ -98,14 +101,16 @@ def bound(number: float) -> str:
 
 
 def check_memory(images: int, side: int, lower: str) -> None:
-    """Raise ValueError if so many images of side × side pixels are more than the machine's memory;
-    `lower` names the flags.
+    """Raise ValueError if so many images of side × side pixels are more than the machine's memory.
+
+    `lower` names the arguments to lower, in backticks.
     """
     wanted, there = images * side * side * CHANNELS, memory()
     if there is not None and wanted > there:
         raise ValueError(
-            f"{images} images of {side}x{side} pixels, which are held at a time, take {wanted / 1e9:,.0f} GB, and this "
-            f"machine has {there / 1e9:,.0f} GB of memory; lower {lower}"
+            f"{images} images of {side}x{side} pixels, which are held at a time, take "
+            f"{wanted / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB of memory; "
+            f"lower {lower}"
         )
 
 

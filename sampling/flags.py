@@ -6,6 +6,7 @@ from argparse import (
 from typing import Any
 
 from checkpoints.weights import weights_choice
+from conditions.labels import CLASSES
 from runtime.limits import RANGES, check_numbers, short
 from models import DiT_models
 from sampling.sampler import SOLVERS, TRAINED_STEPS, check_steps
@@ -156,7 +157,7 @@ def check_sampling_flags(args: Namespace) -> None:
     )
     if not least <= seed <= most:
         raise ValueError(f"the seed is {short(seed)}; it must be at least 0 and below 2**63")
-    check_numbers(args)
+    check_numbers(args, num_classes=CLASSES)
     if "num_sampling_steps" not in getattr(args, "said", ()):
         args.num_sampling_steps = SOLVERS[args.sampler].steps
     check_steps(args.sampler, args.num_sampling_steps)

@@ -205,8 +205,8 @@ DOORS = {
         "extract_latents",
         [[*CACHING, "--output", "latents-{n}"], []],
         {
-            "extract_latents.encode_share": nothing,
-            "extract_latents.finish": nothing,
+            "data.cache_writer.encode_share": nothing,
+            "data.cache_writer.finish": nothing,
             "os.posix_fallocate": nothing,
         },
     ),

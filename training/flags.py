@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from runtime.command_line import Parser
+from conditions.labels import CLASSES
 from runtime.limits import check_numbers
 from evaluation.metrics import SCORED
 from models import BLOCKS, DiT_models
@@ -183,7 +184,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if args.data_path is None and args.latents is None:
         raise ValueError("--data-path is missing; give a folder of images, or --latents")
-    check_numbers(args, eval_samples=SCORED)
+    check_numbers(args, num_classes=CLASSES, eval_samples=SCORED)
     for decay in args.ema_decay:
         if not 0 <= decay < 1 or args.ema_decay.count(decay) > 1:
             raise ValueError(

@@ -1,7 +1,7 @@
 """All that a run works with, put together from its arguments before anything is written."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 import hashlib
 from pathlib import Path
@@ -16,7 +16,9 @@ from checkpoints.weights import averages, clean_names, is_state_dict, load_weigh
 from data.batches import steps_per_epoch
 from data.cache import CachedLatents
 from data.images import ImageDataset
-from data.listing import check_outside, list_images, sample_hash
+from data.listing import check_outside
+from data.opening import open_source
+from data.options import DataOptions
 from evaluation.features import load_extractor
 from models import DiT_models
 from runtime.limits import check_memory
@@ -25,12 +27,12 @@ from runtime.team import Team, make_accelerator, once
 from training.cost import training_flops
 from training.flags import check_arguments
 from training.folder_lock import FolderLock
-from training.run_folder import Data, Start, comparable, find_start, new_folder, run_id
+from training.run_folder import Data, Start, find_start, new_folder, run_id
 from training.run_log import RunLog
 from training.scores import Judge, load_judge
 from training.sharding import shard_network
 from training.state import Recipe, TrainState, Window, new_state
-from vae import LatentShape, LatentSpace, Space, load_vae, vae_hashes
+from vae import LatentShape, LatentSpace, Space, load_vae
 
 
 @dataclass
@@ -68,7 +70,7 @@ def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
     )
     check_shares(args, place, accelerator.num_processes)
     if args.data_path is not None:
-        check_outside(args.data_path, "--results-dir", args.results_dir)
+        check_outside(args.data_path, "results_dir", args.results_dir)
     dataset, data = load_data(args, accelerator)
     if Path(args.init_labels).is_file():
         data = data._replace(
@@ -115,7 +117,7 @@ def check_shares(args: argparse.Namespace, place: Place, processes: int) -> None
     if args.latents is None:
         check_memory(
             args.global_batch_size // processes, args.image_size,
-            "--global-batch-size or --image-size",
+            "`global_batch_size` or `image_size`",
         )  # fmt: skip
     if args.fsdp and processes == 1:
         raise ValueError(
@@ -130,41 +132,9 @@ def load_data(
 
     Raises ValueError if --data-path or --latents do not fit the arguments.
     """
-    listing = (
-        once(accelerator, list_images, args.data_path, args.num_classes)
-        if args.data_path is not None
-        else None
-    )
-    if args.latents is None:
-        assert listing is not None  # check_arguments refuses a run without either
-        data = Data(listing.hash(args.data_path), once(accelerator, sample_hash, listing.paths))
-        return ImageDataset(listing, args.image_size, args.skip_bad_images), data
-    cached = CachedLatents(args.latents)
-    manifest, wrong = cached.manifest, []
-    if args.image_size != manifest["image_size"]:
-        wrong.append(f"--image-size is {args.image_size}, the latents' {manifest['image_size']}")
-    same_place = comparable("vae", args.vae) == comparable("vae", manifest["vae"])
-    if not same_place and (
-        not manifest["vae_sha256"] or vae_hashes(args.vae) != manifest["vae_sha256"]
-    ):
-        wrong.append(f"--vae is {args.vae}, the latents' {manifest['vae']}")
-    if args.num_classes and cached.classes is None:
-        wrong.append(
-            f"--num-classes is {args.num_classes}, the latents were made without classes (--num-classes 0)"
-        )
-    if args.flip and not cached.manifest["flip"]:
-        wrong.append("--flip is on, the latents have no mirrored images (--no-flip)")
-    if len(cached.classes or ()) > args.num_classes > 0:
-        wrong.append(
-            f"--num-classes is {args.num_classes}, the latents have {len(cached.classes)} classes"
-        )
-    if listing and listing.hash(args.data_path) != cached.manifest["files_sha256"]:
-        wrong.append(
-            f"--data-path {args.data_path} holds other files than the latents were made from"
-        )
-    if wrong:
-        raise ValueError(f"--latents {args.latents} do not fit: {'; '.join(wrong)}")
-    return cached, Data(cached.hash)
+    options = DataOptions(**{field.name: getattr(args, field.name) for field in fields(DataOptions)})
+    source = open_source(options, partial(once, accelerator))
+    return source, Data(source.hash, source.sample_hash)  # type: ignore[return-value]
 
 
 def load_space(

@@ -12,6 +12,7 @@ from checkpoints.files import checkpoint_path, list_checkpoints, prune_checkpoin
 from data.images import BadImage
 from models import DiT
 from runtime.disk import disk_space, write_whole
+from training.flags import build_parser
 from training.job import Job
 from training.run_log import Meter, RunLog, StopSignals
 from training.scores import Stopped, preview, score_samples
@@ -22,7 +23,8 @@ METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl
 
 
 def leave(job: Job, message: str) -> None:
-    """Leave the program with a message, which the log has too."""
+    """Leave the program with a message, its arguments as flags, which the log has too."""
+    message = build_parser().worded(message)
     job.log(message)
     sys.exit(f"train.py: error: {message}")
 

@@ -185,10 +185,10 @@ def test_pipes_are_no_images(tmp_path):
 def test_nothing_is_written_among_the_images(tmp_path, inside, monkeypatch):
     monkeypatch.chdir(empty_files(tmp_path / "data", "a/1.png"))
     with pytest.raises(
-        ValueError, match="--results-dir .* lies inside --data-path .; .*|lies inside --data-path"
+        ValueError, match="`results_dir` .* lies inside `data_path` .; .*|lies inside `data_path`"
     ):
-        data_listing.check_outside(".", "--results-dir", inside)
-    data_listing.check_outside("a", "--results-dir", "ab")
+        data_listing.check_outside(".", "results_dir", inside)
+    data_listing.check_outside("a", "results_dir", "ab")
 
 
 def test_a_folder_as_deep_as_paths_go_and_links_to_themselves(tmp_path, monkeypatch):
@@ -246,24 +246,24 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 def test_missing_folder(tmp_path, num_classes):
     empty_files(tmp_path, "file.png")
     for path in (tmp_path / "none", tmp_path / "file.png"):
-        with pytest.raises(ValueError, match=f"--data-path {path} is not a folder; give one"):
+        with pytest.raises(ValueError, match=f"`data_path` {path} is not a folder; give one"):
             list_images(path, num_classes)
 
 
 def test_folder_without_images(tmp_path):
     empty_files(tmp_path, "text.txt")
-    with pytest.raises(ValueError, match=rf"--data-path {tmp_path} holds no images \(.*\.jpg"):
+    with pytest.raises(ValueError, match=rf"`data_path` {tmp_path} holds no images \(.*\.jpg"):
         list_images(tmp_path, 0)
     with pytest.raises(
         ValueError,
-        match=f"--data-path {tmp_path}: .*One folder of images per class .*--num-classes 0",
+        match=f"`data_path` {tmp_path}: .*One folder of images per class .*`num_classes=0`",
     ):
         list_images(tmp_path, 2)
 
 
 def test_folder_of_loose_images_where_classes_are_wanted(tmp_path):
     empty_files(tmp_path, "1.png", "2.png")
-    with pytest.raises(ValueError, match="--num-classes 0"):
+    with pytest.raises(ValueError, match="`num_classes=0`"):
         list_images(tmp_path, 2)
 
 
@@ -277,7 +277,7 @@ def test_more_classes_than_allowed_names_the_surplus(tmp_path):
     empty_files(tmp_path, *(f"{name}/1.png" for name in ["ant", "bee", "cat", "dog"]))
     with pytest.raises(
         ValueError,
-        match="4 class folders, --num-classes is 2: .* for cat, dog; pass --num-classes 4",
+        match="4 class folders, `num_classes` is 2: .* for cat, dog; pass `num_classes=4`",
     ):
         list_images(tmp_path, 2)
     assert list_images(tmp_path, 4).classes == ["ant", "bee", "cat", "dog"]
@@ -496,8 +496,8 @@ def test_a_disk_that_is_gone_is_not_an_image_that_is_broken(tmp_path, monkeypatc
     image, _, bad = ImageDataset(listing_of(*gone), 16, skip_bad=True)[2, False]
     assert image is None and [one.path for one in bad] == gone[2:5]
     told = data_images.unreadable(bad, skip_bad=True)
-    assert "--skip-bad-images" not in told and "none of the 3 images after it" in told
-    assert "pass --skip-bad-images" in data_images.unreadable(bad, skip_bad=False)
+    assert "skip_bad_images" not in told and "none of the 3 images after it" in told
+    assert "pass `skip_bad_images=True`" in data_images.unreadable(bad, skip_bad=False)
 
 
 def test_collate():
@@ -610,7 +610,7 @@ def test_flips_can_be_left_out():
 def test_too_few_images_for_one_batch():
     for call in (lambda: steps_per_epoch(3, 4), lambda: StepBatches(3, 4, 0, 0, 10)):
         with pytest.raises(
-            ValueError, match="3 images do not fill one batch of 4; lower --global-batch-size"
+            ValueError, match="3 images do not fill one batch of 4; lower `global_batch_size`"
         ):
             call()
 
@@ -726,7 +726,7 @@ def test_waiting_is_said_once_a_minute(capsys):
 
 def test_too_little_shared_memory_is_said():
     with pytest.raises(
-        LoaderFailed, match="too little shared memory: /dev/shm .*pass --num-workers 0"
+        LoaderFailed, match="too little shared memory: /dev/shm .*pass `num_workers=0`"
     ):
         list(walk(no_memory))
 

@@ -21,7 +21,7 @@ from data.cache import CachedLatents
 from data.images import ImageDataset
 from data.listing import list_images
 import extract_latents
-from data import cache
+from data import cache_writer
 from training import job
 from training import loop
 from runtime.presence import Presence
@@ -51,7 +51,7 @@ def vae(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Five images at a time, so that twelve make three chunks."""
-    monkeypatch.setattr(cache, "CHUNK", 5)
+    monkeypatch.setattr(cache_writer, "CHUNK", 5)
 
 
 def extract(images, output, vae, *flags):
@@ -103,7 +103,7 @@ def test_cached_moments_are_the_autoencoders(images, tmp_path, vae, dtype, toler
 def test_two_processes_write_what_one_does_and_again_changes_nothing(
     images, tmp_path, vae, monkeypatch
 ):
-    monkeypatch.setattr(cache, "CHUNK", 64)
+    monkeypatch.setattr(cache_writer, "CHUNK", 64)
     alone = contents_of(extract(images, tmp_path / "one", vae))
     flags = [
         "--data-path", str(images), "--output", str(tmp_path / "two"), "--vae", vae, "--image-size",
@@ -125,7 +125,7 @@ def test_chunks_are_dealt_to_processes(images, tmp_path, vae, monkeypatch):
     alone = contents_of(extract(images, tmp_path / "one", vae))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(cache, "finish", lambda *_: None)
+    monkeypatch.setattr(cache_writer, "finish", lambda *_: None)
     extract(images, tmp_path / "two", vae)
     assert [p.name for p in sorted((tmp_path / "two" / "chunks").iterdir())] == [
         "0000000.json",
@@ -134,7 +134,7 @@ def test_chunks_are_dealt_to_processes(images, tmp_path, vae, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     extract(images, tmp_path / "two", vae)
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "CHUNK", 5)
+    monkeypatch.setattr(cache_writer, "CHUNK", 5)
     assert contents_of(extract(images, tmp_path / "two", vae)) == alone
 
 
@@ -152,14 +152,14 @@ def test_killed_extraction_goes_on_to_the_same_files(images, tmp_path, vae, one_
     for end in (1, 2):  # dies after the data of a chunk, before it is noted as done
         child = os.fork()
         if child == 0:
-            count, write = iter(range(10)), cache.write_whole
+            count, write = iter(range(10)), cache_writer.write_whole
 
             def dying(path, how):
                 if path.parent.name == "chunks" and next(count) == end - 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 write(path, how)
 
-            cache.write_whole = dying
+            cache_writer.write_whole = dying
             extract(images, tmp_path / "parts", vae)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -229,7 +229,7 @@ def test_arrays_that_do_not_fit_together(images, tmp_path, vae, name, change):
 def test_a_process_that_ends_without_its_share_is_not_waited_for(
     images, tmp_path, vae, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cache, "POLL_SECONDS", 0)
+    monkeypatch.setattr(cache_writer, "POLL_SECONDS", 0)
     folder = tmp_path / "latents"
 
     def die_beside(*args):
@@ -239,8 +239,8 @@ def test_a_process_that_ends_without_its_share_is_not_waited_for(
         (folder / "kept").rename(presence._path(1))
         encode_share(*args)
 
-    encode_share = cache.encode_share
-    monkeypatch.setattr(cache, "encode_share", die_beside)
+    encode_share = cache_writer.encode_share
+    monkeypatch.setattr(cache_writer, "encode_share", die_beside)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as stopped:

@@ -1,12 +1,14 @@
 """What all doors share: parser, limits, and how they end."""
 
 import ast
+from dataclasses import dataclass
 import os
 from pathlib import Path
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +17,16 @@ import torch
 from conftest import ROOT
 from runtime.disk import write_whole
 from runtime.command_line import LONGEST_MESSAGE, Parser, door, one_line
+from conditions.labels import CLASSES
 import count
+import export
+import extract_latents
 from runtime import limits
 from training import flags as training_flags
 from runtime.limits import check_memory, check_numbers
 from models import DiT, MOST_CLASSES
 import sample
+import train
 
 INTERRUPTIBLE = [
     "train.py", "sample.py", "sample_ddp.py", "extract_latents.py", "evaluate.py", "export.py",
@@ -121,15 +127,15 @@ def test_a_name_that_the_system_refuses_is_one_message(name, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
-    (["--epochs", "1000000001"], "--epochs is 1000000001; it must be from 1 to 1,000,000,000"),
-    (["--global-seed", str(2**63)], f"--global-seed is {2**63}; it must be from 0 to {2**63 - 1:,}"),
-    (["--image-size", "9" * 4000], "--image-size is 9999999999… (4000 digits); it must be from 1 to 16,384"),
-    (["--lr", "nan"], "--lr is nan; it must be from 1e-12 to 100"),
-    (["--lr", "1e300"], "--lr is 1e+300; it must be from 1e-12 to 100"),
-    (["--ckpt-minutes", "inf"], "--ckpt-minutes is inf; it must be from 1e-12 to 1e+09"),
-    (["--num-workers", "1025"], "--num-workers is 1025; it must be from 0 to 1,024"),
-    (["--ema-decay", *["0.9"] * 17], "--ema-decay has 17 values; it takes 16 at most"),
+    (["--epochs", "0"], "`epochs` is 0; it must be at least 1"),
+    (["--epochs", "1000000001"], "`epochs` is 1000000001; it must be from 1 to 1,000,000,000"),
+    (["--global-seed", str(2**63)], f"`global_seed` is {2**63}; it must be from 0 to {2**63 - 1:,}"),
+    (["--image-size", "9" * 4000], "`image_size` is 9999999999… (4000 digits); it must be from 1 to 16,384"),
+    (["--lr", "nan"], "`lr` is nan; it must be from 1e-12 to 100"),
+    (["--lr", "1e300"], "`lr` is 1e+300; it must be from 1e-12 to 100"),
+    (["--ckpt-minutes", "inf"], "`ckpt_minutes` is inf; it must be from 1e-12 to 1e+09"),
+    (["--num-workers", "1025"], "`num_workers` is 1025; it must be from 0 to 1,024"),
+    (["--ema-decay", *["0.9"] * 17], "`ema_decay` has 17 values; it takes 16 at most"),
 ])  # fmt: skip
 def test_numbers_beyond_what_exists(flags, message):
     args = training_flags.build_parser().parse_args(["--data-path", "x", *flags])
@@ -141,7 +147,37 @@ def test_numbers_beyond_what_exists(flags, message):
 def test_the_ends_of_every_range_are_taken():
     for name, ends in limits.RANGES.items():
         for value in ends:
-            check_numbers(sample.argparse.Namespace(**{name: value}))
+            check_numbers({name: value})
+    for value in CLASSES:
+        check_numbers({"num_classes": value}, num_classes=CLASSES)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    epochs: int = 0
+    ema_decay: tuple[float, ...] = (0.9,)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, Chosen(), SimpleNamespace(epochs=0)])
+def test_numbers_of_a_mapping_and_of_an_object_are_looked_at(options):
+    with pytest.raises(ValueError, match="^`epochs` is 0; it must be at least 1$"):
+        check_numbers(options)
+    with pytest.raises(ValueError, match="`epochs` is 0; it must be from -5 to -1"):
+        check_numbers(options, epochs=limits.Range(-5, -1))
+    with pytest.raises(ValueError, match="`ema_decay` has 17 values; it takes 16 at most"):
+        check_numbers(Chosen(epochs=1, ema_decay=(0.9,) * 17))
+
+
+@pytest.mark.parametrize("door, words", [
+    (train, ["--data-path", "x"]), (sample, []), (export, ["--output", "x"]),
+    (extract_latents, ["--data-path", "x", "--output", "y"]),
+])  # fmt: skip
+def test_every_door_bounds_the_number_of_classes(door, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        door.main([*words, "--num-classes", str(MOST_CLASSES + 1)])
+    told = "--num-classes is 1000001; it must be from 0 to 1,000,000"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {told}")
 
 
 def test_a_batch_that_no_memory_holds(monkeypatch):

@@ -1,0 +1,368 @@
+"""Writing a folder of cached latents, on one process or several, as cache_format.py lays it out.
+
+The same options go on where the work stopped. The result is the same on any number of processes.
+"""
+
+from contextlib import closing
+from dataclasses import dataclass
+import errno
+from io import BytesIO
+import json
+import os
+from pathlib import Path
+import time
+from typing import BinaryIO
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from conditions.labels import CLASSES
+from data.cache_format import (
+    CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, chunk_note, latent_moments_shape,
+    moments_shape,
+)  # fmt: skip
+from data.images import ImageDataset, unreadable
+from data.listing import Listing, check_outside, list_images
+from data.loader import make_loader, read
+from data.options import CacheOptions
+from runtime.devices import process_device, tf32
+from runtime.disk import write_whole
+from runtime.json_files import read_json
+from runtime.limits import check_memory, check_numbers
+from runtime.presence import Presence
+from runtime.surroundings import Place, check_accelerate, own_place
+from vae import LatentSpace, from_uint8, latent_shape, load_vae, vae_hashes
+
+CHUNK = 64  # images that are encoded, written and checksummed together
+POLL_SECONDS = 1
+TELL_SECONDS = 60  # between lines on what is waited for
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """A cache whose folder is there and is to be filled: its plan, and all that the work needs."""
+
+    options: CacheOptions
+    folder: Path
+    plan: dict  # what decides the content, as plan.json and the manifest have it
+    listing: Listing
+    space: LatentSpace
+    device: torch.device
+    place: Place
+
+
+def cache_latents(options: CacheOptions) -> Path:
+    """Cache the latents of a folder of images; the cache's folder.
+
+    Under torchrun each process does its share, and the first one ends the work. Raises ValueError
+    for what cannot be done, and OSError where the disk refuses.
+    """
+    planned = plan_cache(options)
+    fill_cache(planned)
+    return planned.folder
+
+
+def plan_cache(options: CacheOptions) -> PlannedCache:
+    """The cache that the options ask for, its folder made or found.
+
+    Raises ValueError, and OSError, for whatever is wrong with the options; then nothing was
+    written.
+    """
+    check_accelerate()
+    place = own_place()
+    check_options(options)
+    device = process_device(options.device)
+    listing = list_images(options.data_path, options.num_classes)
+    space = load_vae(options.vae, device)
+    assert isinstance(space, LatentSpace)  # check_options refuses pixels
+    folder = Path(options.output)
+    # The folder of images itself is refused by begin_folder, as one that holds something else
+    if folder.resolve() != Path(options.data_path).resolve():
+        check_outside(options.data_path, "output", folder)
+    plan = make_plan(options, listing, space)
+    begin_folder(folder, plan, place)
+    return PlannedCache(options, folder, plan, listing, space, device, place)
+
+
+def check_options(options: CacheOptions) -> None:
+    """Raise ValueError for numbers out of range and sizes that do not fit."""
+    check_numbers(options, num_classes=CLASSES)
+    check_memory(CHUNK * (1 + options.flip), options.image_size, "`image_size`")
+    if options.latents_dtype not in DTYPES:
+        raise ValueError(
+            f"`latents_dtype` is {options.latents_dtype!r}; it must be {' or '.join(DTYPES)}"
+        )
+    if options.vae == "none":
+        raise ValueError(
+            "`vae=none`: pixels have no latents to cache; train on the images themselves"
+        )
+    latent_shape(options.vae).side(options.image_size)
+
+
+def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> dict:
+    """What decides the content of the cache, as manifest.json and, until it is there, plan.json
+    have it.
+    """
+    side = space.shape.side(options.image_size)
+    return {
+        "images": len(listing.paths), "flip": options.flip,
+        "shape": latent_moments_shape(space.shape.channels, side),
+        "dtype": options.latents_dtype, "image_size": options.image_size, "vae": options.vae,
+        "vae_sha256": vae_hashes(options.vae), "channels": space.shape.channels,
+        "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift,
+        "classes": listing.classes, "skip_bad_images": options.skip_bad_images,
+        "files_sha256": listing.hash(options.data_path), "chunk": CHUNK,
+    }  # fmt: skip
+
+
+# ---- the folder ----
+
+
+def begin_folder(folder: Path, plan: dict, place: Place) -> None:
+    """Make the folder with its plan and an array to fill, in the first process while the others
+    wait for it.
+
+    Raises ValueError if it holds latents of another plan, or cannot be made.
+    """
+    if place.rank:
+        wait_for_plan(folder, place)
+    elif not (folder / PLAN).exists():
+        make_folder(folder, plan)
+    check_same_plan(folder, plan)
+    path = folder / MOMENTS
+    if not path.exists() or path.stat().st_size != array_layout(plan)[1]:
+        raise ValueError(f"{path} has lost its length; remove the folder and make it again")
+
+
+def wait_for_plan(folder: Path, place: Place) -> None:
+    """Wait until the first process has made the folder."""
+    told = time.monotonic()
+    while not (folder / PLAN).exists():
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            print(
+                f"process {place.rank} is waiting for process 0 to make {folder}; start that one "
+                "too",
+                flush=True,
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def make_folder(folder: Path, plan: dict) -> None:
+    """Make the folder, an array to fill and, last, its plan.
+
+    Raises ValueError if something else is there, or the disk refuses.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / CHUNKS).exists():
+        raise ValueError(f"`output` {folder} holds something else; give a new folder")
+    try:
+        (folder / CHUNKS).mkdir(parents=True, exist_ok=True)
+        make_array(folder / MOMENTS, plan)
+        write_json(folder / PLAN, plan)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write `output` {folder} ({error.strerror}); choose another folder"
+        ) from None
+
+
+def check_same_plan(folder: Path, plan: dict) -> None:
+    """Raise ValueError if a folder's plan is another one; an autoencoder with equal files may have
+    another name.
+    """
+    wanted, found = json.loads(json.dumps(plan)), read_json(folder / PLAN)
+    others = [name for name in wanted if found.get(name) != wanted[name]]
+    if wanted["vae_sha256"] and "vae" in others:
+        others.remove("vae")
+    if others:
+        raise ValueError(
+            f"`output` {folder} holds latents with other {', '.join(others)}; give a new folder"
+        )
+
+
+def write_json(path: Path, contents: dict, indent: int | None = 1) -> None:
+    """Write a dict as JSON, whole or not at all. Raises OSError if the disk refuses."""
+    text = json.dumps(contents, indent=indent)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def array_layout(plan: dict) -> tuple[bytes, int, int]:
+    """(header, size of the file, bytes of an image) of moments.npy."""
+    shape, dtype = moments_shape(plan), np.dtype(plan["dtype"])
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    )
+    row = int(np.prod(shape[1:])) * dtype.itemsize
+    return header.getvalue(), len(header.getvalue()) + plan["images"] * row, row
+
+
+def make_array(path: Path, plan: dict) -> None:
+    """Write an .npy file of the right size, empty as yet; its disk space is taken at once where the
+    system can do that.
+    """
+    header, size, _ = array_layout(plan)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
+        file.truncate(size)
+
+
+# ---- the work ----
+
+
+def fill_cache(planned: PlannedCache) -> None:
+    """Encode this process's share; in the first process, also wait for the others and finish.
+
+    Raises ValueError, and OSError where the disk refuses; the same plan then goes on.
+    """
+    with Presence(planned.folder, planned.place, only=True) as presence:
+        with tf32(planned.options.tf32):
+            encode_share(planned)
+        if planned.place.rank == 0:
+            finish(planned.folder, planned.plan, presence)
+
+
+def encode_share(planned: PlannedCache) -> None:
+    """Encode and write the chunks that this process is to do and that are not there yet.
+
+    Raises ValueError, OSError.
+    """
+    plan, options, folder = planned.plan, planned.options, planned.folder
+    starts = missing_chunks(planned)
+    header, _, row = array_layout(plan)
+    progress = tqdm(starts, unit="chunk", disable=None if planned.place.rank == 0 else True)
+    with (
+        open(folder / MOMENTS, "r+b") as file,
+        closing(read(chunk_loader(planned, starts))) as loaded,
+    ):
+        for start, (images, labels, bad) in zip(progress, loaded):
+            if images is None or (bad and not options.skip_bad_images):
+                raise ValueError(unreadable(bad, options.skip_bad_images))
+            content = encode(planned, images, start).tobytes()
+            write_durably(file, len(header) + start * row, content)
+            # Only now, when the data are safely there
+            note = {
+                "crc32": zlib.crc32(content), "labels": labels[:: 1 + plan["flip"]].tolist(),
+                "bad_images": sorted({f"{path} ({reason})" for path, reason in bad}),
+            }  # fmt: skip
+            write_json(chunk_note(folder, start // CHUNK), note, indent=None)
+
+
+def missing_chunks(planned: PlannedCache) -> list[int]:
+    """The first image of each chunk that this process is to do and that is not there yet."""
+    dealt = range(0, planned.plan["images"], CHUNK)[planned.place.rank :: planned.place.world_size]
+    return [start for start in dealt if not chunk_note(planned.folder, start // CHUNK).exists()]
+
+
+def chunk_loader(planned: PlannedCache, starts: list[int]) -> DataLoader:
+    """A loader of the images of chunks: each image and then, with `flip`, its mirror image."""
+    count, flips = planned.plan["images"], range(1 + planned.plan["flip"])
+    keys = [
+        [(i, bool(flip)) for i in range(start, min(start + CHUNK, count)) for flip in flips]
+        for start in starts
+    ]
+    options = planned.options
+    dataset = ImageDataset(planned.listing, options.image_size, options.skip_bad_images)
+    pin_memory = planned.device.type == "cuda"
+    return make_loader(dataset, keys, options.num_workers, pin_memory=pin_memory)
+
+
+def encode(planned: PlannedCache, images: Tensor, start: int) -> np.ndarray:
+    """The moments (n·flips, 2, C, h, w) of images uint8 (n·flips, 3, S, S), as they are stored.
+
+    Raises ValueError, naming the first image, `start`, if the cache's kind of number is too small.
+    """
+    dtype = planned.plan["dtype"]
+    mean_and_std = planned.space.moments(from_uint8(images.to(planned.device)))
+    moments = torch.stack(mean_and_std, dim=1)  # (n·flips, 2, C, h, w)
+    stored = moments.cpu().numpy().astype(dtype)
+    if not np.isfinite(stored).all():
+        raise ValueError(
+            f"images {start} and following have latents beyond {dtype}; pass "
+            "`latents_dtype=float32`"
+        )
+    return stored
+
+
+def write_durably(file: BinaryIO, offset: int, content: bytes) -> None:
+    """Write bytes at an offset of an open file, and wait until the disk has them."""
+    file.seek(offset)
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# ---- the end ----
+
+
+def finish(folder: Path, plan: dict, presence: Presence) -> None:
+    """Wait for every chunk, then write labels.npy and, last, manifest.json.
+
+    Raises ValueError if a process has ended without its share, or a chunk's note is damaged.
+    """
+    notes = [chunk_note(folder, number) for number in range(-(-plan["images"] // CHUNK))]
+    wait_for_chunks(folder, {path.name for path in notes}, presence)
+    if (folder / MANIFEST).exists():
+        return
+    chunks = [
+        read_note(path, min(CHUNK, plan["images"] - number * CHUNK))
+        for number, path in enumerate(notes)
+    ]
+    bad = sorted({image for chunk in chunks for image in chunk["bad_images"]})
+    for image in bad:
+        print(f"skipped unreadable image {image}")
+    labels = np.array([label for chunk in chunks for label in chunk["labels"]])  # (images,)
+
+    def write_labels(temporary):
+        with open(temporary, "wb") as file:
+            np.save(file, labels)
+
+    write_whole(folder / LABELS, write_labels)
+    sums = {
+        "bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes()),
+        "crc32": [chunk["crc32"] for chunk in chunks],
+    }  # fmt: skip
+    write_json(folder / MANIFEST, plan | sums)
+
+
+def wait_for_chunks(folder: Path, wanted: set[str], presence: Presence) -> None:
+    """Wait until the notes of all chunks are there.
+
+    Raises ValueError if a process has ended without its share.
+    """
+    told = time.monotonic()
+    while missing := wanted - set(os.listdir(folder / CHUNKS)):
+        ranks = {int(Path(name).stem) % presence.place.world_size for name in missing}
+        absent = presence.missed(ranks)
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            print(f"waiting for {len(missing)} chunks of other processes{absent}", flush=True)
+        time.sleep(POLL_SECONDS)
+
+
+def read_note(path: Path, images: int) -> dict:
+    """What the note of a chunk of so many images says: crc32, labels, bad_images.
+
+    Raises ValueError if it is damaged.
+    """
+    note = read_json(path)
+    labels, bad = note.get("labels"), note.get("bad_images")
+    labels_right = (
+        isinstance(labels, list)
+        and len(labels) == images
+        and all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    )
+    bad_right = isinstance(bad, list) and all(isinstance(image, str) for image in bad)
+    if not (labels_right and bad_right and type(note.get("crc32")) is int):
+        raise ValueError(f"{path} is damaged; remove it and give the same command again")
+    return note

@@ -1,0 +1,110 @@
+"""The source that training's options name.
+
+Another kind of source is a file of its own with a Source in it, a field of DataOptions that names
+it, and a row of SOURCES.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.cache import CachedLatents
+from data.images import ImageDataset
+from data.listing import Listing, list_images, sample_hash
+from data.options import DataOptions
+from data.source import Source
+from vae import vae_hashes
+
+# call(function, *args) returns function(*args); among several processes the first one may do it
+# for all.
+Call = Callable[..., Any]
+
+
+def call_here(function: Callable, *args: Any) -> Any:
+    """What the function returns for these arguments."""
+    return function(*args)
+
+
+def open_source(options: DataOptions, call: Call = call_here) -> Source:
+    """The source that the options name, in every process.
+
+    call(function, *args) is used for what is slow and what all processes must agree on: it returns
+    the same in each of them. Raises ValueError if no source is named, or one does not fit the
+    options.
+    """
+    for name, open_one in SOURCES.items():
+        if getattr(options, name) is not None:
+            return open_one(options, call)
+    raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
+
+
+def open_images(options: DataOptions, call: Call) -> ImageDataset:
+    """The images below `data_path`, cropped to `image_size`."""
+    listing = listed(options, call)
+    assert listing is not None  # for this source is chosen by its data_path
+    hashes = listing.hash(options.data_path or ""), call(sample_hash, listing.paths)
+    return ImageDataset(listing, options.image_size, options.skip_bad_images, hashes)
+
+
+def open_latents(options: DataOptions, call: Call) -> CachedLatents:
+    """The cached latents in `latents`; if `data_path` is given, they must be of its images."""
+    listing = listed(options, call)
+    cached = CachedLatents(options.latents or "")
+    if wrong := misfits(cached, options, listing):
+        raise ValueError(f"`latents` {options.latents} do not fit: {'; '.join(wrong)}")
+    return cached
+
+
+def listed(options: DataOptions, call: Call) -> Listing | None:
+    """The Listing of the images below `data_path`; None without it."""
+    if options.data_path is None:
+        return None
+    return call(list_images, options.data_path, options.num_classes)
+
+
+def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None) -> list[str]:
+    """What of cached latents does not fit the options, or the images of a listing, in words."""
+    manifest, classes, wrong = cached.manifest, cached.classes, []
+    if options.image_size != manifest["image_size"]:
+        theirs = manifest["image_size"]
+        wrong.append(f"`image_size` is {options.image_size}, the latents' {theirs}")
+    if not is_same_autoencoder(options.vae, manifest):
+        wrong.append(f"`vae` is {options.vae}, the latents' {manifest['vae']}")
+    if options.num_classes and classes is None:
+        wrong.append(
+            f"`num_classes` is {options.num_classes}, the latents were made without classes "
+            "(`num_classes=0`)"
+        )
+    if options.flip and not manifest["flip"]:
+        wrong.append("`flip` is on, the latents have no mirrored images (`flip=False`)")
+    if len(classes or ()) > options.num_classes > 0:
+        wrong.append(
+            f"`num_classes` is {options.num_classes}, the latents have {len(classes)} classes"
+        )
+    if listing and listing.hash(options.data_path or "") != manifest["files_sha256"]:
+        wrong.append(
+            f"`data_path` {options.data_path} holds other files than the latents were made from"
+        )
+    return wrong
+
+
+def is_same_autoencoder(name: str, manifest: dict) -> bool:
+    """Whether a VAE is the one of a manifest, by its place or by the bytes of its files."""
+    if absolute_if_there(name) == absolute_if_there(manifest["vae"]):
+        return True
+    return bool(manifest["vae_sha256"]) and vae_hashes(name) == manifest["vae_sha256"]
+
+
+def absolute_if_there(name: str) -> str:
+    """A name as it is, or, if it is a path that exists, as an absolute path without links."""
+    try:
+        return str(Path(name).resolve()) if Path(name).exists() else name
+    except (OSError, ValueError):  # no path that this file system can have
+        return name
+
+
+# Field of DataOptions → what opens the source that it names. The first one that is given counts.
+SOURCES: dict[str, Callable[[DataOptions, Call], Source]] = {
+    "latents": open_latents,
+    "data_path": open_images,
+}

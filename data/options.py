@@ -1,0 +1,34 @@
+"""What a user chooses of data: the source that training reads, and the cache that is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which source training reads, and what it must fit. None: not given."""
+
+    data_path: Path | str | None = None  # a folder of images
+    latents: Path | str | None = None  # a folder of cached latents
+    image_size: int = 256  # pixels along each side, after the crop
+    num_classes: int = 1000  # 0: none, all images below data_path
+    flip: bool = True  # whether mirror images are asked for
+    skip_bad_images: bool = False  # whether the next image stands in for an unreadable one
+    vae: str = "ema"  # the autoencoder, which cached latents must come from
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What cache_latents reads and writes. None: not given."""
+
+    data_path: Path | str  # a folder with one folder of images per class
+    output: Path | str  # the folder to write
+    image_size: int = 256  # pixels along each side, after the crop
+    num_classes: int = 1000  # 0: none, all images below data_path
+    flip: bool = True  # whether mirror images are cached as well
+    skip_bad_images: bool = False  # whether the next image stands in for an unreadable one
+    vae: str = "ema"  # "ema", "mse", a hub id, or a local folder
+    latents_dtype: str = "float16"  # or "float32"
+    tf32: bool = True  # whether NVIDIA GPUs may use TF32
+    num_workers: int = 4  # loader processes of each process
+    device: str | None = None  # such as "cpu" or "cuda:1"; None: the GPU if there is one
