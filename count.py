@@ -26,11 +26,13 @@ from runtime.command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
+from argparse import Namespace
+
 import torch
 
 from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
-from training.cost import count
+from training.cost import Cost, count
 from vae import latent_shape
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")
@@ -52,8 +54,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--num-classes", type=int, default=1000, help="0 for none (default: %(default)s)"
     )
-    vae = "what lies between pixels and network: ema, mse, a hub id, a local folder, or none (default: %(default)s)"
-    parser.add_argument("--vae", default="ema", help=vae)
+    parser.add_argument(
+        "--vae", default="ema",
+        help="what lies between pixels and network: ema, mse, a hub id, a local folder, or none "
+        "(default: %(default)s)",
+    )  # fmt: skip
     bf16 = "bf16: memory as train.py has it with this flag (default: %(default)s)"
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help=bf16)
     parser.add_argument(
@@ -69,37 +74,44 @@ def main(argv: list[str] | None = None) -> None:
     with parser.refusing():
         # The network itself looks at the classes
         check_numbers({"image_size": args.image_size})
-        shape = latent_shape(args.vae)
-        sides = {
-            name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"])
-            for name in args.model
-        }
-        configs = [
-            dict(
-                input_size=sides[name],
-                in_channels=shape.channels,
-                num_classes=args.num_classes,
-                block=block,
-            )
-            for name in args.model
-            for block in args.block
-        ]
+        networks = described(args)
         with torch.device("meta"):
-            DiT(**configs[0])
+            DiT(**networks[0][1])
     print(ROW.format(*HEADER))
-    for name, config in zip((name for name in args.model for _ in args.block), configs):
+    for name, config in networks:
         with parser.refusing():  # of one size alone
             cost = count(
                 DiT_models[name].keywords | config, args.mixed_precision == "bf16",
                 args.grad_checkpointing,
             )  # fmt: skip
-        print(
-            ROW.format(
-                name, config["block"], f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}", f"{cost.training_flops / 1e12:.4f}",
-                f"{cost.weights / 2**30:.2f} GiB", f"{cost.training / 2**30:.2f} GiB", f"{cost.per_image / 2**20:.1f} MiB",
-            ),
-            flush=True,
-        )  # fmt: skip
+        print(row(name, config["block"], cost), flush=True)
+
+
+def described(args: Namespace) -> list[tuple[str, dict]]:
+    """[(name, its config)] of the networks that the flags ask for.
+
+    Raises ValueError for an image size that does not fit one of them.
+    """
+    shape = latent_shape(args.vae)
+    sides = {
+        name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"])
+        for name in args.model
+    }
+    shared = {"in_channels": shape.channels, "num_classes": args.num_classes}
+    return [
+        (name, {"input_size": sides[name], **shared, "block": block})
+        for name in args.model
+        for block in args.block
+    ]
+
+
+def row(name: str, block: str, cost: Cost) -> str:
+    """A line of the table."""
+    return ROW.format(
+        name, block, f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}",
+        f"{cost.training_flops / 1e12:.4f}", f"{cost.weights / 2**30:.2f} GiB",
+        f"{cost.training / 2**30:.2f} GiB", f"{cost.per_image / 2**20:.1f} MiB",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,16 +16,14 @@ from runtime.command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-import argparse
+from dataclasses import fields
 from pathlib import Path
+import sys
 
 import torch
 
-from evaluation.report import COLLECTIVE_TIMEOUT, evaluate, make_reference
-from runtime.disk import check_writable
-from runtime.limits import check_memory, check_numbers
-from runtime.surroundings import check_accelerate, own_place
-from runtime.team import make_accelerator
+from evaluation.options import EvaluationOptions
+from evaluation.report import as_text, evaluate, make_reference, write_report
 
 
 def build_parser() -> Parser:
@@ -48,19 +46,23 @@ def build_parser() -> Parser:
     )  # fmt: skip
     features = parser.add_argument_group("features").add_argument
     kinds = (
-        "inception, pixels, a folder that timm's save_for_hf wrote, or a TorchScript file, which is a program: it runs with "
-        "your rights, so trust where it comes from (default: %(default)s)"
+        "inception, pixels, a folder that timm's save_for_hf wrote, or a TorchScript file, which "
+        "is a program: it runs with your rights, so trust where it comes from "
+        "(default: %(default)s)"
     )
-    features("--features", default="inception", metavar="{inception,pixels,PATH}", help=kinds)
+    features(
+        "--features", default=EvaluationOptions.features, metavar="{inception,pixels,PATH}",
+        help=kinds,
+    )  # fmt: skip
     weights = "torch-fidelity's weights-inception-2015-12-05 (default: fetched on first use)"
     features("--inception-weights", metavar="FILE", help=weights)
     run = parser.add_argument_group("run").add_argument
     run(
-        "--batch-size", type=int, default=64,
+        "--batch-size", type=int, default=EvaluationOptions.batch_size,
         help="images at a time in each process (default: %(default)s)",
     )  # fmt: skip
     run(
-        "--num-workers", type=int, default=4,
+        "--num-workers", type=int, default=EvaluationOptions.num_workers,
         help="loader processes per process (default: %(default)s)",
     )  # fmt: skip
     run("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
@@ -72,56 +74,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        check_arguments(args)
-        check_accelerate()
-        own_place()
-        accelerator = make_accelerator(args.device, COLLECTIVE_TIMEOUT)
-        (make_reference if args.make_reference else evaluate)(args, accelerator)
+        options = EvaluationOptions(
+            **{field.name: getattr(args, field.name) for field in fields(EvaluationOptions)}
+        )
+        if options.make_reference:
+            if told := make_reference(options):
+                print(told)
+        elif report := evaluate(options):
+            publish(report, options.output)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(
-            f"{error.filename or args.output}: {error.strerror or error}; mend that and give the command again"
-        )
-    accelerator.end_training()
+        where = f"{error.filename or args.output}: {error.strerror or error}"
+        parser.error(f"{where}; mend that and give the command again")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together and numbers out of range, before anything
-    is loaded.
-    """
-    if args.make_reference:
-        if args.samples or args.reference or not args.output:
-            raise ValueError(
-                "--make-reference DIR goes with --output FILE.npz, and without --samples and --reference"
-            )
-        if not Path(args.make_reference).is_dir():
-            raise ValueError(
-                f"--make-reference {args.make_reference} is no folder; give one with images below it"
-            )
-    elif not (args.samples and args.reference):
-        raise ValueError("--samples and --reference are wanted, or --make-reference")
-    elif args.image_size is not None:
-        raise ValueError(
-            "--image-size is for --make-reference; samples and reference are scored as they are"
-        )
-    if args.inception_weights and args.features != "inception":
-        raise ValueError(f"--inception-weights is for --features inception, not {args.features}")
-    check_numbers(args)
-    if args.image_size is not None:
-        check_memory(args.batch_size, args.image_size, "--image-size or --batch-size")
-    for name, there in {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }.items():
-        if args.device == name and not there:
-            raise ValueError(
-                f"--device {name}: PyTorch sees none here; leave the flag out or pass --device cpu"
-            )
-    if args.output and Path(args.output).exists():
-        raise ValueError(f"--output {args.output} exists already; remove it or give another name")
-    if args.output:
-        check_writable(args.output)
+def publish(report: dict, output: Path | str | None) -> None:
+    """Print a report and, to the error output, its notes; write it to a file, if one is given."""
+    print(as_text(report))
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    if output:
+        write_report(report, output)
 
 
 if __name__ == "__main__":

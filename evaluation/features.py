@@ -37,7 +37,7 @@ LOADING = {
     "self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
     "checkpoint_path", "cache_dir",
 }  # fmt: skip
-# Of a folder as reference, for precision and recall; as many as ADM's files have
+# Reference images kept for precision and recall, as many as in ADM's files
 MANIFOLD_IMAGES = 10_000
 
 
@@ -54,12 +54,13 @@ class Rows(NamedTuple):
 @dataclass
 class Extractor:
     """extract(images) → Rows, and what a report says of it: a name and the SHA-256 of its weights,
-    if it has any.
+    if it has any. Errors call it by the name of the `argument` that chose it.
     """
 
     extract: Callable[[Tensor], Rows]
     name: str
     sha256: str | None = None
+    argument: str = "features"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Rows:
@@ -79,62 +80,73 @@ class Extractor:
         else than a row for each, or too much.
         """
         width, height = size
+        given = f"`{self.argument}` {self.name}"
+        shapes = self._shapes_for_noise(given, width, height, device)
+        features, spatial, logits = shapes
+        if features is None or any(
+            shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes
+        ):
+            raise ValueError(
+                f"{given} gives {features} features and {logits} logits for 2 images; wanted are "
+                "(2, D) and (2, K), or features alone"
+            )
+        if features[1] > MOST_FEATURES:
+            raise ValueError(
+                f"{given} makes {features[1]:,} features of an image of {width}x{height}; their "
+                f"covariance would be too large (at most {MOST_FEATURES:,}); pass inception or a "
+                "classifier"
+            )
+        return features[1], spatial[1] if spatial else None
+
+    def _shapes_for_noise(self, given, width, height, device):
+        """The shapes of the Rows of two images of noise; None for a part that is not there."""
         images = torch.randint(
             256, (2, 3, height, width), generator=torch.Generator().manual_seed(0),
             dtype=torch.uint8,
         )  # fmt: skip
         try:
             rows = self(images.to(device))
-            shapes = [None if part is None else tuple(part.shape) for part in rows]
-            features, spatial, logits = shapes
+            features, spatial, logits = (
+                None if part is None else tuple(part.shape) for part in rows
+            )
         except Exception as error:  # whatever a user's network raises
             reason = str(error).strip().splitlines()[-1:] or [""]
             raise ValueError(
-                f"--features {self.name} cannot be used on uint8 images of {width}x{height} ({type(error).__name__}: "
-                f"{reason[0]}); it must return features (n, D), or a pair of features and logits (n, K)"
+                f"{given} cannot be used on uint8 images of {width}x{height} "
+                f"({type(error).__name__}: {reason[0]}); it must return features (n, D), or a pair "
+                "of features and logits (n, K)"
             ) from None
-        if features is None or any(
-            shape is not None and (len(shape) != 2 or shape[0] != 2) for shape in shapes
-        ):
-            raise ValueError(
-                f"--features {self.name} gives {features} features and {logits} logits for 2 images; wanted are (2, D) and "
-                "(2, K), or features alone"
-            )
-        if features[1] > MOST_FEATURES:
-            raise ValueError(
-                f"--features {self.name} makes {features[1]:,} features of an image of {width}x{height}; their covariance "
-                f"would be too large (at most {MOST_FEATURES:,}); pass inception or a classifier"
-            )
-        return features[1], spatial[1] if spatial else None
+        return features, spatial, logits
 
 
 def load_extractor(
-    name: str, device: torch.device | str, inception_weights: Path | str | None = None
-) -> Extractor:
+    name: str, device: torch.device | str, inception_weights: Path | str | None = None,
+    argument: str = "features",
+) -> Extractor:  # fmt: skip
     """The Extractor for "inception", "pixels" or a path: a TorchScript file, or .safetensors with
     timm's config.json beside.
 
-    inception_weights is a local file; None fetches torch-fidelity's. Raises ValueError if it cannot
-    be had.
+    inception_weights is a local file; None fetches torch-fidelity's. Errors call the extractor by
+    the name of the `argument` that chose it. Raises ValueError if it cannot be had.
     """
     if name == "pixels":
-        return Extractor(lambda images: Rows(images.flatten(1) / 255), name)
+        return Extractor(lambda images: Rows(images.flatten(1) / 255), name, argument=argument)
     if name == "inception":
         if not is_installed("torch_fidelity"):
             raise ValueError(
-                "--features inception needs torch-fidelity: pip install torch-fidelity"
+                f"`{argument}=inception` needs torch-fidelity: pip install torch-fidelity"
             )
         path = Path(inception_weights or fetch_inception())
-        return Extractor(Inception(path).to(device), name, file_hash(path))
+        return Extractor(Inception(path).to(device), name, file_hash(path), argument)
     check_name(Path(name))
     path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
-            f"--features {name}: there is no file {path}; give inception, pixels, a TorchScript file, or .safetensors with the "
-            "config.json that timm writes beside it"
+            f"`{argument}` {name}: there is no file {path}; give inception, pixels, a TorchScript "
+            "file, or .safetensors with the config.json that timm writes beside it"
         )
     load = timm_classifier if path.suffix == ".safetensors" else scripted_classifier
-    return Extractor(load(path, device), str(name), file_hash(path))
+    return Extractor(load(path, device, argument), str(name), file_hash(path), argument)
 
 
 class Inception(torch.nn.Module):
@@ -150,7 +162,7 @@ class Inception(torch.nn.Module):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        advice = "give torch-fidelity's weights-inception-2015-12-05 as --inception-weights"
+        advice = "give torch-fidelity's weights-inception-2015-12-05 as `inception_weights`"
         try:
             torch.load(path, weights_only=True)  # torch-fidelity reads it without that safeguard
             self.trunk = FeatureExtractorInceptionV3(
@@ -194,13 +206,16 @@ def fetch_inception() -> Path:
     except (OSError, RuntimeError) as error:
         reason = why_offline(error) or error
         raise ValueError(
-            f"cannot download the Inception weights ({reason}); fetch {URL_INCEPTION_V3} by other means and put it at {path}, "
-            "or pass evaluate.py --inception-weights FILE; or choose other features"
+            f"cannot download the Inception weights ({reason}); fetch {URL_INCEPTION_V3} by other "
+            f"means and put it at {path}, or pass evaluate.py `inception_weights=FILE`; or choose "
+            "other features"
         ) from None
     return path
 
 
-def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
+def scripted_classifier(
+    path: Path, device: torch.device | str, argument: str
+) -> Callable[[Tensor], Rows]:
     """A TorchScript module, which is a program and runs as it is, as an extractor.
 
     Called with images uint8 (n, 3, H, W) it returns features (n, D), or those and logits (n, K).
@@ -213,7 +228,8 @@ def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Ten
             module = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
         raise ValueError(
-            f"--features {path} is no TorchScript file ({_first_line(error)}); save it with torch.jit.save"
+            f"`{argument}` {path} is no TorchScript file ({_first_line(error)}); save it with "
+            "torch.jit.save"
         ) from None
 
     def extract(images):
@@ -224,7 +240,9 @@ def scripted_classifier(path: Path, device: torch.device | str) -> Callable[[Ten
     return extract
 
 
-def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor], Rows]:
+def timm_classifier(
+    path: Path, device: torch.device | str, argument: str
+) -> Callable[[Tensor], Rows]:
     """A timm classifier with the config.json that timm wrote beside it: its features before the
     classifier, and its logits.
 
@@ -238,8 +256,8 @@ def timm_classifier(path: Path, device: torch.device | str) -> Callable[[Tensor]
         size, mean, std = normalisation(config["pretrained_cfg"])
     except Exception as error:  # each library has kinds of its own
         raise ValueError(
-            f"--features {path} cannot be loaded ({type(error).__name__}: {_first_line(error)}); it must be what timm's "
-            "save_for_hf writes, with config.json beside it"
+            f"`{argument}` {path} cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+            "it must be what timm's save_for_hf writes, with config.json beside it"
         ) from None
     model, mean, std = (
         model.to(device).eval(), mean.to(device)[:, None, None], std.to(device)[:, None, None],

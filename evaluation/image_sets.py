@@ -1,9 +1,6 @@
-"""What an evaluation compares: images in a folder or an .npz, and ADM's reference files with
-statistics in them.
+"""Sets of images that are scored, in a folder or in an .npz, and their batches.
 
-An .npz of images has them as uint8 `arr_0` (N, H, W, 3). A reference file may have mu and sigma,
-the mean and covariance of Inception's features, mu_s and sigma_s, those of the spatial ones, and in
-`arr_0` some images for precision and recall.
+An .npz has its images as uint8 `arr_0` (N, H, W, 3).
 """
 
 from collections.abc import Iterator
@@ -19,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from data.batches import stack
-from data.images import center_crop_arr, open_image, to_rgb
+from data.images import channels_first, open_image, read_pixels
 from data.listing import list_images
 from data.loader import make_loader, read
 from evaluation.summaries import deal
@@ -28,64 +25,65 @@ from runtime.team import Team
 
 MOST_SIDE = 16_384  # pixels of images that are scored
 # An image, or a batch, and digests; or None and what is wrong
-Item = tuple[Tensor | None, Tensor | str]
+HashedImage = tuple[Tensor | None, Tensor | str]
 
 
 class FolderImages(Dataset):
     """All images below a folder, in the order of their paths.
 
-    Items are (uint8 (3, H, W), digest) or (None, what is wrong).
+    Items are (uint8 (3, H, W), digest) or (None, what is wrong). Errors call the folder by the name
+    of the `argument` that gave it. Without image_size the images must be RGB of one size, which is
+    checked for those in `share`: ValueError.
     """
 
     def __init__(
-        self, folder: Path | str, flag: str, image_size: int | None = None,
+        self, folder: Path | str, argument: str, image_size: int | None = None,
         share: slice = slice(None),
     ) -> None:  # fmt: skip
-        try:
-            listing = list_images(folder, num_classes=0)
-        except ValueError as error:
-            raise ValueError(str(error).replace("`data_path`", flag)) from None
+        listing = list_images(folder, num_classes=0, argument=argument)
         self.paths, self.notes = listing.paths, listing.notes
         self.folders = len({os.path.dirname(path) for path in self.paths})
         self.image_size = image_size
-        self.size = (image_size, image_size) if image_size else self._header(self.paths[0])
+        first = self.paths[0]
+        self.size = (image_size, image_size) if image_size else size_in_header(first)
         for path in [] if image_size else self.paths[share]:
-            if self._header(path) != self.size:
+            if (size := size_in_header(path)) != self.size:
                 raise ValueError(
-                    f"{flag} {folder}: {path} is {'{}x{}'.format(*self._header(path))}, {self.paths[0]} is "
-                    f"{'{}x{}'.format(*self.size)}; all must have one size (--make-reference with --image-size crops)"
+                    f"`{argument}` {folder}: {path} is {in_pixels(size)}, {first} is "
+                    f"{in_pixels(self.size)}; all must have one size (`make_reference` with "
+                    "`image_size` crops)"
                 )
-
-    def _header(self, path):
-        """(width, height) of an image, read from its header. Raises ValueError unless it is RGB."""
-        try:
-            with open_image(path) as image:
-                mode, size = image.mode, image.size
-                mode += " with transparency" if image.has_transparency_data else ""
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); remove it or make it again"
-            ) from None
-        if mode != "RGB":
-            raise ValueError(
-                f"{path} is of mode {mode}; wanted is RGB. Convert it, or, for a reference, pass --make-reference with "
-                "--image-size, which converts as training does"
-            )
-        return size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> Item:
+    def __getitem__(self, i: int) -> HashedImage:
         try:
-            with open_image(self.paths[i]) as image:
-                cropped = (
-                    center_crop_arr(to_rgb(image), self.image_size) if self.image_size else image
-                )
-                pixels = np.array(cropped)  # (H, W, 3)
+            pixels = read_pixels(self.paths[i], self.image_size)  # (H, W, 3)
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
             return None, f"{self.paths[i]} cannot be read ({error}); remove it or make it again"
-        return item(pixels)
+        return hashed(pixels)
+
+
+def size_in_header(path: Path | str) -> tuple[int, int]:
+    """(width, height) of an image, read from its header. Raises ValueError unless it is RGB."""
+    try:
+        with open_image(path) as image:
+            mode, size = image.mode, image.size
+            mode += " with transparency" if image.has_transparency_data else ""
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it or make it again") from None
+    if mode != "RGB":
+        raise ValueError(
+            f"{path} is of mode {mode}; wanted is RGB. Convert it, or, for a reference, pass "
+            "`make_reference` with `image_size`, which converts as training does"
+        )
+    return size
+
+
+def in_pixels(size: tuple[int, int]) -> str:
+    """A size (width, height) in words."""
+    return f"{size[0]}x{size[1]}"
 
 
 class ArrayImages(Dataset):
@@ -105,17 +103,18 @@ class ArrayImages(Dataset):
         shape, dtype = self.array.shape, self.array.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
-        if max(shape[1:]) > MOST_SIDE:
-            raise ValueError(
-                f"{IMAGES} has images of {shape[2]}x{shape[1]}; at most {MOST_SIDE} pixels a side are scored"
-            )
         self.size = (shape[2], shape[1])
+        if max(self.size) > MOST_SIDE:
+            raise ValueError(
+                f"{IMAGES} has images of {in_pixels(self.size)}; at most {MOST_SIDE} pixels a side "
+                "are scored"
+            )
 
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, i: int) -> Item:
-        return item(np.array(self.array[i]))
+    def __getitem__(self, i: int) -> HashedImage:
+        return hashed(np.array(self.array[i]))
 
     # A worker process maps the file itself rather than being sent what is in it
     def __getstate__(self) -> dict:
@@ -125,15 +124,16 @@ class ArrayImages(Dataset):
         vars(self).update(state, array=open_array(state["path"], IMAGES))
 
 
-def item(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+ImageSet = FolderImages | ArrayImages
+
+
+def hashed(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """(uint8 (3, H, W), SHA-256 of the pixels, uint8 (32,)) of an image (H, W, 3)."""
     digest = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8).copy()
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(
-        digest
-    )
+    return channels_first(pixels), torch.from_numpy(digest)
 
 
-def collate(items: list[Item]) -> Item:
+def collate_hashed(items: list[HashedImage]) -> HashedImage:
     """(images (n, 3, H, W), digests (n, 32)), or (None, what is wrong with the first bad one)."""
     for image, reason in items:
         if image is None:
@@ -143,15 +143,15 @@ def collate(items: list[Item]) -> Item:
 
 
 def read_batches(
-    images: FolderImages | ArrayImages, batch_size: int, device: torch.device, team: Team = Team(),
+    images: ImageSet, batch_size: int, device: torch.device, team: Team = Team(),
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """This process's batches of a set of images, as `features.summarize` takes them.
+    """This process's batches of a set of images, as `summaries.summarize` takes them.
 
     Raises ValueError for a damaged image.
     """
     batches = list(deal(len(images), batch_size, team))
-    loader = make_loader(images, batches, num_workers, device.type == "cuda", collate)
+    loader = make_loader(images, batches, num_workers, device.type == "cuda", collate_hashed)
     with closing(read(loader)) as found:
         for batch, digests in tqdm(
             found, total=len(batches), unit="batch", disable=True if team.rank else None

@@ -58,6 +58,10 @@ class Moments:
         self.mean += shift * (len(rows) / total)
         self.count = total
 
+    def is_finite(self) -> bool:
+        """Whether all rows so far were finite, and their moments are."""
+        return bool(self.mean.isfinite().all() and self.scatter.isfinite().all())
+
     def statistics(self) -> Statistics:
         """The Statistics of all rows so far.
 
@@ -65,12 +69,11 @@ class Moments:
         """
         if self.count < 2:
             raise ValueError(
-                f"{self.count} image(s) have no covariance; give at least 2, and for a score thousands"
+                f"{self.count} image(s) have no covariance; give at least 2, and for a score "
+                "thousands"
             )
-        if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
-            raise ValueError(
-                "the features of some image are not finite; look at the images, or at the --features network"
-            )
+        if not self.is_finite():
+            raise ValueError("the features of some image are not finite; look at the images")
         return Statistics(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
 

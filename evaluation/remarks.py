@@ -2,11 +2,11 @@
 
 import torch
 
+from evaluation.inputs import EvaluationInput
 from evaluation.metrics import NEIGHBOURS, SPLIT, Summary, inception_score
-from evaluation.sides import Side
 
-PUBLISHED = 50_000  # samples, of which published scores are
-NEEDS = {  # score → what it needs of both sides
+PUBLISHED = 50_000  # published scores use this many samples
+NEEDS = {  # score → what it needs of samples and of the reference
     "fid": "mu and sigma, or images alone", "sfid": "mu_s and sigma_s, or images alone",
     "precision": f"more than {NEIGHBOURS} images", "recall": f"more than {NEIGHBOURS} images",
 }  # fmt: skip
@@ -14,61 +14,100 @@ UNEVEN = 0.03  # share of the Inception Score by which another order may change 
 
 
 def remarks(
-    scores: dict[str, float | None], samples: tuple[int, tuple[int, int]], reference: Side,
-    summaries: tuple[Summary, Summary], features: str,
+    scores: dict[str, float | None], samples: tuple[int, tuple[int, int]],
+    reference: EvaluationInput, summaries: tuple[Summary, Summary], features: str,
 ) -> list[str]:  # fmt: skip
     """What a reader of the scores must know, as sentences.
 
-    samples is (how many, their size (W, H)), reference the Side, summaries those of both, features
-    the extractor's name.
+    samples is (how many, their size (W, H)), summaries those of samples and reference, features the
+    extractor's name.
     """
     (count, size), (ours, _) = samples, summaries
-    notes = list(reference.images.notes) if reference.images else []
     assert ours.features is not None  # of samples they are kept
-    dimension = ours.features.shape[1]
-    if count < PUBLISHED:
-        notes.append(
-            f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out higher"
-        )
-    few = [(count, "samples")]
+    return [
+        *(reference.images.notes if reference.images else ()),
+        *on_number(count),
+        *on_rank(count, reference, ours.features.shape[1]),
+        *on_missing_scores(scores, reference, ours),
+        *on_unsigned_statistics(reference, features),
+        *on_order(scores, ours),
+        *on_sizes(size, reference),
+    ]
+
+
+def on_number(count: int) -> list[str]:
+    """That there are fewer samples than published scores use."""
+    if count >= PUBLISHED:
+        return []
+    return [
+        f"{count:,} samples; published scores are of {PUBLISHED:,}, and with fewer FID comes out "
+        "higher"
+    ]
+
+
+def on_rank(count: int, reference: EvaluationInput, dimension: int) -> list[str]:
+    """That there are too few images for so many features."""
+    numbers = {"samples": count}
     if reference.images and not (reference.statistics or reference.spatial):
-        few.append((len(reference.images), "reference images"))
-    for number, what in few:
-        if number <= dimension:
-            notes.append(
-                f"{number:,} {what} are too few for {dimension:,} features: their covariance has no full rank, and FID says "
-                "little"
-            )
+        numbers["reference images"] = len(reference.images)
+    return [
+        f"{number:,} {what} are too few for {dimension:,} features: their covariance has no full "
+        "rank, and FID says little"
+        for what, number in numbers.items()
+        if number <= dimension
+    ]
+
+
+def on_missing_scores(
+    scores: dict[str, float | None], reference: EvaluationInput, ours: Summary
+) -> list[str]:
+    """Which scores are missing, and what they need."""
     lacking = [
         name
         for name in NEEDS
         if scores[name] is None and not (name == "sfid" and ours.spatial is None)
     ]
-    if lacking:
-        needs = "; ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
-        remaining = (
-            ", ".join(name for name, value in scores.items() if value is not None) or "nothing"
-        )
-        notes.append(
-            f"samples, or the reference {reference.path}, lack something: {needs}. What remains: {remaining}"
-        )
-    if reference.statistics and not reference.made_from and features != "inception":
-        notes.append(
-            f"{reference.path} does not say of which features its mu and sigma are; taken for those of {features}"
-        )
-    if ours.logits is not None and len(ours.logits) > SPLIT:  # one Inception Score and more
-        mixed = torch.randperm(len(ours.logits), generator=torch.Generator().manual_seed(0))
-        there, other = scores["inception_score"], inception_score(ours.logits[mixed])
-        if there is not None and abs(there - other) > UNEVEN * other:
-            notes.append(
-                f"inception_score depends on the order of the samples, since it is taken of each {SPLIT:,} consecutive ones, "
-                f"as in ADM's suite: it is {there:.4g} in this order, perhaps class by class, and {other:.4g} in a random one; "
-                "published scores are of samples in random order"
-            )
-    if reference.images and reference.images.size != size:
-        notes.append(
-            "samples are of {}x{} pixels, the reference of {}x{}".format(
-                *size, *reference.images.size
-            )
-        )
-    return notes
+    if not lacking:
+        return []
+    needs = "; ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
+    remaining = ", ".join(name for name, value in scores.items() if value is not None) or "nothing"
+    return [
+        f"samples, or the reference {reference.path}, lack something: {needs}. What remains: "
+        f"{remaining}"
+    ]
+
+
+def on_unsigned_statistics(reference: EvaluationInput, features: str) -> list[str]:
+    """That a reference file does not say by which features it was made; ADM's are by Inception."""
+    if not reference.statistics or reference.made_from or features == "inception":
+        return []
+    return [
+        f"{reference.path} does not say of which features its mu and sigma are; taken for those of "
+        f"{features}"
+    ]
+
+
+def on_order(scores: dict[str, float | None], ours: Summary) -> list[str]:
+    """That the Inception Score would be another one if the samples were in random order."""
+    logits, there = ours.logits, scores["inception_score"]
+    if logits is None or there is None or len(logits) <= SPLIT:  # one part has one score
+        return []
+    mixed = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+    other = inception_score(logits[mixed])
+    if not abs(there - other) > UNEVEN * other:
+        return []
+    return [
+        f"inception_score depends on the order of the samples, since it is taken of each {SPLIT:,} "
+        f"consecutive ones, as in ADM's suite: it is {there:.4g} in this order, perhaps class by "
+        f"class, and {other:.4g} in a random one; published scores are of samples in random order"
+    ]
+
+
+def on_sizes(size: tuple[int, int], reference: EvaluationInput) -> list[str]:
+    """That samples and reference images have other sizes (W, H)."""
+    if not reference.images or reference.images.size == size:
+        return []
+    (width, height), theirs = size, reference.images.size
+    return [
+        f"samples are of {width}x{height} pixels, the reference of {theirs[0]}x{theirs[1]}"
+    ]

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from evaluation.features import Extractor
+from evaluation.features import Extractor, Rows
 from evaluation.metrics import Moments, Summary
 from runtime.team import Team
 
 
 def deal(count: int, batch_size: int, team: Team = Team()) -> Iterator[list[int]]:
-    """Lists of batch_size image indices for this process, as many lists in every process, which
-    take turns.
+    """This process's batches of image indices, lists of batch_size. Every process gets the same
+    number of batches; batches go to the processes in turns.
 
     Past the end the last image stands again and again: `summarize` leaves these out.
     """
@@ -38,38 +38,74 @@ def summarize(
     digests uint8 (n, 32) or None). `keep` is how many images' features are kept (default: all).
     Raises ValueError for features that are not finite.
     """
-    moments, spatial, begun = Moments(), Moments(), 0
-    features: list[Tensor] = []
-    logits: list[Tensor] = []
-    digests: list[Tensor] = []
-    wanted = torch.tensor(spread(count, count if keep is None else keep))
-    for images, digest in batches:
-        rows = extractor(images)._asdict() | {"digests": digest}
-        if not with_logits:
-            rows["logits"] = None
-        rows = {name: part for name, part in rows.items() if part is not None}
-        gathered = dict(zip(rows, team.gather(list(rows.values()))))
-        if team.rank:
-            continue
-        gathered = {name: part[: count - begun] for name, part in gathered.items()}
-        end = begun + len(gathered["features"])
-        moments.add(gathered["features"])
-        features.append(
-            gathered["features"].cpu()[wanted[(wanted >= begun) & (wanted < end)] - begun]
-        )
-        if "spatial" in gathered:
-            spatial.add(gathered["spatial"])
-        for name, kept in (("logits", logits), ("digests", digests)):
-            kept += [gathered[name].cpu()] if name in gathered else []
-        begun = end
-    if team.rank:
-        return None, None
-    if not all(part.isfinite().all() for part in logits):
-        raise ValueError(
-            "the logits of some image are not finite; look at the images, or at the --features network"
-        )
-    summary = Summary(
-        moments.statistics(), spatial.statistics() if spatial.count else None, torch.cat(features),
-        torch.cat(logits) if logits else None,
-    )  # fmt: skip
-    return summary, torch.cat(digests) if digests else None
+    collected = Collected(count, count if keep is None else keep)
+    for images, digests in batches:
+        rows = extractor(images)
+        gathered = gather(team, rows if with_logits else rows._replace(logits=None), digests)
+        if team.rank == 0:
+            collected.add(gathered)
+    return (None, None) if team.rank else collected.summary(extractor.argument)
+
+
+def gather(team: Team, rows: Rows, digests: Tensor | None) -> dict[str, Tensor]:
+    """The parts of Rows, and digests, by name, those of all processes in the order of rank; parts
+    that are None are left out.
+    """
+    named = rows._asdict() | {"digests": digests}
+    there = {name: part for name, part in named.items() if part is not None}
+    return dict(zip(there, team.gather(list(there.values()))))
+
+
+class Collected:
+    """What is kept of images whose rows come in batches, in the images' order.
+
+    Past `count` images no rows are taken in. Features of `keep` images, evenly spread, are kept.
+    """
+
+    def __init__(self, count: int, keep: int) -> None:
+        self.count, self.begun = count, 0
+        self.wanted = torch.tensor(spread(count, keep))  # indices of images, (keep,)
+        self.moments, self.spatial = Moments(), Moments()
+        self.features: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.digests: list[Tensor] = []
+
+    def add(self, gathered: dict[str, Tensor]) -> None:
+        """Take in what `gather` returns of a batch in every process."""
+        parts = {name: part[: self.count - self.begun] for name, part in gathered.items()}
+        features = parts["features"]  # (n, D)
+        self.moments.add(features)
+        end = self.begun + len(features)
+        chosen = self.wanted[(self.wanted >= self.begun) & (self.wanted < end)] - self.begun
+        self.features.append(features.cpu()[chosen])
+        if "spatial" in parts:
+            self.spatial.add(parts["spatial"])
+        if "logits" in parts:
+            self.logits.append(parts["logits"].cpu())
+        if "digests" in parts:
+            self.digests.append(parts["digests"].cpu())
+        self.begun = end
+
+    def summary(self, argument: str) -> tuple[Summary, Tensor | None]:
+        """(the Summary, the digests uint8 (count, 32) or None) of all images.
+
+        Raises ValueError for features that are not finite; `argument` is the name of the one that
+        chose the network.
+        """
+        logits_finite = all(part.isfinite().all() for part in self.logits)
+        for what, is_finite in (("logits", logits_finite), ("features", self.features_finite())):
+            if not is_finite:
+                raise ValueError(
+                    f"the {what} of some image are not finite; look at the images, or at the "
+                    f"`{argument}` network"
+                )
+        summary = Summary(
+            self.moments.statistics(), self.spatial.statistics() if self.spatial.count else None,
+            torch.cat(self.features), torch.cat(self.logits) if self.logits else None,
+        )  # fmt: skip
+        return summary, torch.cat(self.digests) if self.digests else None
+
+    def features_finite(self) -> bool:
+        """Whether all features are finite, spatial ones too; True where too few have moments."""
+        kinds = (self.moments, self.spatial)
+        return all(moments.count < 2 or moments.is_finite() for moments in kinds)

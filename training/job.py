@@ -159,15 +159,14 @@ def prepare_judge(args: argparse.Namespace, accelerator: Accelerator) -> Judge:
     """
     team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
     batch_size = args.global_batch_size // team.world_size // args.grad_accum
-    try:
-        with accelerator.local_main_process_first():
-            extractor = load_extractor(args.eval_features, accelerator.device)
-        return load_judge(
-            args.eval_reference, extractor, args.image_size, args.eval_samples, batch_size,
-            accelerator.device, team, args.num_workers,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(str(error).replace("--features", "--eval-features")) from None
+    with accelerator.local_main_process_first():
+        extractor = load_extractor(
+            args.eval_features, accelerator.device, argument="eval_features"
+        )
+    return load_judge(
+        args.eval_reference, extractor, args.image_size, args.eval_samples, batch_size,
+        accelerator.device, team, args.num_workers,
+    )  # fmt: skip
 
 
 def build_state(

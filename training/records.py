@@ -187,7 +187,7 @@ def save_scores(job: Job, signals: StopSignals) -> bool:
         return False
     except ValueError as error:
         scores = None
-        job.log(f"step {step:07d}: not scored ({error})")
+        job.log(build_parser().worded(f"step {step:07d}: not scored ({error})"))
     if scores:
         row = {f"eval_{name}": value for name, value in scores.items()} | {
             "eval_samples": args.eval_samples

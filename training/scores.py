@@ -13,7 +13,7 @@ from conditions.labels import random_labels
 from evaluation.features import Extractor
 from evaluation.metrics import Summary, score
 from evaluation.remarks import remarks
-from evaluation.sides import Side, open_side, summarize_reference
+from evaluation.inputs import EvaluationInput, open_input, summarize_reference
 from evaluation.summaries import deal, summarize
 from models import DiT
 from runtime.team import Team
@@ -33,7 +33,7 @@ class Judge(NamedTuple):
     """
 
     extractor: Extractor
-    side: Side
+    side: EvaluationInput
     reference: Summary | None
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     batch_size: int
@@ -48,7 +48,7 @@ def load_judge(
 
     Raises ValueError if it does not fit.
     """
-    side = open_side(reference, "--eval-reference", share=slice(team.rank, None, team.world_size))
+    side = open_input(reference, "eval_reference", share=slice(team.rank, None, team.world_size))
     side.check_features(extractor, (image_size, image_size), device)
     summary, _ = summarize_reference(side, extractor, device, batch_size, team, num_workers)
     return Judge(extractor, side, summary, count, batch_size, team)
