@@ -4,7 +4,7 @@ second, end to end.
     python -m benchmarks.cached_latents                              # DiT-S/2 at 256 pixels, minutes on a CPU
     python -m benchmarks.cached_latents --model DiT-XL/2 --batch-size 64 --images 512 --mixed-precision bf16
 
-Runs extract_latents.py and train.py themselves, on random JPEG files, with Stable Diffusion's
+Caches latents and runs train.py itself, on random JPEG files, with Stable Diffusion's
 autoencoder architecture (its weights random). The two kinds of training take turns in one process;
 rates are those of their metrics.jsonl, the first steps of each run left out.
 """
@@ -20,7 +20,8 @@ from PIL import Image
 import torch
 
 from benchmarks.sides import RATIO, ratios, write
-import extract_latents
+from data.cache_writer import cache_latents
+from data.options import CacheOptions
 import train
 
 ARCHITECTURE = dict(
@@ -62,9 +63,10 @@ def main(argv=None):
             "--num-classes", "2", "--no-flip", "--vae", str(folder / "vae"), "--num-workers",
             str(args.num_workers),
         ]  # fmt: skip
-        extract_latents.main(
-            ["--data-path", str(folder / "images"), "--output", str(folder / "latents"), *common]
-        )
+        cache_latents(CacheOptions(
+            folder / "images", folder / "latents", num_classes=2, flip=False,
+            vae=str(folder / "vae"), num_workers=args.num_workers,
+        ))  # fmt: skip
         training = [
             *common, "--model", args.model, "--global-batch-size", str(args.batch_size),
             "--max-steps", str(args.steps), "--log-every", "1", "--results-dir",

@@ -225,11 +225,8 @@ DOORS = {
             ],
         ],
         {
-            "evaluate.summarize": lambda *_, **__: (None, None),
-            "evaluate.summarize_reference": lambda *_, **__: (None, None),
-            "evaluate.make_reference": lambda args, _: import_module("evaluate").open_side(
-                args.make_reference, "--make-reference", args.image_size
-            ),
+            "evaluation.report.summarize": lambda *_, **__: (None, None),
+            "evaluation.report.summarize_reference": lambda *_, **__: (None, None),
         },
     ),
     "export": Door("export", [[*NETWORK[:4], "--output", "exported-{n}"]]),

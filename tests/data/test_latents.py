@@ -2,6 +2,7 @@
 it.
 """
 
+from dataclasses import replace
 import json
 import os
 from pathlib import Path
@@ -17,11 +18,14 @@ import pytest
 import torch
 
 from conftest import ROOT, fill_randomly
+import data
 from data.cache import CachedLatents
 from data.images import ImageDataset
 from data.listing import list_images
 import extract_latents
+from data import cache_format
 from data import cache_writer
+from data.options import CacheOptions
 from training import job
 from training import loop
 from runtime.presence import Presence
@@ -72,6 +76,35 @@ def test_flags_and_their_defaults():
         skip_bad_images=False, vae="ema", latents_dtype="float16", tf32=True, num_workers=4,
         device=None,
     )  # fmt: skip
+
+
+def test_flags_are_the_options_with_their_defaults():
+    flags = vars(extract_latents.build_parser().parse_args([]))
+    options = vars(CacheOptions(data_path=None, output=None))
+    assert flags == options | {"verify": None}
+
+
+def test_caching_from_python_is_caching_by_the_door(images, tmp_path, vae, capsys):
+    options = CacheOptions(
+        images, tmp_path / "made", image_size=16, num_classes=3, vae=vae, num_workers=0,
+        device="cpu",
+    )  # fmt: skip
+    assert data.cache_latents(options) == tmp_path / "made"
+    assert contents_of(tmp_path / "made") == contents_of(extract(images, tmp_path / "door", vae))
+    assert data.find_damage(tmp_path / "made") == []
+    with pytest.raises(ValueError, match="`output` .* holds latents with other flip; give a new"):
+        data.cache_latents(replace(options, flip=False))
+    with pytest.raises(ValueError, match="`latents_dtype` is 'int8'; it must be float16 or float3"):
+        data.cache_latents(replace(options, latents_dtype="int8"))
+    with pytest.raises(ValueError, match="`folder` nowhere holds no finished latents"):
+        data.find_damage("nowhere")
+
+
+def test_a_plan_has_what_a_manifest_must_have(images, tmp_path, vae):
+    folder = extract(images, tmp_path / "latents", vae)
+    plan = json.loads((folder / "plan.json").read_text())
+    cache_format.check_manifest(plan)
+    assert tuple(np.load(folder / "moments.npy").shape) == cache_format.moments_shape(plan)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-3)])

@@ -1,7 +1,8 @@
-"""evaluate.py and image_sets.py: what can be compared, what a report says, reference files, and
+"""evaluate.py and evaluation: what can be compared, what a report says, reference files, and
 what users get wrong.
 """
 
+from dataclasses import replace
 import hashlib
 import json
 import os
@@ -16,14 +17,17 @@ import torch
 
 from conftest import ROOT
 import evaluate
+import evaluation
 from evaluation import image_sets
 from evaluation import metrics
 from evaluation import remarks
+from evaluation import remarks
 from evaluation import report as evaluation_report
-from evaluation import sides
+from evaluation import inputs
 from runtime import npz
 from evaluation.features import load_extractor
-from evaluation.sides import open_side
+from evaluation.inputs import open_input
+from evaluation.options import EvaluationOptions
 from runtime.npz import open_array, write_npz
 from test_metrics import exponential_divergence, shares
 
@@ -260,7 +264,7 @@ def test_a_reference_of_three_images_has_no_third_neighbours(sets, capsys, tmp_p
 
 
 def test_all_images_of_a_file_count_and_of_a_folder_those_that_are_kept(sets, capsys, monkeypatch):
-    monkeypatch.setattr(sides, "MANIFOLD_IMAGES", 100)
+    monkeypatch.setattr(inputs, "MANIFOLD_IMAGES", 100)
     for name, kept in (("real.npz", 300), ("real", 100)):
         report, _ = run(
             capsys, "--samples", sets / "samples", "--reference", sets / name, "--features",
@@ -376,6 +380,44 @@ def test_a_reference_keeps_evenly_spread_images(sets, capsys, tmp_path, monkeypa
         assert np.array_equal(file["arr_0"], pictures(300, seed=1)[::10])
 
 
+# ---- from Python ----
+
+
+def test_an_evaluation_from_python_is_the_doors(sets, capsys, tmp_path):
+    options = EvaluationOptions(
+        samples=sets / "samples", reference=sets / "real", features="pixels", num_workers=0,
+        batch_size=16, device="cpu",
+    )  # fmt: skip
+    flags = ["--samples", sets / "samples", "--reference", sets / "real", "--features", "pixels"]
+    by_door, _ = run(capsys, *flags, "--output", tmp_path / "door.json")
+    report = evaluation.evaluate(options)
+    assert capsys.readouterr().out == "" and report == by_door
+    evaluation.write_report(report, tmp_path / "python.json")
+    assert (tmp_path / "python.json").read_bytes() == (tmp_path / "door.json").read_bytes()
+    with pytest.raises(ValueError, match="^`batch_size` is 0; it must be at least 1$"):
+        evaluation.evaluate(replace(options, batch_size=0))
+    with pytest.raises(ValueError, match="^`samples` nowhere: there is no such file or folder"):
+        evaluation.evaluate(replace(options, samples="nowhere"))
+
+
+def test_a_reference_from_python_is_the_doors(sets, capsys, tmp_path):
+    options = EvaluationOptions(
+        make_reference=sets / "real", output=tmp_path / "python.npz", features="pixels",
+        num_workers=0, batch_size=16, device="cpu",
+    )  # fmt: skip
+    told = evaluation.make_reference(options)
+    flags = ["--make-reference", sets / "real", "--features", "pixels"]
+    out, _ = run(capsys, *flags, "--output", tmp_path / "door.npz")
+    assert out == f"{told}\n".replace("python.npz", "door.npz")
+    assert (tmp_path / "python.npz").read_bytes() == (tmp_path / "door.npz").read_bytes()
+    with pytest.raises(ValueError, match="`make_reference=DIR` goes with `output=FILE.npz`, and "):
+        evaluation.make_reference(replace(options, output=None))
+
+
+def test_flags_are_the_options_with_their_defaults():
+    assert vars(evaluate.build_parser().parse_args([])) == vars(EvaluationOptions())
+
+
 # ---- mistakes ----
 
 
@@ -482,14 +524,14 @@ def test_headers_of_arrays_that_are_nonsense(tmp_path, header, message, packed):
     content = b"\x93NUMPY\x01\x00" + len(data).to_bytes(2, "little") + data + bytes(5 * 8 * 8 * 3)
     with zipfile.ZipFile(tmp_path / "a.npz", "w", packed) as archive:
         archive.writestr("arr_0.npy", content)
-    with pytest.raises(ValueError, match=f"--samples {tmp_path}/a.npz.*{message}"):
-        open_side(tmp_path / "a.npz", "--samples")
+    with pytest.raises(ValueError, match=f"`samples` {tmp_path}/a.npz.*{message}"):
+        open_input(tmp_path / "a.npz", "samples")
 
 
 def test_archives_that_are_traps_or_of_other_forms(tmp_path, monkeypatch):
     def refuses(message):
-        with pytest.raises(ValueError, match=f"--samples {tmp_path}/a.npz.*{message}"):
-            open_side(tmp_path / "a.npz", "--samples")
+        with pytest.raises(ValueError, match=f"`samples` {tmp_path}/a.npz.*{message}"):
+            open_input(tmp_path / "a.npz", "samples")
 
     monkeypatch.setattr(npz, "SMALL", 1000)
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((5000, 8, 8, 3), np.uint8))
@@ -647,7 +689,7 @@ def test_an_npz_written_row_by_row_is_as_numpy_reads_it(tmp_path):
 def test_a_worker_is_not_sent_the_images(sets):
     import pickle
 
-    side = open_side(sets / "real.npz", "--reference")
+    side = open_input(sets / "real.npz", "reference")
     sent = pickle.dumps(side.images)
     assert len(sent) < 2000 and torch.equal(pickle.loads(sent)[5][0], side.images[5][0])
     assert image_sets.hash_of(side.images[0][1]) != image_sets.hash_of(side.images[1][1])

@@ -125,7 +125,7 @@ def test_inception_weights_that_are_none(tmp_path, monkeypatch):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pickle.pth")
     for name in ("other.pth", "text.pth", "pickle.pth"):
         with pytest.raises(
-            ValueError, match=f"{name} holds other weights .* as --inception-weights"
+            ValueError, match=f"{name} holds other weights .* as `inception_weights`"
         ) as raised:
             load_extractor("inception", CPU, tmp_path / name)
         # PyTorch's own advice is to do without that safeguard
@@ -146,7 +146,7 @@ def test_inception_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(
         ValueError,
-        match="no route to host.*put it at .*6726825d.pth, or pass evaluate.py --inception-w",
+        match="no route to host.*put it at .*6726825d.pth, or pass evaluate.py `inception_w",
     ):
         load_extractor("inception", CPU)
     monkeypatch.setattr(features, "is_installed", lambda name: False)
@@ -262,7 +262,7 @@ def test_pixels_are_grey_levels_from_0_to_1():
     )
     assert load_extractor("pixels", CPU).dimensions((5, 4), CPU) == (60, None)
     with pytest.raises(
-        ValueError, match="--features pixels makes 12,288 features of an image of 64x64"
+        ValueError, match="`features` pixels makes 12,288 features of an image of 64x64"
     ):
         load_extractor("pixels", CPU).dimensions((64, 64), CPU)
 
@@ -334,7 +334,7 @@ def test_nonsense_in_a_timm_configuration_is_one_message(tmp_path, changes, says
         folder = changed(tmp_path / "c", **changes)
     with pytest.raises(
         ValueError,
-        match=rf"--features {folder}/model.safetensors cannot be loaded .*{says}|{says}.*",
+        match=rf"`features` {folder}/model.safetensors cannot be loaded .*{says}|{says}.*",
     ):
         load_extractor(folder, CPU)
 
