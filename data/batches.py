@@ -16,8 +16,8 @@ NO_SHARED_MEMORY = (
 
 
 def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor, list[BadImage]]:
-    """(images or moments (n, ...), labels (n,), bad images met); images is None where one had no
-    readable stand-in.
+    """(images or moments (n, ...), labels (n,), bad images met). If one image could not be read
+    and none stands in for it, images is None.
     """
     images, labels, bad = zip(*items)
     batch = None if any(image is None for image in images) else stack(images)
@@ -28,10 +28,10 @@ def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor, list[BadI
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
-    """Tensors of one shape as one (n, ...), in a loader's worker in memory that it shares with the
-    training process.
+    """Tensors of one shape as one tensor (n, ...). In a loader's worker, its memory is shared with
+    the training process.
 
-    The queue would move them there later, in a thread whose errors nobody hears of.
+    Otherwise the queue would move the tensor there later, in a thread whose errors nobody hears of.
     """
     tensors = list(tensors)
     if get_worker_info() is None:

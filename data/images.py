@@ -63,7 +63,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for kinds without a known range.
     """
-    # Which convert would clip at 255
+    # Image.convert would clip the levels at 255
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _eight_bits(image)
     if image.mode in ("I", "F"):
@@ -82,8 +82,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image):
-    """A grey image with 16 bits as one with 8, BACKGROUND where it has the colour that is
-    transparent.
+    """A grey image with 16 bits as one with 8. Pixels of the transparent colour become BACKGROUND.
     """
     levels, key = np.asarray(image), image.info.get("transparency")
     grey = (levels >> 8).astype(np.uint8)
@@ -93,8 +92,8 @@ def _eight_bits(image):
 
 
 def read_pixels(path: Path | str, image_size: int | None = None) -> np.ndarray:
-    """The pixels of an image file, uint8 (H, W, 3): its central square of image_size in RGB, as
-    training sees it; with None, the image as it is.
+    """The pixels of an image file, uint8 (H, W, 3), cropped to image_size in RGB as training sees
+    them. With None the image is read as it is: (H, W, 3) if it is RGB.
 
     Raises what Pillow raises, of many kinds.
     """

@@ -17,10 +17,10 @@ SAMPLED_FILES = 64  # of a data set, whose contents tell it from another with th
 
 
 class Listing(NamedTuple):
-    """Image files with their class indices; `classes` are the names in index order, None without
-    classes.
+    """Image files with their class indices.
 
-    `notes` say, in sentences, what below the folder was left out.
+    `classes` are the names in index order; None without classes. `notes` say, in sentences, what
+    below the folder was left out.
     """
 
     paths: list[str]
@@ -55,8 +55,8 @@ def sample_hash(paths: list[str]) -> str:
 
 
 def list_images(root: Path | str, num_classes: int, argument: str = "data_path") -> Listing:
-    """The Listing of a folder with one folder per class; with num_classes 0, of all images below
-    it, whatever the folder.
+    """The Listing of a folder that holds one folder per class. With num_classes 0, the Listing of
+    all images below the folder, without classes.
 
     The order is that of torchvision's ImageFolder. Hidden files and folders are left out, and links
     back to a folder above. Errors call the folder by the name of the `argument` that gave it.
@@ -94,8 +94,8 @@ def list_images(root: Path | str, num_classes: int, argument: str = "data_path")
 
 
 def _walk(root, argument, left_out):
-    """{folder: its images in order} for a folder and all below it; counts in `left_out` what is not
-    looked at.
+    """{folder: its images in order} for a folder and all below it. What is not looked at is
+    counted in `left_out`.
     """
     found: dict[str, list[str]] = {}
     folders, links, seen = [root], list[str](), set()
@@ -122,7 +122,7 @@ def _walk(root, argument, left_out):
 
 
 def _sorted_out(entries, left_out):
-    """(folders, links to folders, images) among a folder's entries, as paths in order; the rest is
+    """(folders, links to folders, images) among a folder's entries, as paths in order. The rest is
     counted in `left_out`.
     """
     folders, links, images = list[str](), list[str](), list[str]()
@@ -144,17 +144,15 @@ def _sorted_out(entries, left_out):
 
 
 def _kind(entry):
-    """What an entry of a folder is, or leads to: "folder", "file" or "other"; a link to nothing is
-    a file, for its reader.
+    """What an entry of a folder is, or leads to: "folder", "file" or "other".
+
+    A link to nothing is a "file": whoever reads it finds out.
     """
     try:
-        return (
-            "folder"
-            if entry.is_dir()
-            else "file"
-            if entry.is_file() or not os.path.exists(entry.path)
-            else "other"
-        )
+        if entry.is_dir():
+            return "folder"
+        is_file = entry.is_file() or not os.path.exists(entry.path)
+        return "file" if is_file else "other"
     except OSError:  # a link to itself, say
         return "file"
 
@@ -191,8 +189,8 @@ def _check_classes(given, num_classes, by_class, left_out):
 
 
 def check_outside(root: Path | str, argument: str, folder: Path | str) -> None:
-    """Raise ValueError if a folder to be written lies at or below that of the images, `data_path`,
-    where it would be taken for more. The `argument` named so gave the folder to be written.
+    """Raise ValueError if a folder to be written lies at or below root, the folder of the images:
+    it would be taken for images. `argument` is the name of the one that gave the folder.
     """
     if Path(root).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
         raise ValueError(

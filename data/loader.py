@@ -27,10 +27,10 @@ END_WORKER = getattr(signal, "SIGUSR2", None)
 
 
 def heed_the_trainer(_: int) -> None:
-    """Make a loader's worker leave to the training process what a scheduler sends to all processes
-    of a job.
+    """Make a loader's worker ignore the signals that a scheduler sends to all processes of a job:
+    the training process answers them.
 
-    END_WORKER ends it, whatever it waits for.
+    END_WORKER ends the worker, whatever it waits for.
     """
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
@@ -46,9 +46,9 @@ def make_loader(
     dataset: Dataset, batches: Iterable[list[Any]], num_workers: int, pin_memory: bool = False,
     collate_fn: Callable = collate,
 ) -> DataLoader:  # fmt: skip
-    """A DataLoader over batches of keys, such as StepBatches; yields what collate_fn returns.
+    """A DataLoader over batches of keys, such as StepBatches; it yields what collate_fn returns.
 
-    To be walked by `read`.
+    `read` walks through it.
     """
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn,
@@ -60,16 +60,15 @@ def make_loader(
 
 
 class LoaderFailed(ValueError):
-    """A loader's worker was ended by the system, or had no memory; says what happened and what to
-    do.
+    """A loader's worker was ended by the system, or had no memory. The text says what happened and
+    what to do.
     """
 
 
 def say_waiting(seconds: float, say: Callable[[str], None] | None = None) -> None:
-    """Say every TELL_SECONDS for how long a batch has not come; on the error output, unless told
-    otherwise.
+    """Say every TELL_SECONDS for how long no batch has come, by `say` or on the error output.
 
-    To be called every WAIT seconds.
+    `read` calls this every WAIT seconds.
     """
     if int(seconds / TELL_SECONDS) > int((seconds - WAIT) / TELL_SECONDS):
         line = f"no batch for {seconds:.0f} s: is the disk with the images there? waiting on"
@@ -77,10 +76,11 @@ def say_waiting(seconds: float, say: Callable[[str], None] | None = None) -> Non
 
 
 def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> Generator[Any]:
-    """The loader's batches; to be closed, which ends the loader's workers, whatever blocks them.
+    """The loader's batches. Close the generator: that ends the loader's workers, whatever blocks
+    them.
 
-    waiting(seconds) is called every WAIT seconds for which no batch has come; what it raises ends
-    the wait. Raises LoaderFailed.
+    While no batch comes, waiting(seconds) is called every WAIT seconds; an error that it raises
+    ends the wait. Raises LoaderFailed.
     """
     before = set(multiprocessing.active_children())
     refused = None

@@ -53,8 +53,8 @@ class Rows(NamedTuple):
 
 @dataclass
 class Extractor:
-    """extract(images) → Rows, and what a report says of it: a name and the SHA-256 of its weights,
-    if it has any. Errors call it by the name of the `argument` that chose it.
+    """extract(images) → Rows, with what a report says of the extractor: a name and, if there are
+    weights, their SHA-256. Errors call it by the name of the `argument` that chose it.
     """
 
     extract: Callable[[Tensor], Rows]
@@ -275,14 +275,14 @@ def timm_classifier(
 
 
 def network_arguments(config: dict, tensors: dict[str, Tensor]) -> dict:
-    """Of a timm configuration's model_args, those that its networks take themselves; others, which
-    may load files, are dropped.
+    """The arguments in a timm configuration's model_args that its networks take themselves. Others,
+    which may load files, are dropped.
 
     Raises ValueError for an architecture that is none of timm's own, and for values that are not
     plain or far larger than what is in the tensors.
     """
     name = config["architecture"]
-    # Which takes no source such as "hf-hub:"
+    # timm.is_model knows no source such as "hf-hub:"
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"architecture is {str(name)[:60]!r}, none of timm's")
     module = sys.modules[timm.models.model_entrypoint(name).__module__]

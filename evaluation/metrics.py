@@ -117,7 +117,7 @@ def precision_and_recall(
     """The shares of samples near the reference, and of the reference near samples (Kynkäänniemi et
     al. 2019).
 
-    Near a set is what lies within the distance of one of its members to that one's k-th neighbour.
+    A point is near a set if it lies no farther from some member than that member's k-th neighbour.
     Features are (N, D) and (M, D), in float32. Raises ValueError for k images or fewer.
     """
     for side in (samples, reference):
@@ -157,8 +157,8 @@ def _distances(a, b):
 
 @dataclass
 class Summary:
-    """What is kept of a set of images: moments of the features, and of the spatial ones, for all of
-    them; features (n, D) and logits (n, K) of as many as are asked for. None for what there is not.
+    """What is kept of a set of images: the moments of all features, and of all spatial ones;
+    features (n, D) and logits (n, K) of as many images as are asked for. None: there is none.
     """
 
     statistics: Statistics | None = None

@@ -1,4 +1,4 @@
-"""Which numbers an argument may be, in every door: what is far beyond all that exists is refused
+"""The range of each number that a user may give: what is far beyond all that exists is refused
 before any work.
 """
 
