@@ -85,11 +85,12 @@ def _read_safetensors(path):
         config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
     except ValueError as error:
         raise ValueError(
-            f"{path} has metadata that is not JSON ({error}); save it without, and give --model"
+            f"{path} has metadata that is not JSON ({error}); save it without, and give `model`"
         ) from None
     if not isinstance(config, (dict, type(None))):
         raise ValueError(
-            f"{path} has metadata whose config is a {type(config).__name__}; save it without, and give --model"
+            f"{path} has metadata whose config is a {type(config).__name__}; save it without, and "
+            "give `model`"
         )
     says = {**metadata, "config": config}
     for key, text in metadata.items():

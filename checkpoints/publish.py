@@ -15,15 +15,69 @@ from tempfile import TemporaryDirectory
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 
+from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
+from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.weights import (
-    OUR_CLASS, Weights, check_classes, check_readable, id2label, save_weights,
+    OUR_CLASS, Weights, check_classes, check_readable, id2label, load_weights, save_weights,
 )  # fmt: skip
 from diffusion import create_diffusion
 from models import DiT
+from runtime.disk import check_name, check_writable
 from runtime.json_files import read_json
-from vae import LatentSpace, Space
+from vae import LatentSpace, Space, load_vae
+
+RELEASED_VAE = "ema"  # for the released weights, where nobody names the autoencoder
+FORMATS = ("hub", "diffusers", "safetensors")
+
+
+def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "hub") -> None:
+    """Write a chosen network in a form that others read: "hub", a pretrained folder; "diffusers", a
+    pipeline of diffusers with the autoencoder; "safetensors", one file.
+
+    The autoencoder is the one that is given, else the pipeline's own, else the one that the
+    checkpoint names. Raises ValueError if nobody names one, if the output exists, or for a network
+    that cannot be written so; OSError where the disk refuses.
+    """
+    output = Path(output)
+    check_name(output)
+    if format not in FORMATS:
+        raise ValueError(f"`format` is {format}; give one of {', '.join(FORMATS)}")
+    if output.exists():
+        raise ValueError(f"`output` {output} exists already; give another name")
+    if format == "safetensors":
+        check_writable(output)
+        if output.suffix != ".safetensors":
+            raise ValueError(
+                f"`output` {output} is to be one file; give a name that ends in .safetensors"
+            )
+    checkpoint = find_checkpoint(choice)
+    weights = load_weights(checkpoint, choice.weights)
+    vae = _trained_with(choice, checkpoint, weights)
+    network, classes = build_network(choice, weights, vae), class_names(choice, weights)
+    if format == "diffusers":
+        export_diffusers(network, load_vae(vae), output, classes)
+    elif format == "hub":
+        save_pretrained(network, output, classes, weights.training, vae)
+    else:
+        save_weights(output, Weights(network.state_dict(), network.config, classes))
+
+
+def _trained_with(choice, checkpoint, weights):
+    """The autoencoder's name: as given, the pipeline's own, or what the checkpoint says.
+
+    Raises ValueError if nobody says it.
+    """
+    recorded = ((weights.training or {}).get("args") or {}).get("vae")
+    recorded = recorded if isinstance(recorded, str) else None
+    released = RELEASED_VAE if choice.ckpt is None else None
+    vae = choose_vae(choice, checkpoint) or recorded or released
+    if vae is None:
+        raise ValueError(
+            f"{choice.ckpt} does not say behind which autoencoder it was trained; pass `vae`"
+        )
+    return vae
 
 
 def save_pretrained(

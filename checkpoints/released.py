@@ -49,8 +49,8 @@ def released_name(model: str, image_size: int, num_classes: int) -> str:
             return name
     known = " and ".join(f"{model} at {size}" for model, size in RELEASED.values())
     raise ValueError(
-        f"no weights were released for {model} at {image_size} pixels with {num_classes} classes (only for {known}, 1000 "
-        "classes); pass --ckpt"
+        f"no weights were released for {model} at {image_size} pixels with {num_classes} classes "
+        f"(only for {known}, 1000 classes); pass `ckpt`"
     )
 
 

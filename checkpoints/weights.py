@@ -114,9 +114,9 @@ def _chosen(contents, which, path):
         entries = ", ".join(str(key)[:60] for key in list(contents)[:6])
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {entries}; "
-            "a state dict is wanted, or a dict with ema or with model (--weights raw)"
+            'a state dict is wanted, or a dict with ema or with model (`weights="raw"`)'
             + (
-                f"; --weights can be {', '.join(sets)}"
+                f"; `weights` can be {', '.join(sets)}"
                 if sets and (len(sets) > 1 or which != "ema")
                 else ""
             )
@@ -163,8 +163,9 @@ def check_readable(classes: list[str] | None) -> None:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"the name of class {index}, {name!r}, is not in UTF-8, and others could not read it; call it otherwise in the "
-                "checkpoint's entry `classes`, or export with --format safetensors"
+                f"the name of class {index}, {name!r}, is not in UTF-8, and others could not read "
+                "it; call it otherwise in the checkpoint's entry `classes`, or export with "
+                '`format="safetensors"`'
             ) from None
 
 
@@ -329,7 +330,7 @@ def averages(contents: dict) -> dict[float, Tensors]:
 
 
 def weights_choice(text: str) -> str:
-    """What --weights may name: "ema", "raw", or "ema@DECAY" for one of several averages.
+    """The name of a set of weights: "ema", "raw", or "ema@DECAY" for one of several averages.
 
     Raises ValueError for others.
     """

@@ -2,7 +2,6 @@
 any work.
 """
 
-from argparse import Namespace
 import os
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ RANGES = {
 MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "cfg_scale": 64}
 
 
-def check_numbers(args: Namespace, **others: Range) -> None:
+def check_numbers(args: object, **others: Range) -> None:
     """Raise ValueError for a number out of its range, or for too many values after a flag; `others`
     add to RANGES.
     """

@@ -30,7 +30,7 @@ def prepare(network: DiT, mixed_precision: str = "no", compile: bool = False) ->
         except Exception as error:  # compilers and PyTorch's back ends have many kinds
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(
-                f"--compile: PyTorch cannot compile here ({reason}); leave the flag out"
+                f"`compile=True`: PyTorch cannot compile here ({reason}); leave the argument out"
             ) from None
         if device.type == "cpu":
             forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))

@@ -29,8 +29,11 @@ import torch
 
 from make_dataset import IMAGE_SIZE, load_split, reduce
 from runtime.devices import choose_device
-from sampling.loading import load_sampler
-from sampling.flags import add_sampling_flags, check_sampling_flags
+from checkpoints.loading import find_files
+from sampling.flags import (
+    add_sampling_flags, check_flags, network_choice, sampling_options,
+)  # fmt: skip
+from sampling.loading import VAE, build_sampler
 
 BATCH = 100
 CLASSES = 10
@@ -120,18 +123,19 @@ def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--num-samples", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
+    add_sampling_flags(parser, VAE, cfg_scale=4.0)
     return parser
 
 
 @door("--num-samples")
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
     with parser.refusing():
-        check_sampling_flags(args)
+        check_flags(args)
+        choice, options = network_choice(args, given), sampling_options(args, given)
         device = choose_device(args.device)
-        sampler = load_sampler(args, device)
+        sampler = build_sampler(choice, find_files(choice, VAE), options, device)
         check_digits(sampler)
     print(json.dumps(judge(*sample_digits(sampler, args.num_samples, args.seed, device)), indent=1))
 

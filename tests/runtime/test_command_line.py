@@ -1,5 +1,6 @@
 """What all doors share: parser, limits, and how they end."""
 
+import argparse
 import ast
 import os
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_numbers_beyond_what_exists(flags, message):
 def test_the_ends_of_every_range_are_taken():
     for name, ends in limits.RANGES.items():
         for value in ends:
-            check_numbers(sample.argparse.Namespace(**{name: value}))
+            check_numbers(argparse.Namespace(**{name: value}))
 
 
 def test_a_batch_that_no_memory_holds(monkeypatch):
