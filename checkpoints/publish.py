@@ -116,11 +116,13 @@ def export_diffusers(
     """
     if not isinstance(space, LatentSpace):
         raise ValueError(
-            "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported"
+            "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be "
+            "exported"
         )
     if space.shift:
         raise ValueError(
-            f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out"
+            f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline "
+            "leaves out"
         )
     check_classes(classes, network.config, "the network")
     check_readable(classes)
@@ -158,7 +160,8 @@ def load_exported(folder: Path | str) -> DiTPipeline:
     for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
             raise ValueError(
-                f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run"
+                f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is "
+                "never run"
             )
     pipeline = DiTPipeline.from_pretrained(folder)
     for block in pipeline.transformer.transformer_blocks:
@@ -187,8 +190,8 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:  # the second of diffusers' writing
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another place, and give the command "
-            "again"
+            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another "
+            "place, and give the command again"
         ) from None
 
 
@@ -202,8 +205,10 @@ tags:
 
 # {title}
 
-A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), {parameters:,} parameters, that makes
-{what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not read it.
+A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), \
+{parameters:,} parameters, that makes
+{what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not \
+read it.
 
 | | |
 |---|---|
@@ -225,8 +230,10 @@ network, classes = load_pretrained("OWNER/NAME")   # or a path to this folder
 
 ## Data, evaluation, licence
 
-To be filled in by whoever publishes this: REPOSITORY, OWNER/NAME and, if it stands above, VAE; what it was trained on, how good
-its samples are and how that was measured, what it must not be used for, and under which licence it is given.
+To be filled in by whoever publishes this: REPOSITORY, OWNER/NAME and, if it stands above, VAE; \
+what it was trained on, how good
+its samples are and how that was measured, what it must not be used for, and under which licence \
+it is given.
 """
 
 
@@ -254,8 +261,14 @@ def model_card(
         # A folder of this machine
         vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae
     return CARD.format(
-        title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
+        title=args.get("model", "DiT"), vae=vae,
+        parameters=sum(p.numel() for p in network.parameters()),
         task="unconditional-image-generation" if not config["num_classes"] else "other",
         what=f"images of {config['num_classes']} classes" if config["num_classes"] else "images",
-        rows="\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '&#124;')} |" for key, value in rows.items()),
+        rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
     )  # fmt: skip
+
+
+def _cell(value):
+    """A value in one line of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "&#124;")

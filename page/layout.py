@@ -1,4 +1,4 @@
-"""What stands where on the page: a gradio.Blocks with the controls, the pictures and their texts."""
+"""What stands where on the page: a gradio.Blocks with controls, pictures and their texts."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -42,7 +42,8 @@ def add_network_flags(
     network = parser.add_argument_group("network")
     network.add_argument(
         "--ckpt",
-        help="checkpoint file (.pt, .safetensors), run folder, folder with config.json, pipeline of diffusers, or OWNER/NAME "
+        help="checkpoint file (.pt, .safetensors), run folder, folder with config.json, pipeline "
+        "of diffusers, or OWNER/NAME "
         f"of one of the last two on the Hugging Face hub (default: {without})",
     )
     network.add_argument(
@@ -75,7 +76,8 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
     """Add those of them that say how it is sampled."""
     process.add_argument(
         "--sampler", choices=SOLVERS, default=SamplingOptions.sampler,
-        help="ddpm: ancestral sampling; ddim; dpm++: DPM-Solver++(2M); unipc: UniPC of order 2 (default: %(default)s)",
+        help="ddpm: ancestral sampling; ddim; dpm++: DPM-Solver++(2M); unipc: UniPC of order 2 "
+        "(default: %(default)s)",
     )  # fmt: skip
     process.add_argument(
         "--num-sampling-steps",
@@ -103,7 +105,8 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
         nargs=2,
         default=list(SamplingOptions.cfg_interval),
         metavar=("LO", "HI"),
-        help=f"guide only at steps t with LO <= t/{TRAINED_STEPS} <= HI, 0 being clean and 1 noise; elsewhere without "
+        help=f"guide only at steps t with LO <= t/{TRAINED_STEPS} <= HI, 0 being clean and 1 "
+        "noise; elsewhere without "
         "guidance, on half the batch, at about half the cost (default: 0 1, everywhere)",
     )
     process.add_argument(
@@ -117,8 +120,8 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
     process.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of every run, so for many "
-        "images rather than one picture; results differ by float rounding",
+        help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of "
+        "every run, so for many images rather than one picture; results differ by float rounding",
     )
 
 

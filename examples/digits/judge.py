@@ -1,7 +1,7 @@
 """Judge digits sampled from a checkpoint against the real ones.
 
-    python examples/digits/judge.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
-      --num-sampling-steps 50 --cfg-scale 1.5
+    python examples/digits/judge.py --ckpt examples/digits/dit.safetensors \\
+      --vae examples/digits/vae --num-sampling-steps 50 --cfg-scale 1.5
 
 Everything is measured on digits of 8×8 pixels, 0 to 16, as scikit-learn has them: how often a
 classifier trained on real digits sees the class that was asked for; how much the digits of a class
@@ -50,7 +50,8 @@ def check_digits(sampler):
     )
     if (side, classes) != (IMAGE_SIZE, CLASSES):
         raise ValueError(
-            f"{sampler.checkpoint} makes images of {side}x{side} pixels in {classes} classes; digits have {IMAGE_SIZE}x"
+            f"{sampler.checkpoint} makes images of {side}x{side} pixels in {classes} classes; "
+            f"digits have {IMAGE_SIZE}x"
             f"{IMAGE_SIZE} and {CLASSES}: give a network that was trained on them"
         )
 
