@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             print(download_model(name, args.folder))
         except (ValueError, OSError) as error:
-            sys.exit(f"download.py: error: {one_line(reason(error))}")
+            sys.exit(f"{parser.prog}: error: {one_line(reason(error))}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Sample class-conditional images from a DiT into one labelled picture.
 
-    python sample.py                                                     # the released XL/2, ImageNet at 256 pixels
+    python sample.py                             # the released XL/2, ImageNet at 256 pixels
     python sample.py --image-size 512 --seed 1 --class-labels 207 88
     python sample.py --ckpt results/000-DiT-XL-2 --vae ema --sampler ddim --num-sampling-steps 50
-    python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae --class-labels 3 1 4 --trajectory 314.gif
+    python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
+      --class-labels 3 1 4 --trajectory 314.gif
 
 A checkpoint of this project says itself how its network is built; for others --model, --image-size
 and --num-classes do.
@@ -14,22 +15,25 @@ from runtime.command_line import Parser, door, end_at_interrupt, reason
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-import argparse
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from checkpoints.choice import NUM_CLASSES
+from checkpoints.loading import find_files
+from conditions.labels import label_indices, readable
 from runtime.devices import choose_device, tf32
+from runtime.disk import check_writable
 from sampling.pictures import (
     GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory,
 )  # fmt: skip
-from conditions.labels import label_indices, readable
-from runtime.disk import check_writable
-from sampling.loading import load_sampler
+from sampling.flags import (
+    add_sampling_flags, check_flags, network_choice, sampling_options,
+)  # fmt: skip
+from sampling.loading import VAE, build_sampler
 from sampling.sampler import Sampler
-from sampling.flags import NUM_CLASSES, add_sampling_flags, check_sampling_flags
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -39,7 +43,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("picture")
     group.add_argument(
         "--class-labels", nargs="+", metavar="LABEL",
-        help="numbers, or names if the checkpoint knows them; index:3 or name:3 where 3 is both (default: eight classes)",
+        help="numbers, or names if the checkpoint knows them; index:3 or name:3 where 3 is both "
+        "(default: eight classes)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
@@ -49,19 +54,21 @@ def build_parser() -> Parser:
     group.add_argument(
         "--trajectory",
         metavar="FILE",
-        help="also write how the images came about, as what the network takes for the clean image at up to "
-        f"{GIF_MOMENTS} steps: FILE.gif is an animation, another ending a strip of {STRIP_MOMENTS}; replaced if it exists",
+        help="also write how the images came about, as what the network takes for the clean image "
+        f"at up to {GIF_MOMENTS} steps: FILE.gif is an animation, another ending a strip of "
+        f"{STRIP_MOMENTS}; replaced if it exists",
     )
-    add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
+    add_sampling_flags(parser, VAE, cfg_scale=4.0)
     return parser
 
 
 @door("the number of --class-labels")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
     with parser.refusing():
-        check_sampling_flags(args)
+        check_flags(args)
+        choice, options = network_choice(args, given), sampling_options(args, given)
         check_output("--output", args.output)
         if args.trajectory:
             check_output("--trajectory", args.trajectory)
@@ -70,34 +77,26 @@ def main(argv: list[str] | None = None) -> None:
                     f"--trajectory and --output are both {args.output}; give two files"
                 )
         device = choose_device(args.device)
-        sampler = load_sampler(args, device)
+        files = find_files(choice, VAE)
+        sampler = build_sampler(choice, files, options, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
+    used = {"vae": files.vae, "num_sampling_steps": options.step_count, "class_labels": labels}
     try:
         with tf32(args.tf32):
             images, frames = sample(sampler, labels, args.seed, device, shown)
         texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
-        save(picture(images, texts), args.output, settings(args, labels))
-        print(
-            f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]} pixels"
-        )
+        save(picture(images, texts), args.output, vars(args) | used)
+        size = f"{images.shape[2]}x{images.shape[1]}"
+        print(f"wrote {args.output}: {len(images)} images of {size} pixels")
         if args.trajectory:
             save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)
             print(
-                f"wrote {args.trajectory}: the images as predicted at {len(frames)} of {len(sampler.steps())} steps"
+                f"wrote {args.trajectory}: the images as predicted at {len(frames)} of "
+                f"{len(sampler.steps())} steps"
             )
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # Pillow's, too, of a picture that is too large for its format
+    except (ValueError, OSError) as error:  # Pillow's, too, of a picture too large for its format
         parser.fail(reason(error))
-
-
-def settings(args: argparse.Namespace, labels: list[int]) -> dict:
-    """What the picture depends on, to be written into it."""
-    return {key: value for key, value in vars(args).items() if key != "said"} | {
-        "class_labels": labels
-    }
 
 
 def check_output(flag: str, path: str) -> None:

@@ -75,7 +75,8 @@ def latent_shape(name: str) -> LatentShape:
         return HUB_SHAPE
     if _is_folder(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote"
+            f"`vae` {name} is a folder without config.json; give the folder that "
+            "AutoencoderKL.save_pretrained wrote"
         )
     try:
         config = (
@@ -109,11 +110,12 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
         raise ValueError(_cannot_load(name, error)) from error
     if info["missing_keys"]:
         raise ValueError(
-            f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as {sorted(info['missing_keys'])[0]}"
+            f"VAE {name} lacks weights, {len(info['missing_keys'])} of them, such as "
+            f"{sorted(info['missing_keys'])[0]}"
         )
     try:
         config = _checked(autoencoder.config)
-    except (ValueError, KeyError, TypeError) as error:  # of the hub's, which was not looked at before
+    except (ValueError, KeyError, TypeError) as error:  # of the hub's, not looked at before
         raise ValueError(_cannot_load(name, error)) from error
     scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     return LatentSpace(
@@ -166,13 +168,13 @@ def _cannot_load(name, error):
         )
     if name in HUB_VAES:
         advice = (
-            f"give --vae a local folder with config.json and weights, or fetch {repository} where there is a network (hf "
-            "download) and set HF_HOME to that cache"
+            f"give `vae` a local folder with config.json and weights, or fetch {repository} where "
+            "there is a network (hf download) and set HF_HOME to that cache"
         )
     else:
         advice = (
-            "give ema or mse (fetched from the Hugging Face hub on first use), a hub id, a local folder with config.json and "
-            "weights, or none for pixels"
+            "give ema or mse (fetched from the Hugging Face hub on first use), a hub id, a local "
+            "folder with config.json and weights, or none for pixels"
         )
     return f"cannot load VAE {name!r} ({reason}); {advice}"
 
@@ -184,7 +186,8 @@ def _checked(config):
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
         raise ValueError(
-            f"an AutoencoderKL with one scale factor for all channels is wanted, this is another {kind}"
+            "an AutoencoderKL with one scale factor for all channels is wanted, this is another "
+            f"{kind}"
         )
     if config.get("quantization_config"):
         raise ValueError(
@@ -204,7 +207,8 @@ def _checked(config):
             raise ValueError(f"in config.json {key} is no whole number from 1 to {MOST_CHANNELS}")
     if config.get("layers_per_block", 1) > MOST_LAYERS:
         raise ValueError(
-            f"in config.json layers_per_block is {config['layers_per_block']}, and at most {MOST_LAYERS} are read"
+            f"in config.json layers_per_block is {config['layers_per_block']}, and at most "
+            f"{MOST_LAYERS} are read"
         )
     for key, other in {"scaling_factor": 1.0, "shift_factor": 0.0}.items():
         value = other if config.get(key) is None else config[key]

@@ -6,12 +6,15 @@ from runtime.handing_on import handed_on
 __getattr__ = handed_on(
     __name__,
     {
+        "checkpoints.choice": "NetworkChoice",
         "checkpoints.files":
             "read_checkpoint check_whole save_checkpoint checkpoint_path list_checkpoints "
             "newest_checkpoint newest_whole_checkpoint prune_checkpoints",
         "checkpoints.fitting": "check_fits design_of check_design adapt read_label_map",
-        "checkpoints.loading": "network_of load_pretrained import_diffusers find_checkpoint build_network",
-        "checkpoints.publish": "save_pretrained export_diffusers load_exported",
+        "checkpoints.loading":
+            "network_of load_pretrained import_diffusers find_files find_checkpoint choose_vae "
+            "build_network class_names",
+        "checkpoints.publish": "export_checkpoint save_pretrained export_diffusers load_exported",
         "checkpoints.names": "weights_file",
         "checkpoints.weights":
             "Weights load_weights is_state_dict check_readable check_classes names_of "

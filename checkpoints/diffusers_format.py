@@ -29,9 +29,14 @@ BLOCK = {  # within a block
     "ff.net.2": "mlp.fc2",
 }
 KINDS_THERE = {  # of the entries of its configuration that count here
-    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size",
-                     "patch_size", "num_embeds_ada_norm"), int),
-    "norm_eps": float, "norm_elementwise_affine": bool, "attention_bias": bool, "activation_fn": str,
+    **dict.fromkeys(
+        (
+            "num_attention_heads", "attention_head_dim", "in_channels", "out_channels",
+            "num_layers", "sample_size", "patch_size", "num_embeds_ada_norm",
+        ), int,
+    ),
+    "norm_eps": float, "norm_elementwise_affine": bool, "attention_bias": bool,
+    "activation_fn": str,
 }  # fmt: skip
 EMBEDDERS = {  # in every block of theirs, once in ours
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -75,8 +80,8 @@ def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"diffusers' DiT cannot be this network: {reason}; wanted are adaln_zero, mlp_ratio 4 and 1 to {null_label} "
-                "classes with label dropout"
+                f"diffusers' DiT cannot be this network: {reason}; wanted are adaln_zero, "
+                f"mlp_ratio 4 and 1 to {null_label} classes with label dropout"
             )
     return {
         "num_attention_heads": c["num_heads"],
@@ -166,7 +171,8 @@ def config_from_diffusers(config: dict) -> dict:
     ]
     if contradicted or not 0 < own["num_classes"] <= classes:
         raise ValueError(
-            f"the configuration contradicts itself: {', '.join(contradicted) or 'num_classes'} under {OWN}"
+            f"the configuration contradicts itself: {', '.join(contradicted) or 'num_classes'} "
+            f"under {OWN}"
         )
     return own
 
@@ -183,7 +189,8 @@ def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
     left = [name for name in tensors if name not in known and name != "pos_embed.pos_embed"]
     if left:
         raise ValueError(
-            f"the weights of diffusers' network have more than its configuration: {', '.join(left[:4])}"
+            "the weights of diffusers' network have more than its configuration: "
+            f"{', '.join(left[:4])}"
         )
     blocks = [f"transformer_blocks.{i}" for i in range(config["depth"])]
     try:
@@ -217,6 +224,7 @@ def _check_embedders(tensors, blocks):
         for name in names:
             if not torch.equal(tensors[f"{there}.{name}"], tensors[f"{blocks[0]}.{name}"]):
                 raise ValueError(
-                    f"its blocks have embedders of their own ({there}.{name} is not that of {blocks[0]}), as after training "
+                    f"its blocks have embedders of their own ({there}.{name} is not that of "
+                    f"{blocks[0]}), as after training "
                     "with diffusers; a DiT has one for all blocks, so it cannot be read as one"
                 )

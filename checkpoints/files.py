@@ -33,7 +33,7 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
         raise ValueError(f"{path} {reason}" if reason else _broken(path)) from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
-    except Exception:  # a broken file makes torch.load raise many kinds, some of which advise to load it unsafely
+    except Exception:  # torch.load raises many kinds, and some advise to load the file unsafely
         raise ValueError(_broken(path)) from None
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dict")
@@ -79,17 +79,19 @@ def _read_safetensors(path):
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f"{path} is cut short or not a safetensors file ({reason[0][:200]}); download or copy it again"
+            f"{path} is cut short or not a safetensors file ({reason[0][:200]}); download or copy "
+            "it again"
         ) from None
     try:
         config, classes = (parse_json(metadata.get(key, "null")) for key in ("config", "classes"))
     except ValueError as error:
         raise ValueError(
-            f"{path} has metadata that is not JSON ({error}); save it without, and give --model"
+            f"{path} has metadata that is not JSON ({error}); save it without, and give `model`"
         ) from None
     if not isinstance(config, (dict, type(None))):
         raise ValueError(
-            f"{path} has metadata whose config is a {type(config).__name__}; save it without, and give --model"
+            f"{path} has metadata whose config is a {type(config).__name__}; save it without, and "
+            "give `model`"
         )
     says = {**metadata, "config": config}
     for key, text in metadata.items():
@@ -129,8 +131,8 @@ def newest_checkpoint(run_folder: Path | str) -> Path:
     found = list_checkpoints(run_folder)
     if not found:
         raise ValueError(
-            f"{run_folder} has no checkpoints/SSSSSSS.pt and no config.json; give a run folder, a checkpoint file, or a folder "
-            "that save_pretrained or a pipeline of diffusers wrote"
+            f"{run_folder} has no checkpoints/SSSSSSS.pt and no config.json; give a run folder, a "
+            "checkpoint file, or a folder that save_pretrained or a pipeline of diffusers wrote"
         )
     return found[-1]
 

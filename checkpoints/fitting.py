@@ -40,7 +40,7 @@ def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise ValueError(
             f"{origin} is of another configuration: {'; '.join(differences[:4])}{more}. "
-            "Give the --model, --image-size, --num-classes and --vae that it was trained with"
+            "Give the `model`, `image_size`, `num_classes` and `vae` that it was trained with"
         )
 
 
@@ -72,7 +72,8 @@ def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
         raise ValueError(
-            f"{origin} has blocks of the design {theirs}, the network here {ours}; pass --block {theirs}"
+            f"{origin} has blocks of the design {theirs}, the network here {ours}; pass "
+            f'`block="{theirs}"`'
         )
 
 
@@ -99,8 +100,8 @@ def adapt(
             pairs = labels if isinstance(labels, dict) else same
             if labels == "keep" and classes != network.num_classes:
                 raise ValueError(
-                    f"{origin} has {classes} classes, the new network {network.num_classes}; pass --init-labels drop, or a "
-                    "file that maps them"
+                    f"{origin} has {classes} classes, the new network {network.num_classes}; pass "
+                    '`init_labels="drop"`, or a file that maps them'
                 )
             if len(theirs) > classes and network.null_label is not None:
                 pairs = pairs | {network.null_label: classes}
@@ -123,14 +124,14 @@ def read_label_map(
         pairs = read_json(Path(path))
     except ValueError as error:
         raise ValueError(
-            f"--init-labels {path} is no JSON file of {{label: label there}} ({error})"
+            f"`init_labels` {path} is no JSON file of {{label: label there}} ({error})"
         ) from None
     there = (weights.config or {}).get("num_classes", len(weights.tensors.get(LABEL_TABLE, [])) - 1)
 
     def index(label, names, count, where):
         if not isinstance(label, (str, int)) or isinstance(label, bool):
             raise ValueError(
-                f"--init-labels {path}: {repr(label)[:60]} is no label; give one number or one name"
+                f"`init_labels` {path}: {repr(label)[:60]} is no label; give one number or one name"
             )
         known: dict[str, set[int]] = {}
         # A number without quotes is no name
@@ -140,7 +141,8 @@ def read_label_map(
             return label_index(str(label), count, known)
         except ValueError as error:
             raise ValueError(
-                f"--init-labels {path}: {repr(label)[:60]} is no label {where}, which has {count} ({error})"
+                f"`init_labels` {path}: {repr(label)[:60]} is no label {where}, which has {count} "
+                f"({error})"
             ) from None
 
     here, count = classes
@@ -149,7 +151,8 @@ def read_label_map(
         number = index(new, here, count, "of the new network")
         if number in found:
             raise ValueError(
-                f"--init-labels {path}: {new!r} is class {number}, which is there twice; give it once"
+                f"`init_labels` {path}: {new!r} is class {number}, which is there twice; give it "
+                "once"
             )
         found[number] = index(old, weights.classes, there, "of the checkpoint")
     return found

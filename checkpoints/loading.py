@@ -1,10 +1,11 @@
 """From a checkpoint's name to its network."""
 
-from argparse import Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import is_diffusers
 from checkpoints.fitting import check_fits, design_of
 from checkpoints.names import local_path, weights_file
@@ -14,7 +15,7 @@ from checkpoints.weights import Weights, load_weights
 from conditions.labels import imagenet_names
 from models import DiT, DiT_models
 from runtime.json_files import read_json
-from vae import LatentShape
+from vae import latent_shape
 
 
 def network_of(weights: Weights, origin: Path | str) -> DiT:
@@ -71,74 +72,97 @@ def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
     return load_pretrained(folder)
 
 
-def find_checkpoint(args: Namespace) -> Path:
-    """The file of weights that --ckpt means, as in checkpoints.weights_file and for names on the
-    hub, or the released one. What is not here is fetched.
+class NetworkFiles(NamedTuple):
+    """Where a chosen network lies: the file of its weights, and the name of its autoencoder."""
+
+    checkpoint: Path
+    vae: str
+
+
+def find_files(choice: NetworkChoice, vae: str) -> NetworkFiles:
+    """The files that a choice means; what is not here is fetched, but for the autoencoder's
+    weights. `vae` is taken where neither the choice nor its pipeline names an autoencoder.
+
+    Raises ValueError if there is no such autoencoder or checkpoint. What can be wrong is found
+    before anything large is fetched.
+    """
+    shape = latent_shape(str(choice.vae or vae))
+    if choice.ckpt is None:
+        model, image_size, _ = choice.sizes()
+        shape.side(image_size, DiT_models[model].keywords["patch_size"])
+    checkpoint = find_checkpoint(choice)
+    return NetworkFiles(checkpoint, choose_vae(choice, checkpoint) or vae)
+
+
+def find_checkpoint(choice: NetworkChoice) -> Path:
+    """The file of weights that a choice means: of its `ckpt`, as in checkpoints.weights_file and
+    for names on the hub, or the released one. What is not here is fetched.
 
     Raises ValueError if there is none.
     """
-    if args.ckpt is None:
-        return download_model(released_name(args.model, args.image_size, args.num_classes))
-    return weights_file(local_path(args.ckpt))
+    if choice.ckpt is None:
+        return download_model(released_name(*choice.sizes()))
+    return weights_file(local_path(choice.ckpt))
 
 
-def choose_vae(args: Namespace, checkpoint: Path) -> str:
-    """The name of the VAE: that of --vae if it was given, else that of the pipeline of diffusers in
-    which the checkpoint is, else the default.
+def choose_vae(choice: NetworkChoice, checkpoint: Path) -> str | None:
+    """The name of the autoencoder that is given, else of the one in the pipeline of diffusers that
+    has the checkpoint; None without both.
     """
-    pipeline = checkpoint.absolute().parents[1]
-    beside = pipeline / "vae"
-    is_pipeline = (
-        pipeline / "model_index.json"
-    ).is_file() and checkpoint.absolute().parent.name == "transformer"
-    return (
-        str(beside)
-        if is_pipeline and beside.is_dir() and "vae" not in getattr(args, "said", ())
-        else args.vae
-    )
+    if choice.vae is not None:
+        return str(choice.vae)
+    pipeline, beside = checkpoint.absolute().parents[1], checkpoint.absolute().parent
+    is_pipeline = (pipeline / "model_index.json").is_file() and beside.name == "transformer"
+    return str(pipeline / "vae") if is_pipeline and (pipeline / "vae").is_dir() else None
 
 
-def build_network(args: Namespace, weights: Weights, shape: LatentShape) -> DiT:
-    """The network with these weights, in float32 and for evaluation, from its own configuration or
-    else from the flags.
+def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> DiT:
+    """The network with these weights, in float32 and for evaluation, as its own configuration says,
+    or else as the choice does. `vae` is the name of its autoencoder.
 
-    Raises ValueError if a flag contradicts the configuration, or the weights or the VAE do not fit.
+    Raises ValueError if the choice contradicts the configuration, or the weights or the autoencoder
+    do not fit.
     """
-    origin = args.ckpt or "the released checkpoint"
+    origin, shape = choice.ckpt or "the released checkpoint", latent_shape(vae)
     if weights.config is not None:
         network = network_of(weights, origin)
-        _check_flags(args, network, shape, origin)
+        if shape.channels != network.in_channels:
+            raise ValueError(
+                f"`vae` {vae} has {shape.channels} channels, the network of {origin} takes "
+                f"{network.in_channels}; pass the VAE that it was trained with"
+            )
+        _check_choice(choice, network, shape, origin)
         return network
-    side = shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-    sizes = dict(input_size=side, in_channels=shape.channels, num_classes=args.num_classes)
+    model, image_size, num_classes = choice.sizes()
+    side = shape.side(image_size, DiT_models[model].keywords["patch_size"])
+    sizes: dict[str, Any] = dict(
+        input_size=side, in_channels=shape.channels, num_classes=num_classes
+    )
     with torch.device("meta"):
-        config = DiT_models[args.model](**sizes, block=design_of(weights.tensors)).config
+        config = DiT_models[model](**sizes, block=design_of(weights.tensors)).config
     return network_of(weights._replace(config=config), origin)
 
 
-def _check_flags(args, network, shape, origin):
-    """Raise ValueError if the VAE, or a flag that was given, contradicts the network."""
-    if shape.channels != network.in_channels:
-        raise ValueError(
-            f"--vae {args.vae} has {shape.channels} channels, the network of {origin} takes {network.in_channels}; "
-            "pass the VAE that it was trained with"
-        )
-    sizes = DiT_models[args.model].keywords
+def _check_choice(choice, network, shape, origin):
+    """Raise ValueError if something that is given contradicts the network."""
+    sizes = DiT_models[choice.sizes()[0]].keywords
     same_model = all(network.config[key] == value for key, value in sizes.items())
     found = {
-        "model": args.model if same_model else "another size",
-        "image_size": network.input_size * shape.ratio, "num_classes": network.num_classes,
-    }  # fmt: skip
-    for name in sorted(found.keys() & getattr(args, "said", set())):
-        if getattr(args, name) != found[name]:
+        "image_size": network.input_size * shape.ratio,
+        "model": choice.model if same_model else "another size",
+        "num_classes": network.num_classes,
+    }
+    for name, there in found.items():
+        given = getattr(choice, name)
+        if given is not None and given != there:
             raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, but {origin} is of {found[name]}; leave the flag "
-                "out, the checkpoint says it itself"
+                f"`{name}` is {given}, but {origin} is of {there}; leave the argument out, the "
+                "checkpoint says it itself"
             )
 
 
-def class_names(args: Namespace, weights: Weights) -> list[str] | None:
+def class_names(choice: NetworkChoice, weights: Weights) -> list[str] | None:
     """The class names that a checkpoint has; the released ones do not say that they have
     ImageNet's. None if unknown.
     """
-    return weights.classes or (imagenet_names() if args.ckpt is None else None)
+    return weights.classes or (imagenet_names() if choice.ckpt is None else None)

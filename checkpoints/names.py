@@ -26,8 +26,8 @@ def weights_file(path: Path | str) -> Path:
         return path
     if (path / ".metadata").is_file():
         raise ValueError(
-            f"{path} is a checkpoint of torch.distributed, split over files; make one file of it: python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt"
+            f"{path} is a checkpoint of torch.distributed, split over files; make one file of it: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt"
         )
     if (path / "model_index.json").is_file():
         path = path / "transformer"
@@ -37,8 +37,8 @@ def weights_file(path: Path | str) -> Path:
         if (path / name).is_file():
             return path / name
     raise ValueError(
-        f"{path} has config.json but none of {', '.join(PRETRAINED_FILES)}; weights in several files (shards) or with a "
-        "variant in their names are not read, save them again as one"
+        f"{path} has config.json but none of {', '.join(PRETRAINED_FILES)}; weights in several "
+        "files (shards) or with a variant in their names are not read, save them again as one"
     )
 
 
@@ -51,10 +51,10 @@ HUB_FILES = [
 
 
 def local_path(name: Path | str) -> Path:
-    """The path of a checkpoint file or folder; for the hub's OWNER/NAME that is no path here, of
-    its copy, fetched if need be.
+    """The path of a checkpoint file or folder. A path is returned as it is; an OWNER/NAME that does
+    not exist here is downloaded from the hub.
 
-    Raises ValueError if it cannot be had.
+    Raises ValueError if the download fails.
     """
     path = Path(name)
     with suppress(OSError, ValueError):  # of names that no file can have
@@ -71,6 +71,7 @@ def local_path(name: Path | str) -> Path:
         if offline := why_offline(error):
             reason = f"{offline}, and there is no copy in the cache {cache_of_the_hub()}"
         raise ValueError(
-            f"{name} is no file or folder here, and cannot be fetched from the hub ({reason}); give a path, or fetch it where "
+            f"{name} is no file or folder here, and cannot be fetched from the hub ({reason}); "
+            "give a path, or fetch it where "
             "there is a network (hf download) and set HF_HOME to that cache"
         ) from None

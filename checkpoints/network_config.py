@@ -42,7 +42,10 @@ def check_kind(key: str, value: object, kind: type) -> None:
     and 28.0 no whole one.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) if kind is float else type(value) is kind):  # type: ignore[arg-type]
+    fits = type(value) is kind
+    if kind is float:
+        fits = number and math.isfinite(value)  # type: ignore[arg-type]
+    if not fits:
         raise ValueError(f"{key} is {shown(value)}; wanted is {KINDS[kind]}")
 
 
@@ -75,5 +78,6 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     for key, numbers in asked.items():
         if numbers > room:
             raise ValueError(
-                f"{key} is {shown(full[key])}, far beyond the {len(tensors):,} tensors that are there; mend the configuration"
+                f"{key} is {shown(full[key])}, far beyond the {len(tensors):,} tensors that are "
+                "there; mend the configuration"
             )

@@ -105,17 +105,26 @@ STAND_INS: dict[str, Any] = {  # name in the file → what is called, or stands,
     **{f"{module}.multiarray.scalar": number for module in ("numpy.core", "numpy._core")},
     **{f"{module}.multiarray._reconstruct": Unread for module in ("numpy.core", "numpy._core")},
     **{f"{module}.{name}": path_text for module in ("pathlib", "pathlib._local") for name in PATHS},
-    **{f"datetime.{name}": Unread for name in ("datetime", "date", "time", "timedelta", "timezone")},
+    **{
+        f"datetime.{name}": Unread for name in ("datetime", "date", "time", "timedelta", "timezone")
+    },
     **{f"numpy.{name}": Unread for name in ("ndarray", *NUMPY_TYPES)},
     **{f"numpy.random.{name}": Unread for name in NUMPY_RANDOM},
-    **{f"builtins.{name}": Unread for name in ("list", "dict", "tuple", "str", "int", "float", "bool", "slice", "range",
-                                               "object", "Ellipsis")},
+    **{
+        f"builtins.{name}": Unread
+        for name in (
+            "list", "dict", "tuple", "str", "int", "float", "bool", "slice", "range", "object",
+            "Ellipsis",
+        )
+    },
     **{name: Unread for name in ("decimal.Decimal", "fractions.Fraction", "uuid.UUID")},
 }  # fmt: skip
 # Parts of the standard library of which configurations hold objects; others are met in pickles that
 # want to run something.
-HARMLESS = {"enum", "zoneinfo", "re", "logging", "time", "random", "copyreg", "array", "dataclasses", "collections",
-            "functools"}  # fmt: skip
+HARMLESS = {
+    "enum", "zoneinfo", "re", "logging", "time", "random", "copyreg", "array", "dataclasses",
+    "collections", "functools",
+}  # fmt: skip
 _lock = threading.Lock()  # torch keeps one list for all threads
 
 
@@ -147,24 +156,27 @@ def refusal(error: Exception) -> str | None:
     name = asked[1].rstrip(".") if asked else "something that is no data"
     if "torch.distributed" in text:
         return (
-            "holds tensors that are split over processes (DTensor or ShardedTensor, as FSDP keeps them); save whole ones, "
+            "holds tensors that are split over processes (DTensor or ShardedTensor, as FSDP keeps "
+            "them); save whole ones, "
             "with get_model_state_dict(..., options=StateDictOptions(full_state_dict=True)) of "
             "torch.distributed.checkpoint.state_dict"
         )
     if "Unsupported operand" in text:
         return (
-            "has a pickle of another protocol than torch.save's own, or a number of hundreds of digits, or it is damaged; "
-            "copy it again, or save it again with torch.save as it is"
+            "has a pickle of another protocol than torch.save's own, or a number of hundreds of "
+            "digits, or it is damaged; copy it again, or save it again with torch.save as it is"
         )
     if not asked and not re.search(r"call reduce|Can only (create|build)", text):
         return None
     module = name.partition(".")[0] if "." in name else "builtins"
     if not asked or module in sys.stdlib_module_names - HARMLESS:
         return (
-            f"was not loaded: it asks for {name}, and a checkpoint of weights needs no code; do not trust this file, or save "
-            "it again as a state dict"
+            f"was not loaded: it asks for {name}, and a checkpoint of weights needs no code; do "
+            "not trust this file, or save it again as a state dict"
         )
     return (
-        f"was not loaded: it asks for {name}, an object of the program that made it, and only tensors, numbers, texts and "
-        "plain containers are read; save the weights alone where it was made, as torch.save(network.state_dict(), FILE)"
+        f"was not loaded: it asks for {name}, an object of the program that made it, and only "
+        "tensors, numbers, texts and "
+        "plain containers are read; save the weights alone where it was made, as "
+        "torch.save(network.state_dict(), FILE)"
     )

@@ -15,15 +15,69 @@ from tempfile import TemporaryDirectory
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 
+from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
+from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.weights import (
-    OUR_CLASS, Weights, check_classes, check_readable, id2label, save_weights,
+    OUR_CLASS, Weights, check_classes, check_readable, id2label, load_weights, save_weights,
 )  # fmt: skip
 from diffusion import create_diffusion
 from models import DiT
+from runtime.disk import check_name, check_writable
 from runtime.json_files import read_json
-from vae import LatentSpace, Space
+from vae import LatentSpace, Space, load_vae
+
+RELEASED_VAE = "ema"  # for the released weights, where nobody names the autoencoder
+FORMATS = ("hub", "diffusers", "safetensors")
+
+
+def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "hub") -> None:
+    """Write a chosen network in a form that others read: "hub", a pretrained folder; "diffusers", a
+    pipeline of diffusers with the autoencoder; "safetensors", one file.
+
+    The autoencoder is the one that is given, else the pipeline's own, else the one that the
+    checkpoint names. Raises ValueError if nobody names one, if the output exists, or for a network
+    that cannot be written so; OSError where the disk refuses.
+    """
+    output = Path(output)
+    check_name(output)
+    if format not in FORMATS:
+        raise ValueError(f"`format` is {format}; give one of {', '.join(FORMATS)}")
+    if output.exists():
+        raise ValueError(f"`output` {output} exists already; give another name")
+    if format == "safetensors":
+        check_writable(output)
+        if output.suffix != ".safetensors":
+            raise ValueError(
+                f"`output` {output} is to be one file; give a name that ends in .safetensors"
+            )
+    checkpoint = find_checkpoint(choice)
+    weights = load_weights(checkpoint, choice.weights)
+    vae = _trained_with(choice, checkpoint, weights)
+    network, classes = build_network(choice, weights, vae), class_names(choice, weights)
+    if format == "diffusers":
+        export_diffusers(network, load_vae(vae), output, classes)
+    elif format == "hub":
+        save_pretrained(network, output, classes, weights.training, vae)
+    else:
+        save_weights(output, Weights(network.state_dict(), network.config, classes))
+
+
+def _trained_with(choice, checkpoint, weights):
+    """The autoencoder's name: as given, the pipeline's own, or what the checkpoint says.
+
+    Raises ValueError if nobody says it.
+    """
+    recorded = ((weights.training or {}).get("args") or {}).get("vae")
+    recorded = recorded if isinstance(recorded, str) else None
+    released = RELEASED_VAE if choice.ckpt is None else None
+    vae = choose_vae(choice, checkpoint) or recorded or released
+    if vae is None:
+        raise ValueError(
+            f"{choice.ckpt} does not say behind which autoencoder it was trained; pass `vae`"
+        )
+    return vae
 
 
 def save_pretrained(
@@ -62,11 +116,13 @@ def export_diffusers(
     """
     if not isinstance(space, LatentSpace):
         raise ValueError(
-            "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be exported"
+            "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be "
+            "exported"
         )
     if space.shift:
         raise ValueError(
-            f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline leaves out"
+            f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline "
+            "leaves out"
         )
     check_classes(classes, network.config, "the network")
     check_readable(classes)
@@ -104,7 +160,8 @@ def load_exported(folder: Path | str) -> DiTPipeline:
     for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list) and part[:1] not in (["diffusers"], [None]):
             raise ValueError(
-                f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is never run"
+                f"{folder}: its {name} is of {part[:1]}, not of diffusers; code in a folder is "
+                "never run"
             )
     pipeline = DiTPipeline.from_pretrained(folder)
     for block in pipeline.transformer.transformer_blocks:
@@ -133,8 +190,8 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:  # the second of diffusers' writing
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another place, and give the command "
-            "again"
+            f"cannot write {folder} ({reason}); nothing is left of it: make room or choose another "
+            "place, and give the command again"
         ) from None
 
 
@@ -148,8 +205,10 @@ tags:
 
 # {title}
 
-A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), {parameters:,} parameters, that makes
-{what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not read it.
+A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), \
+{parameters:,} parameters, that makes
+{what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not \
+read it.
 
 | | |
 |---|---|
@@ -171,8 +230,10 @@ network, classes = load_pretrained("OWNER/NAME")   # or a path to this folder
 
 ## Data, evaluation, licence
 
-To be filled in by whoever publishes this: REPOSITORY, OWNER/NAME and, if it stands above, VAE; what it was trained on, how good
-its samples are and how that was measured, what it must not be used for, and under which licence it is given.
+To be filled in by whoever publishes this: REPOSITORY, OWNER/NAME and, if it stands above, VAE; \
+what it was trained on, how good
+its samples are and how that was measured, what it must not be used for, and under which licence \
+it is given.
 """
 
 
@@ -200,8 +261,14 @@ def model_card(
         # A folder of this machine
         vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae
     return CARD.format(
-        title=args.get("model", "DiT"), parameters=sum(p.numel() for p in network.parameters()), vae=vae,
+        title=args.get("model", "DiT"), vae=vae,
+        parameters=sum(p.numel() for p in network.parameters()),
         task="unconditional-image-generation" if not config["num_classes"] else "other",
         what=f"images of {config['num_classes']} classes" if config["num_classes"] else "images",
-        rows="\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '&#124;')} |" for key, value in rows.items()),
+        rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
     )  # fmt: skip
+
+
+def _cell(value):
+    """A value in one line of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "&#124;")

@@ -49,8 +49,8 @@ def released_name(model: str, image_size: int, num_classes: int) -> str:
             return name
     known = " and ".join(f"{model} at {size}" for model, size in RELEASED.values())
     raise ValueError(
-        f"no weights were released for {model} at {image_size} pixels with {num_classes} classes (only for {known}, 1000 "
-        "classes); pass --ckpt"
+        f"no weights were released for {model} at {image_size} pixels with {num_classes} classes "
+        f"(only for {known}, 1000 classes); pass `ckpt`"
     )
 
 
@@ -63,7 +63,8 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
     """
     if model_name not in pretrained_models:
         raise ValueError(
-            f"unknown released model {model_name!r}; there are {', '.join(sorted(pretrained_models))}"
+            f"unknown released model {model_name!r}; there are "
+            f"{', '.join(sorted(pretrained_models))}"
         )
     path = Path(folder) / model_name
     if path.exists():
@@ -114,15 +115,16 @@ def fetch(url: str, path: Path) -> None:
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in DISK:
                 raise ValueError(
-                    f"cannot write {partial} ({error.strerror}); make room there, or choose another folder, and give the "
-                    "command again: what has come is kept"
+                    f"cannot write {partial} ({error.strerror}); make room there, or choose "
+                    "another folder, and give the command again: what has come is kept"
                 ) from None
             reason, offline = str(error) or type(error).__name__, why_offline(error)
         failures = 0 if _length(partial) > most else failures + 1
         most = max(most, _length(partial))
         if failures == TRIES:
             raise ValueError(
-                f"cannot download {url} ({reason}, {TRIES} times in a row{f'; {offline}' if offline else ''}); what has "
+                f"cannot download {url} ({reason}, {TRIES} times in a "
+                f"row{f'; {offline}' if offline else ''}); what has "
                 f"come is kept, try again later, or fetch it by other means to {path}"
             )
         if failures:
@@ -187,5 +189,6 @@ def _check(partial, size, url):
     if bad is not None or got != size:
         partial.unlink()
         raise ValueError(
-            f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download it again"
+            f"{url} arrived damaged ({bad}; {got:,} of {size:,} bytes) and was removed; download "
+            "it again"
         )

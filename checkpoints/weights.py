@@ -34,7 +34,8 @@ OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
 # Left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's
 # Fabric
 WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module"
+    r"|_checkpoint_wrapped_module|_forward_module)\."
 )
 # Under which a file may have a state dict: of the trained weights, of their average, or of one of
 # the two.
@@ -75,7 +76,8 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
     path = weights_file(path)
     if not path.is_file():
         raise ValueError(
-            f"there is no checkpoint {path}; give a .pt or .safetensors file, a run folder, or a folder with config.json"
+            f"there is no checkpoint {path}; give a .pt or .safetensors file, a run folder, or a "
+            "folder with config.json"
         )
     if path.suffix == ".safetensors":
         contents, config, classes, says = _read_safetensors(path)
@@ -114,9 +116,9 @@ def _chosen(contents, which, path):
         entries = ", ".join(str(key)[:60] for key in list(contents)[:6])
         raise ValueError(
             f"{path} holds no {which!r} weights: its entries are {entries}; "
-            "a state dict is wanted, or a dict with ema or with model (--weights raw)"
+            'a state dict is wanted, or a dict with ema or with model (`weights="raw"`)'
             + (
-                f"; --weights can be {', '.join(sets)}"
+                f"; `weights` can be {', '.join(sets)}"
                 if sets and (len(sets) > 1 or which != "ema")
                 else ""
             )
@@ -140,17 +142,20 @@ def _check_plain(tensor, name):
         or "_flat_param" in name
     ):
         raise ValueError(
-            f"{name} is a {type(tensor).__name__}, a part of weights that are split over processes or packed otherwise; save "
+            f"{name} is a {type(tensor).__name__}, a part of weights that are split over processes "
+            "or packed otherwise; save "
             "the whole state dict (FSDP: StateDictOptions(full_state_dict=True))"
         )
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
         raise ValueError(
-            f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as those"
+            f"{name} is a {kind} tensor; plain tensors with values are wanted, save it again as "
+            "those"
         )
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         raise ValueError(
-            f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its contiguous() copy"
+            f"{name} has fewer values than its shape {tuple(tensor.shape)} says; save its "
+            "contiguous() copy"
         )
 
 
@@ -163,8 +168,9 @@ def check_readable(classes: list[str] | None) -> None:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"the name of class {index}, {name!r}, is not in UTF-8, and others could not read it; call it otherwise in the "
-                "checkpoint's entry `classes`, or export with --format safetensors"
+                f"the name of class {index}, {name!r}, is not in UTF-8, and others could not read "
+                "it; call it otherwise in the checkpoint's entry `classes`, or export with "
+                '`format="safetensors"`'
             ) from None
 
 
@@ -329,7 +335,7 @@ def averages(contents: dict) -> dict[float, Tensors]:
 
 
 def weights_choice(text: str) -> str:
-    """What --weights may name: "ema", "raw", or "ema@DECAY" for one of several averages.
+    """The name of a set of weights: "ema", "raw", or "ema@DECAY" for one of several averages.
 
     Raises ValueError for others.
     """
@@ -351,7 +357,8 @@ def clean_names(tensors: Tensors) -> Tensors:
         names = [WRAPPERS.sub("", name) for name in tensors]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
-            f"{twice} is there twice, with and without the marks of a wrapper; save one of the two alone"
+            f"{twice} is there twice, with and without the marks of a wrapper; save one of the two "
+            "alone"
         )
     return cleaned
 

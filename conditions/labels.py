@@ -38,12 +38,13 @@ def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
     if numbered and len(found) > 1:
         of_name, (number,) = " and ".join(map(str, sorted(named))), numbered
         raise ValueError(
-            f"{text} may be the class with the number {number} or the class that is called {text} (number {of_name}); give "
-            f"{INDEX}{text} or {NAME}{text}"
+            f"{text} may be the class with the number {number} or the class that is called {text} "
+            f"(number {of_name}); give {INDEX}{text} or {NAME}{text}"
         )
     if len(found) > 1:
         raise ValueError(
-            f"{text}: several classes have that name; give the number, {' or '.join(map(str, sorted(found)))}"
+            f"{text}: several classes have that name; give the number, "
+            f"{' or '.join(map(str, sorted(found)))}"
         )
     if not found:
         some = f"{', '.join(list(names)[:10])}{' …' if len(names) > 10 else ''}"

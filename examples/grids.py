@@ -1,10 +1,9 @@
 """Grids of images that share their noise: what lies between two classes, and what guidance does.
 
-    python examples/grids.py interpolate                                  # the digits of this repository, in seconds
+    python examples/grids.py interpolate             # the digits of this repository, in seconds
     python examples/grids.py interpolate --class-labels 3 8 3 8 --steps-between 5
     python examples/grids.py guidance --class-labels 2 4 --cfg-scale 1 2 8
-    python download.py
-    python examples/grids.py guidance --ckpt pretrained_models/DiT-XL-2-256x256.pt --vae mse --class-labels 207 360
+    python examples/grids.py guidance --ckpt results/000-DiT-XL-2 --vae ema --class-labels 207 360
 
 `interpolate` draws a row for each pair of classes, from the first to the second: the network is
 given embeddings on the line between theirs. `guidance` draws a row for each class and a column for
@@ -32,9 +31,13 @@ from models import DiT
 from sampling.pictures import captions, ending, picture, save
 from conditions.labels import label_indices, readable
 from runtime.disk import check_writable
-from sampling.loading import load_sampler
+from checkpoints.loading import find_files
+from sampling.flags import (
+    add_network_flags, add_process_flags, check_flags, network_choice, sampling_options,
+)  # fmt: skip
+from sampling.loading import build_sampler
+from sampling.options import SamplingOptions
 from sampling.speed import prepare
-from sampling.flags import add_network_flags, add_process_flags, check_sampling_flags
 
 DIGITS = ROOT / "examples" / "digits"
 
@@ -78,7 +81,8 @@ def add_flags(parser, labels, labels_help):
     group = parser.add_argument_group("grid")
     group.add_argument(
         "--class-labels", nargs="+", metavar="LABEL", default=labels,
-        help=f"numbers, else names if the checkpoint knows them; {labels_help} (default: {' '.join(labels)})",
+        help=f"numbers, else names if the checkpoint knows them; {labels_help} "
+        f"(default: {' '.join(labels)})",
     )  # fmt: skip
     group.add_argument(
         "--seed", type=int, default=0,
@@ -93,69 +97,77 @@ def add_flags(parser, labels, labels_help):
 @door("the number of --class-labels, of --cfg-scale or --steps-between")
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
     with parser.refusing():
-        check_grid_flags(args)
+        args = filled(args)
         device = choose_device(args.device)
         with tf32(args.tf32):
-            images, texts = KINDS[args.kind](args, device)
+            images, texts, settings = KINDS[args.kind](args, given, device)
     rows, columns = images.shape[:2]
     canvas = picture(
         images.reshape(-1, *images.shape[2:]), [text for row in texts for text in row],
         per_row=columns,
     )  # fmt: skip
     try:
-        save(
-            canvas, args.output, {key: value for key, value in vars(args).items() if key != "said"}
-        )
+        save(canvas, args.output, settings)
     except ValueError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        parser.fail(str(error))
     print(f"wrote {args.output}: {rows} rows of {columns} images")
 
 
-def check_grid_flags(args):
-    """Fill in what is the digits' unless told otherwise.
+def filled(args):
+    """The arguments with what is the digits' unless told otherwise.
 
     Raises ValueError for flags that make no sense for any network.
     """
     if (args.ckpt is None) != (args.vae is None):
         raise ValueError(
-            "--ckpt and --vae go together, a network and the autoencoder that it was trained with; pass both"
+            "--ckpt and --vae go together, a network and the autoencoder that it was trained with; "
+            "pass both"
         )
+    values = {"output": args.output or f"{args.kind}.png"}
     if args.ckpt is None:
-        args.ckpt, args.vae = str(DIGITS / "dit.safetensors"), str(DIGITS / "vae")
-    args.output = args.output or f"{args.kind}.png"
-    check_writable(args.output)
-    ending(args.output)
+        values |= {"ckpt": str(DIGITS / "dit.safetensors"), "vae": str(DIGITS / "vae")}
+    check_writable(values["output"])
+    ending(values["output"])
+    return argparse.Namespace(**vars(args) | values)
 
 
-def interpolation(args, device):
-    """Images (rows, columns, H, W, 3), uint8, and their texts.
+def sampler_of(args, given, options, device):
+    """The Sampler of the network that the flags ask for."""
+    choice = network_choice(args, given)
+    return build_sampler(choice, find_files(choice, args.vae), options, device)
+
+
+def interpolation(args, given, device):
+    """Images (rows, columns, H, W, 3), uint8, their texts, and the settings of the picture. `given`
+    are the names of the flags that the command line gives.
 
     Raises ValueError for flags that do not fit one another.
     """
     if args.steps_between < 0:
         raise ValueError(f"--steps-between is {args.steps_between}; 0 is the least")
-    check_sampling_flags(args)
+    check_flags(args)
+    options = sampling_options(args, given)
     if len(args.class_labels) % 2:
         raise ValueError(
             f"--class-labels: {len(args.class_labels)} given; give two for each row, from and to"
         )
-    sampler = load_sampler(args, device)
+    sampler = sampler_of(args, given, options, device)
     labels, names = classes_of(sampler, args.class_labels)
     pairs, shares = (
         list(zip(labels[::2], labels[1::2])),
         np.linspace(0, 1, args.steps_between + 2).tolist(),
     )
     network = between(sampler.network, pairs, shares).to(device)
-    prepare(network, args.mixed_precision, args.compile)
+    prepare(network, options.mixed_precision, options.compile)
     sampler = replace(sampler, network=network)
     ways = torch.arange(network.num_classes, device=device).view(len(pairs), len(shares))
     images = [draw(sampler, args.seed, [row] * len(way), way) for row, way in enumerate(ways)]
     texts = [
         [a, *(f"{share:.3g}" for share in shares[1:-1]), b] for a, b in zip(names[::2], names[1::2])
     ]
-    return np.stack(images), texts
+    return np.stack(images), texts, vars(args) | {"num_sampling_steps": options.step_count}
 
 
 def between(network, pairs, shares):
@@ -172,20 +184,20 @@ def between(network, pairs, shares):
     return new.eval()
 
 
-def guidance_sweep(args, device):
-    """Images (rows, columns, H, W, 3), uint8, and their texts.
+def guidance_sweep(args, given, device):
+    """Images (rows, columns, H, W, 3), uint8, their texts, and the settings of the picture. `given`
+    are the names of the flags that the command line gives.
 
     Raises ValueError for flags that do not fit one another.
     """
+    check_flags(args)
+    everywhere = {"cfg_interval": SamplingOptions.cfg_interval}
     variants = [
-        argparse.Namespace(**{**vars(args), "cfg_scale": scale}) for scale in args.cfg_scale
+        # An interval is for guidance, and a column with scale 1 has none
+        sampling_options(args, given, cfg_scale=scale, **everywhere if scale == 1 else {})
+        for scale in args.cfg_scale
     ]
-    for variant in variants:
-        if variant.cfg_scale == 1:
-            # An interval is for guidance, and this column has none
-            variant.cfg_interval = [0.0, 1.0]
-        check_sampling_flags(variant)
-    first = load_sampler(variants[0], device)
+    first = sampler_of(args, given, variants[0], device)
     labels, names = classes_of(first, args.class_labels)
     samplers = [
         replace(first, cfg_scale=each.cfg_scale, cfg_interval=each.cfg_interval)
@@ -193,9 +205,8 @@ def guidance_sweep(args, device):
     ]
     rows = torch.tensor(labels, device=device)
     columns = [draw(sampler, args.seed, range(len(labels)), rows) for sampler in samplers]
-    return np.stack(columns, axis=1), [
-        [f"scale {scale:g}: {name}" for scale in args.cfg_scale] for name in names
-    ]
+    texts = [[f"scale {scale:g}: {name}" for scale in args.cfg_scale] for name in names]
+    return np.stack(columns, axis=1), texts, vars(args)
 
 
 def classes_of(sampler, given):
@@ -205,7 +216,8 @@ def classes_of(sampler, given):
     """
     if sampler.network.num_classes == 0:
         raise ValueError(
-            "the network was trained without classes, so there is nothing to go between or to guide towards"
+            "the network was trained without classes, so there is nothing to go between or to "
+            "guide towards"
         )
     try:
         labels = label_indices(given, sampler.network.num_classes, sampler.classes)

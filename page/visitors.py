@@ -28,7 +28,8 @@ JOIN, CALL, CANCEL = f"{API}/queue/join", f"{API}/call/{ENDPOINT}", f"{API}/canc
 LISTEN = f"{API}/queue/data"
 READABLE = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(static|assets|svelte)/.+"
-    rf"|{API}/(info/?|app_id/?|startup-events|theme\.css|heartbeat/[^/]+|queue/data|call/{ENDPOINT}/[^/]+)"
+    rf"|{API}/(info/?|app_id/?|startup-events|theme\.css|heartbeat/[^/]+|queue/data"
+    rf"|call/{ENDPOINT}/[^/]+)"
 )
 FILE = f"{API}/file="
 LARGEST_BODY = 2**21  # bytes of a request: room for any choice that a visitor can make
@@ -169,14 +170,15 @@ class Gate:
         elif not self.visitors.expects(key):
             await refuse(
                 send, 404,
-                "nothing was asked for under this name, or nobody listened for it in time; ask again",
+                "nothing was asked for under this name, or nobody listened for it in time; ask "
+                "again",
             )  # fmt: skip
             return
         else:
             with self.visitors.listening(key):
                 try:
                     await self.app(scope, self.until_closed(receive), send)
-                except Exception as error:  # Gradio's, when a session ends in the midst of its answer
+                except Exception as error:  # Gradio's, when a session ends within its answer
                     if getattr(error, "status_code", None) != 404:
                         raise
         if self.visitors.closed:

@@ -32,6 +32,8 @@ PEER_GONE = "another process of this job has ended, or cannot be reached; look a
 AMOUNT = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")  # as a library's message has it
+QUOTES = "\"'"  # of a text, which a command line does without
+LEAVE_OUT = "leave the argument out"  # as a library's message has it
 
 # Takes argv, the words of the command line; None for those of this process
 Main = Callable[..., None]
@@ -80,7 +82,7 @@ class Parser(argparse.ArgumentParser):
     def _repetitions(self, words):
         """Yields a sentence for each option that is given several times with different values."""
         given: dict[argparse.Action, list[tuple[str, list[str]]]] = {}
-        for name, values in self._occurrences(words):
+        for name, values in self._occurrences(words, self._option_string_actions):
             action = self._option_string_actions[name]
             count = 1 if action.nargs is None else action.nargs  # "+" takes whatever follows
             given.setdefault(action, []).append(
@@ -94,12 +96,12 @@ class Parser(argparse.ArgumentParser):
                 counts = one_line(" ".join(last[1]) or last[0])
                 yield f"{one if len(names) == 1 else several}; the last one, {counts}, counts"
 
-    def _occurrences(self, words):
-        """[(option, the words after it)] in the order of the command line."""
+    def _occurrences(self, words, options):
+        """[(option, the words after it)] for these options, in the order of the command line."""
         found: list[tuple[str, list[str]]] = []
         for word in words[: words.index("--")] if "--" in words else words:
             name, equals, value = word.partition("=")
-            if name in self._option_string_actions:
+            if name in options:
                 found.append((name, [value] if equals else []))
             elif found:
                 found[-1][1].append(word)
@@ -107,25 +109,37 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, words: list[str] | None) -> frozenset[str]:
         """The names of the arguments that a command line (None: this process's) gives, also those
-        it gives at their default.
+        it gives at their default. Options of subcommands count.
         """
-        occurrences = self._occurrences(list(sys.argv[1:] if words is None else words))
-        return frozenset(self._option_string_actions[option].dest for option, _ in occurrences)
+        actions = self._all_actions()
+        names = {option: action.dest for action in actions for option in action.option_strings}
+        occurrences = self._occurrences(list(sys.argv[1:] if words is None else words), names)
+        return frozenset(names[option] for option, _ in occurrences)
+
+    def _all_actions(self):
+        """The actions of this parser and of its subcommands' parsers."""
+        commands = [
+            parser
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for parser in action.choices.values()
+        ]
+        return [action for parser in (self, *commands) for action in parser._actions]
 
     def worded(self, message: str) -> str:
         """A library's message with its arguments as this parser's flags: `cfg_scale=1` becomes
-        --cfg-scale 1.
+        --cfg-scale 1, `weights="raw"` becomes --weights raw, and an argument to leave out a flag.
 
         What stands in backticks and is no argument of this parser stays as it is.
         """
-        return ARGUMENT.sub(self._worded, message)
+        return ARGUMENT.sub(self._worded, message).replace(LEAVE_OUT, "leave the flag out")
 
     def _worded(self, found):
         """The flag, and its value if there is one, for an argument in backticks."""
         name, value = found.groups()
         options = [
             option
-            for action in self._actions
+            for action in self._all_actions()
             if action.dest == name
             for option in action.option_strings
         ]
@@ -133,7 +147,7 @@ class Parser(argparse.ArgumentParser):
             return found.group()
         if value in ("True", "False"):
             return options[0 if value == "True" else -1]
-        return options[0] if value is None else f"{options[0]} {value}"
+        return options[0] if value is None else f"{options[0]} {value.strip(QUOTES)}"
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, worded and in one line, and leave the program with code

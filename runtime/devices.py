@@ -30,7 +30,7 @@ def choose_device(name: str | None) -> torch.device:
             else "cpu"
         )
     if name == "meta":
-        raise ValueError("--device meta holds no numbers; leave the flag out or pass cpu")
+        raise ValueError("`device` meta holds no numbers; leave the argument out or pass cpu")
     try:
         return torch.empty(0, device=name).device
     except (
@@ -39,7 +39,8 @@ def choose_device(name: str | None) -> torch.device:
         ImportError,
     ) as error:  # the last for kinds that PyTorch has no part for here
         raise ValueError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave the flag out or pass cpu"
+            f"`device` {name} cannot be used ({str(error).splitlines()[0]}); leave the argument out "
+            "or pass cpu"
         ) from None
 
 

@@ -1,40 +1,73 @@
 """A Sampler from a checkpoint and the options."""
 
-from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
+from checkpoints.choice import NetworkChoice
+from checkpoints.loading import NetworkFiles, build_network, class_names, find_files
 from checkpoints.weights import load_weights
-from models import DiT_models
+from runtime.devices import choose_device
+from sampling.options import SamplingOptions
 from sampling.sampler import Sampler
 from sampling.speed import prepare
-from vae import PixelSpace, latent_shape, load_vae
+from vae import PixelSpace, load_vae
+
+VAE = "mse"  # for pictures, where nobody names the autoencoder
+NOT_BY_NAME = {"ckpt", "vae", "num_sampling_steps"}  # fields with parameters of their own
 
 
-def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None = None) -> Sampler:
-    """The Sampler that the flags ask for, of this checkpoint if one is given.
+def load_sampler(
+    checkpoint: Path | str | None = None, *, vae: Path | str | None = None,
+    steps: int | None = None, device: torch.device | str | None = None, **options: Any,
+) -> Sampler:  # fmt: skip
+    """The Sampler of a checkpoint, as sample.py's --ckpt takes them; None: the released weights.
 
-    What can be wrong is found before the VAE's weights are loaded.
+    vae, as --vae takes them; None: that of the checkpoint's pipeline, else VAE. steps: how many the
+    sampler takes; None: its own number. device: None for the GPU if there is one. options are
+    fields of NetworkChoice and SamplingOptions, such as weights="raw" or cfg_scale=4.0.
 
-    Raises ValueError for a checkpoint, VAE and flags that do not fit together.
+    Raises ValueError for a checkpoint, autoencoder and options that do not fit together, and for
+    options that do not exist.
     """
-    shape = latent_shape(args.vae)
-    if args.ckpt is None:
-        shape.side(args.image_size, DiT_models[args.model].keywords["patch_size"])
-    checkpoint = checkpoint or find_checkpoint(args)
-    args.vae = choose_vae(args, checkpoint)
-    weights = load_weights(checkpoint, args.weights)
-    network = build_network(args, weights, latent_shape(args.vae)).to(device)
-    names = (
-        "num_sampling_steps", "sampler", "eta", "cfg_scale", "cfg_channels", "mixed_precision",
-        "cfg_interval",
-    )  # fmt: skip
-    options = {name: getattr(args, name) for name in names}
-    sampler = Sampler(
-        network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint, **options
+    network, sampling = (
+        {field.name for field in fields(kind)} - NOT_BY_NAME
+        for kind in (NetworkChoice, SamplingOptions)
     )
-    prepare(network, args.mixed_precision, args.compile)
-    return replace(sampler, space=load_vae(args.vae, device))
+    if unknown := sorted(options.keys() - network - sampling):
+        raise ValueError(
+            f"there is no option {', '.join(unknown)}; there are checkpoint, vae, steps, device, "
+            f"{', '.join(sorted(network | sampling))}"
+        )
+    choice = NetworkChoice(
+        checkpoint, vae=vae,
+        **{name: value for name, value in options.items() if name in network},
+    )  # fmt: skip
+    how = SamplingOptions(
+        num_sampling_steps=steps,
+        **{name: value for name, value in options.items() if name in sampling},
+    )
+    place = choose_device(None if device is None else str(device))
+    return build_sampler(choice, find_files(choice, VAE), how, place)
+
+
+def build_sampler(
+    choice: NetworkChoice, files: NetworkFiles, options: SamplingOptions, device: torch.device
+) -> Sampler:
+    """The Sampler of a chosen network, whose files find_files has found.
+
+    What can be wrong is found before the autoencoder's weights are loaded. Raises ValueError for a
+    checkpoint, autoencoder and options that do not fit together.
+    """
+    weights = load_weights(files.checkpoint, choice.weights)
+    network = build_network(choice, weights, files.vae).to(device)
+    values = options.settled()
+    compiled = values.pop("compile")
+    sampler = Sampler(
+        network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
+        **values,
+    )  # fmt: skip
+    prepare(network, options.mixed_precision, compiled)
+    return replace(sampler, space=load_vae(files.vae, device))

@@ -1,21 +1,15 @@
 """Many images in a folder, shared by processes and gone on with after a stop; then one .npz."""
 
-import argparse
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import partial
 import glob
-import hashlib
-import json
 import os
 from pathlib import Path
-import platform
-import socket
 import sys
 import time
-from typing import Any, BinaryIO
+from typing import Any
 import zipfile
 
 from PIL import Image
@@ -24,234 +18,206 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from checkpoints.network_config import LATER
+from checkpoints.choice import NetworkChoice
+from checkpoints.files import list_checkpoints
+from checkpoints.loading import find_files
+from checkpoints.names import weights_file
 from conditions.labels import label_index, label_names, random_labels
-from runtime.devices import tf32
-from runtime.disk import file_hash
-from runtime.json_files import read_bounded, read_json
+from runtime.devices import process_device, tf32
+from runtime.json_files import read_bounded
 from runtime.npz import open_array, write_npz
-from runtime.presence import Presence, lock
-from runtime.surroundings import Place
+from runtime.presence import Presence
+from runtime.surroundings import Place, check_accelerate, own_place
+from sampling.loading import build_sampler
+from sampling.many_folder import (
+    circumstances, deciding, folder_of, image_path, images_there, make_folder,
+    recorded_options, remove_leftovers, write_locked, write_manifest,
+)  # fmt: skip
+from sampling.options import ManyOptions, SamplingOptions
 from sampling.sampler import Sampler
-from vae import vae_hashes
 
-# Flags that change no image, or that the checkpoint answers for.
-SAID_BY_CHECKPOINT = ("model", "image_size", "num_classes", "said")
-INCIDENTAL = ("device", "sample_dir", "ckpt", *SAID_BY_CHECKPOINT)
-# Flags that earlier versions lacked, at what these did
-NEWER = {"cfg_interval": [0.0, 1.0], "compile": False}
+VAE = "ema"  # for images to be scored, where nobody names the autoencoder
 POLL_SECONDS = 1
 TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a bar
 
 
-def make_all(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, manifest: dict,
-    device: torch.device, place: Place,
-) -> None:  # fmt: skip
-    """Sample this process's share; in the first process, also wait for the others and pack.
+@dataclass(frozen=True)
+class ManyJob:
+    """All that is settled before the first image of a job is sampled.
+
+    labels: of every image, int64 (N,); manifest: what manifest.json has but for its runs; run: what
+    it tells of this start; place: this process among those that share the job.
+    """
+
+    sampler: Sampler
+    options: ManyOptions
+    labels: Tensor
+    folder: Path
+    manifest: dict[str, Any]
+    run: dict[str, Any]
+    device: torch.device
+    place: Place
+    tf32: bool
+
+
+def sample_many(
+    choice: NetworkChoice, options: SamplingOptions, many: ManyOptions, *,
+    device: str | None = None, tf32: bool = True,
+) -> Path:  # fmt: skip
+    """Sample many images, as sample_ddp.py does: PNG files in a folder, then an .npz beside it.
+    The path of the .npz (uint8 `arr_0`, (N, H, W, 3)) comes back.
+
+    A call with the same arguments goes on where an earlier one stopped. Under torchrun each process
+    makes its share; the first one waits for the others and writes the .npz. device: None for the
+    GPU if there is one. tf32: whether NVIDIA GPUs may use it.
+
+    Raises ValueError for arguments that do not fit together, for images that are not finite or are
+    damaged, and if another process ends without its share; OSError if the disk refuses.
+    """
+    job = open_job(choice, options, many, device=device, tf32=tf32)
+    return make_all(job)
+
+
+def open_job(
+    choice: NetworkChoice, options: SamplingOptions, many: ManyOptions, *,
+    device: str | None = None, tf32: bool = True,
+) -> ManyJob:  # fmt: skip
+    """The job of sample_many, its network loaded and its folder made, before any sampling.
+
+    Raises ValueError for arguments that do not fit together, and for a folder that cannot be made.
+    """
+    check_accelerate(mixed_precision=options.mixed_precision)
+    place, own_device = own_place(), process_device(device)
+    _check_checkpoint(choice, place)
+    files = find_files(choice, VAE)
+    before = stamps(files.checkpoint, files.vae)
+    sampler = build_sampler(choice, files, options, own_device)
+    labels = all_labels(many, sampler)
+    recorded = recorded_options(files, choice, options, many, device, tf32)
+    decides = deciding(recorded, files, sampler.network, labels, own_device.type)
+    folder = folder_of(recorded, decides)
+    make_folder(folder)
+    if stamps(files.checkpoint, files.vae) != before:
+        raise ValueError(
+            f"{choice.ckpt or files.checkpoint} or {files.vae} changed while it was read; give the "
+            "same command again"
+        )
+    manifest, run = {"decides": decides, "options": recorded}, circumstances(own_device, place)
+    return ManyJob(sampler, many, labels, folder, manifest, run, own_device, place, tf32)
+
+
+def _check_checkpoint(choice, place):
+    """Raise ValueError if several processes could find different checkpoints."""
+    if place.world_size > 1 and choice.ckpt is not None and list_checkpoints(choice.ckpt):
+        raise ValueError(
+            f"`ckpt` {choice.ckpt} is a run folder, whose newest checkpoint may change while "
+            f"processes start; give the checkpoint itself, {weights_file(choice.ckpt)}"
+        )
+
+
+def make_all(job: ManyJob) -> Path:
+    """Sample this process's share; in the first process, also wait for the others and pack. The
+    path of the .npz comes back; other processes do not wait until it is there.
 
     Raises OSError where the disk refuses, ValueError for images that are not finite or damaged, and
     for a process that has ended without its share.
     """
-    began, count = time.monotonic(), args.num_fid_samples
+    began, folder, count = time.monotonic(), job.folder, job.options.num_fid_samples
     missing = count - len(images_there(folder, count))
-    if place.rank == 0:
-        write_manifest(folder, manifest)
+    if job.place.rank == 0:
+        write_manifest(folder, job.manifest, job.run)
         print(f"{count - missing} of {count} images are in {folder}", flush=True)
-    with Presence(folder, place) as presence:
-        with tf32(args.tf32):
-            sample_share(args, sampler, labels, folder, device, place)
-        if place.rank == 0:
-            wait_for_all(folder, count, presence, args.per_proc_batch_size)
+    with Presence(folder, job.place) as presence:
+        with tf32(job.tf32):
+            sample_share(job)
+        if job.place.rank == 0:
+            wait_for_all(folder, count, presence, job.options.per_proc_batch_size)
             pack(folder, count, afresh=missing > 0)
-            manifest["run"]["seconds"] = round(time.monotonic() - began, 1)
-            write_manifest(folder, manifest)
+            seconds = round(time.monotonic() - began, 1)
+            write_manifest(folder, job.manifest, job.run | {"seconds": seconds})
             print(f"{count} images in {folder} and {folder}.npz")
+    return npz_of(folder)
 
 
-def stamps(checkpoint: Path | None, vae: str) -> list[tuple[int, int, int]]:
-    """What changes when the checkpoint (None: the released one), or a file of a local VAE, is
-    replaced or written to.
+def npz_of(folder: Path) -> Path:
+    """The .npz of a folder of images."""
+    return folder.with_name(f"{folder.name}.npz")
+
+
+def stamps(checkpoint: Path, vae: str) -> list[tuple[int, int, int]]:
+    """What changes when the checkpoint, or a file of a local autoencoder, is replaced or written
+    to.
     """
-    paths = [Path(checkpoint)] if checkpoint else []
-    found = [os.stat(path) for path in (*paths, *sorted(Path(vae).glob("*"))) if path.exists()]
+    paths = [checkpoint, *sorted(Path(vae).glob("*"))]
+    found = [os.stat(path) for path in paths if path.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
-def all_labels(args: argparse.Namespace, sampler: Sampler) -> Tensor:
-    """The label of every image, int64 (N,), as --labels says.
+def all_labels(many: ManyOptions, sampler: Sampler) -> Tensor:
+    """The label of every image, int64 (N,), as the option `labels` says.
 
     Raises ValueError for a file that does not fit.
     """
-    count, classes = args.num_fid_samples, sampler.network.num_classes
-    if args.labels == "random":
-        return random_labels(args.global_seed, range(count), max(1, classes))
+    count, classes = many.num_fid_samples, sampler.network.num_classes
+    if many.labels == "random":
+        return random_labels(many.global_seed, range(count), max(1, classes))
     if not classes:
         raise ValueError(
-            f"--labels {args.labels}: the network was trained without classes; leave the flag out"
+            f"`labels` {many.labels}: the network was trained without classes; leave the argument "
+            "out"
         )
-    if args.labels == "balanced":
+    if many.labels == "balanced":
         return torch.arange(count) % classes
+    return torch.tensor(_labels_in(many.labels, count, sampler))
+
+
+def _labels_in(path, count, sampler):
+    """The first `count` labels in a file."""
     try:
-        lines = read_bounded(args.labels).decode("utf-8-sig").splitlines()
+        lines = read_bounded(path).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"--labels {args.labels} cannot be read ({reason}); give random, balanced, or a file"
+            f"`labels` {path} cannot be read ({reason}); give random, balanced, or a file"
         ) from None
     if len(lines) < count:
         raise ValueError(
-            f"--labels {args.labels} has {len(lines)} lines, --num-fid-samples is {count}; one line per image"
+            f"`labels` {path} has {len(lines)} lines, `num_fid_samples` is {count}; one line per "
+            "image"
         )
     labels, names = [], label_names(sampler.classes)
     for number, line in enumerate(lines[:count], start=1):
         try:
-            labels.append(label_index(line.strip(), classes, names))
+            labels.append(label_index(line.strip(), sampler.network.num_classes, names))
         except ValueError as error:
-            raise ValueError(f"--labels {args.labels}, line {number}: {error}") from None
-    return torch.tensor(labels)
+            raise ValueError(f"`labels` {path}, line {number}: {error}") from None
+    return labels
 
 
-def open_folder(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, device: torch.device, place: Place
-) -> tuple[Path, dict]:
-    """(the folder for these options, what is to stand in its manifest.json).
-
-    Raises ValueError if it cannot be made.
-
-    The folder is the same in every process.
-    """
-    decides = {name: value for name, value in sorted(vars(args).items()) if name not in INCIDENTAL}
-    # Folders of options and designs that there always were keep their names.
-    decides = {
-        name: value
-        for name, value in decides.items()
-        if NEWER.get(name) != value or name not in NEWER
-    }
-    if Path(args.vae).is_dir():
-        decides["vae"] = "see vae_sha256"
-    if args.labels not in ("random", "balanced"):
-        decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-    checkpoint = sampler.checkpoint
-    assert checkpoint is not None  # load_sampler says which
-    decides |= {
-        "device_type": device.type,
-        "network": {
-            key: value for key, value in sampler.network.config.items() if LATER.get(key) != value
-        },
-        "checkpoint_sha256": file_hash(checkpoint),
-        "vae_sha256": vae_hashes(args.vae),
-    }
-    steps = f"{args.num_sampling_steps}-{args.sampler}"
-    name = f"{checkpoint.stem[:80]}-cfg-{args.cfg_scale}-steps-{steps}-seed-{args.global_seed}-n-{args.num_fid_samples}"
-    folder = (
-        Path(args.sample_dir)
-        / f"{name}-{hashlib.sha256(json.dumps(decides, indent=1).encode()).hexdigest()[:8]}"
-    )
-    options = {key: value for key, value in vars(args).items() if key not in SAID_BY_CHECKPOINT}
-    run = {
-        "started": datetime.now(UTC).isoformat(), "processes": place.world_size, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}, "seconds": None,
-    }  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ".probe", lambda file: None)
-        (folder / ".probe").unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder} ({error.strerror}); choose another --sample-dir"
-        ) from None
-    return folder, {"decides": decides, "options": options | {"ckpt": str(checkpoint)}, "run": run}
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json, this start beside those before it, and say if they were made under other
-    circumstances.
-    """
-    run, earlier = manifest["run"], []
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = read_json(folder / "manifest.json")["runs"]
-        earlier = [one for one in found if one["started"] != run["started"]]
-    if run["seconds"] is None:
-        for name in ("threads", "device", "versions"):
-            others = {json.dumps(one.get(name)) for one in earlier} - {json.dumps(run[name])}
-            if others:
-                print(
-                    f"note: a start before had other {name} ({', '.join(sorted(others))}): images may round otherwise"
-                )
-    manifest = {**manifest, "runs": [*earlier, run]}
-    del manifest["run"]
-    write_whole(
-        folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode())
-    )
-
-
-def image_path(folder: Path, i: int) -> Path:
-    return folder / f"{i:06d}.png"
-
-
-def images_there(folder: Path, count: int) -> set[int]:
-    """The indices, of `count`, whose images are in the folder."""
-    names = set(os.listdir(folder))
-    return {i for i in range(count) if image_path(folder, i).name in names}
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call write(file) and give the file its name when it is complete; processes do not disturb
-    each other.
-    """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()[:20]}-{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            with suppress(OSError):  # file systems without locks
-                lock(file)
-            write(file)
-            file.flush()
-            temporary.replace(path)  # still locked
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half-written of this name; what is being written is locked
-    by its process.
-    """
-    for path in folder.glob(f".{name}.*.partial"):
-        with suppress(OSError), open(path, "r+b") as file:
-            if lock(file):
-                path.unlink()
-
-
-def sample_share(
-    args: argparse.Namespace, sampler: Sampler, labels: Tensor, folder: Path, device: torch.device,
-    place: Place,
-) -> None:  # fmt: skip
+def sample_share(job: ManyJob) -> None:
     """Sample and write the images that this process is to make and that are not there yet.
 
     The work is cut into chunks of consecutive images, dealt to the processes in turn; a chunk with
     an image missing is sampled whole, so that every image always comes from the same batch.
     """
-    there, size, count = (
-        images_there(folder, args.num_fid_samples), args.per_proc_batch_size, args.num_fid_samples,
-    )  # fmt: skip
-    todo = []
-    for start in range(0, count, size)[place.rank :: place.world_size]:
-        indices = range(start, min(start + size, count))
-        missing = [i for i in indices if i not in there]
-        if missing:
-            todo.append((indices, missing))
+    sampler, seed = job.sampler, job.options.global_seed
     every = 0.1 if sys.stderr.isatty() else TELL_SECONDS
-    with Finisher(sampler, folder, device) as finisher:
-        for indices, missing in tqdm(
-            todo, unit="batch", mininterval=every, maxinterval=every, disable=place.rank > 0
-        ):
-            chosen = labels[indices.start : indices.stop].to(device)
-            finisher.take(
-                sampler.numbered_latents(args.global_seed, indices, chosen), indices, missing
-            )
+    bar = dict(unit="batch", mininterval=every, maxinterval=every, disable=job.place.rank > 0)
+    with Finisher(sampler, job.folder, job.device) as finisher:
+        for indices, missing in tqdm(_own_chunks(job), **bar):
+            labels = job.labels[indices.start : indices.stop].to(job.device)
+            finisher.take(sampler.numbered_latents(seed, indices, labels), indices, missing)
+
+
+def _own_chunks(job):
+    """[(the indices of a chunk, those of its images that are missing)] of this process."""
+    size, count = job.options.per_proc_batch_size, job.options.num_fid_samples
+    there, found = images_there(job.folder, count), []
+    for start in range(0, count, size)[job.place.rank :: job.place.world_size]:
+        indices = range(start, min(start + size, count))
+        if missing := [i for i in indices if i not in there]:
+            found.append((indices, missing))
+    return found
 
 
 class Finisher:
@@ -299,7 +265,7 @@ class Finisher:
             pixels = images.cpu().numpy()
         for i in missing:
             image = Image.fromarray(pixels[i - indices.start])
-            write_whole(image_path(self.folder, i), partial(image.save, format="PNG"))
+            write_locked(image_path(self.folder, i), partial(image.save, format="PNG"))
 
 
 def wait_for_all(folder: Path, count: int, presence: Presence, size: int) -> None:
@@ -322,7 +288,7 @@ def pack(folder: Path, count: int, afresh: bool) -> None:
     One that is there already and whole is left alone, unless it is to be written afresh. Raises
     ValueError for a damaged image.
     """
-    target = folder.with_name(folder.name + ".npz")
+    target = npz_of(folder)
     remove_leftovers(folder)
     remove_leftovers(folder.parent, glob.escape(target.name))
     height, width, _ = shape = read_image(image_path(folder, 0)).shape
@@ -340,7 +306,7 @@ def pack(folder: Path, count: int, afresh: bool) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    write_whole(target, write)
+    write_locked(target, write)
 
 
 def read_image(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -357,6 +323,7 @@ def read_image(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
         ) from None
     if shape not in (None, pixels.shape):
         raise ValueError(
-            f"{path} has the shape {pixels.shape}, others {shape}; remove it and give the same command again"
+            f"{path} has the shape {pixels.shape}, others {shape}; remove it and give the same "
+            "command again"
         )
     return pixels

@@ -74,7 +74,8 @@ def ending(path: Path | str) -> str:
     found = Path(path).suffix.lower()
     if found not in ENDINGS:
         raise ValueError(
-            f"{path}: {found or 'no ending'} is not an image format here; use .png, or {', '.join(ENDINGS[1:])}"
+            f"{path}: {found or 'no ending'} is not an image format here; use .png, or "
+            f"{', '.join(ENDINGS[1:])}"
         )
     return found
 
@@ -120,8 +121,8 @@ def write_file(path: Path | str, content: bytes) -> None:
         write_whole(target, lambda temporary: _write_new(temporary, content, old))
     except OSError as error:
         raise ValueError(
-            f"cannot write {path} ({error.strerror or error}); what was there before is unchanged: make room, or choose "
-            "another file, and try again"
+            f"cannot write {path} ({error.strerror or error}); what was there before is unchanged: "
+            "make room, or choose another file, and try again"
         ) from None
 
 

@@ -12,12 +12,11 @@ PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def prepare(network: DiT, mixed_precision: str = "no", compile: bool = False) -> None:
-    """Make a network fast that only samples from here on.
+    """Speed up a network that is used only for sampling. Half precision gives the same outputs as
+    autocast; compiling changes rounding.
 
-    Its outputs stay what they are under autocast; compiled, they round otherwise.
-
-    What autocast would cast at each call, the weights of Linear layers and of the patch embedding,
-    is cast once. Raises ValueError where PyTorch cannot compile.
+    Autocast casts the weights of Linear layers and of the patch embedding at each call; here they
+    are cast once. Raises ValueError if PyTorch cannot compile.
     """
     if dtype := PRECISIONS[mixed_precision]:
         for module in network.modules():
@@ -30,7 +29,7 @@ def prepare(network: DiT, mixed_precision: str = "no", compile: bool = False) ->
         except Exception as error:  # compilers and PyTorch's back ends have many kinds
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(
-                f"--compile: PyTorch cannot compile here ({reason}); leave the flag out"
+                f"`compile=True`: PyTorch cannot compile here ({reason}); leave the argument out"
             ) from None
         if device.type == "cpu":
             forward = frozen(torch.compile(network.forward, dynamic=True, fullgraph=True))
@@ -46,9 +45,9 @@ def frozen(forward: Callable) -> Callable:
     """A compiled forward pass with inductor's `freezing`: the weights become constants, packed for
     oneDNN.
 
-    Not an option of the compilation, since Dynamo asks for the setting before those count. oneDNN
-    is taken for batches of any size only (dynamic=True); for a fixed one it would be MKL, which is
-    slower here.
+    Freezing cannot be an option of the compilation: Dynamo reads the setting before the options
+    count. Inductor takes oneDNN only for batches of any size (dynamic=True); for a fixed size it
+    takes MKL, which is slower here.
     """
 
     @wraps(forward)

@@ -22,20 +22,15 @@ import train_classifier  # noqa: E402
 import train_vae  # noqa: E402
 import evaluate  # noqa: E402
 from evaluation.features import load_extractor  # noqa: E402
-import sample  # noqa: E402
 from sampling.loading import load_sampler  # noqa: E402
 from vae import from_uint8, load_vae, to_uint8  # noqa: E402
 
 # The README's settings.
-SETTINGS = [
-    "--vae", str(EXAMPLE / "vae"), "--num-sampling-steps", "50", "--cfg-scale", "1.5", "--device",
-    "cpu",
-]  # fmt: skip
+SETTINGS = dict(vae=str(EXAMPLE / "vae"), steps=50, cfg_scale=1.5, device="cpu")
 
 
 def judged(ckpt, count):
-    args = sample.build_parser().parse_args(["--ckpt", str(ckpt), *SETTINGS])
-    sampler = load_sampler(args, torch.device("cpu"))
+    sampler = load_sampler(ckpt, **SETTINGS)
     return judge.judge(*judge.sample_digits(sampler, count, seed=0, device=torch.device("cpu")))
 
 

@@ -162,7 +162,7 @@ CACHING = [
     str(DIGITS / "vae"), "--device", "cpu",
 ]  # fmt: skip
 COMPARING = ["--features", str(DIGITS / "classifier"), "--device", "cpu", "--num-workers", "0"]
-QUIET = {"sampling.prepare": nothing}  # which compiles
+QUIET = {"sampling.loading.prepare": nothing}  # which compiles
 DOORS = {
     "train": Door(
         "train",
@@ -197,7 +197,7 @@ DOORS = {
         [[*NETWORK, "--num-fid-samples", "4", "--sample-dir", "samples"]],
         {
             "sample_ddp.make_all": nothing,
-            "sample_ddp.random_labels": lambda _, indices, __: torch.zeros(len(indices)),
+            "sampling.many.random_labels": lambda _, indices, __: torch.zeros(len(indices)),
             **QUIET,
         },
     ),
@@ -231,7 +231,7 @@ DOORS = {
     ),
     "export": Door("export", [[*NETWORK[:4], "--output", "exported-{n}"]]),
     "download": Door(
-        "download", [["--folder", "released"], []], {"download.fetch": lambda _, path: path.touch()}
+        "download", [["--folder", "released"], []], {"checkpoints.released.fetch": lambda _, path: path.touch()}
     ),
     "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
     "app": Door("app", [["--port", "7931"], NETWORK], {"app.serve": nothing, **QUIET}),

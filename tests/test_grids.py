@@ -13,7 +13,7 @@ import torch
 from checkpoints.weights import Weights, save_weights
 from conftest import ROOT, fill_randomly
 from models import DiT
-from sampling.loading import load_sampler
+from sampling.flags import sampling_options
 
 sys.path.insert(0, str(ROOT / "examples"))
 import grids
@@ -34,14 +34,13 @@ def network(tmp_path_factory):
 
 
 def parsed(*flags):
-    args = grids.build_parser().parse_args(flags)
-    grids.check_grid_flags(args)
-    return args
+    parser = grids.build_parser()
+    return grids.filled(parser.parse_args(flags)), parser.given(flags)
 
 
-def sampler_images(args, labels, indices, **options):
+def sampler_images(args, given, labels, indices, **others):
     """What the Sampler itself draws."""
-    sampler = grids.replace(load_sampler(args, CPU), **options)
+    sampler = grids.sampler_of(args, given, sampling_options(args, given, **others), CPU)
     return grids.draw(sampler, args.seed, indices, torch.tensor(labels))
 
 
@@ -49,18 +48,18 @@ def sampler_images(args, labels, indices, **options):
     "solver", [["dpm++"], ["ddim", "--eta", "1"]], ids=["without draws", "with draws"]
 )
 def test_ends_of_a_way_are_the_classes_and_the_middle_is_neither(network, solver):
-    args = parsed("interpolate", *network, "--sampler", *solver, "--steps", "3", "--class-labels", "1", "three", "0", "0",
+    asked = parsed("interpolate", *network, "--sampler", *solver, "--steps", "3", "--class-labels", "1", "three", "0", "0",
                   "--steps-between", "3", "--seed", "5")  # fmt: skip
-    images, texts = grids.interpolation(args, CPU)
+    images, texts, _ = grids.interpolation(*asked, CPU)
     assert images.shape == (2, 5, 8, 8, 3)
     assert texts == [
         ["one", "0.25", "0.5", "0.75", "three"],
         ["zero", "0.25", "0.5", "0.75", "zero"],
     ]
-    of_one, of_three = (sampler_images(args, [label] * 5, [0] * 5)[0] for label in (1, 3))
+    of_one, of_three = (sampler_images(*asked, [label] * 5, [0] * 5)[0] for label in (1, 3))
     assert np.array_equal(images[0, 0], of_one) and np.array_equal(images[0, -1], of_three)
     assert len({image.tobytes() for image in images[0]}) == 5
-    of_zero = sampler_images(args, [0] * 5, [1] * 5)
+    of_zero = sampler_images(*asked, [0] * 5, [1] * 5)
     # Same class, same noise
     assert np.array_equal(images[1], of_zero) and (of_zero == of_zero[0]).all()
 
@@ -90,17 +89,18 @@ def test_classes_between_have_embeddings_on_the_line_and_the_rest_is_the_network
 
 
 def test_columns_of_guidance_are_the_samplers_own_pictures(network):
-    args = parsed(
+    asked = parsed(
         "guidance", *network, "--class-labels", "two", "0", "--cfg-scale", "1", "4",
         "--cfg-interval", "0.2", "1",
     )  # fmt: skip
-    images, texts = grids.guidance_sweep(args, CPU)
+    images, texts, _ = grids.guidance_sweep(*asked, CPU)
     assert images.shape == (2, 2, 8, 8, 3) and texts[1] == ["scale 1: zero", "scale 4: zero"]
-    args.cfg_scale = 1.0
     for column, options in enumerate(
-        [dict(cfg_scale=1.0), dict(cfg_scale=4.0, cfg_interval=[0.2, 1.0])]
+        [dict(cfg_scale=1.0, cfg_interval=[0.0, 1.0]), dict(cfg_scale=4.0, cfg_interval=[0.2, 1.0])]
     ):
-        assert np.array_equal(images[:, column], sampler_images(args, [2, 0], range(2), **options))
+        assert np.array_equal(
+            images[:, column], sampler_images(*asked, [2, 0], range(2), **options)
+        )
     assert not np.array_equal(images[:, 0], images[:, 1])
 
 

@@ -32,7 +32,7 @@ HOMES = {
     "accelerate": {
         "runtime/team.py", "training/job.py", "training/records.py", "evaluation/report.py",
     },
-    "gradio": {"app.py"},
+    "gradio": {"page/layout.py"},
 }
 
 # Names that other people's code imports.

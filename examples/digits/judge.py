@@ -1,7 +1,7 @@
 """Judge digits sampled from a checkpoint against the real ones.
 
-    python examples/digits/judge.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
-      --num-sampling-steps 50 --cfg-scale 1.5
+    python examples/digits/judge.py --ckpt examples/digits/dit.safetensors \\
+      --vae examples/digits/vae --num-sampling-steps 50 --cfg-scale 1.5
 
 Everything is measured on digits of 8×8 pixels, 0 to 16, as scikit-learn has them: how often a
 classifier trained on real digits sees the class that was asked for; how much the digits of a class
@@ -29,8 +29,11 @@ import torch
 
 from make_dataset import IMAGE_SIZE, load_split, reduce
 from runtime.devices import choose_device
-from sampling.loading import load_sampler
-from sampling.flags import add_sampling_flags, check_sampling_flags
+from checkpoints.loading import find_files
+from sampling.flags import (
+    add_sampling_flags, check_flags, network_choice, sampling_options,
+)  # fmt: skip
+from sampling.loading import VAE, build_sampler
 
 BATCH = 100
 CLASSES = 10
@@ -47,7 +50,8 @@ def check_digits(sampler):
     )
     if (side, classes) != (IMAGE_SIZE, CLASSES):
         raise ValueError(
-            f"{sampler.checkpoint} makes images of {side}x{side} pixels in {classes} classes; digits have {IMAGE_SIZE}x"
+            f"{sampler.checkpoint} makes images of {side}x{side} pixels in {classes} classes; "
+            f"digits have {IMAGE_SIZE}x"
             f"{IMAGE_SIZE} and {CLASSES}: give a network that was trained on them"
         )
 
@@ -120,18 +124,19 @@ def build_parser():
     parser = Parser(__file__, description=__doc__)
     parser.add_argument("--num-samples", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    add_sampling_flags(parser, vae="mse", cfg_scale=4.0)
+    add_sampling_flags(parser, VAE, cfg_scale=4.0)
     return parser
 
 
 @door("--num-samples")
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
     with parser.refusing():
-        check_sampling_flags(args)
+        check_flags(args)
+        choice, options = network_choice(args, given), sampling_options(args, given)
         device = choose_device(args.device)
-        sampler = load_sampler(args, device)
+        sampler = build_sampler(choice, find_files(choice, VAE), options, device)
         check_digits(sampler)
     print(json.dumps(judge(*sample_digits(sampler, args.num_samples, args.seed, device)), indent=1))
 

@@ -647,7 +647,7 @@ def test_each_misfit_is_named(change, says):
     tensors = dict(network().state_dict())
     change(tensors)
     with pytest.raises(
-        ValueError, match=rf"^a\.pt is of another configuration: {says}\. Give the --model"
+        ValueError, match=rf"^a\.pt is of another configuration: {says}\. Give the `model`"
     ):
         check_fits(network(), tensors, "a.pt")
 

@@ -500,7 +500,7 @@ def test_name_of_what_was_released(flags, name):
 )
 def test_what_was_not_released(flags):
     model, size, classes = flags
-    says = f"no weights were released for {model} at {size} pixels with {classes} classes.*DiT-XL/2 at 512.*pass --ckpt"
+    says = f"no weights were released for {model} at {size} pixels with {classes} classes.*DiT-XL/2 at 512.*pass `ckpt`"
     with pytest.raises(ValueError, match=says):
         released_name(*flags)
 

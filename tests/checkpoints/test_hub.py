@@ -328,7 +328,7 @@ def test_class_names_that_are_no_text_are_named_where_others_read(tmp_path, vae)
                   lambda: publish.export_diffusers(network(), load_vae(vae), tmp_path / "b", names)):  # fmt: skip
         with pytest.raises(
             ValueError,
-            match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*--format safetensors",
+            match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*`format=\"safetensors\"`",
         ):
             write()
     assert not list(tmp_path.iterdir())

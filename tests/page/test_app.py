@@ -22,13 +22,14 @@ import pytest
 import torch
 
 import app
-from page import visitors
+from page import drawing, visitors
 from checkpoints.weights import Weights, save_weights
 from conftest import ROOT, fill_randomly
 from models import DiT
 from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from conditions.labels import imagenet_names
-from sampling.loading import load_sampler
+from checkpoints.loading import find_files
+from sampling.loading import VAE, build_sampler
 from sampling.sampler import SOLVERS, Sampler
 from vae import PixelSpace
 from page.visitors import Gate, Visitors
@@ -40,14 +41,20 @@ FACTOR = LEAST_TILE // 32  # by which the picture enlarges digits
 
 
 def arguments(*flags):
-    args = app.build_parser().parse_args([*flags, "--device", "cpu"])
-    app.choose_network(args)
-    return args
+    """The arguments of a command line, and the network that it chooses."""
+    parser, words = app.build_parser(), [*flags, "--device", "cpu"]
+    args = parser.parse_args(words)
+    return args, app.choose_network(args, parser.given(words))
+
+
+def opened(choice):
+    """The Sampler that the page opens with."""
+    return build_sampler(choice, find_files(choice, VAE), app.OPTIONS, CPU)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_sampler(arguments(), CPU)
+    return opened(arguments()[1])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def tiles(canvas, count, side=LEAST_TILE):
 
 def drawn(sampler, labels, seed):
     """The images (N, 32, 32, 3), as int, at the end of draw."""
-    *_, (_, canvas, _) = app.draw(sampler, labels, seed, CPU)
+    *_, (_, canvas, _) = drawing.draw(sampler, labels, seed, CPU)
     return tiles(canvas, len(labels))[:, ::FACTOR, ::FACTOR].astype(int)
 
 
@@ -84,11 +91,13 @@ def refusal(capsys, *flags):
 
 def test_page_opens_on_the_digits_from_any_folder_and_for_this_machine_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = arguments()
+    args, choice = arguments()
     assert (args.host, args.port) == ("127.0.0.1", 7860)
-    sampler = load_sampler(args, CPU)
+    sampler = opened(choice)
     assert sampler.classes == [str(i) for i in range(10)] and sampler.sampler == app.SOLVER
-    assert arguments("--ckpt", "released").ckpt is None and arguments("--ckpt", "x.pt").vae == "mse"
+    args, choice = arguments("--ckpt", "x.pt")
+    assert arguments("--ckpt", "released")[1].ckpt is None
+    assert choice.vae is None and VAE == "mse" == args.vae
 
 
 def test_without_gradio_one_message_says_what_to_install(capsys, monkeypatch):
@@ -166,29 +175,30 @@ def test_an_autoencoder_without_its_network_is_refused(capsys, with_gradio):
 
 
 def test_seeds_are_whole_numbers_below_2_to_the_63():
-    assert [app.read_seed(text) for text in ("0", " 7 ", str(2**63 - 1))] == [0, 7, 2**63 - 1]
+    assert [drawing.read_seed(text) for text in ("0", " 7 ", str(2**63 - 1))] == [0, 7, 2**63 - 1]
     for wrong in ("", "seven", "-1", "1.5", "1e3", "²", str(2**63), "9" * 5000):
         with pytest.raises(ValueError, match="it must be a whole number from 0 to"):
-            app.read_seed(wrong)
+            drawing.read_seed(wrong)
 
 
 def test_classes_take_turns():
-    assert app.chosen_labels([3, 1, 4], 5, 10) == [3, 1, 4, 3, 1]
-    assert app.chosen_labels([], 3, 0) == [0, 0, 0]
+    assert drawing.chosen_labels([3, 1, 4], 5, 10) == [3, 1, 4, 3, 1]
+    assert drawing.chosen_labels([], 3, 0) == [0, 0, 0]
     with pytest.raises(ValueError, match="No class is chosen"):
-        app.chosen_labels([], 3, 10)
+        drawing.chosen_labels([], 3, 10)
 
 
 def test_choices_have_numbers_and_names(digits):
     network = DiT(**TINY, num_classes=1000)
-    choices = app.class_choices(network, imagenet_names())
+    choices = drawing.class_choices(network, imagenet_names())
     assert len(choices) == 1000 and choices[207] == ("207: golden retriever", 207)
-    assert app.class_choices(network, None)[207] == ("207", 207)
-    assert app.class_choices(digits.network, digits.classes)[3] == ("3", 3)
+    assert drawing.class_choices(network, None)[207] == ("207", 207)
+    assert drawing.class_choices(digits.network, digits.classes)[3] == ("3", 3)
 
 
 def test_names_that_no_encoding_holds_can_be_sent(digits):
-    choices = app.class_choices(DiT(**TINY, num_classes=3), ["\udcff", "two\nlines", "x" * 10**6])
+    names = ["\udcff", "two\nlines", "x" * 10**6]
+    choices = drawing.class_choices(DiT(**TINY, num_classes=3), names)
     assert (
         json.dumps(choices, ensure_ascii=False).encode()
         and choices[1][0] == "1: two lines"
@@ -207,7 +217,7 @@ def test_whatever_is_no_choice_is_refused_in_one_short_line(digits, place, value
         return
     choices[place] = value
     with pytest.raises(ValueError) as refused:
-        app.read_choices(digits, *choices)
+        drawing.read_choices(digits, *choices)
     message = str(refused.value)
     assert (
         len(message) < 200 and message.encode() and message.isprintable() and message[0].isupper()
@@ -219,14 +229,14 @@ def test_classes_are_whole_numbers_and_no_booleans(digits):
         with pytest.raises(
             ValueError, match="The classes are .*; give a list of whole numbers from 0 to 9"
         ):
-            app.chosen_labels(wrong, 1, 10)
+            drawing.chosen_labels(wrong, 1, 10)
 
 
 def test_guidance_is_refused_for_a_network_without_a_null_class():
     sampler = Sampler(DiT(**TINY, num_classes=3, class_dropout_prob=0), PixelSpace(), None)
-    assert app.read_choices(sampler, [0], 1, 1, "ddim", 5, "0")[1]["cfg_scale"] == 1
+    assert drawing.read_choices(sampler, [0], 1, 1, "ddim", 5, "0")[1]["cfg_scale"] == 1
     with pytest.raises(ValueError, match="Guidance is 2; it must be a number from 1 to 1"):
-        app.read_choices(sampler, [0], 1, 2, "ddim", 5, "0")
+        drawing.read_choices(sampler, [0], 1, 2, "ddim", 5, "0")
 
 
 # ---- drawing ----
@@ -234,7 +244,7 @@ def test_guidance_is_refused_for_a_network_without_a_null_class():
 
 def test_drawing_ends_before_the_next_step_when_nobody_waits(quick):
     asked = iter([True, True, False])
-    drawn = app.draw(quick, [1], 0, CPU, lambda: next(asked))
+    drawn = drawing.draw(quick, [1], 0, CPU, lambda: next(asked))
     assert [next(drawn)[0], next(drawn)[0]] == [1, 2]
     with pytest.raises(ValueError, match="Nobody waits for these images"):
         next(drawn)
@@ -253,9 +263,10 @@ def test_an_image_depends_on_its_class_the_seed_and_its_place_alone(quick):
 
 
 def test_two_drawings_that_take_turns_do_not_disturb_each_other(quick):
-    alone = list(app.draw(quick, [1, 2], 7, CPU))
+    alone = list(drawing.draw(quick, [1, 2], 7, CPU))
     turns = zip(
-        app.draw(quick, [1, 2], 7, CPU), app.draw(replace(quick, cfg_scale=1.0), [3, 4, 5], 8, CPU),
+        drawing.draw(quick, [1, 2], 7, CPU),
+        drawing.draw(replace(quick, cfg_scale=1.0), [3, 4, 5], 8, CPU),
         strict=True,
     )  # fmt: skip
     assert [pair[0][1].tobytes() for pair in turns] == [canvas.tobytes() for _, canvas, _ in alone]
@@ -263,7 +274,7 @@ def test_two_drawings_that_take_turns_do_not_disturb_each_other(quick):
 
 def test_previews_come_before_the_strip_of_the_first_images(digits):
     sampler = replace(digits, sampler="ddim", num_sampling_steps=40)
-    *previews, (done, last, strip) = app.draw(sampler, [0, 1, 2, 3, 4], 0, CPU)
+    *previews, (done, last, strip) = drawing.draw(sampler, [0, 1, 2, 3, 4], 0, CPU)
     steps = [step for step, _, _ in previews]
     assert (
         steps == sorted(set(steps))
@@ -277,20 +288,20 @@ def test_previews_come_before_the_strip_of_the_first_images(digits):
     size = LEAST_TILE + MARGIN
     assert strip.size == (
         STRIP_MOMENTS * size + MARGIN,
-        app.STRIP_ROWS * (size + 12 + MARGIN) + MARGIN,
+        drawing.STRIP_ROWS * (size + 12 + MARGIN) + MARGIN,
     )
     end = np.asarray(strip)[MARGIN : MARGIN + LEAST_TILE, -MARGIN - LEAST_TILE : -MARGIN]
     assert np.array_equal(end, tiles(last, 1)[0])
 
 
 def test_a_single_step_has_a_preview_and_a_strip(digits):
-    assert (
-        len(list(app.draw(replace(digits, sampler="ddpm", num_sampling_steps=1), [0], 0, CPU))) == 2
-    )
+    single = replace(digits, sampler="ddpm", num_sampling_steps=1)
+    assert len(list(drawing.draw(single, [0], 0, CPU))) == 2
 
 
 def test_the_png_has_the_settings_that_were_asked_for(digits):
-    for answered in app.answer(digits, arguments(), CPU, [7, 2], 3, 2.5, "unipc", STEPS, "11"):
+    settings = app.picture_settings(*arguments(), str(app.DIGITS_VAE))
+    for answered in drawing.answer(digits, settings, CPU, [7, 2], 3, 2.5, "unipc", STEPS, "11"):
         status, shown, rows, path = answered
         assert (path is None) == (rows is None)
         if path:
@@ -332,7 +343,7 @@ def test_wrong_choices_are_value_errors(digits):
         ((7, 1, 4.0, "dpm++", STEPS, "0"), "No class is chosen"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(app.answer(digits, arguments(), CPU, *choices))
+            next(drawing.answer(digits, {}, CPU, *choices))
 
 
 # ---- the page without a browser ----
@@ -344,7 +355,7 @@ def gradio():
 
 
 def shown_controls(sampler):
-    page = app.build_page(sampler, arguments(), CPU, Visitors(""))
+    page = app.build_page(sampler, {}, CPU, Visitors(""))
     assert not page.analytics_enabled
     controls = {
         block.label: block for block in page.blocks.values() if getattr(block, "label", None)
@@ -482,8 +493,8 @@ def live():
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
     network = fill_randomly(DiT(**TINY, num_classes=3)).eval().requires_grad_(False)
     port = free_port()
-    sampler, args = Sampler(network, Slow(), None), arguments("--port", str(port))
-    with app.private_folder() as folder, app.served(sampler, args, CPU, folder):
+    sampler, place = Sampler(network, Slow(), None), ("127.0.0.1", port)
+    with app.private_folder() as folder, app.served(sampler, {}, CPU, folder, place):
         yield port, Path(folder)
     assert not Path(folder).exists()
 
@@ -687,7 +698,7 @@ def test_ten_digits_in_a_browser_without_a_network(address, visit):
     picture, strip = page.locator("img").evaluate_all("all => all.map(e => e.src)")
     assert page.request.get(picture).body() == content  # what is shown is what is downloaded
     width, height = Image.open(BytesIO(page.request.get(strip).body())).size
-    assert width > STRIP_MOMENTS * LEAST_TILE and height > app.STRIP_ROWS * LEAST_TILE
+    assert width > STRIP_MOMENTS * LEAST_TILE and height > drawing.STRIP_ROWS * LEAST_TILE
     (ROOT / "demo").mkdir(exist_ok=True)
     page.screenshot(path=ROOT / "demo" / "page.png", full_page=True)
     settings = json.loads(image.text["settings"])

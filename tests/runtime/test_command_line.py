@@ -1,5 +1,6 @@
 """What all doors share: parser, limits, and how they end."""
 
+import argparse
 import ast
 from dataclasses import dataclass
 import os
@@ -62,6 +63,30 @@ def parser():
 def test_an_option_given_twice_is_told(words, note, capsys):
     parser().parse_args(words)
     assert capsys.readouterr().err == f"note: {note}\n"
+
+
+def door_with_commands():
+    parser = Parser("door.py")
+    parser.add_argument("--seed", type=int)
+    command = parser.add_subparsers(dest="kind").add_parser("draw")
+    command.add_argument("--steps", "--num-steps", dest="num_steps", type=int, default=7)
+    command.add_argument("--weights")
+    command.add_argument("--flip", action=argparse.BooleanOptionalAction)
+    return parser
+
+
+def test_what_is_given_is_known_also_at_its_default_and_after_a_command():
+    words = ["--seed=1", "draw", "--num-steps", "7", "--", "--weights"]
+    assert door_with_commands().given(words) == {"seed", "num_steps"}
+
+
+@pytest.mark.parametrize("message, worded", [
+    ("`num_steps` is 3; pass `num_steps=7`", "--steps is 3; pass --steps 7"),
+    ('pass `weights="raw"`, or leave `flip=False`', "pass --weights raw, or leave --no-flip"),
+    ("leave the argument out; `other` stays", "leave the flag out; `other` stays"),
+])  # fmt: skip
+def test_arguments_of_a_library_are_flags_of_a_door(message, worded):
+    assert door_with_commands().worded(message) == worded
 
 
 @pytest.mark.parametrize("words", [

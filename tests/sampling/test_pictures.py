@@ -144,7 +144,7 @@ def test_wrong_files_are_refused_before_anything_is_loaded(
     tmp_path, monkeypatch, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "load_sampler", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(sample, "build_sampler", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stopped:
         sample.main(flags)
     assert stopped.value.code == 2 and message in capsys.readouterr().err

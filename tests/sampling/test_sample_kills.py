@@ -55,7 +55,7 @@ def arm(death, many):
     """Have this process kill itself at a share of an image's bytes, about its renaming, or within
     the .npz.
     """
-    write_whole, replace, images = many.write_whole, Path.replace, iter(range(COUNT))
+    write_locked, replace, images = many.write_locked, Path.replace, iter(range(COUNT))
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -65,7 +65,7 @@ def arm(death, many):
             path.suffix == ".png" and death["at"] == "byte" and next(images) == death["image"]
         )
         if not at_image and not (path.suffix == ".npz" and death["at"] == "packing"):
-            return write_whole(path, write)
+            return write_locked(path, write)
 
         def half(file):
             with tempfile.TemporaryFile() as whole:
@@ -76,7 +76,7 @@ def arm(death, many):
             file.flush()
             die()
 
-        write_whole(path, half)
+        write_locked(path, half)
 
     def dying_replace(self, target):
         dies = (
@@ -90,7 +90,7 @@ def arm(death, many):
         if dies:
             die()
 
-    many.write_whole, many.Path.replace = dying_write, dying_replace
+    many.write_locked, many.Path.replace = dying_write, dying_replace
 
 
 def start(context, folder, processes, death=None):

@@ -28,12 +28,16 @@ from runtime.npz import open_array
 from models import DiT, DiT_models
 import sample
 from sampling import many as sampling_many
+from sampling import many_folder
 import sample_ddp
 from sampling.pictures import FONT_SIZE, LEAST_TILE, MARGIN, captions, picture
 from runtime.presence import Presence
+from checkpoints.choice import NetworkChoice
 from checkpoints.loading import build_network
 from conditions.labels import label_indices, random_labels, readable
 from runtime.disk import check_writable
+from sampling.loading import load_sampler
+from sampling.options import ManyOptions
 from sampling.sampler import ImageNoise, Sampler
 from runtime.surroundings import Place
 from vae import PixelSpace, load_vae, to_uint8
@@ -262,8 +266,8 @@ def test_bare_state_dict_takes_its_configuration_from_the_flags(tmp_path, vae):
     flags = ["--vae", vae, "--model", "DiT-Ti/4", "--image-size", "8", "--num-classes", "10"]
     a, b = (sampled(tmp_path, "--ckpt", str(tmp_path / name), *flags) for name in ("a.pt", "b.pt"))
     assert np.array_equal(a, b)
-    args = sample.build_parser().parse_args(flags)
-    built = build_network(args, Weights(network.state_dict(), None, None), load_vae(vae).shape)
+    choice = NetworkChoice(vae=vae, model="DiT-Ti/4", image_size=8, num_classes=10)
+    built = build_network(choice, Weights(network.state_dict(), None, None), vae)
     assert all(
         torch.equal(x, y)
         for x, y in zip(built.state_dict().values(), network.state_dict().values(), strict=True)
@@ -605,8 +609,10 @@ def test_manifest_is_of_the_checkpoint_that_was_loaded(tmp_path, vae, monkeypatc
         save_checkpoint(path, {"model": state, "ema": state, "config": CONFIG, "classes": None})
         return path
 
-    first, load = save_step(1), sample_ddp.load_sampler
-    monkeypatch.setattr(sample_ddp, "load_sampler", lambda *args: (load(*args), save_step(2))[0])
+    first, load = save_step(1), sampling_many.build_sampler
+    monkeypatch.setattr(
+        sampling_many, "build_sampler", lambda *args: (load(*args), save_step(2))[0]
+    )
     folder, _ = many(str(tmp_path / "000-run"), vae, tmp_path / "samples")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (
@@ -797,7 +803,7 @@ def test_png_files_are_written_while_the_next_chunk_is_sampled(tmp_path, vae, ck
     """Each write waits until the network has been asked for the chunk after it, which it would
     never be otherwise.
     """
-    began, latents, write = [], Sampler.latents, sampling_many.write_whole
+    began, latents, write = [], Sampler.latents, sampling_many.write_locked
     more = threading.Condition()
 
     def noted(self, labels, *rest):
@@ -814,7 +820,7 @@ def test_png_files_are_written_while_the_next_chunk_is_sampled(tmp_path, vae, ck
         write(path, content)
 
     monkeypatch.setattr(Sampler, "latents", noted)
-    monkeypatch.setattr(sampling_many, "write_whole", waiting)
+    monkeypatch.setattr(sampling_many, "write_locked", waiting)
     folder, array = many(ckpt, vae, tmp_path)
     assert began == [2, 2, 2, 1] and len(array) == 7
 
@@ -838,8 +844,8 @@ def test_the_first_process_says_whom_it_waits_for(tmp_path, capsys, monkeypatch)
 MEMORY = """
 import sys
 from pathlib import Path
-import sample_ddp
-sample_ddp.pack(Path(sys.argv[1]), int(sys.argv[2]), afresh=True)
+from sampling import many
+many.pack(Path(sys.argv[1]), int(sys.argv[2]), afresh=True)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # kB at most, of this program alone
 """
 
@@ -880,12 +886,9 @@ def test_decoding_in_a_stream_of_its_own_changes_nothing(tmp_path, vae, ckpt):
     have folders of their own.
     """
     folder, array = many(ckpt, vae, tmp_path, "--device", "cuda")
-    args = sample_ddp.build_parser().parse_args([
-        "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "3", "--num-fid-samples", "7",
-    ])  # fmt: skip
     device = torch.device("cuda:0")
-    sampler = sample_ddp.load_sampler(args, device)
-    labels = sampling_many.all_labels(args, sampler).to(device)
+    sampler = load_sampler(ckpt, vae=vae, steps=3, cfg_scale=1.5, device=device)
+    labels = sampling_many.all_labels(ManyOptions(num_fid_samples=7), sampler).to(device)
     with tf32(True):
         for start in range(0, 7, 2):
             indices = range(start, min(start + 2, 7))
@@ -930,7 +933,7 @@ def test_an_npz_that_is_not_whole_is_made_again(tmp_path, vae, ckpt):
 
 
 def test_a_checkpoint_that_changes_while_it_is_read(tmp_path, vae, ckpt, capsys, monkeypatch):
-    mine, load = tmp_path / "mine.safetensors", sample_ddp.load_sampler
+    mine, load = tmp_path / "mine.safetensors", sampling_many.build_sampler
     shutil.copy(ckpt, mine)
 
     def meanwhile(*args):
@@ -938,7 +941,7 @@ def test_a_checkpoint_that_changes_while_it_is_read(tmp_path, vae, ckpt, capsys,
         save_weights(mine, Weights(fill_randomly(DiT(**CONFIG), 9).state_dict(), CONFIG, NAMES))
         return sampler
 
-    monkeypatch.setattr(sample_ddp, "load_sampler", meanwhile)
+    monkeypatch.setattr(sampling_many, "build_sampler", meanwhile)
     with pytest.raises(SystemExit):
         many(str(mine), vae, tmp_path / "s")
     assert "changed while it was read; give the same command again" in capsys.readouterr().err
@@ -1008,11 +1011,11 @@ def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
     replace = Path.replace
 
     def replaced_while_another_clears_up(self, target):
-        sampling_many.remove_leftovers(tmp_path)
+        many_folder.remove_leftovers(tmp_path)
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", replaced_while_another_clears_up)
-    sampling_many.write_whole(tmp_path / "000000.png", lambda file: file.write(b"whole"))
+    many_folder.write_locked(tmp_path / "000000.png", lambda file: file.write(b"whole"))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
         ("000000.png", b"whole")
     ]

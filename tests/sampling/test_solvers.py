@@ -20,7 +20,9 @@ from sampling import speed
 import sample_ddp
 from sampling.sampler import SOLVERS, ImageNoise, Sampler
 from sampling.speed import prepare
-from sampling.flags import check_sampling_flags
+from checkpoints.choice import NetworkChoice
+from checkpoints.loading import find_files
+from sampling.flags import sampling_options
 from vae import PixelSpace, load_vae
 
 DIGITS = ROOT / "examples" / "digits"
@@ -390,14 +392,15 @@ def loaded(monkeypatch, *given):
         return function
 
     monkeypatch.setattr(torch, "compile", record)
-    args = flags("--ckpt", str(DIGITS / "dit.safetensors"), "--vae", str(DIGITS / "vae"), *given)
-    return loading.load_sampler(args, torch.device("cpu")), compiled
+    choice = NetworkChoice(str(DIGITS / "dit.safetensors"), vae=str(DIGITS / "vae"))
+    files = find_files(choice, loading.VAE)
+    return loading.build_sampler(choice, files, flags(*given), torch.device("cpu")), compiled
 
 
 def test_flags_reach_the_network(monkeypatch):
     plain, compiled = loaded(monkeypatch)
     assert (
-        plain.cfg_interval == [0.0, 1.0]
+        plain.cfg_interval == (0.0, 1.0)
         and plain.network.blocks[0].mlp.fc1.weight.dtype == torch.float32
         and not compiled
     )
@@ -405,7 +408,7 @@ def test_flags_reach_the_network(monkeypatch):
         monkeypatch, "--cfg-interval", "0.2", "0.7", "--mixed-precision", "bf16", "--compile",
         "--sampler", "unipc", "--steps", "9",
     )  # fmt: skip
-    assert (fast.cfg_interval, fast.sampler, fast.num_sampling_steps) == ([0.2, 0.7], "unipc", 9)
+    assert (fast.cfg_interval, fast.sampler, fast.num_sampling_steps) == ((0.2, 0.7), "unipc", 9)
     assert (
         fast.mixed_precision == "bf16"
         and fast.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
@@ -416,16 +419,15 @@ def test_flags_reach_the_network(monkeypatch):
 
 
 def flags(*given):
-    args = sample.build_parser().parse_args(given)
-    check_sampling_flags(args)
-    return args
+    parser = sample.build_parser()
+    return sampling_options(parser.parse_args(given), parser.given(given))
 
 
 def test_each_sampler_has_steps_of_its_own_unless_told():
     for name, solver in SOLVERS.items():
-        assert flags("--sampler", name).num_sampling_steps == solver.steps
-        assert flags("--sampler", name, "--steps", "250").num_sampling_steps == 250
-        assert flags("--num-sampling-steps", "7", "--sampler", name).num_sampling_steps == 7
+        assert flags("--sampler", name).step_count == solver.steps
+        assert flags("--sampler", name, "--steps", "250").step_count == 250
+        assert flags("--num-sampling-steps", "7", "--sampler", name).step_count == 7
     assert {name: solver.steps for name, solver in SOLVERS.items()} == {
         "ddpm": 250, "ddim": 250, "dpm++": 20, "unipc": 20,
     }  # fmt: skip

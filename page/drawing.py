@@ -1,0 +1,174 @@
+"""What a visitor of the page chooses, and the pictures that come of it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+import reprlib
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+import torch
+
+from conditions.labels import readable
+from models import DiT
+from sampling.pictures import (
+    GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
+)  # fmt: skip
+from sampling.sampler import SOLVERS, ImageNoise, Sampler
+
+MOST_GUIDANCE, MOST_IMAGES = 10.0, 16
+STRIP_ROWS = 4  # of sixteen images at 512 pixels a strip would have 34 million pixels
+SEEDS = 2**63
+WHOLE = "whole number"
+
+
+def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, int]]:
+    """[(text, class index)] to search in: the number and the name, the number alone if there is no
+    other name.
+    """
+    texts = map(legible, captions(range(network.num_classes), network.num_classes, classes))
+    return [(text if text == str(i) else f"{i}: {text}", i) for i, text in enumerate(texts)]
+
+
+def read_seed(text: object) -> int:
+    """The seed that a visitor wrote. Raises ValueError if it is none."""
+    text = text.strip() if isinstance(text, str) else repr(text)
+    if not text.isdecimal() or len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
+        raise ValueError(
+            f"The seed is {text[:40]!r}; it must be a whole number from 0 to 2^63 - 1, such as 0."
+        )
+    return int(text)
+
+
+def bounded(name: str, number: object, least: float, most: float, kind: str = "number") -> float:
+    """The number that a visitor gave.
+
+    Raises ValueError if it is none, not from `least` to `most`, or not of the kind.
+    """
+    if (
+        isinstance(number, (int, float))
+        and not isinstance(number, bool)
+        and least <= number <= most
+    ):
+        if kind != WHOLE or number % 1 == 0:
+            return number
+    raise ValueError(
+        f"{name} is {reprlib.repr(number)}; it must be a {kind} from {least:g} to {most:g}."
+    )
+
+
+def whole(name: str, number: object, least: int, most: int) -> int:
+    """`bounded` for whole numbers, as an int."""
+    return int(bounded(name, number, least, most, WHOLE))
+
+
+def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
+    """The class indices of `count` images, for which the chosen classes take turns.
+
+    Raises ValueError if none is chosen.
+    """
+    if num_classes == 0:
+        return [0] * count  # placeholders: the network is not given them
+    if not isinstance(classes, list) or not classes:
+        raise ValueError("No class is chosen: search for one by its name or number.")
+    if not all(type(label) is int and 0 <= label < num_classes for label in classes):
+        raise ValueError(
+            f"The classes are {reprlib.repr(classes)}; give a list of whole numbers from 0 to "
+            f"{num_classes - 1}."
+        )
+    return [classes[i % len(classes)] for i in range(count)]
+
+
+def always() -> bool:
+    """True."""
+    return True
+
+
+def draw(
+    sampler: Sampler, labels: list[int], seed: int, device: torch.device,
+    wanted: Callable[[], bool] = always,
+) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:  # fmt: skip
+    """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS
+    steps, and at the end (steps, picture of the images, strip of how the first STRIP_ROWS came
+    about).
+
+    Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError
+    as Sampler.decode, and before a step if wanted() does not hold.
+    """
+    texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
+    noise_fn = ImageNoise(seed, range(len(labels)), device)
+    noise = noise_fn(torch.empty(len(labels), *sampler.latent, device=device))
+    steps, frames = len(sampler.steps()), []
+    in_strip = evenly(steps, STRIP_MOMENTS)
+    previewed = {*evenly(steps, GIF_MOMENTS), *in_strip}
+    way = sampler.trajectory(torch.tensor(labels, device=device), noise, noise_fn)
+    for i, out in enumerate(while_wanted(way, wanted)):
+        if i in previewed:
+            images = sampler.decode(out["pred_xstart"]).cpu().numpy()
+            if i in in_strip:
+                frames.append((out["t"], images[:STRIP_ROWS]))
+            yield i + 1, picture(images, texts), None
+    images = sampler.decode(out["sample"]).cpu().numpy()
+    yield (
+        steps, picture(images, texts),
+        strip([*frames[:-1], (None, images[:STRIP_ROWS])], texts[:STRIP_ROWS]),
+    )  # fmt: skip
+
+
+def while_wanted(way: Iterator[dict], wanted: Callable[[], bool]) -> Iterator[dict]:
+    """What `way` yields. Raises ValueError before its next step if wanted() does not hold."""
+    for _ in iter(wanted, False):
+        if (step := next(way, None)) is None:
+            return
+        yield step
+    raise ValueError("Nobody waits for these images any more, so they were not drawn to the end.")
+
+
+def answer(
+    base: Sampler, settings: dict[str, Any], device: torch.device, classes: object, count: object,
+    guidance: object, solver: object, steps: object, seed: object,
+    wanted: Callable[[], bool] = always,
+) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
+    """draw for a visitor's choices, of whatever type, of a base Sampler; yields (status, picture,
+    strip, PNG file), the last two None before the end. At the end the picture is that file too,
+    which is gone when the generator goes on. The PNG file has the choices inside, and `settings`:
+    what a picture depends on beside them.
+
+    Raises ValueError for choices that make no sense, before any work, and as draw.
+    """
+    sampler, chosen = read_choices(base, classes, count, guidance, solver, steps, seed)
+    number, labels = chosen["seed"], chosen["class_labels"]
+    for done, drawn, rows in draw(sampler, labels, number, device, wanted):
+        if rows is None:
+            yield f"Step {done} of {sampler.num_sampling_steps}", drawn, None, None
+    with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
+        path = str(Path(folder) / f"dit-seed-{number}.png")
+        save(drawn, path, settings | chosen)
+        yield f"Seed {number}", path, rows, path
+
+
+def read_choices(
+    base: Sampler, classes: object, count: object, guidance: object, solver: object, steps: object,
+    seed: object,
+) -> tuple[Sampler, dict]:  # fmt: skip
+    """(the Sampler for a visitor's choices, the settings that they are).
+
+    Raises ValueError for those that make no sense.
+    """
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        raise ValueError(
+            f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(SOLVERS)}."
+        )
+    steps = whole("Steps", steps, 1, SOLVERS[solver].most)
+    guidance = bounded(
+        "Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1
+    )
+    labels = chosen_labels(
+        classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes
+    )
+    chosen = dict(
+        cfg_scale=guidance, sampler=solver, num_sampling_steps=steps, seed=read_seed(seed),
+        class_labels=labels,
+    )  # fmt: skip
+    return replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps), chosen

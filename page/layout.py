@@ -1,0 +1,117 @@
+"""What stands where on the page: a gradio.Blocks with controls, pictures and their texts."""
+
+from collections.abc import Iterator
+from functools import partial
+import json
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from conditions.labels import readable
+from page.drawing import MOST_GUIDANCE, MOST_IMAGES, STRIP_ROWS, answer, class_choices
+from page.visitors import ENDPOINT, Visitors
+from sampling.sampler import SOLVERS, Sampler
+
+if TYPE_CHECKING:
+    import gradio  # which is slow to import, and need not be there
+
+SOLVER, GUIDANCE, COUNT = "dpm++", 1.5, 10  # what the page opens with
+HOUR = 3600  # seconds
+HELP = (
+    "Several classes take turns: the first image is of the first class, and so on. Image *i* "
+    "depends on its class, *i*, the seed, guidance, solver and steps, up to rounding; not on how "
+    "many images there are, nor on other visitors."
+)
+
+
+def build_page(
+    sampler: Sampler, settings: dict[str, Any], device: torch.device, visitors: Visitors
+) -> "gradio.Blocks":
+    """The page, a gradio.Blocks that does not run yet. `settings` as for `answer`."""
+    import gradio as gr
+
+    def respond(
+        classes: object, count: object, guidance: object, solver: object, steps: object,
+        seed: object, request: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
+        wanted = partial(visitors.waits_for, request.session_hash)
+        try:
+            answered = answer(
+                sampler, settings, device, classes, count, guidance, solver, steps, seed, wanted
+            )
+            for text, drawn, rows, path in answered:
+                yield text, drawn, rows, gr.DownloadButton(value=path, interactive=path is not None)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        except torch.OutOfMemoryError:
+            raise gr.Error(
+                "The device's memory is too small for this: draw fewer images.",
+                print_exception=False,
+            ) from None
+        finally:
+            visitors.tidy()
+
+    with gr.Blocks(title="DiT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
+        gr.Markdown("# DiT")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                choices, button = controls(gr, sampler)
+            with gr.Column(scale=2, min_width=400):
+                look = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
+                status = gr.Markdown("Nothing drawn yet", container=True)
+                shown = gr.Image(label="Images", height=360, **look)
+                download = gr.DownloadButton(
+                    "Download PNG, with its settings inside", interactive=False
+                )
+                gr.Markdown(
+                    f"How the first {STRIP_ROWS} came about: what the network took for the clean "
+                    "image at step t"
+                )
+                rows = gr.Image(label="Over time", format="png", height=380, **look)
+        gr.Markdown(HELP)
+        outputs = [status, shown, rows, download]
+        gr.on(
+            [button.click, choices[-1].submit], respond, choices, outputs, show_progress_on=status,
+            api_name=ENDPOINT, preprocess=False,
+        )  # fmt: skip
+    return page
+
+
+def page_theme() -> "gradio.themes.Default":
+    """Gradio's look in the fonts of the visitor's system, so that nothing is fetched from
+    elsewhere.
+    """
+    import gradio as gr
+
+    return gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+
+
+def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
+    """The inputs in the order of `answer`, and the button, in the part of the page that is being
+    built.
+    """
+    network = sampler.network
+    total, has_classes, guidable = (
+        network.num_classes, network.num_classes > 0, network.null_label is not None,
+    )  # fmt: skip
+    classes = gr.Dropdown(
+        class_choices(network, readable(sampler.classes)), multiselect=True,
+        value=sorted({i * total // COUNT for i in range(COUNT)}) if total else [],
+        visible=has_classes, label="Classes", info="type a name or number to search",
+    )  # fmt: skip
+    count = gr.Slider(1, MOST_IMAGES, COUNT, step=1, label="How many images")
+    guidance = gr.Slider(
+        1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance",
+        info="1 is none",
+    )  # fmt: skip
+    solver = gr.Dropdown(list(SOLVERS), value=SOLVER, label="Solver")
+    steps = gr.Slider(
+        1, max(one.most for one in SOLVERS.values()), SOLVERS[SOLVER].steps, step=1, label="Steps"
+    )
+    seed = gr.Textbox("0", label="Seed", max_lines=1)
+    own = json.dumps({name: one.steps for name, one in SOLVERS.items()})
+    solver.change(None, solver, steps, js=f"name => ({own})[name]")
+    return [classes, count, guidance, solver, steps, seed], gr.Button("Draw", variant="primary")
