@@ -32,6 +32,7 @@ PEER_GONE = "another process of this job has ended, or cannot be reached; look a
 AMOUNT = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")  # as a library's message has it
+QUOTES = "\"'"  # of a text, which a command line does without
 
 # Takes argv, the words of the command line; None for those of this process
 Main = Callable[..., None]
@@ -114,7 +115,7 @@ class Parser(argparse.ArgumentParser):
 
     def worded(self, message: str) -> str:
         """A library's message with its arguments as this parser's flags: `cfg_scale=1` becomes
-        --cfg-scale 1.
+        --cfg-scale 1, `vae="none"` --vae none.
 
         What stands in backticks and is no argument of this parser stays as it is.
         """
@@ -133,7 +134,7 @@ class Parser(argparse.ArgumentParser):
             return found.group()
         if value in ("True", "False"):
             return options[0 if value == "True" else -1]
-        return options[0] if value is None else f"{options[0]} {value}"
+        return options[0] if value is None else f"{options[0]} {value.strip(QUOTES)}"
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, worded and in one line, and leave the program with code

@@ -2,7 +2,6 @@
 any work.
 """
 
-from argparse import Namespace
 import os
 from typing import NamedTuple
 
@@ -59,14 +58,14 @@ RANGES = {
 MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "cfg_scale": 64}
 
 
-def check_numbers(args: Namespace, **others: Range) -> None:
+def check_numbers(args: object, **others: Range) -> None:
     """Raise ValueError for a number out of its range, or for too many values after a flag; `others`
     add to RANGES.
     """
     ranges = RANGES | others
     for name in ranges | MOST_VALUES:
         given = getattr(args, name, None)
-        values = given if isinstance(given, list) else [] if given is None else [given]
+        values = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
         if len(values) > MOST_VALUES.get(name, len(values)):
             raise ValueError(
                 f"{flag(name)} has {len(values)} values; it takes {MOST_VALUES[name]} at most"

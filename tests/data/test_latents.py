@@ -22,7 +22,7 @@ from data.images import ImageDataset
 from data.listing import list_images
 import extract_latents
 from data import cache
-from training import job
+from training import assembly
 from training import loop
 from runtime.presence import Presence
 from runtime.surroundings import Place
@@ -323,7 +323,7 @@ def test_a_run_on_latents_resumes_and_needs_no_autoencoder(
     def forbidden(*_):
         raise AssertionError("the autoencoder was loaded")
 
-    monkeypatch.setattr(job, "load_vae", forbidden)
+    monkeypatch.setattr(assembly, "load_vae", forbidden)
     flags = [
         "--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae),
     ]  # fmt: skip
