@@ -38,11 +38,7 @@ from vae import LatentShape, LatentSpace, Space, latent_shape, load_vae, vae_has
 
 @dataclass
 class Job:
-    """All that a run works with; the same in every process, but for the log, which only the main
-    one writes.
-
-    `flops` is what training on one image takes.
-    """
+    """All that a run works with, the same in every process; only the main one writes the log."""
 
     options: TrainOptions
     accelerator: Accelerator
@@ -50,10 +46,10 @@ class Job:
     space: Space
     dataset: ImageDataset | CachedLatents
     last_step: int
-    why: str  # the run starts where it does
+    why: str  # for the log: where the run starts, and for what reason
     folder: Path
     lock: FolderLock
-    flops: int
+    flops: int  # of training on one image
     resumed: dict  # what the checkpoint says of the processes that wrote it; empty for none
     judge: Judge | None  # of eval_every
     log: RunLog
@@ -96,10 +92,10 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
 
 
 def join_processes(options: TrainOptions) -> Accelerator:
-    """The Accelerator of this process, which now knows the others.
+    """This process's Accelerator, which now knows the other processes.
 
-    Raises ValueError for options that ask for what is not here, or that so many processes cannot
-    share.
+    Raises ValueError if a device or a tracker is not there, sizes do not fit, or the processes
+    cannot share the work.
     """
     check_surroundings(options)
     if options.latents is None:
@@ -207,7 +203,7 @@ def load_data(
 
 
 def with_label_map(data: Data, options: TrainOptions) -> Data:
-    """The Data, which also tell the file of init_labels, if that is one, from others."""
+    """The Data; if init_labels is a file, they tell it from other files, too."""
     path = Path(options.init_labels)
     if not path.is_file():
         return data
@@ -266,9 +262,9 @@ def build_state(
     options: TrainOptions, space: Space, accelerator: Accelerator, classes: list[str] | None,
     fresh: bool,
 ) -> TrainState:  # fmt: skip
-    """A TrainState at step 0, the same in every process; if it is to stay at that (fresh), from
-    init_from.
+    """A TrainState at step 0, the same in every process.
 
+    A fresh one starts from init_from; others take up a checkpoint, and need no such weights.
     Raises ValueError if sizes, or init_from, do not fit.
     """
     torch.manual_seed(options.global_seed)
@@ -347,7 +343,9 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
 
 
 def check_whole_run(contents: dict, origin: str) -> None:
-    """Raise ValueError unless a checkpoint has all that a run goes on from, of this process."""
+    """Raise ValueError unless a checkpoint has all parts that a run goes on from, and learned the
+    process that this code trains.
+    """
     kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
     if lacking or isinstance(contents["step"], bool) or contents["step"] < 0:
@@ -363,8 +361,7 @@ def check_whole_run(contents: dict, origin: str) -> None:
 
 
 def start_tracker(options: TrainOptions, accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Begin or go on with the tracker's own record of the run; what it holds beyond `step` is
-    passed over.
+    """Start the tracker, or continue its record of the run; entries after `step` are discarded.
 
     Raises ValueError if it cannot start.
     """

@@ -139,7 +139,8 @@ def conclude(job: Job) -> None:
     )
     job.end(
         f"the run ended badly: {why}, loss or gradient not being finite. Look at log.txt, and "
-        "begin a new run with `resume` CHECKPOINT, an earlier one, and a lower `lr` or a `grad_clip`"
+        "begin a new run with `resume` CHECKPOINT, an earlier one, and a lower `lr` or a "
+        "`grad_clip`"
     )
 
 

@@ -29,7 +29,7 @@ NOT_DECIDING = (
 )  # fmt: skip
 # Deciding options that may be paths: another path with the same content decides the same
 PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
-# Deciding options that runs of earlier versions did not record, at what they meant there
+# Defaults of deciding options that older runs did not record
 UNRECORDED = dict(LATER)
 
 # Option → what it may be, where that is a few words

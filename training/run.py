@@ -6,7 +6,7 @@ import signal
 from typing import NoReturn
 
 from data.loader import LoaderFailed, explained
-from runtime.command_line import why_lost
+from runtime.command_line import reason, why_lost
 from runtime.devices import tf32
 from runtime.surroundings import lone_task_note
 from training.assembly import Job, assemble
@@ -26,12 +26,17 @@ def run_training(options: TrainOptions) -> Path:
     KeyboardInterrupt, after Ctrl-C.
     """
     with FolderLock() as lock, tf32(options.tf32):
-        return carry_out(assemble(options, lock))
+        try:
+            job = assemble(options, lock)
+        except OSError as error:  # such as that of a name too long
+            raise ValueError(reason(error)) from error
+        return carry_out(job)
 
 
 def carry_out(job: Job) -> Path:
-    """Train until the Job's last step; its folder. Raises RunEnded and RunInterrupted as
-    run_training does.
+    """Train until the Job's last step, or a signal; the run folder.
+
+    Raises RunEnded and RunInterrupted as run_training does.
     """
     introduce(job)
     try:

@@ -88,8 +88,8 @@ class RunLog:
 
     @contextmanager
     def survived(self, name: str) -> Iterator[None]:
-        """If the disk refuses, print that a line of the file `name` is lost, and go on: the run is
-        not lost.
+        """If the disk is full, print that and go on: lines of the file `name` may be lost, the run
+        continues.
         """
         try:
             yield
@@ -129,8 +129,7 @@ class StopSignals:
     """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`, for the loop to
     stop at a good moment.
 
-    Python hears signals in its main thread alone: in another one, nothing is noted and nothing
-    changed.
+    Python hears signals in its main thread alone: in another thread this notes and changes nothing.
     """
 
     def __init__(self) -> None:

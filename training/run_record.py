@@ -13,10 +13,10 @@ from training.options import DECIDING, PATHS, UNRECORDED, TrainOptions
 
 
 class Data(NamedTuple):
-    """What a run learns from: a hash of names and labels, or of a cache's manifest; and one of some
-    of its files' bytes.
+    """What tells the data of a run from other data.
 
-    The second is "" where the first says it all.
+    `names` is a hash of names and labels, or of a cache's manifest. `sample` is a hash of the bytes
+    of some files; it is "" for a cache, whose manifest says it all.
     """
 
     names: str
@@ -69,10 +69,10 @@ def run_id(folder: Path) -> str:
 
 
 def differences(folder: Path, options: TrainOptions, data: Data) -> str:
-    """In what a run folder's deciding options and data differ from these, comma-separated; "" if in
-    nothing.
+    """The deciding options in which a run folder differs from these, comma-separated, or that its
+    data differ; "" for neither.
 
-    A path may be another if what is there is the same.
+    Another path with the same content is no difference.
     """
     try:
         record = read_record(folder)
@@ -109,8 +109,9 @@ def moved(folder: Path, options: TrainOptions) -> str:
 
 
 def gone_paths(record: dict, options: TrainOptions, data: Data) -> list[str]:
-    """The options in which alone a run differs from these, if what they were cannot be told: paths
-    that are gone, without a hash of their content, to data of the same names; else [].
+    """The options whose path in a record is gone, with no hash of what was there.
+
+    [] if the run differs from these options or data in anything else.
     """
     others, known = different(record["args"], options), record.get("content") or {}
     untold = [
@@ -136,8 +137,8 @@ def comparable(name: str, value: Any) -> Any:
 
 
 def content_hash(name: str, options: TrainOptions, data: Data) -> str:
-    """A hash of what lies at the path that an option gives; "" if it gives none, or data that say
-    no more than names.
+    """A hash of what lies at the path of an option; "" without a path, or where `data` has names
+    alone.
     """
     value = getattr(options, name)
     if name in ("data_path", "latents"):

@@ -109,6 +109,8 @@ def test_what_is_wrong_with_the_data_is_refused_before_anything_is_written(image
         run_training(quick(images, tmp_path / "results", global_batch_size=13))
     with pytest.raises(ValueError, match="`resume` nowhere.pt: there is no such checkpoint"):
         run_training(quick(images, tmp_path / "results", resume=Path("nowhere.pt")))
+    with pytest.raises(ValueError, match="File name too long"):
+        run_training(quick(images, tmp_path / "results", init_from="x", init_labels="x" * 5000))
     assert not (tmp_path / "results").exists()
 
 
