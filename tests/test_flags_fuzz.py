@@ -257,7 +257,9 @@ DOORS = {
             "train_classifier.save_for_hf": save_model,
         },
     ),
-    "study": Door("study", [["--output", "study", "--device", "cpu"]], {"study.study": nothing}),
+    "study": Door(
+        "study", [["--output", "study", "--device", "cpu"]], {"study.run_study": nothing}
+    ),
     "plot": Door(
         "plot",
         [["--output", "figures"]],
@@ -282,8 +284,7 @@ def late_stubs(name):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder two levels down with files good and bad, and nothing fetched from anywhere.
-    """
+    """A working folder two levels down with files good and bad, and nothing fetched from anywhere."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
