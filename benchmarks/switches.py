@@ -1,8 +1,8 @@
 """What each switch of training costs or gains: time of a step and peak memory, as ratios to
 training without any.
 
-    python -m benchmarks.switches                                                    # DiT-S/4, batch 16
-    python -m benchmarks.switches --model DiT-XL/2 --batch-size 64 --rounds 20       # on a GPU
+    python -m benchmarks.switches                                              # DiT-S/4, batch 16
+    python -m benchmarks.switches --model DiT-XL/2 --batch-size 64 --rounds 20 # on a GPU
     torchrun --nproc_per_node=2 -m benchmarks.switches --sides plain bf16 no-read fsdp
 
 All sides take turns in one process (or in each of several). Peak memory is measured in a process of
@@ -62,10 +62,10 @@ def build_parser():
 class Side:
     """A training state with one switch set; calling it does a step."""
 
-    def __init__(self, args, accelerator, also=None, **recipe):
+    def __init__(self, model, batch_size, accelerator, also=None, **recipe):
         torch.manual_seed(0)
         self.also, self.accelerator, self.device = also, accelerator, accelerator.device
-        network = DiT_models[args.model]()
+        network = DiT_models[model]()
         network.grad_checkpointing = also == "checkpointing"
         if also == "fsdp":
             shard = partial(
@@ -82,9 +82,9 @@ class Side:
         if also == "not-fused":
             for group in self.state.opt.param_groups:
                 group.update(fused=False, foreach=False)
-        self.latents = torch.randn(args.batch_size, 4, 32, 32, device=self.device)
-        self.labels = torch.arange(args.batch_size, device=self.device)
-        self.draws = draw(0, 0, args.batch_size, (4, 32, 32), 0.1, 1000, self.device)
+        self.latents = torch.randn(batch_size, 4, 32, 32, device=self.device)
+        self.labels = torch.arange(batch_size, device=self.device)
+        self.draws = draw(0, 0, batch_size, (4, 32, 32), 0.1, 1000, self.device)
         self.diffusion = create_diffusion("")
 
     def __call__(self):
@@ -113,15 +113,16 @@ def one_by_one(ema, network, decay):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    sizes = args.model, args.batch_size
     if args.memory_of:
-        side = Side(args, accelerator, **SIDES[args.memory_of])
+        side = Side(*sizes, accelerator, **SIDES[args.memory_of])
         for _ in range(3):
             side()
         peak = torch.cuda.max_memory_allocated() / 2**20 if side.device.type == "cuda" else None
         return print(peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     # First, while this process is small: a child's peak on Linux begins with its parent's.
-    memory = peak_memory(args) if accelerator.num_processes == 1 else {}
-    sides = {name: Side(args, accelerator, **SIDES[name]) for name in args.sides}
+    memory = peak_memory(*sizes, args.sides) if accelerator.num_processes == 1 else {}
+    sides = {name: Side(*sizes, accelerator, **SIDES[name]) for name in args.sides}
     for side in sides.values():
         for _ in range(2):
             side()
@@ -139,11 +140,11 @@ def main(argv=None):
     accelerator.end_training()
 
 
-def peak_memory(args):
+def peak_memory(model, batch_size, sides):
     """{side: its peak memory as a ratio to the first's}; on a CPU that of the whole process."""
     found = {}
-    for name in args.sides:
-        flags = ["--model", args.model, "--batch-size", str(args.batch_size), "--memory-of", name]
+    for name in sides:
+        flags = ["--model", model, "--batch-size", str(batch_size), "--memory-of", name]
         command = [sys.executable, "-m", "benchmarks.switches", *flags]
         done = subprocess.run(
             command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
@@ -151,7 +152,7 @@ def peak_memory(args):
         if done.returncode:
             sys.exit(done.stderr)
         found[name] = float(done.stdout)
-    return {name: round(value / found[args.sides[0]], 3) for name, value in found.items()}
+    return {name: round(value / found[sides[0]], 3) for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A training step against the same step of diffusers' network, and against a plain loop over the
 network's formulas.
 
-    python -m benchmarks.training                                                    # S/2, B/4; minutes on a CPU
-    python -m benchmarks.training --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --compile     # on a GPU
+    python -m benchmarks.training                             # S/2, B/4; minutes on a CPU
+    python -m benchmarks.training --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 \\
+      --compile                                               # on a GPU
 
 Forward, backward, AdamW and moving average on random latents. "ours" is train.py's step;
 "diffusers" is that step with diffusers' network; "written out" is a loop as one writes it first:
@@ -74,20 +75,19 @@ class PlainLoop:
                 average.mul_(0.9999).add_(value, alpha=1 - 0.9999)
 
 
-def measure(name, args):
-    """{side: seconds of each round}, and the operations of a step and of the product, for a model.
-    """
-    bf16, recipe = args.mixed_precision == "bf16", Recipe(bf16=args.mixed_precision == "bf16")
+def measure(name, batch_size, rounds, bf16, compiled):
+    """For a model, {side: seconds of each round}, and the operations of a step and the product."""
+    recipe = Recipe(bf16=bf16)
     diffusion = create_diffusion("")
-    latents = torch.randn(args.batch_size, 4, 32, 32, device=device())
-    labels = torch.arange(args.batch_size, device=device())
-    draws = draw(0, 0, args.batch_size, (4, 32, 32), 0.1, 1000, device())
+    latents = torch.randn(batch_size, 4, 32, 32, device=device())
+    labels = torch.arange(batch_size, device=device())
+    draws = draw(0, 0, batch_size, (4, 32, 32), 0.1, 1000, device())
     step = diffusion, latents, labels, draws
     states = {
         "ours": new_state(trained(random_network(name)), recipe),
         "diffusers": new_state(Twin(random_network(name)).requires_grad_(True), recipe),
     }
-    if args.compile:
+    if compiled:
         states["ours, compiled"] = new_state(trained(random_network(name)), recipe)
         for block in states["ours, compiled"].network.blocks:
             block.compile()
@@ -98,16 +98,18 @@ def measure(name, args):
     for side in sides.values():
         for _ in range(2):
             side()
-    operations = training_flops(states["ours"].network.config) * args.batch_size
-    return alternate(sides, args.rounds), operations, product_operations
+    operations = training_flops(states["ours"].network.config) * batch_size
+    return alternate(sides, rounds), operations, product_operations
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    results = {}
+    bf16, results = args.mixed_precision == "bf16", {}
     for name in args.models:
         with tf32(True):
-            seconds, operations, product_operations = measure(name, args)
+            seconds, operations, product_operations = measure(
+                name, args.batch_size, args.rounds, bf16, args.compile
+            )
         found, shares = compare(seconds, "ours", operations, product_operations)
         print(f"{name}, batch {args.batch_size}, {operations / 1e9:.1f} GFLOP")
         table({side: (found[side], shares[side]) for side in found}, COLUMNS)

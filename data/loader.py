@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.batches import NO_SHARED_MEMORY, collate
+from data.source import Source
 from runtime.command_line import LOST_WORKER, why_lost
 
 TELL_SECONDS = 60  # between lines about a batch that does not come
@@ -43,7 +44,7 @@ def heed_the_trainer(_: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset, batches: Iterable[list[Any]], num_workers: int, pin_memory: bool = False,
+    dataset: Dataset | Source, batches: Iterable[list[Any]], num_workers: int, pin_memory: bool = False,
     collate_fn: Callable = collate,
 ) -> DataLoader:  # fmt: skip
     """A DataLoader over batches of keys, such as StepBatches; it yields what collate_fn returns.
@@ -51,7 +52,8 @@ def make_loader(
     `read` walks through it.
     """
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn,
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn,
         pin_memory=pin_memory, worker_init_fn=heed_the_trainer,
         timeout=WAIT if num_workers else 0,
         # The workers' seeds, which nothing uses, come from here instead of torch's own generator

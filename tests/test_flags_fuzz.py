@@ -134,7 +134,7 @@ def black(_, labels, *rest):
 
 
 def state_without_weights(*args, **kwargs):
-    """What train.build_state returns, its weights as far as they are made on the meta device."""
+    """What training.assembly.build_state returns, its weights as far as they are made on the meta device."""
     with torch.device("meta"):
         return BUILD_STATE(*args, **kwargs)
 
@@ -147,7 +147,7 @@ def save_model(model, folder, **_):
     (Path(folder) / "config.json").write_text("{}")
 
 
-BUILD_STATE = import_module("train").build_state
+BUILD_STATE = import_module("training.assembly").build_state
 TRAINING = [
     "--num-classes", "2", "--image-size", "32", "--vae", str(DIGITS / "vae"), "--model", "DiT-Ti/1",
     "--device", "cpu",
@@ -180,13 +180,13 @@ DOORS = {
             ],
         ],
         {
-            "train.train": nothing,
-            "train.build_state": state_without_weights,
+            "training.run.train": nothing,
+            "training.assembly.build_state": state_without_weights,
             "models.DiT.to": lambda self, *_, **__: self,
-            "train.new_state": lambda network, *_, **__: SimpleNamespace(
+            "training.assembly.new_state": lambda network, *_, **__: SimpleNamespace(
                 network=network, step=0, bad_in_a_row=0, window=None
             ),
-            "scoring.summarize_reference": lambda *_, **__: (None, None),
+            "training.scores.summarize_reference": lambda *_, **__: (None, None),
         },
     ),
     "sample": Door(
@@ -254,7 +254,9 @@ DOORS = {
             "train_classifier.save_for_hf": save_model,
         },
     ),
-    "study": Door("study", [["--output", "study", "--device", "cpu"]], {"study.study": nothing}),
+    "study": Door(
+        "study", [["--output", "study", "--device", "cpu"]], {"study.run_study": nothing}
+    ),
     "plot": Door(
         "plot",
         [["--output", "figures"]],
@@ -279,8 +281,7 @@ def late_stubs(name):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder two levels down with files good and bad, and nothing fetched from anywhere.
-    """
+    """A working folder two levels down with files good and bad, and nothing fetched from anywhere."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

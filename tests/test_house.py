@@ -30,7 +30,7 @@ HOMES = {
     "diffusers": {"vae.py", "sampling/sampler.py", "checkpoints/publish.py"},
     "torch_fidelity": {"evaluation/features.py"},
     "accelerate": {
-        "runtime/team.py", "training/job.py", "training/records.py", "evaluation/report.py",
+        "runtime/team.py", "training/assembly.py", "training/records.py", "evaluation/report.py",
     },
     "gradio": {"page/layout.py"},
 }

@@ -62,7 +62,7 @@ class FolderLock:
                 pass
         except OSError as error:
             raise ValueError(
-                f"cannot write in {results} ({error.strerror}); choose another --results-dir"
+                f"cannot write in {results} ({error.strerror}); choose another `results_dir`"
             ) from None
 
     def take(self, folder: Path) -> None:
@@ -92,8 +92,8 @@ class FolderLock:
                 )
                 os.close(self.handles.pop(path))
                 raise ValueError(
-                    f"{path.parent} is being written by {holder}; wait until that ends or stop it, then give the same "
-                    "command again"
+                    f"{path.parent} is being written by {holder}; wait until that ends or stop it, "
+                    "then give the same command again"
                 )
             time.sleep(0.1)
         if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:

@@ -2,7 +2,6 @@
 
 from contextlib import closing
 from functools import partial
-import sys
 import time
 
 import numpy as np
@@ -12,11 +11,11 @@ from torch import Tensor
 from data.batches import StepBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
-from diffusion import create_diffusion
+from diffusion import GaussianDiffusion, create_diffusion
 from runtime.team import once
-from training.job import Job
+from training.assembly import Job
 from training.records import (
-    Skipped, evaluation_due, is_sound, leave, log_window, save, save_preview, save_scores,
+    Skipped, evaluation_due, is_sound, log_window, save, save_preview, save_scores,
 )  # fmt: skip
 from training.run_log import Meter, StopSignals, has_row
 from training.step import draw, train_step, warm_up
@@ -28,77 +27,107 @@ STOP_PATIENCE = 15
 
 def train(job: Job, signals: StopSignals) -> None:
     """The loop, from state.step to last_step: steps, log lines, checkpoints, previews."""
-    args, accelerator, state, log = job.args, job.accelerator, job.state, job.log
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    diffusion = create_diffusion(timestep_respacing="")
-    drawn = dict(
-        latent=(job.space.shape.channels, state.network.input_size, state.network.input_size),
-        dropout_prob=state.network.config["class_dropout_prob"],
-        num_timesteps=diffusion.num_timesteps, device=device, rank=rank, world_size=world,
-    )  # fmt: skip
-    batches = StepBatches(
-        len(job.dataset), args.global_batch_size, args.global_seed, state.step, job.last_step, rank,
-        world, args.flip,
-    )  # fmt: skip
-    skipped, meter = Skipped(log), Meter()
-    reduce = partial(accelerator.reduce, reduction="sum")
-    if world > 1:
-        share = args.global_batch_size // world // args.grad_accum
-        warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
-    if evaluation_due(job) and not once(
-        accelerator, has_row, job.folder, state.step, "eval_samples"
-    ):
+    state, diffusion = job.state, create_diffusion(timestep_respacing="")
+    batches, skipped, meter = batches_left(job), Skipped(job.log), Meter()
+    warm_up_together(job, diffusion)
+    if scores_missing(job):
         with meter.paused():
             if not save_scores(job, signals):  # for which the run was stopped the last time
-                return log("stopped while scoring; nothing is lost")
-    loader = make_loader(job.dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
+                return job.log("stopped while scoring; nothing is lost")
+    pinned = job.accelerator.device.type == "cuda"
+    loader = make_loader(job.dataset, batches, job.options.num_workers, pin_memory=pinned)
     with closing(read(loader, partial(wait_on, job, signals))) as loaded:
         for batch, labels, bad in loaded:
             check_readable(job, batch, bad)
             skipped.here.update(bad)
-            batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
-            draws = draw(args.global_seed, state.step, args.global_batch_size, **drawn)
-            latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
-            old = (
-                args.ckpt_minutes is not None
-                and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
-            )
-            report = train_step(
-                state, diffusion, latents, labels, draws, reduce, bool(signals.received), old
-            )
+            report = one_step(job, diffusion, batch, labels, signals, meter)
             meter.steps += 1
-            log.bar.update()
+            job.log.bar.update()
             if report["bad"]:
                 guard(job, batches.indices(state.step - 1))
             with meter.paused():
                 stop = keep_records(job, report, signals, meter, skipped)
             if stop:
                 name = signals.received.name if signals.received else "a signal to another process"
-                return log(
-                    f"stopped by {name} after step {state.step}; the same command with --resume auto goes on from there"
+                return job.log(
+                    f"stopped by {name} after step {state.step}; "
+                    'the same command with `resume="auto"` goes on from there'
                 )
     conclude(job)
 
 
+def batches_left(job: Job) -> StepBatches:
+    """The batches of this process, from the step that the run is at to its last."""
+    options, accelerator = job.options, job.accelerator
+    return StepBatches(
+        len(job.dataset), options.global_batch_size, options.global_seed, job.state.step,
+        job.last_step, accelerator.process_index, accelerator.num_processes, options.flip,
+    )  # fmt: skip
+
+
+def latent_of(job: Job) -> tuple[int, int, int]:
+    """The shape (C, h, w) of one sample's latents."""
+    side = job.state.network.input_size
+    return job.space.shape.channels, side, side
+
+
+def warm_up_together(job: Job, diffusion: GaussianDiffusion) -> None:
+    """Warm up the model, if there are several processes, on as many latents as a step has at a
+    time.
+    """
+    processes, device = job.accelerator.num_processes, job.accelerator.device
+    if processes > 1:
+        share = job.options.global_batch_size // processes // job.options.grad_accum
+        warm_up(job.state, diffusion, torch.zeros(share, *latent_of(job), device=device))
+
+
+def scores_missing(job: Job) -> bool:
+    """Whether scores are due at the step that the run goes on from, and were not taken."""
+    return evaluation_due(job) and not once(
+        job.accelerator, has_row, job.folder, job.state.step, "eval_samples"
+    )
+
+
+def one_step(
+    job: Job, diffusion: GaussianDiffusion, batch: Tensor, labels: Tensor, signals: StopSignals,
+    meter: Meter,
+) -> dict[str, float]:  # fmt: skip
+    """train_step's report of a step on this process's share of a batch, which says what any process
+    asks for: to stop, or to save.
+    """
+    options, accelerator, state = job.options, job.accelerator, job.state
+    device, minutes = accelerator.device, options.ckpt_minutes
+    batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
+    draws = draw(
+        options.global_seed, state.step, options.global_batch_size, latent_of(job),
+        state.network.config["class_dropout_prob"], diffusion.num_timesteps, device,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
+    old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes
+    reduce = partial(accelerator.reduce, reduction="sum")
+    return train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
+
+
 def wait_on(job: Job, signals: StopSignals, seconds: float) -> None:
-    """Say now and then that a batch has not come for so long; leave the program if it was told to
-    stop meanwhile.
+    """Say now and then that a batch has not come for so long; end the run if it was told to stop
+    meanwhile.
     """
     alone = job.accelerator.num_processes == 1
     if signals.received and (alone or seconds > STOP_PATIENCE):
         if alone:
             save(job, must=True)
         kept = f"saved at step {job.state.step}" if alone else "not saved"
-        leave(
-            job,
-            f"stopped by {signals.received.name} while waiting for images, {kept}; --resume auto goes on from there",
+        job.end(
+            f"stopped by {signals.received.name} while waiting for images, {kept}; "
+            '`resume="auto"` goes on from there'
         )
     say_waiting(seconds, job.log)
 
 
 def conclude(job: Job) -> None:
-    """Say that the run is done; leave the program with an error if its last steps, or its weights,
-    are not finite.
+    """Say that the run is done; end it with an error if its last steps, or its weights, are not
+    finite.
     """
     state = job.state
     if is_sound(job):
@@ -108,31 +137,31 @@ def conclude(job: Job) -> None:
         if state.bad_in_a_row
         else "it has weights that are not finite"
     )
-    leave(
-        job,
-        f"the run ended badly: {why}, loss or gradient not being finite. Look at log.txt, and begin a new run with --resume "
-        "CHECKPOINT, an earlier one, and a lower --lr or a --grad-clip",
+    job.end(
+        f"the run ended badly: {why}, loss or gradient not being finite. Look at log.txt, and "
+        "begin a new run with `resume` CHECKPOINT, an earlier one, and a lower `lr` or a "
+        "`grad_clip`"
     )
 
 
 def keep_records(
-    job: Job, report: dict[str, float], signals: StopSignals, meter: Meter, skipped: "Skipped"
+    job: Job, report: dict[str, float], signals: StopSignals, meter: Meter, skipped: Skipped
 ) -> bool:
     """What is due after a step with this report: log line, checkpoint, preview, scores.
 
     Whether to stop then.
     """
-    args, step = job.args, job.state.step
+    options, step = job.options, job.state.step
     stop, last = bool(report["stop"]), step == job.last_step
-    if step % args.log_every == 0 or last:
+    if step % options.log_every == 0 or last:
         log_window(job, meter)
-        if args.skip_bad_images:
+        if options.skip_bad_images:
             skipped.report()
-    saving = stop or report["save"] or last or step % args.ckpt_every == 0
+    saving = stop or report["save"] or last or step % options.ckpt_every == 0
     if saving:
         save(job, must=stop or last)
         meter.saved = time.monotonic()
-    if args.sample_every and step % args.sample_every == 0:
+    if options.sample_every and step % options.sample_every == 0:
         save_preview(job)
     if not stop and evaluation_due(job) and not save_scores(job, signals):
         stop = True
@@ -142,11 +171,9 @@ def keep_records(
 
 
 def check_readable(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
-    """Leave the program, naming the file, if an image could not be read and none may stand in for
-    it.
-    """
-    if batch is None or (bad and not job.args.skip_bad_images):
-        leave(job, unreadable(bad, job.args.skip_bad_images))
+    """End the run, naming the file, if an image could not be read and none may stand in for it."""
+    if batch is None or (bad and not job.options.skip_bad_images):
+        job.end(unreadable(bad, job.options.skip_bad_images))
 
 
 def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
@@ -155,23 +182,24 @@ def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
     """
     if batch.dtype == torch.uint8:
         return space.encode(from_uint8(batch), noise)
-    assert isinstance(space, LatentSpace)  # check_arguments refuses pixels with --latents
+    assert isinstance(space, LatentSpace)  # TrainOptions refuses pixels with latents
     mean, std = batch.float().unbind(dim=1)
     return space.draw(mean, std, noise)
 
 
 def guard(job: Job, indices: np.ndarray) -> None:
-    """Log a step that was skipped, with its samples; leave the program, saving nothing, after
-    --max-bad-steps in a row.
+    """Log a step that was skipped, with its samples; end the run, saving nothing, after
+    max_bad_steps in a row.
     """
     state = job.state
     job.log(
-        f"step {state.step:07d}: loss or gradient is not finite, step skipped ({state.bad_in_a_row} in a row, "
-        f"{state.bad_steps} in all); samples {indices.tolist()}"
+        f"step {state.step:07d}: loss or gradient is not finite, step skipped "
+        f"({state.bad_in_a_row} in a row, {state.bad_steps} in all); samples {indices.tolist()}"
     )
-    if state.bad_in_a_row >= job.args.max_bad_steps:
-        job.log(
-            f"stopped after {state.bad_in_a_row} such steps in a row, no checkpoint saved: look at these samples, or begin "
-            f"a new run with --resume {job.folder} and a lower --lr or a --grad-clip"
+    if state.bad_in_a_row >= job.options.max_bad_steps:
+        job.end(
+            f"stopped after {state.bad_in_a_row} such steps in a row, no checkpoint saved: look at "
+            f"these samples, or begin a new run with `resume` {job.folder} and a lower `lr` or a "
+            "`grad_clip`",
+            told=True,
         )
-        sys.exit(1)

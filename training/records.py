@@ -1,6 +1,6 @@
 """What a run writes: log lines, metrics, checkpoints, scores and previews."""
 
-import sys
+from collections.abc import Mapping
 import time
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -12,21 +12,13 @@ from checkpoints.files import checkpoint_path, list_checkpoints, prune_checkpoin
 from data.images import BadImage
 from models import DiT
 from runtime.disk import disk_space, write_whole
-from training.flags import build_parser
-from training.job import Job
+from training.assembly import Job
 from training.run_log import Meter, RunLog, StopSignals
 from training.scores import Stopped, preview, score_samples
 from training.sharding import unsharded
 from training.state import Window
 
 METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl has more
-
-
-def leave(job: Job, message: str) -> None:
-    """Leave the program with a message, its arguments as flags, which the log has too."""
-    message = build_parser().worded(message)
-    job.log(message)
-    sys.exit(f"train.py: error: {message}")
 
 
 def is_sound(job: Job) -> bool:
@@ -39,14 +31,17 @@ def is_sound(job: Job) -> bool:
 
 def log_window(job: Job, meter: Meter) -> None:
     """Write the means over the window since the last log line, and begin a new one."""
-    args, state = job.args, job.state
-    means = state.window.means(args.global_batch_size)
-    row = {
+    options, state = job.options, job.state
+    means = state.window.means(options.global_batch_size)
+    row: dict[str, float | None] = {
         "step": state.step, **means, "learning_rate": state.recipe.rate(state.step - 1),
         "bad_steps": state.bad_steps,
     }  # fmt: skip
-    images = meter.steps_per_second() * args.global_batch_size
-    rates = {"images_per_second": images, "model_flops_per_second": images * job.flops}
+    images = meter.steps_per_second() * options.global_batch_size
+    rates: dict[str, float | None] = {
+        "images_per_second": images,
+        "model_flops_per_second": images * job.flops,
+    }
     job.log.row(row | rates | {"time": time.time()})
     track(job, row | rates)
     metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in METRICS)
@@ -54,21 +49,21 @@ def log_window(job: Job, meter: Meter) -> None:
     state.window = Window()
 
 
-def track(job: Job, values: dict[str, float | None]) -> None:
+def track(job: Job, values: Mapping[str, float | None]) -> None:
     """Send what values there are, but the step, to the tracker, if there is one."""
-    if job.args.log_with:
+    if job.options.log_with:
         known = {
             name: value for name, value in values.items() if value is not None and name != "step"
         }
         try:
             job.accelerator.log(known, step=job.state.step)
         except OSError as error:
-            job.log(f"--log-with {job.args.log_with} did not take the metrics ({error.strerror})")
+            tracker = job.options.log_with
+            job.log(f"`log_with` {tracker} did not take the metrics ({error.strerror})")
 
 
 def show(job: Job, images: Tensor) -> None:
-    """Send preview images uint8 (N, 3, H, W) to the tracker, if there is one; in the main process.
-    """
+    """Send previews uint8 (N, 3, H, W) to the tracker, if there is one; in the main process."""
     for tracker in job.accelerator.trackers:
         tensors = images.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -103,53 +98,63 @@ class Skipped:
 def save(job: Job, must: bool) -> None:
     """Write the checkpoint of the current step, in the main process, while the others wait.
 
-    Where that fails, leave the program or go on, as --on-save-error says; leave it if the run
-    `must` have this one.
+    Where that fails, end the run or go on, as on_save_error says; end it if the run `must` have
+    this one.
     """
-    args, accelerator, folder = job.args, job.accelerator, job.folder
-    contents: dict = {}
-    failure = None
     sound = is_sound(job)
-    if accelerator.is_main_process or args.fsdp:
-        keep = accelerator.is_main_process
-        contents = job.state.to_checkpoint(
-            vars(args), job.dataset.classes, accelerator.num_processes, keep
-        )
-    if accelerator.is_main_process:
-        path = checkpoint_path(folder, job.state.step)
-        try:
-            job.log.sync()
-            save_checkpoint(path, contents)
-            job.log(f"saved {path}")
-        except (OSError, RuntimeError) as error:
-            failure = f"{path} was not written ({getattr(error, 'strerror', None) or error}; {disk_space(folder)})"
-    failure = broadcast_object_list([failure])[0]
+    failure = broadcast_object_list([write_checkpoint(job)])[0]
     if failure:
-        good = [str(path) for path in list_checkpoints(folder)[-1:]] or ["none"]
-        stopping = must or args.on_save_error == "stop"
-        then = (
-            "stopping; make room, and --resume auto goes on from there"
-            if stopping
-            else "going on without"
-        )
-        job.log(f"{failure}; the last good checkpoint is {good[0]}; {then}")
-        if stopping:
-            sys.exit(1)
-    elif args.keep_last and not sound:
+        after_failure(job, failure, stopping=must or job.options.on_save_error == "stop")
+    elif job.options.keep_last and not sound:
         job.log(
             "note: the last step or the weights are not finite, so no older checkpoint was deleted"
         )
-    elif args.keep_last and accelerator.is_main_process:
+    elif job.options.keep_last and job.accelerator.is_main_process:
         try:
-            prune_checkpoints(folder, args.keep_last)
+            prune_checkpoints(job.folder, job.options.keep_last)
         except OSError as error:
             job.log(f"could not delete {error.filename} ({error.strerror})")
+
+
+def write_checkpoint(job: Job) -> str | None:
+    """Write the checkpoint, in the main process; why that failed, None if it did not.
+
+    With FSDP all processes put it together.
+    """
+    accelerator, contents = job.accelerator, {}
+    if accelerator.is_main_process or job.options.fsdp:
+        contents = job.state.to_checkpoint(
+            job.options.recorded(), job.dataset.classes, accelerator.num_processes,
+            keep=accelerator.is_main_process,
+        )  # fmt: skip
+    if not accelerator.is_main_process:
+        return None
+    path = checkpoint_path(job.folder, job.state.step)
+    try:
+        job.log.sync()
+        save_checkpoint(path, contents)
+        job.log(f"saved {path}")
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        return f"{path} was not written ({why}; {disk_space(job.folder)})"
+    return None
+
+
+def after_failure(job: Job, failure: str, stopping: bool) -> None:
+    """Log that a checkpoint was not written, and end the run if it is to stop."""
+    good = [str(path) for path in list_checkpoints(job.folder)[-1:]] or ["none"]
+    message = f"{failure}; the last good checkpoint is {good[0]}"
+    if stopping:
+        job.end(
+            f'{message}; stopping; make room, and `resume="auto"` goes on from there', told=True
+        )
+    job.log(f"{message}; going on without")
 
 
 def whole_average(job: Job) -> DiT:
     """The network with the main average's weights, whole in every process."""
     state = job.state
-    if not job.args.fsdp:
+    if not job.options.fsdp:
         return state.ema
     tensors = unsharded(state.ema.state_dict())
     network = DiT(**state.network.config).to(job.accelerator.device).eval().requires_grad_(False)
@@ -159,9 +164,8 @@ def whole_average(job: Job) -> DiT:
 
 def evaluation_due(job: Job) -> bool:
     """Whether scores are to be taken at this step."""
-    return (
-        job.judge is not None and job.state.step > 0 and job.state.step % job.args.eval_every == 0
-    )
+    step, every = job.state.step, job.options.eval_every
+    return every is not None and step > 0 and step % every == 0
 
 
 def save_scores(job: Job, signals: StopSignals) -> bool:
@@ -169,7 +173,7 @@ def save_scores(job: Job, signals: StopSignals) -> bool:
 
     False if a signal in any process broke it off: then the next start takes them.
     """
-    args, accelerator, step, began = job.args, job.accelerator, job.state.step, time.monotonic()
+    accelerator, step, began = job.accelerator, job.state.step, time.monotonic()
 
     def any_process(flag=None):
         flag = torch.as_tensor(
@@ -177,36 +181,40 @@ def save_scores(job: Job, signals: StopSignals) -> bool:
         )
         return bool(accelerator.reduce(flag.float(), reduction="sum") > 0)
 
-    assert job.judge is not None  # evaluation_due looks at that
+    assert job.judge is not None  # there is one where evaluation is ever due
     try:
         network = whole_average(job)
         scores, notes = score_samples(
-            job.judge, network, job.space, args.global_seed, accelerator.device, any_process
+            job.judge, network, job.space, job.options.global_seed, accelerator.device, any_process
         )
     except Stopped:
         return False
     except ValueError as error:
         scores = None
-        job.log(build_parser().worded(f"step {step:07d}: not scored ({error})"))
+        job.log(f"step {step:07d}: not scored ({error})")
     if scores:
-        row = {f"eval_{name}": value for name, value in scores.items()} | {
-            "eval_samples": args.eval_samples
-        }
-        against = {"eval_reference": args.eval_reference, "eval_features": args.eval_features}
-        job.log.row({"step": step} | row | against | {"time": time.time()})
-        track(job, row)
-        told = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4f}"
-            for name, value in scores.items()
-            if value is not None
-        )
-        job.log(
-            f"step {step:07d}: {told}; {args.eval_samples} samples, {time.monotonic() - began:.0f} s"
-        )
-        for note in (notes or []) if step == args.eval_every else []:
-            job.log(f"note: {note}")
+        log_scores(job, scores, notes or [], time.monotonic() - began)
     accelerator.wait_for_everyone()
     return True
+
+
+def log_scores(job: Job, scores: dict[str, float | None], notes: list[str], seconds: float) -> None:
+    """Write scores, which took so many seconds, to log, metrics and tracker; the notes once."""
+    options, step = job.options, job.state.step
+    row = {f"eval_{name}": value for name, value in scores.items()} | {
+        "eval_samples": options.eval_samples
+    }
+    against = {"eval_reference": options.eval_reference, "eval_features": options.eval_features}
+    job.log.row({"step": step} | row | against | {"time": time.time()})
+    track(job, row)
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in scores.items()
+        if value is not None
+    )
+    job.log(f"step {step:07d}: {told}; {options.eval_samples} samples, {seconds:.0f} s")
+    for note in notes if step == options.eval_every else []:
+        job.log(f"note: {note}")
 
 
 def save_preview(job: Job) -> None:
@@ -218,7 +226,7 @@ def save_preview(job: Job) -> None:
         path = job.folder / "previews" / f"{state.step:07d}.png"
         try:
             images = preview(
-                network, job.space, job.args.global_seed, job.accelerator.device
+                network, job.space, job.options.global_seed, job.accelerator.device
             ).permute(0, 3, 1, 2)
             grid = make_grid(images.cpu().float() / 255, nrow=4)
             path.parent.mkdir(exist_ok=True)
@@ -228,6 +236,7 @@ def save_preview(job: Job) -> None:
             job.log(f"{path} was not written ({error})")
         except OSError as error:
             job.log(
-                f"{path} was not written ({error.strerror}; {disk_space(job.folder)}); going on without"
+                f"{path} was not written ({error.strerror}; {disk_space(job.folder)}); "
+                "going on without"
             )
     job.accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
-"""A run's log, its metrics, its clock, and the signals that stop it."""
+"""A run's log, its metrics, its clock, and what stops it: signals, and its early end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 import json
 import os
@@ -17,15 +17,34 @@ from tqdm.auto import tqdm
 from runtime.disk import write_whole
 
 
+class RunEnded(Exception):
+    """What ends a run before its last step: damaged images, losses that are not finite, a full
+    disk. The log has its message.
+
+    `told` says that every process raises it, so that the log has told the user enough.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run, which the log has said."""
+
+
 class RunLog:
     """Lines for log.txt and the console, rows for metrics.jsonl, and a progress bar on terminals.
 
-    Main process only.
-
-    Rows beyond the step that a run goes on from are cut: they will be written again.
+    Main process only. Lines name options as Python does, in backticks; worded(line) says them as
+    the user does. Rows beyond the step that a run goes on from are cut: they will be written again.
     """
 
-    def __init__(self, folder: Path, is_main: bool, step: int, last_step: int) -> None:
+    def __init__(
+        self, folder: Path, is_main: bool, step: int, last_step: int,
+        worded: Callable[[str], str] = str,
+    ) -> None:  # fmt: skip
+        self.worded = worded
         self.file = self.metrics = None
         if is_main:
             cut_rows(folder / "metrics.jsonl", step)
@@ -36,8 +55,9 @@ class RunLog:
         )
 
     def __call__(self, line: str) -> None:
-        """Write a line, with the time."""
+        """Write a line, worded and with the time."""
         if self.file:
+            line = self.worded(line)
             # Names of files may be no valid text
             line = line.encode(errors="backslashreplace").decode()
             stamped = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
@@ -68,8 +88,8 @@ class RunLog:
 
     @contextmanager
     def survived(self, name: str) -> Iterator[None]:
-        """If the disk refuses, print that a line of the file `name` is lost, and go on: the run is
-        not lost.
+        """If the disk is full, print that and go on: lines of the file `name` may be lost, the run
+        continues.
         """
         try:
             yield
@@ -109,8 +129,7 @@ class StopSignals:
     """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`, for the loop to
     stop at a good moment.
 
-    Python hears signals in its main thread alone: in another one, nothing is noted and nothing
-    changed.
+    Python hears signals in its main thread alone: in another thread this notes and changes nothing.
     """
 
     def __init__(self) -> None:

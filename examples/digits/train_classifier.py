@@ -56,13 +56,13 @@ def shifted(images):
     )
 
 
-def train(images, labels, args):
-    """A new timm model trained as the flags say, for evaluation, with what timm writes of it."""
-    torch.manual_seed(args.seed)
+def train(images, labels, epochs, seed):
+    """A new timm model, trained for so many epochs, for evaluation, with what timm writes of it."""
+    torch.manual_seed(seed)
     model = timm.create_model("resnet10t", num_classes=CLASSES, **ARCHITECTURE)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.epochs)
-    for epoch in range(args.epochs):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs)
+    for epoch in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
             loss = F.cross_entropy(
                 model(shifted(images[batch])), labels[batch], label_smoothing=0.1
@@ -106,7 +106,7 @@ def main(argv=None):
             load_images(args.data_path / part) for part in ("train", "heldout")
         )
         with whole_folder(args.output) as folder:
-            model = train(images, labels, args)
+            model = train(images, labels, args.epochs, args.seed)
             save_for_hf(model, folder, model_args=ARCHITECTURE, safe_serialization=True)
     with torch.no_grad():
         right = (model(heldout[0]).argmax(dim=1) == heldout[1]).float().mean().item()

@@ -64,26 +64,26 @@ def set_scale(autoencoder, images):
     autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
 
 
-def train(images, args):
-    """A new AutoencoderKL trained on images as the flags say.
+def train(images, steps, batch_size, lr, seed):
+    """A new AutoencoderKL, trained on images for so many steps.
 
     Raises ValueError if it comes to nothing.
     """
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     autoencoder = AutoencoderKL(**ARCHITECTURE)
-    opt = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
-    for step in range(1, args.steps + 1):
-        error, kl = loss_of(autoencoder, images[torch.randint(len(images), (args.batch_size,))])
+    opt = torch.optim.AdamW(autoencoder.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    for step in range(1, steps + 1):
+        error, kl = loss_of(autoencoder, images[torch.randint(len(images), (batch_size,))])
         opt.zero_grad()
         (error + KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 10.0)
         opt.step()
         schedule.step()
-        if step % 500 == 0 or step == args.steps:
+        if step % 500 == 0 or step == steps:
             print(f"step {step}: squared error {error.item():.2f}, kl {kl.item():.1f}", flush=True)
             if not error.isfinite():
-                raise ValueError(f"the error of step {step} is not finite; lower --lr {args.lr}")
+                raise ValueError(f"the error of step {step} is not finite; lower `lr` {lr}")
     set_scale(autoencoder.eval(), images)
     return autoencoder
 
@@ -118,7 +118,7 @@ def main(argv=None):
             )
         images = load_images(args.data_path)
         with whole_folder(args.output) as folder:
-            autoencoder = train(images, args)
+            autoencoder = train(images, args.steps, args.batch_size, args.lr, args.seed)
             autoencoder.save_pretrained(folder)
     print(f"{args.output}: scale factor {autoencoder.config.scaling_factor}")
 

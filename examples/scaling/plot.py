@@ -1,6 +1,6 @@
 """Draw the figures of a study and print its tables, from the numbers that study.py wrote.
 
-    python examples/scaling/plot.py                                # the committed numbers: docs/scaling.svg, -samples.png
+    python examples/scaling/plot.py     # the committed numbers: docs/scaling.svg, -samples.png
     python examples/scaling/plot.py --results scaling --output scaling
 
 SVG and tables are a function of points.jsonl and study.json alone, the picture of the samples/
@@ -85,8 +85,7 @@ def correlations(rows, value=final):
 
 
 def training_curve(group):
-    """(training operations, distances) at each score of a network, distances as means over seeds.
-    """
+    """(training operations, distances as means over seeds) at each score of a network."""
     spent = [
         group[0]["training_flops"] * group[0]["batch_size"] * place["step"]
         for place in group[0]["curve"]
@@ -154,16 +153,23 @@ def tables(rows, about):
         for block, group in by_block(rows, about["plan"]["compared"]).items()
     )
     for what, value in (("distance", final), ("loss", loss)):
-        yield f"\nCorrelation of log multiply-adds with the {what}, with its logarithm, and of their ranks:\n"
+        yield (
+            f"\nCorrelation of log multiply-adds with the {what}, with its logarithm, "
+            "and of their ranks:\n"
+        )
         for seed, found in correlations(rows, value).items():
             yield f"- seed {seed}: {found[0]:.3f}, {found[1]:.3f}, {found[2]:.3f}"
-    yield "\nAt equal training operations (GFLOP), the smaller and the larger network of a patch size:\n"
+    yield (
+        "\nAt equal training operations (GFLOP), "
+        "the smaller and the larger network of a patch size:\n"
+    )
     for small, large, spent, distance, other in compute_contests(rows):
         yield f"- {spent / 1e9:,.0f}: {small} {distance:.1f}, {large} {other:.1f}"
     won, pairs = sampling_contests(rows)
     yield (
-        f"\nTake two networks, the smaller with so many more sampling steps that it spends at least as much on a sample. There "
-        f"are {pairs} such pairs (first seed); the larger network is better in {won}."
+        "\nTake two networks, the smaller with so many more sampling steps that it spends at least "
+        f"as much on a sample. There are {pairs} such pairs (first seed); "
+        f"the larger network is better in {won}."
     )
     yield f"\nReal patches, as many as samples, are at {about['distance_of_real_patches']:.2f}."
 
@@ -174,7 +180,8 @@ def table_row(key, group):
         ", ".join(f"{final(row):.2f}" for row in group),
         ", ".join(f"{loss(row):.4f}" for row in group),
     )
-    return f"| {key} | {group[0]['parameters']:,} | {group[0]['macs'] / 1e6:.2f} | {distances} | {losses} |"
+    size = f"{group[0]['parameters']:,} | {group[0]['macs'] / 1e6:.2f}"
+    return f"| {key} | {size} | {distances} | {losses} |"
 
 
 def draw_blocks(axes, rows, about):

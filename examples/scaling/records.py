@@ -66,6 +66,7 @@ def read_study(folder):
     missing = [point for point in about["points"] if Point(*point) not in rows]
     if missing:
         raise ValueError(
-            f"the study in {folder} is not finished, {len(missing)} networks are missing; run study.py again"
+            f"the study in {folder} is not finished, {len(missing)} networks are missing; "
+            "run study.py again"
         )
     return list(rows.values()), about

@@ -1,8 +1,8 @@
 """Train many small DiTs and score what they draw: the paper's claims about size, compute and block
 design, on one machine.
 
-    python examples/scaling/study.py --output scaling                   # within 75 minutes on 2 cores
-    python examples/scaling/study.py --output scaling-large --preset large     # for a GPU
+    python examples/scaling/study.py --output scaling           # within 75 minutes on 2 cores
+    python examples/scaling/study.py --output scaling-large --preset large          # for a GPU
     python examples/scaling/plot.py --results scaling --output scaling  # the figures
 
 Every network is trained for the same number of steps on the same patches of photographs
@@ -82,14 +82,16 @@ class Plan(NamedTuple):
 
 
 PRESETS = {
-    "tiny": Plan(16, 2, {"S": (1, 32, 1), "M": (2, 32, 1)}, (4, 8), ("S", 8), (2, 4), 8, 20, 100, 5),
+    "tiny": Plan(
+        16, 2, {"S": (1, 32, 1), "M": (2, 32, 1)}, (4, 8), ("S", 8), (2, 4), 8, 20, 100, 5
+    ),
     "small": Plan(
-        16, 2, {"S": (3, 64, 2), "M": (4, 96, 3), "L": (6, 128, 4)}, (2, 4, 8), ("M", 2), (375, 750, 1500), 32, 1000,
-        10_000, 600,
+        16, 2, {"S": (3, 64, 2), "M": (4, 96, 3), "L": (6, 128, 4)}, (2, 4, 8), ("M", 2),
+        (375, 750, 1500), 32, 1000, 10_000, 600,
     ),
     "large": Plan(
-        32, 1, {"S": (6, 128, 2), "M": (9, 256, 4), "L": (12, 512, 8)}, (2, 4, 8), ("M", 2), (1250, 2500, 5000, 10000), 128,
-        5000, 50_000, 2000, lr=3e-4, ema_decay=0.999, bf16=True,
+        32, 1, {"S": (6, 128, 2), "M": (9, 256, 4), "L": (12, 512, 8)}, (2, 4, 8), ("M", 2),
+        (1250, 2500, 5000, 10000), 128, 5000, 50_000, 2000, lr=3e-4, ema_decay=0.999, bf16=True,
     ),
 }  # fmt: skip
 
@@ -101,6 +103,21 @@ def config_of(plan, point):
         input_size=plan.image_size, patch_size=point.patch, in_channels=1, hidden_size=width,
         depth=depth, num_heads=heads, num_classes=CLASSES, block=point.block,
     )  # fmt: skip
+
+
+class Study(NamedTuple):
+    """What is trained, named as PRESETS has it, and scored; where it is written; on which device,
+    and how many networks at a time.
+    """
+
+    preset: str
+    output: Path
+    device: torch.device
+    workers: int
+
+    @property
+    def plan(self):
+        return PRESETS[self.preset]
 
 
 class Judge(NamedTuple):
@@ -283,8 +300,8 @@ def build_parser():
         help="folder for study.json, points.jsonl, judge.pt and samples/",
     )  # fmt: skip
     presets = (
-        "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; large: for a GPU "
-        "(default: %(default)s)"
+        "tiny: a trial of seconds, whose numbers mean nothing; small: for 2 cores; "
+        "large: for a GPU (default: %(default)s)"
     )
     parser.add_argument("--preset", choices=PRESETS, default="small", help=presets)
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
@@ -293,13 +310,13 @@ def build_parser():
     return parser
 
 
-def open_folder(args, device):
+def open_folder(study):
     """(what study.json says; the Judge; the rows that are done, by Point), all new in a folder
     without a study.
 
     Raises ValueError if the folder holds a study of another plan or device, or a damaged one.
     """
-    folder, plan = args.output, PRESETS[args.preset]
+    folder, plan, device = study.output, study.plan, study.device
     if not (folder / "study.json").exists():
         if (folder / "points.jsonl").exists():
             raise ValueError(
@@ -310,27 +327,29 @@ def open_folder(args, device):
         save_real(plan, folder / "samples" / "real.png")
         save_judge(judge, folder / "judge.pt")
         points = {"points": [list(point) for point in list_points(plan)]}
-        about = json.dumps(describe(args, device) | told | points) + "\n"
+        about = json.dumps(describe(study) | told | points) + "\n"
         write_whole(
             folder / "study.json", lambda temporary: temporary.write_text(about, encoding="utf-8")
         )
-    about, now = read_about(folder), json.loads(json.dumps(describe(args, device)))
+    about, now = read_about(folder), json.loads(json.dumps(describe(study)))
     for name in ("plan", "device_type"):
         if about.get(name) != now[name]:
             begun = f"{about.get('command')} on a {about.get('device_type')}"
             raise ValueError(
-                f"{folder} holds another study ({begun}); go on with that, or choose another --output"
+                f"{folder} holds another study ({begun}); go on with that, "
+                "or choose another --output"
             )
     return about, load_judge(folder / "judge.pt", device), read_rows(folder, about)
 
 
-def describe(args, device):
+def describe(study):
     """What study.json says of the plan, and of where and how the study was begun."""
+    device = study.device
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
-        "plan": PRESETS[args.preset]._asdict(), "torch": torch.__version__,
-        "device_type": device.type, **gpu, "cores": os.cpu_count(), "workers": args.workers,
-        "command": f"python examples/scaling/study.py --output OUTPUT --preset {args.preset}",
+        "plan": study.plan._asdict(), "torch": torch.__version__,
+        "device_type": device.type, **gpu, "cores": os.cpu_count(), "workers": study.workers,
+        "command": f"python examples/scaling/study.py --output OUTPUT --preset {study.preset}",
     }  # fmt: skip
 
 
@@ -391,14 +410,14 @@ def main(argv=None):
     with FolderLock() as lock:
         try:
             device = choose_device(args.device)
-            if args.workers is None:
-                args.workers = os.cpu_count() if device.type == "cpu" else 1
             check_numbers(args, num_samples=SCORED)
+            cores = os.cpu_count() if device.type == "cpu" else 1
+            workers = cores if args.workers is None else args.workers
             args.output.mkdir(parents=True, exist_ok=True)
             lock.take(args.output)
             if device.type == "cpu":
                 torch.set_num_threads(1)
-            study(args, device)
+            run_study(Study(args.preset, args.output, device, workers))
         except ValueError as error:
             parser.error(str(error))
         except BrokenPipeError:  # of the output, which is nobody's mistake
@@ -411,32 +430,34 @@ def main(argv=None):
             parser.error(f"{error.name} is not installed; pip install .[digits]")
         except BrokenProcessPool:
             sys.exit(
-                "a worker was killed, perhaps for want of memory; the same command goes on, try fewer --workers"
+                "a worker was killed, perhaps for want of memory; the same command goes on, "
+                "try fewer --workers"
             )
         finally:
             torch.set_num_threads(threads)
 
 
-def study(args, device):
+def run_study(study):
     """Do what is left of the study."""
-    plan, begun = PRESETS[args.preset], time.monotonic()
-    about, judge, done = open_folder(args, device)
+    plan, folder, begun = study.plan, study.output, time.monotonic()
+    about, judge, done = open_folder(study)
     points = [Point(*point) for point in about["points"]]
     left = [point for point in points if point not in done]
     print(
         f"{len(done)} networks are done, {len(left)} are left, those that take long first",
         flush=True,
     )
-    for point, row in run_all(plan, left, judge, device, args.output, args.workers) if left else ():
+    work = run_all(plan, left, judge, study.device, folder, study.workers) if left else ()
+    for point, row in work:
         done[point] = row
         text = "".join(json.dumps(done[point]) + "\n" for point in points if point in done)
         write_whole(
-            args.output / "points.jsonl",
-            lambda temporary: temporary.write_text(text, encoding="utf-8"),
+            folder / "points.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8")
         )
         minutes = (time.monotonic() - begun) / 60
         print(
-            f"{point}: distance {row['curve'][-1]['distance']:.3f}, {row['seconds']} s; {minutes:.1f} minutes",
+            f"{point}: distance {row['curve'][-1]['distance']:.3f}, {row['seconds']} s; "
+            f"{minutes:.1f} minutes",
             flush=True,
         )
 

@@ -26,7 +26,7 @@ import extract_latents
 from data import cache_format
 from data import cache_writer
 from data.options import CacheOptions
-from training import job
+from training import assembly
 from training import loop
 from runtime.presence import Presence
 from runtime.surroundings import Place
@@ -356,7 +356,7 @@ def test_a_run_on_latents_resumes_and_needs_no_autoencoder(
     def forbidden(*_):
         raise AssertionError("the autoencoder was loaded")
 
-    monkeypatch.setattr(job, "load_vae", forbidden)
+    monkeypatch.setattr(assembly, "load_vae", forbidden)
     flags = [
         "--latents", str(folder), "--results-dir", str(tmp_path / "r"), *QUICK, *train_flags(vae),
     ]  # fmt: skip

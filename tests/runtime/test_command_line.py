@@ -163,10 +163,11 @@ def test_a_name_that_the_system_refuses_is_one_message(name, tmp_path, monkeypat
     (["--ema-decay", *["0.9"] * 17], "`ema_decay` has 17 values; it takes 16 at most"),
 ])  # fmt: skip
 def test_numbers_beyond_what_exists(flags, message):
-    args = training_flags.build_parser().parse_args(["--data-path", "x", *flags])
+    parser = training_flags.build_parser()
+    args = parser.parse_args(["--data-path", "x", *flags])
     with pytest.raises(ValueError) as refused:
-        training_flags.check_arguments(args)
-    assert str(refused.value) == message
+        training_flags.read_options(args)
+    assert parser.worded(str(refused.value)) == message
 
 
 def test_the_ends_of_every_range_are_taken():

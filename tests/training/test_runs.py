@@ -28,6 +28,7 @@ from training import records
 from training import run_folder
 from training import run_log
 from training.folder_lock import FolderLock
+from training.options import DECIDING
 from training.run_log import Meter, RunLog, StopSignals
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
@@ -449,7 +450,7 @@ def test_deciding_flags_are_those_that_the_documentation_says():
         group.title: group._group_actions for group in training_flags.build_parser()._action_groups
     }
     flags = {action.dest for title in ("data", "network", "recipe") for action in groups[title]}
-    assert set(run_folder.DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
+    assert set(DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
 
 
 def test_another_number_of_processes_is_told(images, tmp_path, capsys):

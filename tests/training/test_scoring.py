@@ -19,9 +19,10 @@ import torch
 from checkpoints.files import list_checkpoints, read_checkpoint
 from conftest import ROOT
 import evaluate
-from training import job as training_job
+from training import assembly
 from training import records
 from training import scores as training_scores
+from training.flags import read_options
 from kill_campaign import end, launcher, start
 import sample_ddp
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
@@ -172,14 +173,14 @@ def test_a_restart_does_not_score_twice(images, square, tmp_path):
 def test_cached_latents_are_decoded_for_scores(images, square, tmp_path, monkeypatch):
     """Where latents are cached the VAE is loaded for that alone."""
     asked = []
-    monkeypatch.setattr(training_job, "load_vae", lambda name, device: asked.append(name))
+    monkeypatch.setattr(assembly, "load_vae", lambda name, device: asked.append(name))
     for flags in (["--latents", "x"], ["--latents", "x", *scored(square)]):
-        args = train.build_parser().parse_args(flags)
+        options = read_options(train.build_parser().parse_args(flags))
         dataset = type(
             "", (), {"manifest": {"channels": 4, "ratio": 8, "scale": 1.0, "shift": 0.0}}
         )
         accelerator = Accelerator(cpu=True)
-        training_job.load_space(args, accelerator, dataset)
+        assembly.load_space(options, accelerator, dataset)
     assert asked == ["ema"]
 
 

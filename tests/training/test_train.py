@@ -25,6 +25,7 @@ from training import loop
 from training import records
 from training import run_folder
 import train
+from training.options import TrainOptions
 from training.state import Recipe, new_state
 from training.step import draw, train_step, update_ema
 
@@ -247,9 +248,9 @@ def test_runs_that_share_a_number_or_come_from_elsewhere_do_not_hide_one(
 
 def test_a_number_that_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "run_folders", lambda results_dir: [])
-    args = argparse.Namespace(results_dir=str(tmp_path), model="DiT-S/2", resume=None)
+    options = TrainOptions(data_path="x", results_dir=str(tmp_path), model="DiT-S/2")
     with folder_lock.FolderLock() as lock:
-        folders = [run_folder.new_folder(args, run_folder.Data(""), lock).name for _ in range(3)]
+        folders = [run_folder.new_folder(options, run_folder.Data(""), lock).name for _ in range(3)]
     assert folders == ["000-DiT-S-2", "001-DiT-S-2", "002-DiT-S-2"]
 
 

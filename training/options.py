@@ -1,0 +1,169 @@
+"""What a training run is asked for: its options, their defaults, and which of them decide what it
+learns.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+import os
+from pathlib import Path
+from typing import Any
+
+from checkpoints.network_config import LATER
+from conditions.labels import CLASSES
+from evaluation.metrics import SCORED
+from models import BLOCKS, DiT_models
+from runtime.limits import check_numbers
+
+# Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
+# have them in this order, and so has the hash that names a start.
+DECIDING = (
+    "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size",
+    "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
+    "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block",
+)  # fmt: skip
+# Options that a run may change when it goes on: they decide how far, how fast and with what records
+NOT_DECIDING = (
+    "epochs", "max_steps", "max_bad_steps", "grad_accum", "grad_checkpointing", "compile", "tf32",
+    "fsdp", "results_dir", "resume", "log_every", "ckpt_every", "ckpt_minutes", "keep_last",
+    "on_save_error", "sample_every", "log_with", "num_workers", "device", "eval_every",
+    "eval_samples", "eval_reference", "eval_features",
+)  # fmt: skip
+# Deciding options that may be paths: another path with the same content decides the same
+PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
+# Defaults of deciding options that older runs did not record
+UNRECORDED = dict(LATER)
+
+# Option → what it may be, where that is a few words
+CHOICES: dict[str, Collection[str]] = {
+    "model": DiT_models, "block": BLOCKS, "mixed_precision": ["no", "bf16"],
+    "on_save_error": ["stop", "continue"], "log_with": ["tensorboard", "wandb"],
+    "device": ["cpu", "cuda", "mps"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of a training run, which are the flags of train.py: its --help says what each is.
+
+    None stands for what is not given. Paths may be Path objects, `ema_decay` any sequence; they are
+    kept as texts and as a tuple. Raises ValueError, when it is made, for what is wrong whatever the
+    data and the machine.
+    """
+
+    # data
+    data_path: Path | str | None = None
+    latents: Path | str | None = None
+    image_size: int = 256
+    num_classes: int = 1000
+    flip: bool = True
+    skip_bad_images: bool = False
+    # network
+    model: str = "DiT-XL/2"
+    block: str = "adaln_zero"
+    vae: str = "ema"
+    init_from: Path | str | None = None
+    init_labels: str = "keep"
+    # recipe
+    epochs: int = 1400
+    max_steps: int | None = None
+    global_batch_size: int = 256
+    lr: float = 1e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    grad_clip: float | None = None
+    ema_decay: tuple[float, ...] = (0.9999,)
+    global_seed: int = 0
+    mixed_precision: str = "no"
+    max_bad_steps: int = 10
+    # speed and memory
+    grad_accum: int = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
+    tf32: bool = True
+    fsdp: bool = False
+    # run
+    results_dir: Path | str = "results"
+    resume: Path | str | None = None
+    log_every: int = 100
+    ckpt_every: int = 50000
+    ckpt_minutes: float | None = None
+    keep_last: int | None = None
+    on_save_error: str = "stop"
+    sample_every: int | None = None
+    log_with: str | None = None
+    num_workers: int = 4
+    device: str | None = None
+    # scores while training
+    eval_every: int | None = None
+    eval_samples: int = 10_000
+    eval_reference: Path | str | None = None
+    eval_features: str = "inception"
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _plain(value))
+        if self.data_path is None and self.latents is None:
+            raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
+        check_numbers(self, num_classes=CLASSES, eval_samples=SCORED)
+        self._check_decays()
+        self._check_choices()
+        self._check_pairs()
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as run.json, log.txt and checkpoints have them under "args": {name: value},
+        in order, sequences as lists.
+        """
+        return {name: _in_a_file(value) for name, value in vars(self).items()}
+
+    def _check_decays(self):
+        """Raise ValueError unless each decay of the averages is one, and stands there once."""
+        if not isinstance(self.ema_decay, tuple) or not self.ema_decay:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}; give a tuple of one or more decays")
+        for decay in self.ema_decay:
+            if not 0 <= decay < 1 or self.ema_decay.count(decay) > 1:
+                raise ValueError(
+                    f"`ema_decay` is {decay}; each must be at least 0 and below 1, "
+                    "and stand there once"
+                )
+
+    def _check_choices(self):
+        """Raise ValueError for a word that is none of CHOICES."""
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and value != getattr(TrainOptions, name):
+                raise ValueError(f"`{name}` is {value}; choose from {', '.join(choices)}")
+
+    def _check_pairs(self):
+        """Raise ValueError for options that exclude, or need, one another."""
+        if self.init_from is not None and self.resume not in (None, "auto"):
+            raise ValueError(
+                "`init_from` and `resume` PATH both say what to start from; give one of them"
+            )
+        if self.init_labels != "keep" and self.init_from is None:
+            raise ValueError(
+                f"`init_labels` {self.init_labels} is about `init_from`, which is not given"
+            )
+        if (self.eval_every is None) != (self.eval_reference is None):
+            raise ValueError("`eval_every` and `eval_reference` go together; give both, or neither")
+        if self.latents is not None and self.vae == "none":
+            raise ValueError(
+                '`latents` with `vae="none"`: pixels have no latents to cache; '
+                "give `data_path` alone"
+            )
+
+
+def defaults() -> dict[str, Any]:
+    """{option: its default}, in order, as TrainOptions.recorded has values."""
+    return {field.name: _in_a_file(field.default) for field in fields(TrainOptions)}
+
+
+def _plain(value):
+    """The value of an option as it is kept: a path as text, a list as a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _in_a_file(value):
+    """The value of an option as files have it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
