@@ -139,10 +139,10 @@ def describe(args: argparse.Namespace, listing: Listing, space: LatentSpace) -> 
     """What decides the content of the cache, as manifest.json and, until it is there, plan.json
     have it.
     """
-    side = space.shape.side(args.image_size)
     return {
         "images": len(listing.paths), "flip": args.flip,
-        "shape": [2, space.shape.channels, side, side], "dtype": args.latents_dtype,
+        "shape": [2, *space.shape.latent(args.image_size, args.image_size)],
+        "dtype": args.latents_dtype,
         "image_size": args.image_size, "vae": args.vae, "vae_sha256": vae_hashes(args.vae),
         "channels": space.shape.channels, "ratio": space.shape.ratio, "scale": space.scale,
         "shift": space.shift, "classes": listing.classes, "skip_bad_images": args.skip_bad_images,
