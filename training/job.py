@@ -29,7 +29,7 @@ from training.run_folder import Data, Start, comparable, find_start, new_folder,
 from training.run_log import RunLog
 from training.scores import Judge, load_judge
 from training.sharding import shard_network
-from training.state import Recipe, TrainState, Window, new_state
+from training.state import Recipe, TrainState, new_state
 from vae import LatentShape, LatentSpace, Space, load_vae, vae_hashes
 
 
@@ -89,7 +89,8 @@ def prepare(args: argparse.Namespace, lock: FolderLock) -> Job:
             )
         folder = once(accelerator, new_folder, args, data, lock, start.checkpoint)
     if start.checkpoint and start.checkpoint.parent.parent != folder:
-        state.bad_in_a_row, state.window = 0, Window()  # a new run's own, whatever it begins from
+        state.bad_in_a_row = 0  # a new run's own, whatever it begins from
+        state.begin_window()
     log = RunLog(folder, accelerator.is_main_process, state.step, last_step)
     if args.log_with:
         start_tracker(args, accelerator, folder, state.step)

@@ -12,7 +12,6 @@ from torch import Tensor
 from data.batches import StepBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
-from diffusion import create_diffusion
 from runtime.team import once
 from training.job import Job
 from training.records import (
@@ -30,11 +29,10 @@ def train(job: Job, signals: StopSignals) -> None:
     """The loop, from state.step to last_step: steps, log lines, checkpoints, previews."""
     args, accelerator, state, log = job.args, job.accelerator, job.state, job.log
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    diffusion = create_diffusion(timestep_respacing="")
     drawn = dict(
-        latent=(job.space.shape.channels, state.network.input_size, state.network.input_size),
+        latent=state.network.latent_shape,
         dropout_prob=state.network.config["class_dropout_prob"],
-        num_timesteps=diffusion.num_timesteps, device=device, rank=rank, world_size=world,
+        process=state.process, device=device, rank=rank, world_size=world,
     )  # fmt: skip
     batches = StepBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, state.step, job.last_step, rank,
@@ -44,7 +42,7 @@ def train(job: Job, signals: StopSignals) -> None:
     reduce = partial(accelerator.reduce, reduction="sum")
     if world > 1:
         share = args.global_batch_size // world // args.grad_accum
-        warm_up(state, diffusion, torch.zeros(share, *drawn["latent"], device=device))
+        warm_up(state, torch.zeros(share, *drawn["latent"], device=device))
     if evaluation_due(job) and not once(
         accelerator, has_row, job.folder, state.step, "eval_samples"
     ):
@@ -64,7 +62,7 @@ def train(job: Job, signals: StopSignals) -> None:
                 and time.monotonic() - meter.saved > 60 * args.ckpt_minutes
             )
             report = train_step(
-                state, diffusion, latents, labels, draws, reduce, bool(signals.received), old
+                state, latents, labels, draws, reduce, bool(signals.received), old
             )
             meter.steps += 1
             log.bar.update()
