@@ -42,7 +42,8 @@ from sampling.pictures import (
 )  # fmt: skip
 from conditions.labels import readable
 from sampling.loading import load_sampler
-from sampling.sampler import SOLVERS, ImageNoise, Sampler
+from processes.table import SOLVERS
+from sampling.sampler import ImageNoise, Sampler
 from sampling.flags import add_network_flags, check_sampling_flags
 from runtime.surroundings import is_installed
 from page.visitors import ENDPOINT, Gate, Visitors

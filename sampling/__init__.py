@@ -10,7 +10,8 @@ __getattr__ = handed_on(
         "conditions.labels": "imagenet_names readable random_labels label_indices label_names",
         "runtime.disk": "check_writable",
         "sampling.loading": "load_sampler",
-        "sampling.sampler": "Solver Sampler check_steps ImageNoise",
+        "processes.process": "Solver",
+        "sampling.sampler": "Sampler check_steps ImageNoise",
         "sampling.speed": "prepare frozen",
     },
 )

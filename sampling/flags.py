@@ -8,7 +8,9 @@ from typing import Any
 from checkpoints.weights import weights_choice
 from runtime.limits import RANGES, check_numbers, short
 from models import DiT_models
-from sampling.sampler import SOLVERS, TRAINED_STEPS, check_steps
+from processes.gaussian import TRAINED_STEPS
+from processes.table import SOLVERS
+from sampling.sampler import check_steps
 from sampling.speed import PRECISIONS
 
 MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000  # unless told otherwise

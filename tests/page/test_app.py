@@ -29,7 +29,8 @@ from models import DiT
 from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from conditions.labels import imagenet_names
 from sampling.loading import load_sampler
-from sampling.sampler import SOLVERS, Sampler
+from processes.table import SOLVERS
+from sampling.sampler import Sampler
 from vae import PixelSpace
 from page.visitors import Gate, Visitors
 
