@@ -24,6 +24,7 @@ from runtime.limits import check_numbers
 from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
 from runtime.disk import check_writable
 from sampling.flags import add_network_flags
+from processes.table import process_of
 from vae import latent_shape, load_vae
 
 FORMATS = ("hub", "diffusers", "safetensors")
@@ -82,12 +83,14 @@ def write(args: argparse.Namespace) -> None:
         build_network(args, weights, latent_shape(args.vae)),
         class_names(args, weights),
     )
+    process = process_of(network, weights.process)
     if args.format == "diffusers":
         export_diffusers(network, load_vae(args.vae), output, classes)
     elif args.format == "hub":
-        save_pretrained(network, output, classes, weights.training, args.vae)
+        save_pretrained(network, output, classes, weights.training, args.vae, process)
     else:
-        save_weights(output, Weights(network.state_dict(), network.config, classes))
+        tensors = network.state_dict()
+        save_weights(output, Weights(tensors, network.config, classes, process=process.config))
 
 
 def trained_with(args: argparse.Namespace, checkpoint: Path, weights: Weights) -> str:

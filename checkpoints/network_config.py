@@ -45,6 +45,11 @@ def process_in(config: object) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
+def with_process(arguments: dict, process: dict | None) -> dict:
+    """A configuration: DiT's arguments and what is said of the process, if anything is."""
+    return arguments | ({} if process is None else {"process": process})
+
+
 def check_kind(key: str, value: object, kind: type) -> None:
     """Raise ValueError, naming the key, unless a value is of a kind of KINDS; true is no number,
     and 28.0 no whole one.

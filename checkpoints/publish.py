@@ -17,31 +17,37 @@ from safetensors import SafetensorError
 
 from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
 from checkpoints.names import PRETRAINED, local_path
+from checkpoints.network_config import with_process
 from checkpoints.weights import (
     OUR_CLASS, Weights, check_classes, check_readable, id2label, save_weights,
 )  # fmt: skip
 from diffusion import create_diffusion
 from models import DiT
+from processes.process import Process
+from processes.table import process_of
 from runtime.json_files import read_json
 from vae import LatentSpace, Space
 
 
 def save_pretrained(
     network: DiT, folder: Path | str, classes: list[str] | None = None,
-    training: dict | None = None, vae: str | None = None,
+    training: dict | None = None, vae: str | None = None, process: Process | None = None,
 ) -> None:  # fmt: skip
     """Write a network as a pretrained folder: weights, config.json and model card.
 
     For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder.
+    `process` is what the network has learned, the Gaussian process unless told otherwise.
     Raises ValueError if the folder has files already, or cannot be written.
     """
     check_classes(classes, network.config, "the network")
     check_readable(classes)
+    said = (process or process_of(network)).config
     with whole_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-        save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
+        weights = Weights(tensors, network.config, classes, process=said)
+        save_weights(partial / PRETRAINED, weights)
         names = {"id2label": id2label(classes)} if classes else {}
-        contents = {"_class_name": OUR_CLASS, **network.config, **names}
+        contents = {"_class_name": OUR_CLASS, **with_process(network.config, said), **names}
         (partial / "config.json").write_text(
             json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

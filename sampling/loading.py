@@ -9,6 +9,7 @@ import torch
 from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
 from checkpoints.weights import load_weights
 from models import DiT_models
+from processes.table import process_of
 from sampling.sampler import Sampler
 from sampling.speed import prepare
 from vae import PixelSpace, latent_shape, load_vae
@@ -34,7 +35,8 @@ def load_sampler(args: Namespace, device: torch.device, checkpoint: Path | None 
     )  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     sampler = Sampler(
-        network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint, **options
-    )
+        network, PixelSpace(), class_names(args, weights), checkpoint=checkpoint,
+        process=process_of(network, weights.process), **options,
+    )  # fmt: skip
     prepare(network, args.mixed_precision, args.compile)
     return replace(sampler, space=load_vae(args.vae, device))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from checkpoints.network_config import process_in
+from checkpoints.network_config import process_in, with_process
 from models import DiT
 from processes.process import QUARTERS, Process
 from processes.table import process_of
@@ -119,7 +119,7 @@ class TrainState:
         contents = {
             "model": self.network.state_dict(), "ema": self.ema.state_dict(),
             "opt": self.opt.state_dict(), "args": args, "step": self.step,
-            "config": self.network.config | {"process": self.process.config},
+            "config": with_process(self.network.config, self.process.config),
             "classes": classes, "rng": rng, "log": log,
         }  # fmt: skip
         if len(self.emas) > 1:

@@ -267,6 +267,16 @@ def test_the_null_half_is_evaluated_inside_the_interval_alone(sampler):
     assert not torch.equal(partly, everywhere) and not torch.equal(partly, plain)
 
 
+def test_the_number_of_the_step_says_whether_it_is_guided():
+    net, labels, x = network(), torch.tensor([3, 5]), randn(2, 3, 4, 4).float()
+    sampler = Sampler(net, Unbounded(), None, 5, cfg_scale=3.0, cfg_interval=(0.25, 0.749))
+    predict, t = sampler.predictor(labels), torch.full((2,), 500)
+    plain = net(x, t, labels)
+    assert sampler.guided() == [False, True, True, True, False]
+    for step in (4, 2, 0, 3, 3):
+        assert torch.equal(predict(x, t, step), plain) == (step in (0, 4))
+
+
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_an_interval_without_a_step_is_refused(sampler):
     with pytest.raises(
