@@ -316,6 +316,11 @@ class DiT(nn.Module):
         """The label that means "no class", or None if the network has none."""
         return self.y_embedder.null_label if self.y_embedder else None
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one sample, (C, H, W)."""
+        return self.in_channels, self.input_size, self.input_size
+
     def initialize_weights(self) -> None:
         """Fill every parameter; afterwards the output is 0.
 
@@ -379,9 +384,9 @@ class DiT(nn.Module):
         The output is the predicted noise and, with learn_sigma, C more channels: the fraction v in [-1, 1] (not
         enforced) between the two bounds of the log variance. force_drop_ids (N,): labels whose entry is 1 are dropped.
         """
-        side = self.input_size
-        if x.shape[1:] != (self.in_channels, side, side):
-            raise ValueError(f"x has shape {tuple(x.shape)}, the network takes (N, {self.in_channels}, {side}, {side})")
+        if x.shape[1:] != self.latent_shape:
+            sizes = ", ".join(map(str, self.latent_shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}, the network takes (N, {sizes})")
         embeddings = self.embed_conditions(t, y, force_drop_ids)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         x, c = self.design.condition(x, embeddings)

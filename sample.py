@@ -19,7 +19,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from checkpoints.choice import NUM_CLASSES
 from checkpoints.loading import find_files
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     used = {"vae": files.vae, "num_sampling_steps": options.step_count, "class_labels": labels}
     try:
         with tf32(args.tf32):
-            images, frames = sample(sampler, labels, args.seed, device, shown)
+            images, frames = sample(sampler, labels, args.seed, shown)
         texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
         save(picture(images, texts), args.output, vars(args) | used)
         size = f"{images.shape[2]}x{images.shape[1]}"
@@ -135,20 +134,15 @@ def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] |
 
 
 def sample(
-    sampler: Sampler, labels: list[int], seed: int, device: torch.device,
-    shown: Collection[int] = (),
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:  # fmt: skip
+    sampler: Sampler, labels: list[int], seed: int, shown: Collection[int] = ()
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps
     with the indices in `shown`.
 
     From torch's generator, seeded with `seed` just before the first draw.
     """
-    torch.manual_seed(seed)
-    noise = torch.randn(len(labels), *sampler.latent, device=device)
     frames = []
-    for i, out in enumerate(
-        sampler.trajectory(torch.tensor(labels, device=device), noise, progress=True)
-    ):
+    for i, out in enumerate(sampler.seeded_trajectory(labels, seed, progress=True)):
         if i in shown:
             frames.append((out["t"], sampler.decode(out["pred_xstart"]).cpu().numpy()))
     return sampler.decode(out["sample"]).cpu().numpy(), frames

@@ -33,7 +33,7 @@ class LatentShape(NamedTuple):
     ratio: int
 
     def side(self, image_size: int, patch_size: int = 1) -> int:
-        """The side of the latents of image_size pixels.
+        """How many latents lie along a side of image_size pixels.
 
         Raises ValueError if patches do not fill them exactly.
         """
@@ -46,6 +46,17 @@ class LatentShape(NamedTuple):
                 f"(the VAE's {self.ratio} pixels per latent x patch size {patch_size}); use {near}"
             )
         return image_size // self.ratio
+
+    def latent(self, height: int, width: int) -> tuple[int, int, int]:
+        """The shape (C, h, w) of the latent of an image of so many pixels.
+
+        Raises ValueError as `side`.
+        """
+        return self.channels, self.side(height), self.side(width)
+
+    def image(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width in pixels of the image of a latent (C, h, w)."""
+        return tuple(size * self.ratio for size in latent[1:])
 
 
 PIXELS = LatentShape(channels=3, ratio=1)  # diffusion in pixel space: no autoencoder

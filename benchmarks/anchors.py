@@ -30,9 +30,8 @@ class Twin(torch.nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.theirs, self.num_classes, self.null_label = (
-            diffusers_twin(network), network.num_classes, network.null_label,
-        )  # fmt: skip
+        self.theirs, self.learn_sigma = diffusers_twin(network), network.learn_sigma
+        self.num_classes, self.null_label = network.num_classes, network.null_label
 
     def forward(self, x, t, y, force_drop_ids=None):
         """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,), dropped where force_drop_ids

@@ -52,9 +52,7 @@ def measure(name, args):
     """
     network, dtype = random_network(name), PRECISIONS[args.mixed_precision]
     with device():
-        x = torch.randn(
-            args.batch_size, network.in_channels, network.input_size, network.input_size
-        )
+        x = torch.randn(args.batch_size, *network.latent_shape)  # (N, C, H, W)
         t = torch.linspace(0, 999, args.batch_size).round()
         y = torch.arange(args.batch_size)
     sides = {"ours": twin_of(network), "diffusers": Twin(network), "written out": Plain(network)}

@@ -168,7 +168,7 @@ class Digits:
         self.network, _ = load_pretrained(DIGITS / "dit.safetensors")
         self.network.to(device())
         self.space = load_vae(str(DIGITS / "vae"), device())
-        shape = (images, self.network.in_channels, *2 * [self.network.input_size])
+        shape = (images, *self.network.latent_shape)
         source = torch.Generator().manual_seed(
             0
         )  # of the CPU, so that the noise is the same everywhere

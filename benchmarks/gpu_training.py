@@ -11,7 +11,6 @@ from benchmarks.gpu_worker import attempt, take_turns
 from benchmarks.networks import random_network, trained
 from benchmarks.sides import LIMIT, best_product, device, share_of_limit, synchronize, timed
 from runtime.devices import tf32
-from diffusion import create_diffusion
 from training.cost import training_flops
 from training.state import Recipe, new_state
 from training.step import draw, train_step
@@ -96,15 +95,15 @@ class Steps:
 
     def __init__(self, state, compiled=None, checkpointing=False):
         self.state, self.compiled, self.checkpointing = state, compiled, checkpointing
-        self.diffusion, self.batch = create_diffusion(""), 0
+        self.batch = 0
 
     def resize(self, batch):
         """Take batches of so many random latents from here on."""
         network, on = self.state.network, device()
-        shape = (network.in_channels, network.input_size, network.input_size)
+        shape = network.latent_shape
         self.batch, self.latents = batch, torch.randn(batch, *shape, device=on)
         self.labels = torch.arange(batch, device=on) % network.num_classes
-        self.draws = draw(0, 0, batch, shape, 0.1, self.diffusion.num_timesteps, on)
+        self.draws = draw(0, 0, batch, shape, 0.1, self.state.process, on)
 
     def ready(self):
         """Set the switches and do a step; the report of it.
@@ -122,7 +121,7 @@ class Steps:
         return report
 
     def step(self):
-        return train_step(self.state, self.diffusion, self.latents, self.labels, self.draws)
+        return train_step(self.state, self.latents, self.labels, self.draws)
 
     def __call__(self):
         for _ in range(STEPS):

@@ -13,7 +13,6 @@ all of ours: for your own give --output, and that file to plot_solvers --scores.
 """
 
 import argparse
-from functools import partial
 import itertools
 import json
 from pathlib import Path
@@ -31,7 +30,8 @@ from evaluation.summaries import deal, summarize
 from evaluation.metrics import frechet_distance
 from models import DiT
 from conditions.labels import random_labels
-from sampling.sampler import SCHEDULERS, Sampler
+from processes.gaussian import SCHEDULERS
+from sampling.sampler import Sampler
 from sampling.speed import prepare
 from vae import load_vae, to_uint8
 
@@ -219,7 +219,7 @@ def spacings(args):
             )
         for name, steps, spacing in itertools.product(SCHEDULERS, (20, 10, 6), SPACINGS):
             chosen = {spacing: True} if spacing else {}
-            with patch.dict(SCHEDULERS, {name: partial(SCHEDULERS[name].func, **chosen)}):
+            with patch.dict(SCHEDULERS, {name: SCHEDULERS[name]._replace(options=chosen)}):
                 sampler = Sampler(network, space, None, steps, name, cfg_scale=guidance)
                 latents = sampler.numbered_latents(0, range(ON_PATHS), labels)
             found[f"guidance {guidance:g}, {name} {steps}, {spacing or 'linspace'}"] = far(latents)

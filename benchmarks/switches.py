@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.sides import RATIO, ROOT, alternate, ratios, write
-from diffusion import create_diffusion
 from models import DiT_models
 from runtime.devices import tf32
 from training import step as training_step
@@ -82,16 +81,15 @@ class Side:
         if also == "not-fused":
             for group in self.state.opt.param_groups:
                 group.update(fused=False, foreach=False)
-        self.latents = torch.randn(batch_size, 4, 32, 32, device=self.device)
+        self.latents = torch.randn(batch_size, *network.latent_shape, device=self.device)
         self.labels = torch.arange(batch_size, device=self.device)
-        self.draws = draw(0, 0, batch_size, (4, 32, 32), 0.1, 1000, self.device)
-        self.diffusion = create_diffusion("")
+        self.draws = draw(
+            0, 0, batch_size, network.latent_shape, 0.1, self.state.process, self.device
+        )
 
     def __call__(self):
         reduce = partial(self.accelerator.reduce, reduction="sum")
-        step = partial(
-            train_step, self.state, self.diffusion, self.latents, self.labels, self.draws
-        )
+        step = partial(train_step, self.state, self.latents, self.labels, self.draws)
         with tf32(self.also != "no-tf32"):
             if self.also == "no-read":
                 with patch.object(torch.Tensor, "tolist", lambda values: [0.0] * len(values)):

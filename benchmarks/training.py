@@ -81,8 +81,6 @@ def measure(name, batch_size, rounds, bf16, compiled):
     diffusion = create_diffusion("")
     latents = torch.randn(batch_size, 4, 32, 32, device=device())
     labels = torch.arange(batch_size, device=device())
-    draws = draw(0, 0, batch_size, (4, 32, 32), 0.1, 1000, device())
-    step = diffusion, latents, labels, draws
     states = {
         "ours": new_state(trained(random_network(name)), recipe),
         "diffusers": new_state(Twin(random_network(name)).requires_grad_(True), recipe),
@@ -91,10 +89,12 @@ def measure(name, batch_size, rounds, bf16, compiled):
         states["ours, compiled"] = new_state(trained(random_network(name)), recipe)
         for block in states["ours, compiled"].network.blocks:
             block.compile()
+    process = states["ours"].process
+    step = latents, labels, draw(0, 0, batch_size, (4, 32, 32), 0.1, process, device())
     plain = PlainLoop(trained(random_network(name)), bf16)
     product, product_operations = best_product(torch.bfloat16 if bf16 else torch.float32)
     sides = {side: lambda state=state: train_step(state, *step) for side, state in states.items()}
-    sides |= {"written out": lambda: plain(*step), LIMIT: product}
+    sides |= {"written out": lambda: plain(diffusion, *step), LIMIT: product}
     for side in sides.values():
         for _ in range(2):
             side()

@@ -37,6 +37,19 @@ def arguments_in(config: dict) -> dict:
     return arguments
 
 
+def process_in(config: object) -> dict | None:
+    """What a configuration says of the process that its network has learned; None where it says
+    nothing, as those of earlier versions.
+    """
+    said = config.get("process") if isinstance(config, dict) else None
+    return said if isinstance(said, dict) else None
+
+
+def with_process(arguments: dict, process: dict | None) -> dict:
+    """A configuration: DiT's arguments and what is said of the process, if anything is."""
+    return arguments | ({} if process is None else {"process": process})
+
+
 def check_kind(key: str, value: object, kind: type) -> None:
     """Raise ValueError, naming the key, unless a value is of a kind of KINDS; true is no number,
     and 28.0 no whole one.

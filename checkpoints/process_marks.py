@@ -13,6 +13,8 @@ import re
 from typing import Any
 
 from diffusion import create_diffusion
+from processes.gaussian import GaussianProcess
+from processes.table import PROCESSES
 
 MOST_ENTRIES = 10_000  # of lists and dicts in one another that are looked at
 NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps", "pred_epsilon", "ddpm"}
@@ -80,9 +82,14 @@ def check_process(said: object, origin: object) -> None:
     """Raise ValueError if a configuration, or what else a file says of its network, is of another
     process than this project's.
 
-    `said` is a dict, a Namespace, or a container of them; `origin` is where it stands.
+    `said` is a dict, a Namespace, or a container of them; `origin` is where it stands. Where it
+    names one of PROCESSES other than the Gaussian one, as our files do, that alone counts: the
+    marks below are those of networks that are not Gaussian.
     """
-    for key, value in _entries(said):
+    entries = list(_entries(said))
+    if any(_own(key, value) in PROCESSES.keys() - {GaussianProcess.name} for key, value in entries):
+        return
+    for key, value in entries:
         if mark := _mark(key, value):
             raise ValueError(
                 f"{origin} is of another process ({mark}): here a network predicts the noise of 1,000 steps with linear betas, "
@@ -95,6 +102,8 @@ def _mark(key, value):
     """How an entry says that it is of another process, or None."""
     if key == "trained_betas" and isinstance(value, list):
         return None if _are_ours(value) else "trained_betas of its own"
+    if (name := _own(key, value)) is not None and name not in PROCESSES:
+        return f"process: {name[:60]}"
     if not isinstance(value, (str, int, float)):
         return None
     text = str(value)[:200].strip()
@@ -110,6 +119,12 @@ def _mark(key, value):
     elif key in OPEN and isinstance(value, str):
         wrong = bool(OTHER.search(text) or CLASS.search(text)) or text.lower() in WHOLE
     return f"{key}: {text[:60]}" if wrong else None
+
+
+def _own(key, value):
+    """The name of the process where an entry says it as our files do, else None."""
+    name = value.get("name") if key == "process" and isinstance(value, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _betas():

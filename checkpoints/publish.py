@@ -19,12 +19,15 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
 from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
 from checkpoints.names import PRETRAINED, local_path
+from checkpoints.network_config import with_process
 from checkpoints.weights import (
     OUR_CLASS, Weights, check_classes, check_readable, id2label, load_weights, save_weights,
 )  # fmt: skip
 from diffusion import create_diffusion
 from models import DiT
 from runtime.disk import check_name, check_writable
+from processes.process import Process
+from processes.table import process_of
 from runtime.json_files import read_json
 from vae import LatentSpace, Space, load_vae
 
@@ -56,12 +59,14 @@ def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "
     weights = load_weights(checkpoint, choice.weights)
     vae = _trained_with(choice, checkpoint, weights)
     network, classes = build_network(choice, weights, vae), class_names(choice, weights)
+    process = process_of(network, weights.process)
     if format == "diffusers":
         export_diffusers(network, load_vae(vae), output, classes)
     elif format == "hub":
-        save_pretrained(network, output, classes, weights.training, vae)
+        save_pretrained(network, output, classes, weights.training, vae, process)
     else:
-        save_weights(output, Weights(network.state_dict(), network.config, classes))
+        tensors = network.state_dict()
+        save_weights(output, Weights(tensors, network.config, classes, process=process.config))
 
 
 def _trained_with(choice, checkpoint, weights):
@@ -82,20 +87,23 @@ def _trained_with(choice, checkpoint, weights):
 
 def save_pretrained(
     network: DiT, folder: Path | str, classes: list[str] | None = None,
-    training: dict | None = None, vae: str | None = None,
+    training: dict | None = None, vae: str | None = None, process: Process | None = None,
 ) -> None:  # fmt: skip
     """Write a network as a pretrained folder: weights, config.json and model card.
 
     For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder.
+    `process` is what the network has learned, the Gaussian process unless told otherwise.
     Raises ValueError if the folder has files already, or cannot be written.
     """
     check_classes(classes, network.config, "the network")
     check_readable(classes)
+    said = (process or process_of(network)).config
     with whole_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-        save_weights(partial / PRETRAINED, Weights(tensors, network.config, classes))
+        weights = Weights(tensors, network.config, classes, process=said)
+        save_weights(partial / PRETRAINED, weights)
         names = {"id2label": id2label(classes)} if classes else {}
-        contents = {"_class_name": OUR_CLASS, **network.config, **names}
+        contents = {"_class_name": OUR_CLASS, **with_process(network.config, said), **names}
         (partial / "config.json").write_text(
             json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

@@ -2,12 +2,12 @@
 one never counts.
 
 Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args, step, config (DiT's
-arguments), classes (names in index order, or None), rng (seed, processes, device type), log (the
-unfinished log window) and, where there are several decays, emas ({decay: state dict}, all but the
-first, which is ema). Also read: such a dict with model and ema alone, a bare state dict, a
-.safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside
-it, and diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what
-plain_pickle.py admits by name.
+arguments and, under process, which process the network has learned), classes (names in index order,
+or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
+several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict
+with model and ema alone, a bare state dict, a .safetensors file with `config` and `classes` as JSON
+in its metadata or with a config.json beside it, and diffusers' DiT. Nothing is ever unpickled
+beyond tensors, plain containers and what plain_pickle.py admits by name.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from checkpoints.diffusers_format import (
 )  # fmt: skip
 from checkpoints.files import _read_safetensors, read_checkpoint
 from checkpoints.names import PRETRAINED_FILES, weights_file
-from checkpoints.network_config import Tensors, arguments_in
+from checkpoints.network_config import Tensors, arguments_in, process_in, with_process
 from checkpoints.process_marks import check_process
 from runtime.disk import write_whole
 from runtime.json_files import read_json
@@ -57,13 +57,15 @@ class Weights(NamedTuple):
     """One set of weights (a state dict on the CPU), with DiT's arguments and class names where the
     file has them.
 
-    `training` is {"step": ..., "args": ...} of the run, where the file has them.
+    `training` is {"step": ..., "args": ...} of the run, where the file has them; `process` is what
+    the file says of the process that the network has learned, a Process's `config`.
     """
 
     tensors: Tensors
     config: dict | None
     classes: list[str] | None
     training: dict | None = None
+    process: dict | None = None
 
 
 def load_weights(path: Path | str, which: str = "ema") -> Weights:
@@ -89,11 +91,12 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
     training = None
     if isinstance(contents.get("args"), dict):
         training = {"step": contents.get("step"), "args": contents["args"]}
+    process = process_in(config)
     try:
         config = arguments_in(config) if isinstance(config, dict) else None
     except ValueError as error:
         raise ValueError(f"{path}: in its configuration {error}") from None
-    weights = Weights(_chosen(contents, which, path), config, classes, training)
+    weights = Weights(_chosen(contents, which, path), config, classes, training, process)
     beside = path.with_name("config.json")
     is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
     if is_pretrained and config is None and beside.is_file():
@@ -210,7 +213,8 @@ def _configured(weights, file):
             )
         if name != OUR_CLASS:
             raise ValueError(f"it is of {str(name)[:60]}, not of a DiT")
-        return weights._replace(config=arguments_in(config), classes=names_of(config))
+        arguments, process = arguments_in(config), process_in(config)
+        return weights._replace(config=arguments, classes=names_of(config), process=process)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -364,12 +368,13 @@ def clean_names(tensors: Tensors) -> Tensors:
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write Weights as a .safetensors file with config and classes in its metadata, whole or not at
-    all.
+    """Write Weights as a .safetensors file with config, process in it, and classes in its metadata,
+    whole or not at all.
 
     Raises OSError, with the reason, if it cannot be written.
     """
-    metadata = {"config": json.dumps(weights.config), "classes": json.dumps(weights.classes)}
+    config = weights.config and with_process(weights.config, weights.process)
+    metadata = {"config": json.dumps(config), "classes": json.dumps(weights.classes)}
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
 
     def write(temporary):

@@ -11,7 +11,8 @@ import torch
 from conditions.labels import readable
 from page.drawing import MOST_GUIDANCE, MOST_IMAGES, STRIP_ROWS, answer, class_choices
 from page.visitors import ENDPOINT, Visitors
-from sampling.sampler import SOLVERS, Sampler
+from processes.table import SOLVERS
+from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     import gradio  # which is slow to import, and need not be there

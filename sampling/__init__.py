@@ -9,11 +9,12 @@ __getattr__ = handed_on(
         "checkpoints.choice": "NetworkChoice",
         "checkpoints.loading": "find_files find_checkpoint choose_vae build_network class_names",
         "conditions.labels": "imagenet_names readable random_labels label_indices label_names",
+        "processes.process": "Solver",
         "runtime.disk": "check_writable",
         "sampling.loading": "load_sampler build_sampler",
         "sampling.many": "sample_many",
         "sampling.options": "SamplingOptions ManyOptions",
-        "sampling.sampler": "Solver Sampler check_steps ImageNoise",
+        "sampling.sampler": "Sampler check_steps ImageNoise",
         "sampling.speed": "prepare frozen",
     },
 )

@@ -11,9 +11,10 @@ from checkpoints.choice import IMAGE_SIZE, MODEL, NUM_CLASSES, NetworkChoice
 from checkpoints.weights import weights_choice
 from conditions.labels import CLASSES
 from models import DiT_models
+from processes.gaussian import TRAINED_STEPS
+from processes.table import SOLVERS
 from runtime.limits import check_numbers
 from sampling.options import SamplingOptions, check_seed
-from sampling.sampler import SOLVERS, TRAINED_STEPS
 from sampling.speed import PRECISIONS
 
 # Flags whose defaults count only where the checkpoint does not say it

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.limits import RANGES, check_numbers, short
-from sampling.sampler import SOLVERS, check_steps
+from processes.table import SOLVERS
+from sampling.sampler import check_steps
 from sampling.speed import PRECISIONS
 
 

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 WINGS = [
-    "checkpoints", "conditions", "data", "diffusion", "evaluation", "page", "runtime", "sampling",
-    "training",
+    "checkpoints", "conditions", "data", "diffusion", "evaluation", "page", "processes", "runtime",
+    "sampling", "training",
 ]  # fmt: skip
 WING_FILES = sorted(path for wing in WINGS for path in (ROOT / wing).glob("*.py"))
 PRODUCT_FILES = ROOT_FILES + WING_FILES
@@ -27,7 +27,7 @@ IMPORTABLE_DOORS = {"download"}  # also the room that turns a checkpoint's name 
 
 # Outside libraries with few homes.
 HOMES = {
-    "diffusers": {"vae.py", "sampling/sampler.py", "checkpoints/publish.py"},
+    "diffusers": {"vae.py", "processes/gaussian.py", "checkpoints/publish.py"},
     "torch_fidelity": {"evaluation/features.py"},
     "accelerate": {
         "runtime/team.py", "training/assembly.py", "training/records.py", "evaluation/report.py",

@@ -112,6 +112,13 @@ def test_side_of_the_latents(ratio, patch, pixels, side):
     assert LatentShape(4, ratio).side(pixels, patch) == side
 
 
+def test_the_shape_of_a_latent_and_the_size_of_its_image():
+    shape = LatentShape(4, 8)
+    assert shape.latent(256, 512) == (4, 32, 64) and shape.image((4, 32, 64)) == (256, 512)
+    with pytest.raises(ValueError, match="image size 100 is not a multiple of 8"):
+        shape.latent(256, 100)
+
+
 @pytest.mark.parametrize("patch, pixels, use", [
     (1, 100, "96 or 104"), (2, 250, "240 or 256"), (8, 256 + 32, "256 or 320"), (8, 63, "use 64"),
     (2, 0, "use 16"), (2, -16, "use 16"),

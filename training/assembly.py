@@ -33,7 +33,7 @@ from training.run_log import RunEnded, RunLog
 from training.run_record import Data, run_id
 from training.scores import Judge, load_judge
 from training.sharding import shard_network
-from training.state import Recipe, TrainState, Window, new_state
+from training.state import Recipe, TrainState, new_state
 from vae import LatentShape, LatentSpace, Space, latent_shape, load_vae
 
 
@@ -81,7 +81,8 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
         check_left(options, state.step, last_step)
         folder = once(accelerator, new_folder, options, data, lock, start.checkpoint)
     if start.checkpoint and start.checkpoint.parent.parent != folder:
-        state.bad_in_a_row, state.window = 0, Window()  # a new run's own, whatever it begins from
+        state.bad_in_a_row = 0  # a new run's own, whatever it begins from
+        state.begin_window()
     log = RunLog(folder, accelerator.is_main_process, state.step, last_step, worded)
     if options.log_with:
         start_tracker(options, accelerator, folder, state.step)

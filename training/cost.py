@@ -60,7 +60,7 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
                 kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        x = torch.zeros(batch_size, network.in_channels, network.input_size, network.input_size)
+        x = torch.zeros(batch_size, *network.latent_shape)  # (N, C, *space)
         labels = torch.zeros(batch_size, dtype=torch.long) if network.num_classes else None
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -79,8 +79,5 @@ def training_flops(config: dict) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = DiT(**config)
         labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
-        network(
-            torch.zeros(1, network.in_channels, network.input_size, network.input_size),
-            torch.zeros(1), labels,
-        )  # fmt: skip
+        network(torch.zeros(1, *network.latent_shape), torch.zeros(1), labels)
     return 3 * counter.get_total_flops()

@@ -11,7 +11,6 @@ from torch import Tensor
 from data.batches import StepBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
-from diffusion import GaussianDiffusion, create_diffusion
 from runtime.team import once
 from training.assembly import Job
 from training.records import (
@@ -27,9 +26,9 @@ STOP_PATIENCE = 15
 
 def train(job: Job, signals: StopSignals) -> None:
     """The loop, from state.step to last_step: steps, log lines, checkpoints, previews."""
-    state, diffusion = job.state, create_diffusion(timestep_respacing="")
+    state = job.state
     batches, skipped, meter = batches_left(job), Skipped(job.log), Meter()
-    warm_up_together(job, diffusion)
+    warm_up_together(job)
     if scores_missing(job):
         with meter.paused():
             if not save_scores(job, signals):  # for which the run was stopped the last time
@@ -40,7 +39,7 @@ def train(job: Job, signals: StopSignals) -> None:
         for batch, labels, bad in loaded:
             check_readable(job, batch, bad)
             skipped.here.update(bad)
-            report = one_step(job, diffusion, batch, labels, signals, meter)
+            report = one_step(job, batch, labels, signals, meter)
             meter.steps += 1
             job.log.bar.update()
             if report["bad"]:
@@ -65,20 +64,15 @@ def batches_left(job: Job) -> StepBatches:
     )  # fmt: skip
 
 
-def latent_of(job: Job) -> tuple[int, int, int]:
-    """The shape (C, h, w) of one sample's latents."""
-    side = job.state.network.input_size
-    return job.space.shape.channels, side, side
-
-
-def warm_up_together(job: Job, diffusion: GaussianDiffusion) -> None:
+def warm_up_together(job: Job) -> None:
     """Warm up the model, if there are several processes, on as many latents as a step has at a
     time.
     """
     processes, device = job.accelerator.num_processes, job.accelerator.device
     if processes > 1:
         share = job.options.global_batch_size // processes // job.options.grad_accum
-        warm_up(job.state, diffusion, torch.zeros(share, *latent_of(job), device=device))
+        latent = job.state.network.latent_shape
+        warm_up(job.state, torch.zeros(share, *latent, device=device))
 
 
 def scores_missing(job: Job) -> bool:
@@ -89,9 +83,8 @@ def scores_missing(job: Job) -> bool:
 
 
 def one_step(
-    job: Job, diffusion: GaussianDiffusion, batch: Tensor, labels: Tensor, signals: StopSignals,
-    meter: Meter,
-) -> dict[str, float]:  # fmt: skip
+    job: Job, batch: Tensor, labels: Tensor, signals: StopSignals, meter: Meter
+) -> dict[str, float]:
     """train_step's report of a step on this process's share of a batch, which says what any process
     asks for: to stop, or to save.
     """
@@ -99,14 +92,14 @@ def one_step(
     device, minutes = accelerator.device, options.ckpt_minutes
     batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
     draws = draw(
-        options.global_seed, state.step, options.global_batch_size, latent_of(job),
-        state.network.config["class_dropout_prob"], diffusion.num_timesteps, device,
+        options.global_seed, state.step, options.global_batch_size, state.network.latent_shape,
+        state.network.config["class_dropout_prob"], state.process, device,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
     old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes
     reduce = partial(accelerator.reduce, reduction="sum")
-    return train_step(state, diffusion, latents, labels, draws, reduce, bool(signals.received), old)
+    return train_step(state, latents, labels, draws, reduce, bool(signals.received), old)
 
 
 def wait_on(job: Job, signals: StopSignals, seconds: float) -> None:

@@ -16,9 +16,6 @@ from training.assembly import Job
 from training.run_log import Meter, RunLog, StopSignals
 from training.scores import Stopped, preview, score_samples
 from training.sharding import unsharded
-from training.state import Window
-
-METRICS = ("loss", "mse", "vb", "gradient_norm")  # of a log line; metrics.jsonl has more
 
 
 def is_sound(job: Job) -> bool:
@@ -44,9 +41,9 @@ def log_window(job: Job, meter: Meter) -> None:
     }
     job.log.row(row | rates | {"time": time.time()})
     track(job, row | rates)
-    metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in METRICS)
+    metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in state.window.shown)
     job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
-    state.window = Window()
+    state.begin_window()
 
 
 def track(job: Job, values: Mapping[str, float | None]) -> None:

@@ -94,9 +94,9 @@ def score_samples(
     if samples is None or judge.reference is None:  # not the first process
         return None, None
     scores, side = score(samples, judge.reference), judge.side
-    size = (network.input_size * space.shape.ratio,) * 2
+    height, width = space.shape.image(network.latent_shape)
     return scores, remarks(
-        scores, (judge.count, size), side, (samples, judge.reference), judge.extractor.name
+        scores, (judge.count, (width, height)), side, (samples, judge.reference), judge.extractor.name
     )
 
 

@@ -2,24 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from checkpoints.network_config import process_in, with_process
 from models import DiT
+from processes.process import QUARTERS, Process
+from processes.table import process_of
 from training.sharding import load_tensors, own_part, sharded_like, unsharded
 
 MOST_COUNTED = 2**24  # steps, which AdamW counts in float32: it stays there
-QUARTERS = 4  # of the steps t, for which the mean squared error is also told apart
-# What a step reports, summed over samples and processes: requests and troubles, then what is
-# averaged over a log window.
+# What a step reports of requests and troubles, summed over the processes of the job.
 FLAGS = ("stop", "save", "bad")
-SUMS = (
-    "loss", "mse", "vb",
-    *(f"mse_q{q + 1}" for q in range(QUARTERS)), *(f"samples_q{q + 1}" for q in range(QUARTERS)),
-)  # fmt: skip
 
 
 class Recipe(NamedTuple):
@@ -43,24 +40,33 @@ class Recipe(NamedTuple):
 
 
 class Window:
-    """Sums over the steps since the last log line, as Python floats; equal in every process."""
+    """Sums over the steps since the last log line, as Python floats; equal in every process.
 
-    def __init__(self, sums: Sequence[float] = (0.0,) * (len(SUMS) + 2)) -> None:
-        self.sums = list(sums)  # SUMS, then gradient norms, then good steps
+    `summed` names what a step reports summed over its samples: the parts of the loss, then one of
+    them, and the number of samples, in each quarter of the noise levels. `shown` names what a log
+    line shows of the means. `sums` are those of `summed`, then of gradient norms, then good steps.
+    """
+
+    def __init__(self, process: Process, sums: Sequence[float] | None = None) -> None:
+        self.parts, numbers = process.parts, range(1, QUARTERS + 1)
+        # (name of a quarter's part, name of its number of samples)
+        self.quarters = [(f"{process.told_apart}_q{q}", f"samples_q{q}") for q in numbers]
+        by_quarter = [name for names in zip(*self.quarters) for name in names]
+        self.summed = (*self.parts, *by_quarter)
+        self.shown = (*self.parts, "gradient_norm")
+        self.sums = [0.0] * (len(self.summed) + 2) if sums is None else list(sums)
 
     def add(self, report: dict[str, float]) -> None:
         """Take in the report of a good step."""
-        values = [*(report[name] for name in SUMS), report["gradient_norm"], 1.0]
+        values = [*(report[name] for name in self.summed), report["gradient_norm"], 1.0]
         self.sums = [old + new for old, new in zip(self.sums, values, strict=True)]
 
     def means(self, batch_size: int) -> dict[str, float | None]:
         """Name → mean over samples (gradient_norm: over steps); None where there was no sample."""
         *sums, norms, steps = self.sums
-        totals = dict(zip(SUMS, sums, strict=True)) | {"gradient_norm": norms}
-        counts = {name: steps * batch_size for name in ("loss", "mse", "vb")} | {
-            "gradient_norm": steps
-        }
-        counts |= {f"mse_q{q + 1}": totals[f"samples_q{q + 1}"] for q in range(QUARTERS)}
+        totals = dict(zip(self.summed, sums, strict=True)) | {"gradient_norm": norms}
+        counts = {name: steps * batch_size for name in self.parts} | {"gradient_norm": steps}
+        counts |= {part: totals[samples] for part, samples in self.quarters}
         return {name: totals[name] / count if count else None for name, count in counts.items()}
 
 
@@ -70,7 +76,7 @@ class TrainState:
     done.
 
     `model` is the network as it is called in training, wrapped for several processes. `emas` maps
-    decays to averages.
+    decays to averages. `process` is what the network learns.
     """
 
     network: DiT
@@ -78,16 +84,21 @@ class TrainState:
     emas: dict[float, DiT]
     opt: torch.optim.Optimizer
     recipe: Recipe
+    process: Process
+    window: Window
     step: int = 0
     # Skipped because loss or gradient was not finite: in all, and in a row up to now
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    window: Window = field(default_factory=Window)
 
     @property
     def ema(self) -> DiT:
         """The main moving average, of the first decay."""
         return self.emas[self.recipe.ema_decay[0]]
+
+    def begin_window(self) -> None:
+        """Forget what was summed since the last log line."""
+        self.window = Window(self.process)
 
     def to_checkpoint(
         self, args: dict, classes: list[str] | None, processes: int, keep: bool = True
@@ -108,7 +119,8 @@ class TrainState:
         contents = {
             "model": self.network.state_dict(), "ema": self.ema.state_dict(),
             "opt": self.opt.state_dict(), "args": args, "step": self.step,
-            "config": self.network.config, "classes": classes, "rng": rng, "log": log,
+            "config": with_process(self.network.config, self.process.config),
+            "classes": classes, "rng": rng, "log": log,
         }  # fmt: skip
         if len(self.emas) > 1:
             contents["emas"] = {
@@ -121,9 +133,15 @@ class TrainState:
         has every average.
 
         The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its
-        `ema`. Raises ValueError if the optimizer's part is not of this network.
+        `ema`. Raises ValueError if the process is another one, or the optimizer's part is not of
+        this network.
         """
-        log = checked_log(contents)
+        learned = process_of(self.network, process_in(contents.get("config"))).config
+        if learned != self.process.config:
+            raise ValueError(
+                f"its network has learned the process {learned}, this run's is to learn {self.process.config}"
+            )
+        log = checked_log(contents, self.process)
         load_tensors(self.network, contents["model"])
         for decay, ema in self.emas.items():
             load_tensors(ema, contents["emas"].get(decay, contents["ema"]))
@@ -131,7 +149,7 @@ class TrainState:
         self._check_moments(contents["step"], log)
         self.step = contents["step"]
         self.bad_steps, self.bad_in_a_row = log.get("bad_steps", 0), log.get("bad_in_a_row", 0)
-        self.window = Window(log["window"]) if "window" in log else Window()
+        self.window = Window(self.process, log.get("window"))
 
     def is_finite(self) -> bool:
         """Whether all weights and averages are finite, those that this process holds."""
@@ -198,8 +216,8 @@ def _as_number(value):
     return float(value) if one else 0.0
 
 
-def checked_log(contents: dict) -> dict:
-    """The log window and the counts of bad steps in a checkpoint; {} for one without.
+def checked_log(contents: dict, process: Process) -> dict:
+    """The log window and the counts of bad steps in a checkpoint of a process; {} for one without.
 
     Raises ValueError if damaged.
     """
@@ -207,14 +225,15 @@ def checked_log(contents: dict) -> dict:
     if not isinstance(log, dict):
         raise ValueError("its log is no dict")
     skipped, in_a_row = (log.get(name, 0) for name in ("bad_steps", "bad_in_a_row"))
-    window = log.get("window", Window().sums)
+    expected = Window(process).sums
+    window = log.get("window", expected)
     if not (
         type(skipped) is int and 0 <= skipped <= step and type(in_a_row) is int and in_a_row >= 0
     ):
         raise ValueError(f"its counts of skipped steps are {skipped} and {in_a_row} at step {step}")
     if not (
         isinstance(window, list)
-        and len(window) == len(Window().sums)
+        and len(window) == len(expected)
         and all(type(x) is float for x in window)
     ):
         raise ValueError("the window of its log is damaged")
@@ -223,17 +242,18 @@ def checked_log(contents: dict) -> dict:
 
 def new_state(
     network: DiT, recipe: Recipe, wrap: Callable[[DiT], nn.Module] = lambda network: network,
-    shard: Callable[[DiT], DiT] = lambda network: network,
+    shard: Callable[[DiT], DiT] = lambda network: network, process: Process | None = None,
 ) -> TrainState:  # fmt: skip
     """A TrainState at step 0, each average equal to the network.
 
     shard(network) splits a network's tensors over processes, in place; wrap(network) returns the
-    model to call.
+    model to call. `process` is what it is to learn, the Gaussian process unless told otherwise.
     """
+    process = process or process_of(network)
     emas = {
         decay: shard(deepcopy(network).eval().requires_grad_(False)) for decay in recipe.ema_decay
     }
     network = shard(network.train())
     trained = [p for p in network.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return TrainState(network, wrap(network), emas, opt, recipe)
+    return TrainState(network, wrap(network), emas, opt, recipe, process, Window(process))

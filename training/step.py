@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import GaussianDiffusion
+from conditions.condition import condition_of
+from processes.process import QUARTERS, Process
 from training.sharding import own_part, whole
-from training.state import FLAGS, QUARTERS, SUMS, TrainState
+from training.state import FLAGS, TrainState
 
 
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples: t (n,), drop (n,), and two
-    noises (n, C, h, w).
+    noises (n, C, *space).
     """
 
     t: Tensor
@@ -31,9 +32,10 @@ class Draws(NamedTuple):
 
 def draw(
     seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float,
-    num_timesteps: int, device: torch.device | str, rank: int = 0, world_size: int = 1,
+    process: Process, device: torch.device | str, rank: int = 0, world_size: int = 1,
 ) -> Draws:  # fmt: skip
-    """The Draws of process `rank` at a step; latent is the shape (C, h, w) of one sample.
+    """The Draws of the `rank`-th of world_size at a step; latent is the shape (C, *space) of one
+    sample.
 
     Drawn from one generator for the global batch, in the order drop, t, vae_noise, noise. A
     device's generator is its own: CPU and GPU give different numbers.
@@ -42,7 +44,7 @@ def draw(
     generator = torch.Generator(device).manual_seed(word)
     on: dict[str, Any] = dict(generator=generator, device=device)
     drop = (torch.rand(global_batch_size, **on) < dropout_prob).long()
-    t = torch.randint(num_timesteps, (global_batch_size,), **on)
+    t = process.draw_times(global_batch_size, generator)
     vae_noise = torch.randn(global_batch_size, *latent, **on)
     noise = torch.randn(global_batch_size, *latent, **on)
     share = global_batch_size // world_size
@@ -52,20 +54,20 @@ def draw(
 
 
 def train_step(
-    state: TrainState, diffusion: GaussianDiffusion, latents: Tensor, labels: Tensor, draws: Draws,
+    state: TrainState, latents: Tensor, labels: Tensor, draws: Draws,
     reduce: Callable[[Tensor], Tensor] = lambda values: values, stop: bool = False,
     save: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """One step of AdamW on this process's latents (n, C, h, w) and labels (n,), and one of the
-    moving averages.
+    """One step of AdamW on this process's latents (n, C, *space) and their conditions, labels (n,),
+    and one of the moving averages.
 
     reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite,
     every one leaves weights, averages and optimizer as they are. Returns the report, a dict of
-    floats under FLAGS and SUMS, equal in every process, and "gradient_norm": "bad" is above 0 for
-    such a step, "stop" and "save" where any process passed it.
+    floats under FLAGS, the window's `summed` and "gradient_norm", equal in every process: "bad" is
+    above 0 for such a step, "stop" and "save" where any process passed it.
     """
     share = len(latents)
-    sums = torch.zeros(len(SUMS), device=latents.device)
+    sums = torch.zeros(len(state.window.summed), device=latents.device)
     parts = list(
         zip(
             *(
@@ -76,7 +78,7 @@ def train_step(
     )
     for i, part in enumerate(parts):
         with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
-            sums += backward(state, diffusion, share, *part)
+            sums += backward(state, share, *part)
     norm = whole(
         torch.nn.utils.get_total_norm(
             [p.grad for p in state.network.parameters() if p.grad is not None]
@@ -90,7 +92,8 @@ def train_step(
     flags[2] = ~(sums.isfinite().all() & norm.isfinite())
     # The step's only read
     values = torch.cat([reduce(torch.cat([flags, sums])), norm[None]]).tolist()
-    report = dict(zip((*FLAGS, *SUMS, "gradient_norm"), values, strict=True))
+    names = (*FLAGS, *state.window.summed, "gradient_norm")
+    report = dict(zip(names, values, strict=True))
     if not report["bad"]:
         if state.recipe.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(
@@ -110,42 +113,39 @@ def train_step(
 
 
 def backward(
-    state: TrainState, diffusion: GaussianDiffusion, share: int, latents: Tensor, labels: Tensor,
-    t: Tensor, drop: Tensor, noise: Tensor,
+    state: TrainState, share: int, latents: Tensor, labels: Tensor, t: Tensor, drop: Tensor,
+    noise: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Add the gradient of a part of a process's share to the network's; the part's SUMS
-    (len(SUMS),) on the device.
+    """Add the gradient of a part of a process's share to the network's; what the part adds to the
+    window's `summed` (S,), on the device.
     """
-    condition = {}
-    if state.network.num_classes:
-        condition["y"] = labels
-    if state.network.null_label is not None:
-        condition["force_drop_ids"] = drop
+    process, condition = state.process, condition_of(state.network).dropped(labels, drop)
 
-    def predict(x, t, **condition):
+    def predict(x, t):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=state.recipe.bf16):
             return state.model(x, t, **condition).float()
 
-    losses = diffusion.training_losses(predict, latents, t, condition, noise=noise)
+    losses = process.losses(predict, latents, t, noise)
     (losses["loss"].sum() / share).backward()
-    mse = losses["mse"].detach()
-    # (n, 4)
-    quarter = torch.nn.functional.one_hot(t * QUARTERS // diffusion.num_timesteps, QUARTERS).to(
-        mse.dtype
-    )
-    totals = torch.stack([losses[key].detach().sum() for key in ("loss", "mse", "vb")])
-    return torch.cat([totals, mse @ quarter, quarter.sum(dim=0)])  # (len(SUMS),)
+    told_apart = losses[process.told_apart].detach()  # (n,)
+    quarter = torch.nn.functional.one_hot(process.quarter(t), QUARTERS)
+    quarter = quarter.to(told_apart.dtype)  # (n, QUARTERS)
+    totals = torch.stack([losses[name].detach().sum() for name in process.parts])
+    return torch.cat([totals, told_apart @ quarter, quarter.sum(dim=0)])  # (S,)
 
 
-def warm_up(state: TrainState, diffusion: GaussianDiffusion, latents: Tensor) -> None:
-    """Run the model forward and back once, on as many latents (n, C, h, w) as a process has, and
+def warm_up(state: TrainState, latents: Tensor) -> None:
+    """Run the model forward and back once, on as many latents (n, C, *space) as a process has, and
     leave nothing behind.
 
-    DistributedDataParallel sums gradients in the order of its first backward pass, that pass itself
-    in another. After this one all steps sum alike, also the first after a restart.
+    DistributedDataParallel fixes its summing order during the first backward pass, which itself
+    sums differently. After this one all steps sum alike, also the first after a restart.
     """
-    zeros = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
-    backward(state, diffusion, len(latents), latents, zeros, zeros, zeros, latents)
+    count, device = len(latents), latents.device
+    values = condition_of(state.network).blank(count, device)
+    drop = torch.zeros(count, dtype=torch.int64, device=device)
+    t = state.process.draw_times(count, torch.Generator(device))
+    backward(state, count, latents, values, t, drop, latents)
     state.opt.zero_grad(set_to_none=True)
 
 

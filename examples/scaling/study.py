@@ -38,7 +38,6 @@ import torch
 from checkpoints.files import read_checkpoint
 from runtime.disk import write_whole
 from runtime.devices import choose_device
-from diffusion import create_diffusion
 from evaluation.metrics import SCORED, Moments, Statistics, frechet_distance
 from runtime.limits import check_numbers
 from models import BLOCKS, DiT
@@ -48,7 +47,7 @@ from training.folder_lock import FolderLock
 from conditions.labels import random_labels
 from sampling.sampler import Sampler
 from training.cost import training_flops
-from training.state import Recipe, Window, new_state
+from training.state import Recipe, new_state
 from training.step import draw, train_step
 from vae import from_uint8, load_vae
 
@@ -210,23 +209,23 @@ def train_and_score(plan, point, judge, device, folder):
     torch.manual_seed(point.seed)
     network = DiT(**config).to(device)
     state = new_state(network, Recipe(lr=plan.lr, ema_decay=(plan.ema_decay,), bf16=plan.bf16))
-    diffusion, shape = create_diffusion(""), (1, plan.image_size, plan.image_size)
-    curve = []
+    dropout_prob, curve = network.config["class_dropout_prob"], []
     while state.step < plan.scored_at[-1]:
         drawn = draw_patches(
             plan.batch_size, plan.image_size, plan.reduction, TRAINING, point.seed, state.step
         )
         patches, labels = (x.to(device) for x in drawn)
-        dropout_prob, num_timesteps = network.config["class_dropout_prob"], diffusion.num_timesteps
         draws = draw(
-            point.seed, state.step, plan.batch_size, shape, dropout_prob, num_timesteps, device
-        )
-        if train_step(state, diffusion, from_uint8(patches), labels, draws)["bad"]:
+            point.seed, state.step, plan.batch_size, network.latent_shape, dropout_prob,
+            state.process, device,
+        )  # fmt: skip
+        if train_step(state, from_uint8(patches), labels, draws)["bad"]:
             raise ValueError(
                 f"the loss or gradient of step {state.step} is not finite; lower the plan's lr"
             )
         if state.step in plan.scored_at:
-            mse, state.window = state.window.means(plan.batch_size)["mse"], Window()
+            mse = state.window.means(plan.batch_size)["mse"]
+            state.begin_window()
             curve.append(
                 {
                     "step": state.step,

@@ -25,6 +25,7 @@ from checkpoints import names as checkpoints_names
 from checkpoints import publish
 from diffusion import create_diffusion
 import export
+from processes.gaussian import GaussianProcess
 from models import DiT
 import sample
 from sampling.sampler import Sampler
@@ -317,7 +318,8 @@ def test_load_pretrained_undoes_save_pretrained(tmp_path):
     )
     config = json.loads((tmp_path / "a" / "dit" / "config.json").read_text())
     assert config == {
-        "_class_name": "DiT", **ours.config, "id2label": {"0": "a", "1": "b", "2": "é"},
+        "_class_name": "DiT", **ours.config, "process": GaussianProcess().config,
+        "id2label": {"0": "a", "1": "b", "2": "é"},
     }  # fmt: skip
 
 

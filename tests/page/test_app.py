@@ -30,7 +30,8 @@ from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from conditions.labels import imagenet_names
 from checkpoints.loading import find_files
 from sampling.loading import VAE, build_sampler
-from sampling.sampler import SOLVERS, Sampler
+from processes.table import SOLVERS
+from sampling.sampler import Sampler
 from vae import PixelSpace
 from page.visitors import Gate, Visitors
 

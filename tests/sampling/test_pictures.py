@@ -21,7 +21,8 @@ from sampling.pictures import (
     picture, save, save_trajectory, write_file,
 )  # fmt: skip
 import sample
-from sampling.sampler import SOLVERS, Sampler
+from processes.table import SOLVERS
+from sampling.sampler import Sampler
 from vae import PixelSpace
 
 DIGITS = ROOT / "examples" / "digits"
@@ -80,7 +81,7 @@ def test_first_prediction_is_that_of_the_network(solver):
     if solver in ("ddpm", "ddim"):
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[out["t"]]
     else:
-        alpha_bar = 1 / (1 + sampler.scheduler().sigmas[0].double() ** 2)
+        alpha_bar = 1 / (1 + sampler.process.scheduler(solver, 7).sigmas[0].double() ** 2)
     expected = ((noise - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-1, 1)
     assert (out["pred_xstart"] - expected).abs().max() < 1e-4
 

@@ -126,6 +126,21 @@ def test_picture_shows_what_plain_calls_of_the_process_give(tmp_path, vae, ckpt)
         )
 
 
+@pytest.mark.parametrize("sampler, scale", [("ddpm", 4.0), ("ddim", 1.0)])
+def test_a_sampler_gives_the_images_of_the_picture(sampler, scale):
+    network = fill_randomly(DiT(**{**CONFIG, "in_channels": 3})).eval()
+    ours = Sampler(network, PixelSpace(), None, 3, sampler, cfg_scale=scale)
+    torch.manual_seed(9)  # which leaves no trace
+    images = ours.images([3, 1], seed=5)
+    drawn, _ = sample.sample(ours, [3, 1], 5)
+    torch.manual_seed(5)
+    noise = torch.randn(2, 3, 4, 4)
+    latents = ours.latents(torch.tensor([3, 1]), noise)
+    assert images.shape == (2, 4, 4, 3) and images.dtype == np.uint8
+    assert np.array_equal(images, drawn) and np.array_equal(images, to_uint8(latents).numpy())
+    assert np.array_equal(ours.images(torch.tensor([3, 1])), ours.images([3, 1], seed=0))
+
+
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_sampler_calls_the_process_as_asked(sampler, eta, scale):

@@ -13,12 +13,13 @@ from checkpoints.weights import load_weights
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT
+from processes.gaussian import SCHEDULERS
+from processes.table import SOLVERS
 import sample
 from sampling import loading
-from sampling import sampler as sampling_sampler
 from sampling import speed
 import sample_ddp
-from sampling.sampler import SOLVERS, ImageNoise, Sampler
+from sampling.sampler import ImageNoise, Sampler
 from sampling.speed import prepare
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import find_files
@@ -30,7 +31,7 @@ SMALL = dict(
     input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=10
 )
 ABAR = create_diffusion("").alphas_cumprod
-MULTISTEP = sorted(sampling_sampler.SCHEDULERS)
+MULTISTEP = sorted(SCHEDULERS)
 # Of the version before --cfg-interval and --compile
 OLD_NAME = "dit-cfg-1.5-steps-3-ddpm-seed-0-n-2-2edc23ea"
 
@@ -44,7 +45,7 @@ class Gaussian(torch.nn.Module):
     a path ends.
     """
 
-    input_size, in_channels, num_classes, null_label, learn_sigma = 4, 3, 0, None, True
+    latent_shape, num_classes, null_label, learn_sigma = (3, 4, 4), 0, None, True
     mean, std = 0.3, 0.5
 
     def forward(self, x, t):
@@ -192,12 +193,11 @@ def test_multistep_solvers_draw_nothing(sampler):
 @pytest.mark.parametrize("steps", [10, 20, 100])
 def test_the_network_is_asked_at_the_steps_nearest_to_the_noise(sampler, steps):
     sampler = Sampler(Gaussian(), Unbounded(), None, steps, sampler)
-    exact = np.interp(
-        np.log(sampler.scheduler().sigmas[:-1]), np.log(np.sqrt(1 / ABAR - 1)), np.arange(1000)
-    )
+    sigmas = sampler.process.scheduler(sampler.sampler, steps).sigmas[:-1]
+    exact = np.interp(np.log(sigmas), np.log(np.sqrt(1 / ABAR - 1)), np.arange(1000))
     assert (
         np.abs(exact - sampler.steps()).max() <= 0.5
-        and np.ptp(np.diff(np.log(sampler.scheduler().sigmas[:-1]))) < 1e-4
+        and np.ptp(np.diff(np.log(sigmas))) < 1e-4
     )
 
 
@@ -269,10 +269,20 @@ def test_the_null_half_is_evaluated_inside_the_interval_alone(sampler):
     assert not torch.equal(partly, everywhere) and not torch.equal(partly, plain)
 
 
+def test_the_number_of_the_step_says_whether_it_is_guided():
+    net, labels, x = network(), torch.tensor([3, 5]), randn(2, 3, 4, 4).float()
+    sampler = Sampler(net, Unbounded(), None, 5, cfg_scale=3.0, cfg_interval=(0.25, 0.749))
+    predict, t = sampler.predictor(labels), torch.full((2,), 500)
+    plain = net(x, t, labels)
+    assert sampler.guided() == [False, True, True, True, False]
+    for step in (4, 2, 0, 3, 3):
+        assert torch.equal(predict(x, t, step), plain) == (step in (0, 4))
+
+
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_an_interval_without_a_step_is_refused(sampler):
     with pytest.raises(
-        ValueError, match=f"--cfg-interval 0.9995 1.0 holds none of the 5 steps of {sampler}"
+        ValueError, match=f"`cfg_interval` 0.9995 1.0 holds none of the 5 steps of {sampler}"
     ):
         Sampler(network(), Unbounded(), None, 5, sampler, cfg_scale=2.0, cfg_interval=(0.9995, 1.0))
     Sampler(network(), Unbounded(), None, 5, sampler, cfg_scale=2.0, cfg_interval=(0.999, 1.0))

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from conftest import ROOT, fill_randomly
 import count
 from training import cost as training_cost
-from diffusion import create_diffusion
 from models import BLOCKS, DiT, DiT_models
 from test_blocks import PAPER
 from training.state import Recipe, new_state
@@ -128,7 +127,7 @@ def test_training_state_is_20_bytes_per_parameter():
         lambda *_: taken.extend(p.grad for p in state.network.parameters() if p.grad is not None)
     )
     train_step(
-        state, create_diffusion(""), latents, labels, draw(0, 0, 2, (4, 16, 16), 0.1, 1000, "cpu")
+        state, latents, labels, draw(0, 0, 2, (4, 16, 16), 0.1, state.process, "cpu")
     )
     tensors = [*state.network.parameters(), *state.ema.parameters(), *taken]
     tensors += [v for moments in state.opt.state.values() for v in moments.values() if v.dim()]

@@ -17,12 +17,13 @@ from diffusion import create_diffusion
 from models import DiT, DiT_models
 import sample
 from training import loop
-from training import records
 from test_runs import rows
 from test_train import QUICK, SIZE, fresh_accelerator, images, pixel_state, run, same  # noqa: F401
 import train
 from training.cost import training_flops
-from training.state import QUARTERS, Recipe, Window
+from processes.gaussian import GaussianProcess
+from processes.process import QUARTERS
+from training.state import Recipe, Window
 from training.step import draw, train_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -32,14 +33,14 @@ def batch(n=8, seed=0, step=0):
     """Latents (n, 3, 8, 8), labels and the draws of a step, for pixel_state."""
     return (
         randn(n, 3, 8, 8, seed=seed, dtype=torch.float32), torch.arange(n) % 4,
-        draw(0, step, n, (3, 8, 8), 0.5, 1000, "cpu"),
+        draw(0, step, n, (3, 8, 8), 0.5, GaussianProcess(), "cpu"),
     )  # fmt: skip
 
 
 def steps(state, count=3):
     """The state after some steps, and the report of the last."""
     for step in range(count):
-        report = train_step(state, create_diffusion(""), *batch(step=step))
+        report = train_step(state, *batch(step=step))
     return state, report
 
 
@@ -88,7 +89,7 @@ def test_clipping_scales_the_gradient_to_the_norm():
             step_of()
 
         state.opt.step = step
-        report = train_step(state, create_diffusion(""), *batch())
+        report = train_step(state, *batch())
     assert norms[0] == norms[2] == pytest.approx(report["gradient_norm"]) and norms[0] > 0.02
     assert norms[1].item() == pytest.approx(0.01, rel=1e-3)
 
@@ -126,10 +127,9 @@ def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32():
     state.network.final_layer.norm_final.register_forward_hook(
         lambda _, __, out: seen.update(norm=out.dtype)
     )
-    diffusion = create_diffusion("")
-    losses_of = diffusion.training_losses
-    diffusion.training_losses = lambda *args, **kw: seen.update(losses_of(*args, **kw)) or seen
-    train_step(state, diffusion, *batch())
+    losses_of = state.process.losses
+    state.process.losses = lambda *args, **kw: seen.update(losses_of(*args, **kw)) or seen
+    train_step(state, *batch())
     assert seen["attention"] == torch.bfloat16 and seen["norm"] == torch.float32
     assert {seen[key].dtype for key in ("loss", "mse", "vb")} == {torch.float32}
     assert {p.dtype for p in state.network.parameters()} == {torch.float32}
@@ -144,7 +144,7 @@ def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32():
 def test_the_report_adds_up():
     state = pixel_state()
     latents, labels, draws = batch(16)
-    report = train_step(state, create_diffusion(""), latents, labels, draws, stop=True)
+    report = train_step(state, latents, labels, draws, stop=True)
     assert report["stop"] == 1 and report["save"] == 0 and report["bad"] == 0
     counts = [report[f"samples_q{q + 1}"] for q in range(QUARTERS)]
     assert counts == torch.histc(draws.t.float(), 4, 0, 1000).tolist() and sum(counts) == 16
@@ -163,9 +163,9 @@ def test_the_report_adds_up():
 
 def test_the_report_is_summed_over_processes():
     report = train_step(
-        pixel_state(), create_diffusion(""), *batch(), reduce=lambda values: 3 * values, save=True
+        pixel_state(), *batch(), reduce=lambda values: 3 * values, save=True
     )
-    alone = train_step(pixel_state(), create_diffusion(""), *batch())
+    alone = train_step(pixel_state(), *batch())
     assert report["save"] == 3 and report["loss"] == pytest.approx(3 * alone["loss"])
     assert report["gradient_norm"] == alone["gradient_norm"]
 
@@ -180,12 +180,13 @@ def test_one_read_per_step(monkeypatch):
             lambda self, *a, _o=original, _n=name: reads.append(_n) or _o(self, *a),
         )  # fmt: skip
     arguments = batch()
-    train_step(state, create_diffusion(""), *arguments)
+    train_step(state, *arguments)
     assert reads.count("tolist") == 1 and set(reads) == {"tolist"}
 
 
 def test_window_means():
-    window, report = Window(), dict.fromkeys(records.METRICS, 4.0)
+    window = Window(GaussianProcess())
+    report = dict.fromkeys(window.shown, 4.0)
     report |= {f"{name}_q{q}": 0.0 for name in ("mse", "samples") for q in range(1, 5)} | {
         "mse_q2": 3.0,
         "samples_q2": 2.0,
@@ -213,9 +214,9 @@ def poisoned(monkeypatch, bad_steps):
     """train_step, with latents that are not a number at these steps."""
     step_of = loop.train_step
 
-    def step(state, diffusion, latents, *args, **kwargs):
+    def step(state, latents, *args, **kwargs):
         latents = latents * float("nan") if state.step in bad_steps else latents
-        return step_of(state, diffusion, latents, *args, **kwargs)
+        return step_of(state, latents, *args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", step)
 
@@ -227,7 +228,7 @@ def test_a_bad_step_changes_nothing_and_is_counted():
     window = list(state.window.sums)
     latents, labels, draws = batch()
     latents[3, 0, 0, 0] = float("inf")
-    report = train_step(state, create_diffusion(""), latents, labels, draws)
+    report = train_step(state, latents, labels, draws)
     assert report["bad"] == 1 and (state.step, state.bad_steps, state.bad_in_a_row) == (4, 1, 1)
     assert all(torch.equal(a, parameters_of(b)) for a, b in zip(before, (state.network, state.ema)))
     assert all(
@@ -235,14 +236,14 @@ def test_a_bad_step_changes_nothing_and_is_counted():
         for a, b in zip(moments, [v for m in state.opt.state.values() for v in m.values()])
     )
     assert state.window.sums == window and all(p.grad is None for p in state.network.parameters())
-    report = train_step(state, create_diffusion(""), *batch())
+    report = train_step(state, *batch())
     assert report["bad"] == 0 and (state.bad_steps, state.bad_in_a_row) == (1, 0)
 
 
 def test_a_bad_gradient_alone_is_bad_and_another_process_can_find_it():
     state = pixel_state()
     state.network.final_layer.linear.weight.register_hook(lambda grad: grad * float("nan"))
-    assert train_step(state, create_diffusion(""), *batch())["bad"] == 1
+    assert train_step(state, *batch())["bad"] == 1
 
     def other_process_found_one(values):
         values[2] += 1
@@ -251,7 +252,7 @@ def test_a_bad_gradient_alone_is_bad_and_another_process_can_find_it():
     state = pixel_state()
     before = parameters_of(state.network)
     assert (
-        train_step(state, create_diffusion(""), *batch(), reduce=other_process_found_one)["bad"]
+        train_step(state, *batch(), reduce=other_process_found_one)["bad"]
         == 1
     )
     assert torch.equal(before, parameters_of(state.network))

@@ -15,21 +15,24 @@ from PIL import Image
 import pytest
 import torch
 
+from checkpoints.network_config import arguments_in
 from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoint
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
+from processes.gaussian import GaussianProcess
 from training import flags as training_flags
 from training import folder_lock
 from training import loop
-from training import records
 from training import run_folder
 import train
 from training.options import TrainOptions
 from training.state import Recipe, new_state
+from training.state import Recipe, Window, new_state
 from training.step import draw, train_step, update_ema
 
 SIZE = 16
+PROCESS = GaussianProcess()
 QUICK = [
     "--model", "DiT-Ti/8", "--image-size", str(SIZE), "--vae", "none", "--num-classes", "3",
     "--global-batch-size", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--lr",
@@ -98,7 +101,7 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
         and contents["classes"] == ["ape", "bee", "cat"]
         and contents["args"]["lr"] == 1e-2
     )
-    network = DiT(**contents["config"])
+    network = DiT(**arguments_in(contents["config"]))
     network.load_state_dict(contents["model"])
     assert list(contents["ema"]) == list(contents["model"]) == list(network.state_dict())
     assert not torch.equal(
@@ -110,7 +113,7 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
     assert [line.split("] ")[1].split(" of")[0] for line in lines] == [
         "step 0000002", "step 0000004", "step 0000005",
     ]  # fmt: skip
-    assert all(name.replace("_", " ") in line for line in lines for name in records.METRICS)
+    assert all(name.replace("_", " ") in line for line in lines for name in Window(PROCESS).shown)
 
 
 def test_loss_falls(images, tmp_path, capsys):
@@ -420,19 +423,19 @@ def pixel_state(**recipe):
 
 
 def test_draws_of_all_processes_are_those_of_one():
-    whole = draw(3, 7, 8, (3, 4, 4), 0.5, 1000, "cpu")
-    shares = [draw(3, 7, 8, (3, 4, 4), 0.5, 1000, "cpu", rank, 4) for rank in range(4)]
+    whole = draw(3, 7, 8, (3, 4, 4), 0.5, PROCESS, "cpu")
+    shares = [draw(3, 7, 8, (3, 4, 4), 0.5, PROCESS, "cpu", rank, 4) for rank in range(4)]
     for i, values in enumerate(whole):
         assert torch.equal(values, torch.cat([share[i] for share in shares]))
     assert not torch.equal(whole.vae_noise, whole.noise)
     other = [
-        draw(seed, step, 8, (3, 4, 4), 0.5, 1000, "cpu").noise for seed, step in ((3, 8), (4, 7))
+        draw(seed, step, 8, (3, 4, 4), 0.5, PROCESS, "cpu").noise for seed, step in ((3, 8), (4, 7))
     ]
     assert not any(torch.equal(whole.noise, noise) for noise in other)
 
 
 def test_draws_have_their_distributions():
-    draws = draw(0, 0, 20000, (1, 1, 1), 0.1, 1000, "cpu")
+    draws = draw(0, 0, 20000, (1, 1, 1), 0.1, PROCESS, "cpu")
     assert 0.09 < draws.drop.double().mean() < 0.11
     assert draws.t.min() == 0 and draws.t.max() == 999 and abs(draws.t.double().mean() - 499.5) < 10
     assert abs(draws.noise.mean()) < 0.03 and abs(draws.noise.std() - 1) < 0.03
@@ -441,10 +444,10 @@ def test_draws_have_their_distributions():
 def test_train_step_is_adamw_on_the_mean_loss_with_labels_dropped_as_drawn():
     state, reference = pixel_state(), pixel_state().network.train()
     x = randn(6, 3, 8, 8, dtype=torch.float32)
-    labels, draws = torch.arange(6) % 4, draw(0, 0, 6, (3, 8, 8), 0.5, 1000, "cpu")
+    labels, draws = torch.arange(6) % 4, draw(0, 0, 6, (3, 8, 8), 0.5, PROCESS, "cpu")
     assert 0 < draws.drop.sum() < 6
     start = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    report = train_step(state, create_diffusion(""), x, labels, draws)
+    report = train_step(state, x, labels, draws)
 
     y = torch.where(draws.drop == 1, 4, labels)
     losses = create_diffusion("").training_losses(

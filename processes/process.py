@@ -1,0 +1,96 @@
+"""What a training step and a sampler need of a process between data and noise.
+
+A process is one file beside this one and one row in processes/table.py. Shapes: a sample is (C,
+*space) with any number of axes after the channels, N samples are x (N, C, *space), and times t are
+(N,), of whatever type and range the process and its network have agreed on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from models import DiT
+
+QUARTERS = 4  # of the noise levels, for which one part of the loss is also told apart
+
+Network = Callable[[Tensor, Tensor], Tensor]  # called as network(x_t, t)
+NoiseFunction = Callable[[Tensor], Tensor]  # x → standard normal noise in x's shape
+
+
+class StepNetwork(Protocol):
+    """A network as a trajectory asks it, once or several times for each of its steps."""
+
+    def __call__(self, x: Tensor, t: Tensor, step: int) -> Tensor:
+        """What the network makes of x (N, C, *space) at times t (N,); `step` is the index among the
+        trajectory's steps, a Python number, so that nobody has to read t back from a GPU.
+        """
+
+
+class Solver(NamedTuple):
+    """A way from noise to data: how many steps it takes unless told otherwise, and at most."""
+
+    steps: int
+    most: int
+
+
+class Process(Protocol):
+    """A process between data and noise that a network learns to go back.
+
+    `name` is its name in PROCESSES. `solvers` maps the names of its ways from noise to data to
+    their Solver. `parts` are the names of the parts of its loss, "loss", which is minimised, first;
+    `told_apart` is the one of them that is also told apart by quarters of the noise levels.
+    """
+
+    name: ClassVar[str]
+    solvers: ClassVar[Mapping[str, Solver]]
+    parts: tuple[str, ...]
+    told_apart: str
+
+    @classmethod
+    def of(cls, network: DiT, said: Mapping[str, Any]) -> "Process":
+        """The process of a network, with the settings that `said`, a `config` in a file, has.
+
+        Raises ValueError for settings that the process cannot have.
+        """
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What files say of the process: `name`, and the plain values that decide it."""
+
+    # ---- training ----
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times t (count,) to train at, drawn from a generator, on its device."""
+
+    def losses(
+        self, network: Network, x_start: Tensor, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """{name: (N,)} for each of `parts`, of data x_start (N, C, *space) mixed with noise of the
+        same shape at times t (N,).
+        """
+
+    def quarter(self, t: Tensor) -> Tensor:
+        """The quarter of the noise levels, 0 (nearly clean) to QUARTERS - 1, of t (N,): int64 (N,).
+        """
+
+    # ---- sampling ----
+
+    def times(self, solver: str, steps: int) -> list[int] | list[float]:
+        """The times t, as the network sees them, at which so many steps of a solver begin."""
+
+    def levels(self, solver: str, steps: int) -> list[float]:
+        """The noise level of each of these times, from 0, clean, to 1, noise."""
+
+    def trajectory(
+        self, network: StepNetwork, noise: Tensor, solver: str, steps: int, *, eta: float,
+        noise_fn: NoiseFunction, clip: bool, progress: bool,
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
+        """Yields for each of `times` a dict: `t`, the time; `sample`, x (N, C, *space) after the
+        step; `pred_xstart`, the clean x that was predicted at its beginning.
+
+        `noise` (N, C, *space) is where it begins. `eta`, from 0 to 1, is how much of the noise that
+        the process could add a deterministic solver adds; `noise_fn` draws it. clip: the clean x is
+        known to lie in [-1, 1], and its predictions are clipped to that. progress: show a bar.
+        """

@@ -1,0 +1,31 @@
+"""The processes that there are, by the names that files have for them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models import DiT
+from processes.gaussian import GaussianProcess
+from processes.process import Process, Solver
+
+PROCESSES: dict[str, type[Process]] = {process.name: process for process in (GaussianProcess,)}
+
+# Of all processes: what a command line may name before a checkpoint says which process it is of
+SOLVERS: dict[str, Solver] = {
+    name: solver for process in PROCESSES.values() for name, solver in process.solvers.items()
+}
+
+
+def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
+    """The process that a network has learned, or is to learn.
+
+    `said` is what its file says under `process`, a Process's `config`; None, as in files that say
+    nothing, is the Gaussian process. Raises ValueError for a process that is not in PROCESSES, and
+    for settings that it cannot have.
+    """
+    said = {"name": GaussianProcess.name} if said is None else said
+    kind = PROCESSES.get(str(said.get("name")))
+    if kind is None:
+        raise ValueError(
+            f"the process {str(said.get('name'))[:60]} is not known here; known are {', '.join(PROCESSES)}"
+        )
+    return kind.of(network, said)
