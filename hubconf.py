@@ -95,7 +95,7 @@ def _entry(model: str) -> _Callable[..., "DiT"]:
             return DiT_models[model](**arguments)
 
     load.__name__ = load.__qualname__ = model.replace("-", "_").replace("/", "_")
-    load.__doc__ = f"""The network {model}, for latents of side input_size: an eighth of the images'.
+    load.__doc__ = f"""The network {model}, for latents of side input_size, an eighth of the images.
 
     Without `pretrained` its weights are random, and `arguments` are those of models.DiT, such as
     num_classes. With it they are the released ones, if there are any (DiT-XL/2, input_size=32 or

@@ -59,8 +59,9 @@ before = list(sys.path)
 network = torch.hub.load(REPO, "DiT_XL_8", source="local", input_size=16, num_classes=0, depth=1)
 output = network(torch.zeros(1, 4, 16, 16), torch.zeros(1))
 assert output.shape == (1, 8, 16, 16)
-taken = [name for name in sys.modules if (sys.modules[name].__dict__.get("__file__") or "").startswith(REPO + "/")]
-taken = [name for name in taken if ".venv" not in sys.modules[name].__file__]
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+taken = [name for name, file in files.items()
+         if file.startswith(REPO + "/") and not file.startswith(REPO + "/.venv/")]
 print(json.dumps([network.config, sys.path == before, taken]))
 """)  # fmt: skip
     expected = {"input_size": 16, "patch_size": 8, "depth": 1, "num_classes": 0}
@@ -104,7 +105,8 @@ try:
 except ImportError as error:
     print(json.dumps([str(error), sys.modules[{name!r}].OWN]))
 """)  # fmt: skip
-    assert own and f"another module called {name}, {tmp_path / f'{name}.py'}; call torch.hub" in said
+    file = tmp_path / f"{name}.py"
+    assert own and f"another module called {name}, {file}; call torch.hub" in said
 
 
 @pytest.mark.parametrize("side, file", [(32, "DiT-XL-2-256x256.pt"), (64, "DiT-XL-2-512x512.pt")])
