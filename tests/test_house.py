@@ -59,7 +59,8 @@ HOMES = {
     },
     "torch_fidelity": {"evaluation/features.py"},
     "accelerate": {
-        "runtime/team.py", "training/job.py", "training/records.py", "evaluation/report.py",
+        "runtime/team.py", "training/job.py", "training/assembly.py", "training/records.py",
+        "evaluation/report.py",
     },
     "timm": {"models.py", "conditions/labels.py", "evaluation/features.py"},
     "torchvision": {"conditions/labels.py", "data/listing.py", "training/records.py"},
