@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "models": set(),
     "vae": {"runtime"},
-    "processes": {"runtime", "diffusion"},
+    "processes": {"runtime", "diffusion", "models"},
     "conditions": {"runtime", "models"},
     "checkpoints": {"runtime", "diffusion", "models", "vae", "processes", "conditions"},
     "data": {"runtime", "vae"},
