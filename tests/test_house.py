@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "page": {"runtime", "models", "conditions", "checkpoints", "sampling"},
 }  # fmt: skip
-MOST_FLOORS = 6
+MOST_FLOORS = 5
 ARROWS_LEFT = {("runtime", "models")}  # runtime/limits.py
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))
