@@ -4,13 +4,16 @@ BIN = .venv/bin
 DIGITS = demo/digits
 VAE = examples/digits/vae
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
+# Tests: a file at a time on each of two workers, one thread each, in the order of tests/conftest.py.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
+IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-steps 50 --cfg-scale 1.5
 
 .PHONY: demo page lint test test-long browser
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,demo,notebook,lint]"
+	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,demo,notebook,test,lint]"
 	touch $@
 
 # Digits from the committed weights; then a network trained from scratch for two minutes, and digits from that.
@@ -33,11 +36,13 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) $(IN_TWO)
 
-# What takes longer: the demo itself, its time and the digits that it learns to draw; the page in a browser.
+# What takes longer, such as every documented command and the page in a browser; then, alone and with all threads,
+# what is timed: the demo.
 test-long: .venv/installed browser
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) $(IN_TWO) -m "long and not alone"
+	$(BIN)/python -m pytest --durations=10 -m alone
 
 # Chromium and what drives it. Chromium comes from the system, which keeps it up to date.
 browser: .venv/installed

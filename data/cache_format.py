@@ -27,9 +27,9 @@ def moments_shape(manifest: dict[str, Any]) -> tuple[int, ...]:
     return (manifest["images"], 1 + manifest["flip"], *manifest["shape"])
 
 
-def latent_moments_shape(channels: int, side: int) -> list[int]:
-    """The entry `shape` of a manifest: [2, C, h, w] for the moments of one image."""
-    return [2, channels, side, side]
+def latent_moments_shape(latent: tuple[int, ...]) -> list[int]:
+    """The entry `shape` of a manifest: [2, C, *space] for the moments of one image."""
+    return [2, *latent]
 
 
 def chunk_note(folder: Path, number: int) -> Path:
@@ -52,7 +52,7 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     ):
         raise ValueError(f"{MANIFEST} has classes that are no list of names")
     side = manifest["image_size"] // manifest["ratio"]
-    fits = manifest["shape"] == latent_moments_shape(manifest["channels"], side)
+    fits = manifest["shape"] == latent_moments_shape((manifest["channels"], side, side))
     if not manifest["scale"] or not fits:
         raise ValueError(
             f"{MANIFEST} has a shape, image_size, channels, ratio and scale that do not fit "

@@ -107,10 +107,10 @@ def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> di
     """What decides the content of the cache, as manifest.json and, until it is there, plan.json
     have it.
     """
-    side = space.shape.side(options.image_size)
+    latent = space.shape.latent(options.image_size, options.image_size)
     return {
         "images": len(listing.paths), "flip": options.flip,
-        "shape": latent_moments_shape(space.shape.channels, side),
+        "shape": latent_moments_shape(latent),
         "dtype": options.latents_dtype, "image_size": options.image_size, "vae": options.vae,
         "vae_sha256": vae_hashes(options.vae), "channels": space.shape.channels,
         "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift,

@@ -123,7 +123,7 @@ def test_make_targets_exist():
     assert {"demo", "lint", "test", "test-long"} <= targets
 
 
-@pytest.mark.long
+@pytest.mark.alone
 def test_demo_draws_digits_within_six_minutes():
     """`make demo`, its two pictures, and 500 digits from what it trained."""
     begun = time.monotonic()

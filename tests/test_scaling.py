@@ -1,5 +1,6 @@
 """examples/scaling: a tiny study from end to end, its data and sums, and the committed numbers."""
 
+from contextlib import suppress
 import json
 from pathlib import Path
 import re
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 from PIL import Image
+import psutil
 import pytest
 import torch
 
@@ -184,23 +186,27 @@ def test_workers_end_with_the_first_process(tmp_path):
     )
 
     def workers():
-        found = subprocess.run(
-            ["pgrep", "-f", "multiprocessing.spawn"], capture_output=True, text=True
-        ).stdout.split()
-        return {int(pid) for pid in found} - before
+        children = psutil.Process(first.pid).children(recursive=True)
+        return [child for child in children if "multiprocessing.spawn" in " ".join(child.cmdline())]
 
-    before = set()
-    before = workers()
     patience = time.monotonic() + 240
     while len(workers()) < 2:  # the judge comes first
         assert first.poll() is None and time.monotonic() < patience
         time.sleep(1)
     time.sleep(20)  # by then they train
-    assert len(workers()) >= 2
+    training = workers()
+    assert len(training) >= 2
     first.kill()
     first.wait()
     time.sleep(10)
-    assert not workers()
+    assert not any(map(at_work, training))
+
+
+def at_work(process):
+    """Whether a process runs; one that has ended and is not yet waited for does not."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.mark.long

@@ -158,14 +158,14 @@ def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weigh
     """A file with mu, sigma, mu_s, sigma_s and arr_0, made here, scores like the images that it was
     made of.
     """
-    images = pictures(12, seed=3)
+    images = pictures(6, seed=3)
     folder, flags = (
         write_folder(tmp_path / "real", images),
-        ["--inception-weights", inception_weights, "--batch-size", "6"],
+        ["--inception-weights", inception_weights, "--batch-size", "3"],
     )
-    samples = write_folder(tmp_path / "samples", pictures(10, seed=4))
+    samples = write_folder(tmp_path / "samples", pictures(5, seed=4))
     out, _ = run(capsys, "--make-reference", folder, "--output", tmp_path / "ref.npz", *flags)
-    assert "mu, sigma, mu_s, sigma_s, arr_0, made_from of 12 images, 12 of them as arr_0" in out
+    assert "mu, sigma, mu_s, sigma_s, arr_0, made_from of 6 images, 6 of them as arr_0" in out
     with np.load(tmp_path / "ref.npz") as file:
         assert {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s")} == {
             "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
@@ -188,7 +188,7 @@ def test_reference_of_adm_with_inception(sets, capsys, tmp_path, inception_weigh
     for report, _ in from_files:
         assert report["scores"] == pytest.approx(from_folder["scores"], rel=1e-9)
         assert len(report["reference"]["sha256_of_file"]) == 64
-    for too_few in ("10 samples", "12 reference images"):
+    for too_few in ("5 samples", "6 reference images"):
         assert f"{too_few} are too few for 2,048 features: their covariance has no full rank" in err
 
 

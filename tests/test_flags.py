@@ -1,0 +1,45 @@
+"""The flags of every door are those of the version before the modules moved into wings."""
+from importlib import import_module
+import json
+
+import pytest
+
+from conftest import ROOT
+
+RECORDED = json.loads((ROOT / "tests/old_version/flags.json").read_text(encoding="utf-8"))
+
+
+def flags_of(parser):
+    """What a parser's --help and its users rely on, a dict for each argument in its order, as JSON
+    has them.
+    """
+    titles = {
+        id(action): group.title
+        for group in parser._action_groups
+        for action in group._group_actions
+    }
+    found = [
+        {
+            "flags": action.option_strings or [action.dest], "dest": action.dest,
+            "default": action.default, "group": titles[id(action)],
+            "choices": None if action.choices is None else [str(c) for c in action.choices],
+            "nargs": action.nargs, "metavar": action.metavar, "help": action.help,
+        }
+        for action in parser._actions
+    ]  # fmt: skip
+    return json.loads(json.dumps(found, default=str))
+
+
+@pytest.mark.parametrize("door", RECORDED)
+def test_flags_are_those_of_before(door):
+    found = flags_of(import_module(door).build_parser())
+    assert [flag["flags"] for flag in found] == [flag["flags"] for flag in RECORDED[door]]
+    for now, before in zip(found, RECORDED[door]):
+        assert now == before
+
+
+def test_a_change_is_noticed():
+    parser = import_module("count").build_parser()
+    before = flags_of(parser)
+    parser.set_defaults(image_size=512)
+    assert flags_of(parser) != before
