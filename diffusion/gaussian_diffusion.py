@@ -183,8 +183,7 @@ class GaussianDiffusion:
         """The network's p(x_{t-1} | x_t): mean, variance, log_variance, pred_xstart, in x's shape.
 
         denoised_fn, if given, acts on pred_xstart; clip_denoised then clamps it to [-1, 1].
-        Raises ValueError if the network does not return x's channels, or twice those with a
-        learned variance.
+        Raises ValueError unless the network returns x's channels, with a learned variance twice.
         """
         c = self._at(t, x)
         p = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
@@ -260,8 +259,7 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:  # fmt: skip
         """One ancestral step (DDPM alg. 2): a dict of sample and pred_xstart, in x's shape.
 
-        sample is drawn from p(x_{t-1} | x_t). noise_fn(x) gives the noise and is called once, even
-        at t = 0, where no noise is added.
+        sample is drawn from p(x_{t-1} | x_t). noise_fn(x) gives the noise; t = 0 calls it too.
         """
         c = self._at(t, x)
         out = self._p(c, *self._call(model, x, t, model_kwargs), x, clip_denoised, denoised_fn)
@@ -429,8 +427,7 @@ class GaussianDiffusion:
     def _bound(self, c, prediction, v, x_start, x_t, t, clip_denoised):
         """One term of the variational bound (DDPM eq. 5): bits (N,), per dim, and pred_xstart.
 
-        The term is the KL between the true posterior and p; at t = 0 it is the negative
-        log-likelihood of the grey levels in x_start.
+        KL between true posterior and p; at t = 0 negative log-likelihood of x_start's grey levels.
         """
         p = self._p(c, prediction, v, x_t, clip_denoised)
         true_mean = _posterior_mean(c, x_start, x_t)
