@@ -18,6 +18,7 @@ from conftest import ROOT
 import evaluate
 from evaluation import image_sets
 from evaluation import metrics
+from evaluation import remarks
 from evaluation import report as evaluation_report
 from evaluation import sides
 from runtime import npz
@@ -505,7 +506,7 @@ def test_archives_that_are_traps_or_of_other_forms(tmp_path, monkeypatch):
 def test_samples_class_by_class_are_remarked(tmp_path, capsys, monkeypatch):
     """The Inception Score is taken of consecutive images, so it is another where they are sorted.
     """
-    for module in (image_sets, metrics):
+    for module in (remarks, metrics):
         monkeypatch.setattr(module, "SPLIT", 100)
 
     class Bright(torch.nn.Module):

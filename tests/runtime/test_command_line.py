@@ -288,7 +288,7 @@ def test_every_door_can_be_interrupted_while_it_is_imported():
         assert text.count("    end_at_interrupt()") == 1 and text.count("\n@door(") == 1, path
 
 
-PRINTS = "from command_line import door\n@door()\ndef main(argv=None):\n    print({text}, flush={flush})\nmain()\n"
+PRINTS = "from runtime.command_line import door\n@door()\ndef main(argv=None):\n    print({text}, flush={flush})\nmain()\n"
 
 
 @pytest.mark.parametrize("flush", [True, False])

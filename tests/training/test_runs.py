@@ -36,7 +36,7 @@ HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from runs import FolderLock
+from training.folder_lock import FolderLock
 with FolderLock() as lock:
     lock.take(Path(sys.argv[2]))
     print("held", flush=True)
@@ -652,9 +652,10 @@ FULL = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 import train
+from training import records
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv[2])
-save = train.save_checkpoint
+save = records.save_checkpoint
 def short_of_space(path, contents):
     if "0000002" not in path.name:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -662,7 +663,7 @@ def short_of_space(path, contents):
         save(path, contents)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-train.save_checkpoint = short_of_space
+records.save_checkpoint = short_of_space
 train.main(sys.argv[3:])
 """
 
