@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .likelihood import discretized_gaussian_log_likelihood, normal_kl
-from .network import as_taken, choose_device
+from .network import as_taken, sampling_device
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
 
 __all__ = [
@@ -340,7 +340,7 @@ class GaussianDiffusion:
             self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn,
             cond_fn=cond_fn, model_kwargs=model_kwargs, noise_fn=noise_fn,
         )  # fmt: skip
-        device = choose_device(device, noise, model)
+        device = sampling_device(device, noise, model)
         yield from self._loop(step, shape, noise, device, progress, noise_fn)
 
     def ddim_sample_loop(
@@ -369,7 +369,7 @@ class GaussianDiffusion:
             self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn,
             cond_fn=cond_fn, model_kwargs=model_kwargs, eta=eta, noise_fn=noise_fn,
         )  # fmt: skip
-        device = choose_device(device, noise, model)
+        device = sampling_device(device, noise, model)
         yield from self._loop(step, shape, noise, device, progress, noise_fn)
 
     def _loop(self, step, shape, noise, device, progress, noise_fn):

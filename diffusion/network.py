@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def choose_device(
+def sampling_device(
     device: torch.device | str | None, noise: Tensor | None, model: Callable
 ) -> torch.device:
     """The device asked for, else the noise's, else that of the network's parameters.

@@ -1,5 +1,6 @@
 """What the README tells users to type exists, and its two opening commands do what it says."""
 
+import importlib
 from pathlib import Path
 import re
 import shlex
@@ -134,6 +135,18 @@ def test_links_lead_to_files(page):
         link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose) if not link.startswith("http")
     ]
     assert targets and all((page.parent / target).exists() for target in targets)
+
+
+def test_modules_that_moved_are_where_the_table_says():
+    text = (ROOT / "docs" / "migrating.md").read_text()
+    table = text.split("| was | is |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) == table.count("\n") - 1 and len(dict(rows)) == len(rows)
+    for _, cell in rows:
+        for module in re.findall(r"`([\w.]+)`", cell.split(" (`")[0]):
+            importlib.import_module(module)
+        for line in re.findall(r"`(from [^`]+)`", cell):
+            exec(line, {})
 
 
 def headings(page):
