@@ -143,7 +143,7 @@ def test_modules_that_moved_are_where_the_table_says():
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
     assert len(rows) == table.count("\n") - 1 and len(dict(rows)) == len(rows)
     for _, cell in rows:
-        for module in re.findall(r"`([\w.]+)`", cell.split(" (`")[0]):
+        for module in re.findall(r"`([\w.]+)`", re.sub(r"\(.*?\)", "", cell)):
             importlib.import_module(module)
         for line in re.findall(r"`(from [^`]+)`", cell):
             exec(line, {})
