@@ -1,9 +1,10 @@
-"""The diffusion transformer (DiT) of Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
+"""DiT, the network of Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
 
-The whole network in reading order: modulation, embedders, block designs, final layers, DiT, position table, sizes.
+All of it, in reading order: modulation, embedders, block designs, final layers, DiT, sizes.
 
-Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, T = (H/P)·(W/P) tokens, D width. Where the
-embeddings of t and y are two tokens or a sequence of two, a network without classes has one, that of t.
+Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, D width,
+T = (H/P)·(W/P) tokens. Two designs take the embeddings of t and y as two tokens. A network without
+classes embeds t alone, so it has one such token instead of two.
 """
 
 from collections.abc import Callable
@@ -20,60 +21,53 @@ from torch.utils.checkpoint import checkpoint
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (N, T, D) scaled by 1 + scale and moved by shift, both (N, D) and the same for every token."""
+    """x (N, T, D) times 1 + scale, plus shift; both are (N, D), the same for every token."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedder(nn.Module):
-    """A step number, whole or fractional, as a vector: sines and cosines of it (in float32), then a two-layer MLP."""
+    """A step number, whole or not, as a vector: sines and cosines (float32), then two Linears."""
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
         super().__init__()
         self.frequency_embedding_size = frequency_embedding_size
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )  # fmt: skip
 
     @staticmethod
     def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
-        """t (N,) → (N, dim) float32: the cosines of t·max_period^(-i/half), i < half = dim // 2, then the sines.
-
-        An odd dim gets a last column of zeros.
-        """
+        """t (N,) → (N, dim) float32: cosines, then sines, of t·max_period^(-i/half), i < half."""
         half = dim // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = torch.outer(t.float(), torch.exp(steps * -math.log(max_period) / half))  # (N, half)
+        i = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = torch.outer(t.float(), torch.exp(i * -math.log(max_period) / half))  # (N, half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 2·half)
-        return nn.functional.pad(waves, (0, dim % 2))  # (N, dim)
+        return nn.functional.pad(waves, (0, dim % 2))  # (N, dim), an odd dim's last column 0
 
     def forward(self, t: Tensor) -> Tensor:
         """t (N,) → (N, D)."""
         waves = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]  # mypy does not see a Linear
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]  # a Linear
 
 
 class LabelEmbedder(nn.Module):
-    """A class label as a vector, with label dropout for classifier-free guidance (Ho & Salimans 2022).
-
-    `null_label` is the index that stands for "no class": the table's last row. It is None without dropout, when the
-    table has no such row.
-    """
+    """A class label as a vector, with label dropout for guidance (Ho & Salimans 2022)."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
-        self.null_label = num_classes if dropout_prob > 0 else None
+        self.null_label = num_classes if dropout_prob > 0 else None  # "no class", the last row
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Labels (N,), the null label in place of those drawn, or of those whose entry in force_drop_ids (N,) is 1.
+        """Labels (N,), some made null: those with a 1 in force_drop_ids (N,), or drawn if None.
 
         Raises ValueError if the model was built without dropout and so has no null label.
         """
         if self.null_label is None:
-            raise ValueError(
-                "no label can be dropped: the model was built with class_dropout_prob=0; build it with more"
-            )
+            raise ValueError("no label can be dropped: the model was built with "
+                             "class_dropout_prob=0; build it with more")  # fmt: skip
         if force_drop_ids is None:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
         else:
@@ -81,68 +75,70 @@ class LabelEmbedder(nn.Module):
         return torch.where(drop, self.null_label, labels)
 
     def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
-        """labels (N,) → (N, D); labels are dropped at random if train, and as force_drop_ids says wherever it is given."""
+        """labels (N,) → (N, D); force_drop_ids, if given, drops some of them, else train does."""
         if force_drop_ids is not None or (train and self.null_label is not None):
             labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)
 
 
 class Modulation(nn.Sequential):
-    """The regression of adaLN: c (N, D) → so many vectors, side by side (N, vectors·D). It starts at zero."""
+    """adaLN's regression: c (N, D) → so many vectors side by side (N, vectors·D), zero at first."""
 
     def __init__(self, hidden_size: int, vectors: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
 
 
 class Block(nn.Module):
-    """What the block designs share: attention and an MLP, a LayerNorm before each. A design adds how c reaches the tokens.
+    """Tokens x (N, T, D) → (N, T, D) by attention and an MLP, with a LayerNorm before each.
 
-    own_norms: the LayerNorms have weights, as in any ViT; without, adaLN supplies them.
+    The designs share this; each adds its way for the condition c to reach the tokens.
     """
+    own_norms = False  # whether LayerNorms have weights, as in any ViT; else adaLN supplies them
+    vectors = 0  # how many vectors (N, D) a block's own regression makes of c
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, own_norms: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=own_norms)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=self.own_norms)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=own_norms)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=self.own_norms)
+        gelu = partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        if self.vectors:
+            self.adaLN_modulation = Modulation(hidden_size, self.vectors)
+
+    def gated(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """x past attention and MLP, each with shift, scale and gate from the vectors (N, 6·D)."""
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
+        x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
+        return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
 
 
 class DiTBlock(Block):
     """adaLN-Zero: c gives shift, scale and gate for the attention and for the MLP.
 
-    The gates start at 0, and so the block as the identity (section 3.2).
+    The gates start at 0, so the block starts as the identity (section 3.2).
     """
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.adaLN_modulation = Modulation(hidden_size, 6)
+    vectors = 6
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
-        return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+        return self.gated(x, self.adaLN_modulation(c))  # c (N, D)
 
 
 class AdaLNBlock(Block):
-    """adaLN: c gives shift and scale, twice, and no gates. It starts as a ViT block, not as the identity."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.adaLN_modulation = Modulation(hidden_size, 4)
+    """adaLN: c gives shift and scale, twice, but no gates. It starts as a ViT block does."""
+    vectors = 4
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
-        attn_shift, attn_scale, mlp_shift, mlp_scale = self.adaLN_modulation(c).chunk(4, dim=1)
+        vectors = self.adaLN_modulation(c)  # (N, D) → (N, 4·D)
+        attn_shift, attn_scale, mlp_shift, mlp_scale = vectors.chunk(4, dim=1)
         x = x + self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
         return x + self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
 
 
 class AdaLNSingleBlock(Block):
-    """adaLN-single (PixArt-α, Chen et al. 2023, section 2.3): adaLN-Zero with one regression for all blocks, DiT's.
+    """adaLN-single (PixArt-α, Chen et al. 2023, section 2.3): c is six vectors for all blocks.
 
-    The block's own part is a table that it adds to the six vectors. It starts as the identity.
+    DiT regresses them. A block adds a table of its own, and starts as the identity.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
@@ -150,15 +146,11 @@ class AdaLNSingleBlock(Block):
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and the six vectors c (N, 6·D) that all blocks share → (N, T, D)."""
-        vectors = c + self.scale_shift_table.flatten()  # (N, 6·D)
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
-        x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
-        return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+        return self.gated(x, c + self.scale_shift_table.flatten())  # c (N, 6·D)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to another sequence (Vaswani et al. 2017, section 3.2), laid out as timm's Attention."""
+    """Multi-head attention to another sequence (Vaswani et al. 2017, 3.2), laid out as timm's."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -169,50 +161,47 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and a sequence c (N, K, D) → (N, T, D)."""
-
-        def heads(vectors):
-            return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or K, D / heads)
-
         keys, values = self.kv(c).chunk(2, dim=-1)  # (N, K, D) each
-        out = nn.functional.scaled_dot_product_attention(heads(self.q(x)), heads(keys), heads(values))
+        parts = (self.q(x), keys, values)  # and below (N, heads, T or K, D / heads) each
+        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
+        out = nn.functional.scaled_dot_product_attention(*heads)  # (N, heads, T, D / heads)
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
 class CrossAttentionBlock(Block):
-    """Cross-attention: after the attention among themselves, the tokens attend to the embeddings of t and y."""
+    """Cross-attention: after self-attention the tokens attend to the embeddings of t and y."""
+    own_norms = True
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(hidden_size, num_heads, mlp_ratio, own_norms=True)
+        super().__init__(hidden_size, num_heads, mlp_ratio)
         self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and the sequence c (N, 2, D) → (N, T, D)."""
         x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), c)
+        x = x + self.cross_attn(self.norm_cross(x), c)  # c (N, 2, D)
         return x + self.mlp(self.norm2(x))
 
 
 class InContextBlock(Block):
-    """In-context conditioning: a plain ViT block. The embeddings of t and y are two of its tokens."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(hidden_size, num_heads, mlp_ratio, own_norms=True)
+    """In-context conditioning: a plain ViT block. Embeddings of t and y are two of its tokens."""
+    own_norms = True
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Tokens x (N, T + 2, D) → (N, T + 2, D); c is not looked at, x has it."""
-        x = x + self.attn(self.norm1(x))
+        x = x + self.attn(self.norm1(x))  # x (N, T + 2, D) has what c would tell
         return x + self.mlp(self.norm2(x))
 
 
 class FinalLayer(nn.Module):
-    """The last adaLN (shift and scale, no gate) and the linear map from a token to the pixels of its patch."""
+    """The last adaLN (shift and scale, no gate) and the linear map from a token to its patch."""
+    own_norms, vectors = False, 2  # as in Block
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=self.own_norms)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        self.adaLN_modulation = Modulation(hidden_size, 2)
+        if self.vectors:
+            self.adaLN_modulation = Modulation(hidden_size, self.vectors)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and condition c (N, D) → patches (N, T, P·P·C_out)."""
@@ -220,49 +209,44 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class ViTFinalLayer(nn.Module):
-    """The last LayerNorm, with weights of its own, and the linear map: for the designs that do not use adaLN."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+class ViTFinalLayer(FinalLayer):
+    """The last LayerNorm, with its own weights, and the linear map: for designs without adaLN."""
+    own_norms, vectors = True, 0
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
         """Tokens x (N, T, D) → patches (N, T, P·P·C_out); c is not looked at."""
         return self.linear(self.norm_final(x))
 
 
+# From tokens x (N, T, D) and the embeddings of t and y, (N, D) each, to x and c for the blocks.
 def summed(x: Tensor, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → the tokens and c (N, D), the embeddings' sum."""
+    """x, and as c (N, D) the embeddings' sum."""
     return x, reduce(torch.add, embeddings)
 
 
 def beside(x: Tensor, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → tokens and c (N, 2, D), the embeddings in a sequence."""
+    """x, and as c (N, 2, D) the embeddings in a sequence."""
     return x, torch.stack(embeddings, dim=1)
 
 
 def appended(x: Tensor, embeddings: list[Tensor]) -> tuple[Tensor, None]:
-    """Tokens (N, T, D) and the embeddings of t and y, (N, D) each → these with those as two more (N, T + 2, D), and no c."""
+    """x with the embeddings as two more tokens (N, T + 2, D), and no c."""
     return torch.cat([x, torch.stack(embeddings, dim=1)], dim=1), None
 
 
 class Design(NamedTuple):
-    """How the embeddings of t and y reach the tokens.
+    """How t and y reach the tokens: `condition` makes the blocks' x and c of their embeddings.
 
-    `condition` makes of tokens and embeddings the x and c that blocks and final layer take. With shared_vectors, one
-    regression makes of c so many vectors, and the blocks take these in its place.
+    With shared_vectors DiT regresses so many vectors from c, and the blocks take these for c.
     """
-
     block: type[Block]
-    final_layer: type[FinalLayer] | type[ViTFinalLayer]
+    final_layer: type[FinalLayer]
     condition: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
     shared_vectors: int = 0
 
 
-# The designs that the paper compares (section 3.2, figure 5), and PixArt-α's. From weights without a configuration
-# checkpoints.design_of tells which one they are of.
+# The paper's designs (section 3.2, figure 5), and PixArt-α's. checkpoints.design_of reads
+# from a file's tensors which design they have.
 BLOCKS = {
     "adaln_zero": Design(DiTBlock, FinalLayer, summed),
     "adaln": Design(AdaLNBlock, FinalLayer, summed),
@@ -273,41 +257,43 @@ BLOCKS = {
 
 
 class DiT(nn.Module):
-    """Predicts the noise in a noisy latent and, with learn_sigma, the variance of the reverse step p(x_{t-1} | x_t).
+    """Predicts the noise in a latent and, with learn_sigma, the variance of p(x_{t-1} | x_t).
 
-    `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with y=None. `config` holds
-    the arguments, so that DiT(**model.config) is the same network; `null_label` is the label of "no class", None
-    where there is none.
-
+    `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with
+    y=None. `config` holds the arguments: DiT(**model.config) builds the same network.
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
-        self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
-        num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1, num_classes: int = 1000,
-        learn_sigma: bool = True, block: str = "adaln_zero",
+        self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
+        hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1, num_classes: int = 1000, learn_sigma: bool = True,
+        block: str = "adaln_zero",
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = dict(
-            input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
-            num_heads=num_heads, mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+            hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+            class_dropout_prob=class_dropout_prob, num_classes=num_classes,
             learn_sigma=learn_sigma, block=block,
         )  # fmt: skip
         check_sizes(**self.config)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
-        self.grad_checkpointing = False  # set it to compute each block again in the backward pass, which saves memory
+        self.grad_checkpointing = False  # True saves memory: the backward pass runs blocks again
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.design = BLOCKS[block]
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        label_table = partial(LabelEmbedder, num_classes, hidden_size, class_dropout_prob)
+        self.y_embedder = label_table() if num_classes else None
         num_tokens = (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
         shared = self.design.shared_vectors
         self.shared_modulation = Modulation(hidden_size, shared) if shared else nn.Identity()
-        self.blocks = nn.ModuleList(self.design.block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        block_of_design = partial(self.design.block, hidden_size, num_heads, mlp_ratio)
+        self.blocks = nn.ModuleList(block_of_design() for _ in range(depth))
         self.final_layer = self.design.final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -324,9 +310,10 @@ class DiT(nn.Module):
     def initialize_weights(self) -> None:
         """Fill every parameter; afterwards the output is 0.
 
-        As the paper has it (sections 3.2 and 4): adaLN-Zero's regressions and the last Linear start at zero, the rest as in
-        a ViT. The regressions of adaLN and adaLN-single start at zero as well, of which the papers say nothing. So with
-        adaln_zero and adaln_single each block is the identity; in_context, cross_attention and adaln start as ViT blocks.
+        adaLN-Zero's regressions and the last Linear start at zero, the rest as in a ViT (sections
+        3.2 and 4). The papers do not say how the regressions of adaLN and adaLN-single start; here
+        they start at zero as well. So each block of adaln_zero and adaln_single is the identity,
+        and in_context, cross_attention and adaln start as ViT blocks.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -335,54 +322,45 @@ class DiT(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         patch_to_token = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch_to_token.weight.flatten(1))  # as the Linear (D, C·P·P) that it amounts to
+        nn.init.xavier_uniform_(patch_to_token.weight.flatten(1))  # as a Linear (D, C·P·P)
         nn.init.zeros_(patch_to_token.bias)
 
-        small_normal: list[Any] = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
-        if self.y_embedder:
-            small_normal.append(self.y_embedder.embedding_table)
-        for module in small_normal:
-            nn.init.normal_(module.weight, std=0.02)
+        label_table = [self.y_embedder.embedding_table] if self.y_embedder else []
+        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *label_table):
+            nn.init.normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+        at_zero = ("final_layer.linear.", "_modulation.", ".scale_shift_table")
+        for name, parameter in self.named_parameters():
+            if any(part in name for part in at_zero):
+                nn.init.zeros_(parameter)
 
-        nn.init.zeros_(self.final_layer.linear.weight)
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                for parameter in module.parameters():
-                    nn.init.zeros_(parameter)
-            elif isinstance(module, AdaLNSingleBlock):
-                nn.init.zeros_(module.scale_shift_table)
-
-        if self.pos_embed.is_meta:  # it has no memory to fill, and the table can take seconds
-            return
-        table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.input_size // self.patch_size)
-        with torch.no_grad():
-            self.pos_embed.copy_(torch.from_numpy(table))
+        if not self.pos_embed.is_meta:  # it has no memory to fill, and the table can take seconds
+            side = self.input_size // self.patch_size
+            table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], side)
+            self.pos_embed.data.copy_(torch.from_numpy(table))
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches (N, T, P·P·C_out) → (N, C_out, H, W); tokens run row by row, channels are innermost."""
+        """Patches (N, T, P·P·C_out) → (N, C_out, H, W): tokens row by row, channels innermost."""
         n, p, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
         x = x.reshape(n, side, side, p, p, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
         return x.reshape(n, self.out_channels, side * p, side * p)  # (N, C_out, H, W)
 
-    def embed_conditions(self, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None = None) -> list[Tensor]:
-        """The embeddings (N, D) of steps t and, if there are classes, of labels y, in a list.
-
-        Raises ValueError if y is missing, or given to a network without classes.
-        """
+    def embed_conditions(self, t: Tensor, y: Tensor | None, drop: Tensor | None) -> list[Tensor]:
+        """Embeddings (N, D) of t and, with classes, y. ValueError for a y missing or needless."""
         if (y is None) != (self.y_embedder is None):
-            raise ValueError(
-                f"the network has num_classes={self.num_classes} but y is {'missing' if y is None else 'given'}; "
-                f"pass y={'None' if y is not None else 'labels of shape (N,)'}"
-            )
+            what = "missing; pass y=labels of shape (N,)" if y is None else "given; pass y=None"
+            raise ValueError(f"the network has num_classes={self.num_classes} but y is {what}")
         of_t = self.t_embedder(t)
-        return [of_t] if self.y_embedder is None else [of_t, self.y_embedder(y, self.training, force_drop_ids)]
+        return [of_t, self.y_embedder(y, self.training, drop)] if self.y_embedder else [of_t]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None
+    ) -> Tensor:
         """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,) → (N, C_out, H, W).
 
-        The output is the predicted noise and, with learn_sigma, C more channels: the fraction v in [-1, 1] (not
-        enforced) between the two bounds of the log variance. force_drop_ids (N,): labels whose entry is 1 are dropped.
+        The output is the predicted noise and, with learn_sigma, C more channels: the fraction v in
+        [-1, 1] (not enforced) between the two bounds of the log variance. A label whose entry in
+        force_drop_ids (N,) is 1 is dropped. Raises ValueError for an x of another shape.
         """
         if x.shape[1:] != self.latent_shape:
             sizes = ", ".join(map(str, self.latent_shape))
@@ -390,35 +368,36 @@ class DiT(nn.Module):
         embeddings = self.embed_conditions(t, y, force_drop_ids)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         x, c = self.design.condition(x, embeddings)
-        block_condition = self.shared_modulation(c)  # c itself, but (N, 6·D) in adaln_single
+        given = self.shared_modulation(c)  # c itself, but (N, 6·D) in adaln_single
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, block_condition, use_reentrant=False, preserve_rng_state=False)  # they draw nothing
+            if self.grad_checkpointing and self.training:  # a block draws nothing: no random state
+                x = checkpoint(block, x, given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, block_condition)
-        x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without the tokens that in_context appended
+                x = block(x, given)
+        x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without what in_context appended
         return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | str = 3
     ) -> Tensor:
-        """The output (2N, C_out, H, W) with the noise guided: null + cfg_scale·(cond - null) (Ho & Salimans 2022, eq. 6).
+        """The output (2N, C_out, H, W), its noise guided: null + cfg_scale·(cond - null).
 
-        The batch is doubled: labels y (2N,) hold N labels and then N null labels, steps t (2N,) the same N twice; both
-        halves are evaluated on the first half of x (2N, C, H, W). The first cfg_channels channels of the noise are
-        guided, at most in_channels; "all" stands for in_channels. They come back equal in both halves; every other
-        channel stays the half's own. Three is what the released samples were made with.
-
-        Raises ValueError if the network has no null label, the batch is odd, or cfg_channels is something else.
+        The formula is eq. 6 of Ho & Salimans 2022. The batch is doubled: y (2N,) holds N labels and
+        then N null labels, t (2N,) the same N steps twice. Both halves are evaluated on the first
+        half of x (2N, C, H, W). The first cfg_channels channels of the noise are guided, at most
+        in_channels; "all" stands for in_channels. Guided channels come back equal in both halves;
+        every other channel stays the half's own. The released samples were made with three.
+        Raises ValueError for a network without null label, an odd batch and other cfg_channels.
         """
         if self.null_label is None:
-            raise ValueError(
-                "guidance needs a null label, which a network with class_dropout_prob=0 or num_classes=0 lacks"
-            )
+            raise ValueError("guidance needs a null label, which a network with "
+                             "class_dropout_prob=0 or num_classes=0 lacks")  # fmt: skip
         if len(x) % 2:
-            raise ValueError(f"guidance takes a doubled batch, an even number of samples; got {len(x)}")
+            wanted = "a doubled batch, an even number of samples"
+            raise ValueError(f"guidance takes {wanted}; got {len(x)}")
         if cfg_channels != "all" and not (isinstance(cfg_channels, int) and cfg_channels > 0):
-            raise ValueError(f"cfg_channels is {cfg_channels!r}; give a number of channels, 1 or more, or 'all'")
+            wanted = "a number of channels, 1 or more, or 'all'"
+            raise ValueError(f"cfg_channels is {cfg_channels!r}; give {wanted}")
         guided = self.in_channels if cfg_channels == "all" else min(cfg_channels, self.in_channels)
         half = len(x) // 2
         out = self(torch.cat([x[:half], x[:half]]), t, y)
@@ -427,55 +406,49 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
 
 
-# The most that a DiT takes, far beyond every network that there is: a damaged configuration, or a slip of the keyboard, ends in
-# a message and not in taking all of the machine's memory.
-MOST = {
-    "input_size": 2**14, "patch_size": 2**10, "in_channels": 2**12, "hidden_size": 2**16, "depth": 2**10,
-    "num_heads": 2**12,
-}  # fmt: skip
-MOST_CLASSES = 10**6
-MOST_MLP_RATIO = 1024
+# The least and the most that a DiT takes. The most is far beyond every network that exists: a
+# damaged configuration, or a slip of the keyboard, ends in a message and does not fill the memory.
+MOST_CLASSES, MOST_RATIO = 10**6, 1024
 MOST_IN_TABLE = 2**28  # numbers in the position table, which is made in float64: 2 GiB
+WHOLE_NUMBERS = {
+    "input_size": (1, 2**14), "patch_size": (1, 2**10), "in_channels": (1, 2**12),
+    "hidden_size": (1, 2**16), "depth": (1, 2**10), "num_heads": (1, 2**12),
+    "num_classes": (0, MOST_CLASSES),
+}  # fmt: skip
 
 
 def check_sizes(
-    class_dropout_prob: float, num_classes: int, mlp_ratio: float, learn_sigma: bool, block: str, **sizes: int
+    class_dropout_prob: float, mlp_ratio: float, learn_sigma: bool, block: str, **whole: Any
 ) -> None:
-    """Raise ValueError for arguments of DiT that do not fit together, are beyond all bounds or of another kind."""
+    """Raise ValueError for arguments of DiT of the wrong kind, out of bounds or that do not fit."""
     if not isinstance(block, str) or block not in BLOCKS:
         raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}")
-    for name, size in sizes.items():
-        check_whole_number(name, size, 1, MOST[name])
-    check_whole_number("num_classes", num_classes, 0, MOST_CLASSES, "; give the number of classes, or 0 for none")
-    input_size, patch_size, hidden_size, num_heads = (
-        sizes[key] for key in ("input_size", "patch_size", "hidden_size", "num_heads")
-    )
-    if input_size % patch_size:
-        raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}; choose one that is")
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
-    in_table = (input_size // patch_size) ** 2 * hidden_size
+    for name, (least, most) in WHOLE_NUMBERS.items():
+        value = whole[name]
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r:.60}; it must be a whole number")
+        if not least <= value <= most:
+            bound = f"least {least}" if value < least else f"most {most}"
+            advice = "" if least else "; give the number of classes, or 0 for none"
+            raise ValueError(f"{name} is {value}; it must be at {bound}{advice}")
+    side, patch, width = whole["input_size"], whole["patch_size"], whole["hidden_size"]
+    heads, in_table = whole["num_heads"], (side // patch) ** 2 * width
+    if side % patch:
+        sizes = f"input_size {side} is not a multiple of patch_size {patch}"
+        raise ValueError(f"{sizes}; choose one that is")
+    if width % heads or width % 4:
+        raise ValueError(f"hidden_size {width} must be a multiple of num_heads ({heads}) and of 4")
     if in_table > MOST_IN_TABLE:
-        raise ValueError(
-            f"input_size {input_size} with patch_size {patch_size} and hidden_size {hidden_size} makes a position table of "
-            f"{in_table:,} numbers; it may have {MOST_IN_TABLE:,}: lower input_size, or take larger patches"
-        )
-    if not is_number(mlp_ratio) or not 0 < mlp_ratio <= MOST_MLP_RATIO:
-        raise ValueError(f"mlp_ratio is {mlp_ratio!r}; it must be above 0 and at most {MOST_MLP_RATIO}")
-    if not is_number(class_dropout_prob) or not 0 <= class_dropout_prob <= 1:
-        raise ValueError(f"class_dropout_prob is {class_dropout_prob!r}; it is a probability, 0 to 1")
+        sizes = f"input_size {side} with patch_size {patch} and hidden_size {width}"
+        wanted = f"it may have {MOST_IN_TABLE:,}: lower input_size, or take larger patches"
+        raise ValueError(f"{sizes} makes a position table of {in_table:,} numbers; {wanted}")
+    if not is_number(mlp_ratio) or not 0 < mlp_ratio <= MOST_RATIO:
+        raise ValueError(f"mlp_ratio is {mlp_ratio!r}; it must be above 0 and at most {MOST_RATIO}")
+    drop = class_dropout_prob
+    if not is_number(drop) or not 0 <= drop <= 1:
+        raise ValueError(f"class_dropout_prob is {drop!r}; it is a probability, 0 to 1")
     if learn_sigma not in (True, False):
         raise ValueError(f"learn_sigma is {learn_sigma!r}; it is true or false")
-
-
-def check_whole_number(name: str, value: Any, least: int, most: int, advice: str = "") -> None:
-    """Raise ValueError unless an argument of DiT is a whole number from least to most."""
-    if not hasattr(value, "__index__") or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r:.60}; it must be a whole number")
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}{advice}")
-    if value > most:
-        raise ValueError(f"{name} is {value}; it must be at most {most}{advice}")
 
 
 def is_number(value: object) -> bool:
@@ -486,17 +459,19 @@ def is_number(value: object) -> bool:
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int) -> np.ndarray:
     """The frozen position table, a float64 array (grid_size², embed_dim), tokens row by row.
 
-    The first half of the columns encodes the token's column in the grid, the second half its row; each half holds sines
-    and then cosines at frequencies 10000^(-i/(embed_dim/4)) (Vaswani et al. 2017, section 3.5, once per axis).
-    Raises ValueError unless embed_dim is a multiple of 4.
+    The first half of the columns encodes the token's column in the grid, the second half its row.
+    Each half holds sines and then cosines at frequencies 10000^(-i/(embed_dim/4)) (Vaswani et al.
+    2017, section 3.5, once per axis). Raises ValueError unless embed_dim is a multiple of 4.
     """
     if embed_dim % 4:
-        raise ValueError(f"embed_dim is {embed_dim}; a sine and a cosine for each of two axes need a multiple of 4")
+        why = "a sine and a cosine for each of two axes need a multiple of 4"
+        raise ValueError(f"embed_dim is {embed_dim}; {why}")
     quarter = embed_dim // 4
     frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
     angles = np.outer(np.arange(grid_size), frequencies)  # (side, D/4)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
-    by_column, by_row = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)  # (T, D/2) each
+    by_column = np.tile(axis, (grid_size, 1))  # (T, D/2)
+    by_row = np.repeat(axis, grid_size, axis=0)  # (T, D/2)
     return np.concatenate([by_column, by_row], axis=1)  # (T, D)
 
 
@@ -513,11 +488,10 @@ PATCH_SIZES = {"Ti": (1, 2, 4, 8), "S": (2, 4, 8), "B": (2, 4, 8), "L": (2, 4, 8
 # "DiT-XL/2" → a factory that takes DiT's other arguments as keywords.
 DiT_models = {
     f"DiT-{size}/{patch}": partial(DiT, patch_size=patch, **SIZES[size])
-    for size in SIZES
-    for patch in PATCH_SIZES[size]
+    for size in SIZES for patch in PATCH_SIZES[size]  # fmt: skip
 }
 DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{patch}"] for patch in PATCH_SIZES["XL"])
 DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{patch}"] for patch in PATCH_SIZES["L"])
 DiT_B_2, DiT_B_4, DiT_B_8 = (DiT_models[f"DiT-B/{patch}"] for patch in PATCH_SIZES["B"])
 DiT_S_2, DiT_S_4, DiT_S_8 = (DiT_models[f"DiT-S/{patch}"] for patch in PATCH_SIZES["S"])
-DiT_Ti_1, DiT_Ti_2, DiT_Ti_4, DiT_Ti_8 = (DiT_models[f"DiT-Ti/{patch}"] for patch in PATCH_SIZES["Ti"])
+DiT_Ti_1, DiT_Ti_2, DiT_Ti_4, DiT_Ti_8 = (DiT_models[f"DiT-Ti/{p}"] for p in PATCH_SIZES["Ti"])

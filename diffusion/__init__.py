@@ -8,25 +8,28 @@ from .schedules import get_named_beta_schedule
 from .timestep_sampler import create_named_schedule_sampler
 
 __all__ = [
-    "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion", "create_diffusion",
-    "create_named_schedule_sampler", "space_timesteps",
+    "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion",
+    "create_diffusion", "create_named_schedule_sampler", "space_timesteps",
 ]  # fmt: skip
 
 
 def create_diffusion(
-    timestep_respacing: str | int | Sequence[int] | None, noise_schedule: str = "linear", use_kl: bool = False,
-    sigma_small: bool = False, predict_xstart: bool = False, learn_sigma: bool = True,
-    rescale_learned_sigmas: bool = False, diffusion_steps: int = 1000,
+    timestep_respacing: str | int | Sequence[int] | None, noise_schedule: str = "linear",
+    use_kl: bool = False, sigma_small: bool = False, predict_xstart: bool = False,
+    learn_sigma: bool = True, rescale_learned_sigmas: bool = False, diffusion_steps: int = 1000,
 ) -> SpacedDiffusion:  # fmt: skip
-    """The process as a SpacedDiffusion: all steps with "" or None, fewer with "250", "ddim50" or "10,15,20".
+    """The process as a SpacedDiffusion: all steps with "" or None, fewer with "250", "ddim50" or
+    "10,15,20".
 
-    Raises ValueError for a respacing or schedule that does not exist and for options that contradict one another.
+    Raises ValueError for a respacing or schedule that does not exist and for options that
+    contradict one another.
     """
     if learn_sigma and sigma_small:
         raise ValueError("sigma_small chooses a fixed variance; it needs learn_sigma=False")
     if rescale_learned_sigmas and (use_kl or not learn_sigma):
         raise ValueError(
-            "rescale_learned_sigmas scales the bound beside the MSE; it needs learn_sigma=True and use_kl=False"
+            "rescale_learned_sigmas scales the bound beside the MSE; it needs learn_sigma=True and "
+            "use_kl=False"
         )
     if learn_sigma:
         variance = ModelVarType.LEARNED_RANGE

@@ -10,14 +10,17 @@ import torch
 from .gaussian_diffusion import GaussianDiffusion
 
 
-def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int] | None) -> set[int]:
+def space_timesteps(
+    num_timesteps: int, section_counts: str | int | Sequence[int] | None
+) -> set[int]:
     """The original steps to keep, a set of integers below num_timesteps.
 
-    section_counts says how many to keep in each of equally long sections, as a list, a comma-separated string or one
-    number; None or "" keeps every step. "ddimN" keeps N steps at one whole-number stride, as the DDIM paper does.
+    section_counts says how many to keep in each of equally long sections, as a list, a
+    comma-separated string or one number. None or "" keeps every step. "ddimN" keeps N steps at one
+    whole-number stride, as the DDIM paper does.
 
-    Raises ValueError for a text of another form, a section asked for fewer than 1 or more steps than it has, and an N
-    that no stride gives.
+    Raises ValueError for a text of another form, for a section asked for fewer than 1 or more steps
+    than it has, and for an N that no stride gives.
     """
     if section_counts is None or section_counts == "":
         return set(range(num_timesteps))
@@ -31,8 +34,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
         size = length + (i < longer)
         if not 1 <= count <= size:
             raise ValueError(
-                f"{count} of {size} steps asked for (respacing {section_counts!r} of {num_timesteps}); "
-                f"give a number from 1 to {size}"
+                f"{count} of {size} steps asked for (respacing {section_counts!r} of "
+                f"{num_timesteps}); give a number from 1 to {size}"
             )
         kept.update(start + step for step in _spread(size, count))
         start += size
@@ -68,33 +71,39 @@ def _spread(size, count):
 def _even_stride(num_timesteps, text):
     digits = text.removeprefix("ddim")
     if not digits.isdecimal():
-        raise ValueError(f"respacing {text!r} is not understood; write 'ddim' and a number of steps, as in 'ddim50'")
+        raise ValueError(
+            f"respacing {text!r} is not understood; write 'ddim' and a number of steps, as in "
+            "'ddim50'"
+        )
     by_count = {}
-    for stride in range(num_timesteps, 0, -1):  # downwards, so that the smallest stride of a count stays
+    for stride in range(num_timesteps, 0, -1):  # downwards: the smallest stride of a count stays
         by_count[len(range(0, num_timesteps, stride))] = stride
     wanted = int(digits)
     if wanted not in by_count:
         nearest = min(by_count, key=lambda count: abs(count - wanted))
         raise ValueError(
-            f"no whole-number stride keeps {wanted} of {num_timesteps} steps; the nearest is 'ddim{nearest}'"
+            f"no whole-number stride keeps {wanted} of {num_timesteps} steps; the nearest is "
+            f"'ddim{nearest}'"
         )
     return set(range(0, num_timesteps, by_count[wanted]))
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A process over some steps of another: alpha_bar at the kept steps is the same, the betas follow from it.
+    """A process over some steps of another: alpha_bar at kept steps is the same, betas follow.
 
-    `timestep_map` lists the kept steps in order; the network and cond_fn are given those original numbers. Takes
-    GaussianDiffusion's arguments for the original process. Raises ValueError for no steps or steps that it lacks.
+    `timestep_map` lists the kept steps in order; the network and cond_fn are given those original
+    numbers. The other arguments are GaussianDiffusion's, for the original process. Raises
+    ValueError for no steps, and for steps that the original lacks.
     """
 
     def __init__(self, use_timesteps: Iterable[int], **kwargs: Any) -> None:
         original = np.array(kwargs.pop("betas"), dtype=np.float64)
         self.use_timesteps, self.original_num_steps = set(use_timesteps), len(original)
         self.timestep_map = sorted(self.use_timesteps)
-        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < len(original):
-            raise ValueError(f"steps to keep must be some of 0 to {len(original) - 1}; got {self.timestep_map}")
-        kept = np.cumprod(1 - original)[self.timestep_map]
+        steps, last = self.timestep_map, len(original) - 1
+        if not steps or not 0 <= steps[0] <= steps[-1] <= last:
+            raise ValueError(f"steps to keep must be some of 0 to {last}; got {steps}")
+        kept = np.cumprod(1 - original)[steps]
         super().__init__(betas=1 - kept / np.concatenate([[1.0], kept[:-1]]), **kwargs)
         self._maps: dict[torch.device, torch.Tensor] = {}  # device → timestep_map as a tensor (T,)
 

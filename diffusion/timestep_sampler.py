@@ -1,4 +1,5 @@
-"""Which steps to train on: drawn uniformly, or more often where the loss is large (Nichol & Dhariwal 2021, section 3.3).
+"""Which steps to train on: drawn uniformly, or more often where the loss is large (Nichol &
+Dhariwal 2021, section 3.3).
 
 Steps are drawn from torch's generator (or the one passed in), so torch.manual_seed decides them.
 """
@@ -15,9 +16,13 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "UniformSampler":
-    """The step sampler called `name` ("uniform" or "loss-second-moment") for a diffusion. Raises ValueError for others."""
+    """The step sampler called `name`, "uniform" or "loss-second-moment", for a diffusion.
+
+    Raises ValueError for another name.
+    """
     if name not in SAMPLERS:
-        raise ValueError(f"unknown step sampler {name!r}; known are {', '.join(map(repr, SAMPLERS))}")
+        known = ", ".join(map(repr, SAMPLERS))
+        raise ValueError(f"unknown step sampler {name!r}; known are {known}")
     return SAMPLERS[name](diffusion)
 
 
@@ -34,9 +39,9 @@ class UniformSampler:
     def sample(
         self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(steps, weights), both (batch_size,) on the device: int64, and the float32 that keeps a mean loss unbiased.
+        """(steps, weights), both (batch_size,) on the device, int64 and float32.
 
-        A generator, if given, is one of the CPU.
+        The weights keep a mean loss unbiased. A generator, if given, is one of the CPU.
         """
         p = self.weights()
         p = p / p.sum()
@@ -46,12 +51,16 @@ class UniformSampler:
 
 
 class LossSecondMomentResampler(UniformSampler):
-    """Steps drawn in proportion to √E[loss²] over each step's last losses, mixed with uniform_prob of uniform draws.
+    """Steps drawn in proportion to √E[loss²] over each step's last losses, with a share
+    uniform_prob of uniform draws among them.
 
-    Uniform until every step has history_per_term losses. Training calls update_with_local_losses after each batch.
+    Draws are uniform until every step has history_per_term losses. Training calls
+    update_with_local_losses after each batch.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+    def __init__(
+        self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001
+    ) -> None:
         super().__init__(diffusion)
         self.history_per_term, self.uniform_prob = history_per_term, uniform_prob
         self.losses = torch.zeros(self.num_timesteps, history_per_term, dtype=torch.float64)
@@ -67,9 +76,10 @@ class LossSecondMomentResampler(UniformSampler):
         return (1 - self.uniform_prob) * p + self.uniform_prob * uniform
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
-        """Record this process's losses (N,) at steps local_ts (N,), and every other process's: all end up the same.
+        """Record this process's losses (N,) at steps local_ts (N,), and every other process's.
 
-        With torch.distributed running, every process must call it; their batches may differ in size.
+        All processes end up with the same record. With torch.distributed running, every process
+        must call this; their batches may differ in size.
         """
         ts, losses = local_ts.tolist(), local_losses.tolist()
         if dist.is_available() and dist.is_initialized():
@@ -79,7 +89,7 @@ class LossSecondMomentResampler(UniformSampler):
         self.update_with_all_losses(ts, losses)
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        """Record losses at steps ts, two sequences of equal length; the oldest loss of a step makes room.
+        """Record losses at steps ts, sequences of equal length; a step's oldest loss makes room.
 
         A loss that is not finite is left out: it would decide all draws until it is forgotten.
         """

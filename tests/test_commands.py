@@ -17,11 +17,10 @@ import sys
 import tomllib
 
 import pytest
-import torch
 from torch.distributed.run import get_args_parser
 
 from conftest import ROOT
-from test_readme import DOORS, PAGES
+from test_readme import DOORS, PAGES, python_blocks, run_python
 
 # What a command needs that is not here → how such a command is told. The first that fits counts.
 NEEDS = {
@@ -41,9 +40,10 @@ SHORTER = {
 }  # fmt: skip
 # What must be there when a page has been run.
 LEAVES = {
-    "README.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/architecture.md": [],
+    "docs/checkpoints.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/evaluation.md": ["samples/*.npz"],
+    "docs/install.md": [],
     "docs/migrating.md": [
         "digits-hub/README.md",
         "digits-pipeline/model_index.json",
@@ -208,19 +208,15 @@ def test_commands_run_one_after_the_other(page, copy):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_blocks_are_of_kinds_that_are_looked_at(page, tmp_path, monkeypatch):
-    """Commands stand in bash blocks; Python runs, with networks that hold no weights where they are
-    built.
-    """
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    """Commands stand in bash blocks; Python runs (that of the README in test_readme.py)."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for kind, text in blocks:
         assert kind in ("bash", "python") or (
             not kind and not re.search(r"^\W*(python|torchrun|pip|make) ", text, re.MULTILINE)
         )
-        if kind == "python":
-            with torch.device("meta" if "DiT_models[" in text else "cpu"):
-                exec(text, {})
+    for text in python_blocks(page) if page.name != "README.md" else []:
+        run_python(text)
 
 
 def test_the_rules_are_all_needed():

@@ -1,5 +1,7 @@
 """What the README tells users to type exists, and its two opening commands do what it says."""
 
+import importlib
+from pathlib import Path
 import re
 import shlex
 import subprocess
@@ -21,7 +23,8 @@ import export
 import extract_latents
 import sample
 import sample_ddp
-from test_digits import judged
+from test_digits import judged, make_dataset
+from test_house import WING_FILES, WINGS, named
 import train
 
 DOORS = {
@@ -57,17 +60,68 @@ def test_flags_of_documented_commands_exist(door, arguments, launcher):
     get_args_parser().parse_args([*launcher, "script.py"])
 
 
-def test_python_in_the_readme_runs(tmp_path, monkeypatch):
-    code, from_checkpoint = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def python_blocks(page):
+    """The blocks of Python in a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_python(text):
+    """Run a block of a page in the current folder, with the examples' files and the digits in it;
+    the names that the block leaves.
+
+    It is made shorter by SHORTER. Networks hold no weights where they are built.
+    """
+    if not Path("examples").exists():
+        Path("examples").symlink_to(ROOT / "examples")
+    if "digits/train" in text and not Path("digits").exists():
+        make_dataset.main(["--output", "digits"])
+    for long, short in SHORTER.items():
+        text = text.replace(long, short)
     names = {}
-    with torch.device("meta"):
-        exec(code, names)
-    assert names["network"].null_label == 1000 and names["diffusion"].num_timesteps == 250
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with torch.device("meta" if re.search(r"DiT_models\[|DiT_XL_2", text) else "cpu"):
+        exec(text, names)
+    return names
+
+
+# What makes Python of a page short enough for a test, and keeps it off the network.
+SHORTER = {
+    "num_fid_samples=50_000": "num_fid_samples=4", "max_steps=1300": "max_steps=2",
+    '"OWNER/REPO", "DiT_XL_2"': f'{str(ROOT)!r}, "DiT_XL_2", source="local"',
+    '"path/to/clone"': repr(str(ROOT)),
+}  # fmt: skip
+# Name that a block of the README leaves → what is to be seen of it.
+LEFT = {
+    "images": lambda images: (images.shape, images.dtype.name) == ((3, 32, 32, 3), "uint8"),
+    "folder": lambda folder: (folder / "checkpoints" / "0000002.pt").is_file(),
+    "report": lambda report: round(report["scores"]["fid"], 2) == 0.24,
+    "samples": lambda path: path.is_file() and len(list(path.with_suffix("").glob("*.png"))) == 4,
+    "diffusion": lambda diffusion: diffusion.num_timesteps == 250,
+    "network": lambda network: network.null_label == 1000,
+}  # fmt: skip
+
+
+awaited = pytest.mark.xfail(
+    raises=(ImportError, TypeError, FileNotFoundError), strict=True, reason="is being built"
+)
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(i, marks=awaited) if i != 4 else i for i in range(6)]
+)
+def test_python_in_the_readme_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(from_checkpoint, names)
-    assert names["latents"].shape == (3, 4, 4, 4) and names["images"].shape == (3, 32, 32, 3)
-    assert Image.open("three.png").size == (32, 32)
+    blocks = python_blocks(ROOT / "README.md")
+    assert len(blocks) == 6
+    names = run_python(blocks[place])
+    seen = {name: check(names[name]) for name, check in LEFT.items() if name in names}
+    assert seen and all(seen.values()), seen
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 150
+    prose = re.sub(r"```.*?```|\(http[^)]*\)", "", README, flags=re.DOTALL)
+    assert len(prose.split()) <= 700
+    assert README.index("make demo") < README.index("](docs/digits.png)") < README.index("## ")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +135,18 @@ def test_links_lead_to_files(page):
         link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose) if not link.startswith("http")
     ]
     assert targets and all((page.parent / target).exists() for target in targets)
+
+
+def test_modules_that_moved_are_where_the_table_says():
+    text = (ROOT / "docs" / "migrating.md").read_text()
+    table = text.split("| was | is |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) == table.count("\n") - 1 and len(dict(rows)) == len(rows)
+    for _, cell in rows:
+        for module in re.findall(r"`([\w.]+)`", re.sub(r"\(.*?\)", "", cell)):
+            importlib.import_module(module)
+        for line in re.findall(r"`(from [^`]+)`", cell):
+            exec(line, {})
 
 
 def headings(page):
@@ -99,15 +165,39 @@ def test_links_lead_to_headings(page):
 
 
 def test_every_file_has_its_line_in_contributing():
-    rows = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    folders = ["diffusion/", "tests/", "examples/", "benchmarks/", "docs/"]
-    assert set(rows) >= {*folders, *(path.name for path in ROOT.glob("*.py"))} and len(
-        set(rows)
-    ) == len(rows)
+    found = re.findall(
+        r"^\| `([\w./]+)` \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    rows = dict(found)
+    folders = ["tests/", "examples/", "benchmarks/", "docs/", *(f"{wing}/" for wing in WINGS)]
+    assert rows.keys() >= {*folders, *(path.name for path in ROOT.glob("*.py"))}
+    assert len(rows) == len(found)
+    for path in WING_FILES:
+        if path.stem != "__init__" and named(path) not in LEAVING:
+            assert f"`{path.stem}`" in rows[f"{path.parent.name}/"], named(path)
 
 
-def test_every_extra_has_its_line_in_the_readme():
-    table = README.split("| extra |")[1].split("\n\n")[0]
+LEAVING = {"evaluation/sides.py", "training/job.py"}  # until typed options take their place
+
+
+def test_fifteen_questions_are_answered_by_files():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    part = text.split("## Fifteen questions")[1].split("\n## ")[0]
+    answers = re.findall(r"^\| .+\? \| `([\w./]+)`", part, re.MULTILINE)
+    assert len(answers) == 15
+    missing = {name for name in answers if not (ROOT / name).is_file()}
+    assert missing <= COMING
+
+
+COMING = {
+    "processes/gaussian.py", "processes/process.py", "conditions/condition.py", "data/source.py",
+    "training/options.py",
+}  # fmt: skip
+
+
+def test_every_extra_has_its_line_among_the_extras():
+    page = (ROOT / "docs" / "install.md").read_text()
+    table = page.split("| extra |")[1].split("\n\n")[0]
     named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
     assert (
         set(named)
