@@ -92,8 +92,10 @@ def check_process(said: object, origin: object) -> None:
     for key, value in entries:
         if mark := _mark(key, value):
             raise ValueError(
-                f"{origin} is of another process ({mark}): here a network predicts the noise of 1,000 steps with linear betas, "
-                "and sampled or trained so it would give images without sense. Use the code that it was trained with; if the "
+                f"{origin} is of another process ({mark}): here a network predicts the noise of "
+                "1,000 steps with linear betas, "
+                "and sampled or trained so it would give images without sense. Use the code that "
+                "it was trained with; if the "
                 "entry is wrong, save the state dict alone"
             )
 

@@ -39,7 +39,8 @@ def choose_device(name: str | None) -> torch.device:
         ImportError,
     ) as error:  # the last for kinds that PyTorch has no part for here
         raise ValueError(
-            f"`device` {name} cannot be used ({str(error).splitlines()[0]}); leave the argument out "
+            f"`device` {name} cannot be used ({str(error).splitlines()[0]}); leave the argument "
+            "out "
             "or pass cpu"
         ) from None
 

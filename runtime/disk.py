@@ -128,7 +128,8 @@ def check_writable(path: Path | str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
-            f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is writable"
+            f"cannot write {path} ({error.strerror}); choose a file in a folder that exists and is "
+            "writable"
         ) from None
 
 

@@ -24,7 +24,8 @@ def array_names(path: Path | str, whole: bool = False) -> set[str]:
         for info in archive.infolist():
             if info.file_size > SMALL and info.file_size > BOMB * info.compress_size:
                 raise ValueError(
-                    f"{info.filename} has {info.file_size:,} bytes, packed in {info.compress_size:,}; save it with np.savez"
+                    f"{info.filename} has {info.file_size:,} bytes, packed in "
+                    f"{info.compress_size:,}; save it with np.savez"
                 )
         damaged = archive.testzip() if whole else None
         if damaged:
@@ -76,7 +77,8 @@ def _header(file, name):
     }
     if version not in readers:
         raise ValueError(
-            f"{name} is in version {version} of .npy's format, which has named fields; save it as plain numbers"
+            f"{name} is in version {version} of .npy's format, which has named fields; save it as "
+            "plain numbers"
         )
     try:
         return readers[version](file)

@@ -97,7 +97,8 @@ class Presence:
         gone = sorted(filter(self.is_gone, ranks))
         if gone:
             raise ValueError(
-                f"process {gone[0]} of {self.place.world_size} has ended without doing its share; look at what it said, and "
+                f"process {gone[0]} of {self.place.world_size} has ended without doing its share; "
+                "look at what it said, and "
                 "give the same command again, which goes on"
             )
         absent = [str(rank) for rank in sorted(ranks) if not self.at_work(rank)]

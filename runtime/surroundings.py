@@ -79,7 +79,8 @@ def _check_counted():
         count, rank = (_whole(os.environ.get(name, "")) for name in (size, number))
         if count > 1 or rank > 0:
             raise ValueError(
-                f"{launcher} started this as process {rank} of {max(count, rank + 1)} without RANK and WORLD_SIZE, so each "
+                f"{launcher} started this as process {rank} of {max(count, rank + 1)} without RANK "
+                "and WORLD_SIZE, so each "
                 f"would do the whole work by itself; {TORCHRUN}"
             )
 
@@ -95,7 +96,10 @@ def lone_task_note() -> str | None:
     tasks = _whole(os.environ.get("SLURM_NTASKS", ""))
     if tasks < 2 or os.environ.get("WORLD_SIZE", "").strip():
         return None
-    return f"SLURM gave this job {tasks} tasks, and this is one process alone; torchrun starts several (docs/training.md)"
+    return (
+        f"SLURM gave this job {tasks} tasks, and this is one process alone; torchrun starts several "
+        "(docs/training.md)"
+    )
 
 
 def check_accelerate(**own: object) -> None:
@@ -107,25 +111,23 @@ def check_accelerate(**own: object) -> None:
     for name, what in ACCELERATE_SWITCHES.items():
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
             raise ValueError(
-                f"accelerate asks for {what} ({name}={os.environ[name]}), which is not heeded here; start with torchrun, or "
-                "switch it off with accelerate config"
+                f"accelerate asks for {what} ({name}={os.environ[name]}), which is not heeded "
+                "here; start with torchrun, or switch it off with accelerate config"
             )
     if device := os.environ.get("ACCELERATE_TORCH_DEVICE", "").strip():
         raise ValueError(
-            f"the environment has ACCELERATE_TORCH_DEVICE={device}, which is not heeded here; pass --device"
+            f"the environment has ACCELERATE_TORCH_DEVICE={device}, which is not heeded here; pass "
+            "`device`"
         )
     for name, flag in ACCELERATE_VALUES.items():
         asked = os.environ.get(name, "").strip().lower()
         if asked not in NEUTRAL and asked != str(own.get(flag, "")).lower():
-            option = f"--{flag.replace('_', '-')}"
-            here = (
-                f"give the script its own {option}"
-                if flag in own
-                else f"this script has no {option}"
-            )
+            here = f"give the script its own `{flag}`"
+            if flag not in own:
+                here = f"this script has no --{flag.replace('_', '-')}"
             raise ValueError(
-                f"accelerate launch asks for {name}={asked}, which is not heeded here: {here}, and leave the launcher's out "
-                "or at no"
+                f"accelerate launch asks for {name}={asked}, which is not heeded here: {here}, and "
+                "leave the launcher's out or at no"
             )
 
 
