@@ -32,6 +32,7 @@ PEER_GONE = "another process of this job has ended, or cannot be reached; look a
 AMOUNT = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")  # as a library's message has it
+FOREIGN = re.compile(r"[a-z]+(?:_[a-z]+)+")  # the name of an argument that another door has
 QUOTES = "\"'"  # of a text, which a command line does without
 LEAVE_OUT = "leave the argument out"  # as a library's message has it
 
@@ -130,7 +131,8 @@ class Parser(argparse.ArgumentParser):
         """A library's message with its arguments as this parser's flags: `cfg_scale=1` becomes
         --cfg-scale 1, `weights="raw"` becomes --weights raw, and an argument to leave out a flag.
 
-        What stands in backticks and is no argument of this parser stays as it is.
+        An argument of another door, told by the underscore in its name, becomes that door's flag.
+        Whatever else stands in backticks stays as it is.
         """
         return ARGUMENT.sub(self._worded, message).replace(LEAVE_OUT, "leave the flag out")
 
@@ -143,6 +145,8 @@ class Parser(argparse.ArgumentParser):
             if action.dest == name
             for option in action.option_strings
         ]
+        if not options and FOREIGN.fullmatch(name):
+            options = [f"--{name.replace('_', '-')}"]
         if not options:
             return found.group()
         if value in ("True", "False"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.network_config import LATER
 from conditions.labels import CLASSES
+from data.options import DataOptions
 from evaluation.metrics import SCORED
 from models import BLOCKS, DiT_models
 from runtime.limits import check_numbers
@@ -53,14 +54,14 @@ class TrainOptions:
     # data
     data_path: Path | str | None = None
     latents: Path | str | None = None
-    image_size: int = 256
-    num_classes: int = 1000
-    flip: bool = True
-    skip_bad_images: bool = False
+    image_size: int = DataOptions.image_size
+    num_classes: int = DataOptions.num_classes
+    flip: bool = DataOptions.flip
+    skip_bad_images: bool = DataOptions.skip_bad_images
     # network
     model: str = "DiT-XL/2"
     block: str = "adaln_zero"
-    vae: str = "ema"
+    vae: str = DataOptions.vae
     init_from: Path | str | None = None
     init_labels: str = "keep"
     # recipe

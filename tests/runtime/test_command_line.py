@@ -84,6 +84,7 @@ def test_what_is_given_is_known_also_at_its_default_and_after_a_command():
     ("`num_steps` is 3; pass `num_steps=7`", "--steps is 3; pass --steps 7"),
     ('pass `weights="raw"`, or leave `flip=False`', "pass --weights raw, or leave --no-flip"),
     ("leave the argument out; `other` stays", "leave the flag out; `other` stays"),
+    ("give evaluate.py `make_reference=DIR`", "give evaluate.py --make-reference DIR"),
 ])  # fmt: skip
 def test_arguments_of_a_library_are_flags_of_a_door(message, worded):
     assert door_with_commands().worded(message) == worded
@@ -152,15 +153,15 @@ def test_a_name_that_the_system_refuses_is_one_message(name, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--epochs", "0"], "`epochs` is 0; it must be at least 1"),
-    (["--epochs", "1000000001"], "`epochs` is 1000000001; it must be from 1 to 1,000,000,000"),
-    (["--global-seed", str(2**63)], f"`global_seed` is {2**63}; it must be from 0 to {2**63 - 1:,}"),
-    (["--image-size", "9" * 4000], "`image_size` is 9999999999… (4000 digits); it must be from 1 to 16,384"),
-    (["--lr", "nan"], "`lr` is nan; it must be from 1e-12 to 100"),
-    (["--lr", "1e300"], "`lr` is 1e+300; it must be from 1e-12 to 100"),
-    (["--ckpt-minutes", "inf"], "`ckpt_minutes` is inf; it must be from 1e-12 to 1e+09"),
-    (["--num-workers", "1025"], "`num_workers` is 1025; it must be from 0 to 1,024"),
-    (["--ema-decay", *["0.9"] * 17], "`ema_decay` has 17 values; it takes 16 at most"),
+    (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+    (["--epochs", "1000000001"], "--epochs is 1000000001; it must be from 1 to 1,000,000,000"),
+    (["--global-seed", str(2**63)], f"--global-seed is {2**63}; it must be from 0 to {2**63 - 1:,}"),
+    (["--image-size", "9" * 4000], "--image-size is 9999999999… (4000 digits); it must be from 1 to 16,384"),
+    (["--lr", "nan"], "--lr is nan; it must be from 1e-12 to 100"),
+    (["--lr", "1e300"], "--lr is 1e+300; it must be from 1e-12 to 100"),
+    (["--ckpt-minutes", "inf"], "--ckpt-minutes is inf; it must be from 1e-12 to 1e+09"),
+    (["--num-workers", "1025"], "--num-workers is 1025; it must be from 0 to 1,024"),
+    (["--ema-decay", *["0.9"] * 17], "--ema-decay has 17 values; it takes 16 at most"),
 ])  # fmt: skip
 def test_numbers_beyond_what_exists(flags, message):
     parser = training_flags.build_parser()
