@@ -132,8 +132,8 @@ def load_data(
 
     Raises ValueError if --data-path or --latents do not fit the arguments.
     """
-    options = DataOptions(**{field.name: getattr(args, field.name) for field in fields(DataOptions)})
-    source = open_source(options, partial(once, accelerator))
+    chosen = {field.name: getattr(args, field.name) for field in fields(DataOptions)}
+    source = open_source(DataOptions(**chosen), partial(once, accelerator))
     return source, Data(source.hash, source.sample_hash)  # type: ignore[return-value]
 
 
