@@ -125,7 +125,7 @@ def test_chunks_are_dealt_to_processes(images, tmp_path, vae, monkeypatch):
     alone = contents_of(extract(images, tmp_path / "one", vae))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(cache, "finish", lambda *_: None)
+    monkeypatch.setattr(extract_latents, "finish", lambda *_: None)
     extract(images, tmp_path / "two", vae)
     assert [p.name for p in sorted((tmp_path / "two" / "chunks").iterdir())] == [
         "0000000.json",
@@ -240,7 +240,7 @@ def test_a_process_that_ends_without_its_share_is_not_waited_for(
         encode_share(*args)
 
     encode_share = cache.encode_share
-    monkeypatch.setattr(cache, "encode_share", die_beside)
+    monkeypatch.setattr(extract_latents, "encode_share", die_beside)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as stopped:

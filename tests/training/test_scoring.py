@@ -9,6 +9,7 @@ from pathlib import Path
 import runpy
 import signal
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 import numpy as np
 from PIL import Image
@@ -18,7 +19,6 @@ import torch
 from checkpoints.files import list_checkpoints, read_checkpoint
 from conftest import ROOT
 import evaluate
-from runtime import team
 from training import job as training_job
 from training import records
 from training import scores as training_scores
@@ -178,7 +178,7 @@ def test_cached_latents_are_decoded_for_scores(images, square, tmp_path, monkeyp
         dataset = type(
             "", (), {"manifest": {"channels": 4, "ratio": 8, "scale": 1.0, "shift": 0.0}}
         )
-        accelerator = team.Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=True)
         training_job.load_space(args, accelerator, dataset)
     assert asked == ["ema"]
 
