@@ -541,7 +541,7 @@ def test_an_average_is_chosen_by_its_decay(images, tmp_path):
         assert same(load_weights(folder, weights_choice(which)).tensors, contents[wanted])
     assert same(load_weights(folder, "ema@0.5").tensors, contents["emas"][0.5])
     with pytest.raises(
-        ValueError, match="no 'ema@0.7' weights.*--weights can be ema, raw, ema@0.9, ema@0.5"
+        ValueError, match="no 'ema@0.7' weights.*`weights` can be ema, raw, ema@0.9, ema@0.5"
     ):
         load_weights(folder, "ema@0.7")
     for wrong in ("best", "ema@", "ema@x", "raw@0.5"):
