@@ -496,5 +496,5 @@ def test_update_ema_copies_buffers_and_takes_wrapped_networks():
 
 
 def test_names_that_others_import():
-    assert train.center_crop_arr.__module__ == "data"
+    assert train.center_crop_arr.__module__ == "data.images"
     assert train.update_ema is update_ema
