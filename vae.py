@@ -86,7 +86,7 @@ def latent_shape(name: str) -> LatentShape:
         return HUB_SHAPE
     if _is_folder(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"--vae {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote"
+            f"`vae` {name} is a folder without config.json; give the folder that AutoencoderKL.save_pretrained wrote"
         )
     try:
         config = (
@@ -177,7 +177,7 @@ def _cannot_load(name, error):
         )
     if name in HUB_VAES:
         advice = (
-            f"give --vae a local folder with config.json and weights, or fetch {repository} where there is a network (hf "
+            f"give `vae` a local folder with config.json and weights, or fetch {repository} where there is a network (hf "
             "download) and set HF_HOME to that cache"
         )
     else:

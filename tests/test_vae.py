@@ -391,7 +391,7 @@ def test_an_offline_machine_is_told_so_and_not_to_give_what_it_gave():
     said = "set to be offline, by HF_HUB_OFFLINE, .*no copy of stabilityai/sd-vae-ft-ema"
     with pytest.raises(ValueError, match=said) as caught:
         load_vae("ema")
-    assert "give --vae a local folder" in str(caught.value) and "ema or mse" not in str(
+    assert "give `vae` a local folder" in str(caught.value) and "ema or mse" not in str(
         caught.value
     )
 

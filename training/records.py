@@ -176,7 +176,7 @@ def save_scores(job: Job, signals: StopSignals) -> bool:
     try:
         network = whole_average(job)
         scores, notes = score_samples(
-            job.judge, network, job.space, args.global_seed, accelerator.device, any_process
+            job.judge, network, job.state.process, job.space, args.global_seed, accelerator.device, any_process
         )
     except Stopped:
         return False
@@ -213,7 +213,7 @@ def save_preview(job: Job) -> None:
         path = job.folder / "previews" / f"{state.step:07d}.png"
         try:
             images = preview(
-                network, job.space, job.args.global_seed, job.accelerator.device
+                network, state.process, job.space, job.args.global_seed, job.accelerator.device
             ).permute(0, 3, 1, 2)
             grid = make_grid(images.cpu().float() / 255, nrow=4)
             path.parent.mkdir(exist_ok=True)
