@@ -72,7 +72,7 @@ class LabelCondition(NamedTuple):
         """
         if self.null_label is None:
             raise ValueError(
-                "guidance needs a null label, and the network has none; sample it with `cfg_scale=1`"
+                "guidance needs a null label and the network has none; sample it with `cfg_scale=1`"
             )
         return {"y": torch.cat([values, torch.full_like(values, self.null_label)])}  # (2N,)
 

@@ -1,4 +1,4 @@
-"""What a network learns to undo: the processes between data and noise, each behind one interface."""
+"""What a network learns to go back: processes from data to noise, behind one interface."""
 
 from runtime.handing_on import handed_on
 

@@ -41,10 +41,12 @@ class Process(Protocol):
     `name` is its name in PROCESSES. `solvers` maps the names of its ways from noise to data to
     their Solver. `parts` are the names of the parts of its loss, "loss", which is minimised, first;
     `told_apart` is the one of them that is also told apart by quarters of the noise levels.
+    `quick` is the solver and number of steps for images to look at, or to score, while training.
     """
 
     name: ClassVar[str]
     solvers: ClassVar[Mapping[str, Solver]]
+    quick: ClassVar[tuple[str, int]]
     parts: tuple[str, ...]
     told_apart: str
 

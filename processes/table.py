@@ -26,6 +26,7 @@ def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
     kind = PROCESSES.get(str(said.get("name")))
     if kind is None:
         raise ValueError(
-            f"the process {str(said.get('name'))[:60]} is not known here; known are {', '.join(PROCESSES)}"
+            f"the process {str(said.get('name'))[:60]} is not known here; "
+            f"known are {', '.join(PROCESSES)}"
         )
     return kind.of(network, said)

@@ -55,18 +55,20 @@ class Sampler:
         self.condition = condition_of(self.network)
         if self.cfg_scale != 1 and not self.condition.has_null:
             raise ValueError(
-                f"`cfg_scale` {self.cfg_scale}: the network has no null class to guide against; pass `cfg_scale=1`"
+                f"`cfg_scale` {self.cfg_scale}: the network has no null class to guide against; "
+                "pass `cfg_scale=1`"
             )
         channels = self.latent[0]
         if isinstance(self.cfg_channels, int) and self.cfg_channels > max(3, channels):
             raise ValueError(
-                f"`cfg_channels` {self.cfg_channels}: the latents have {channels}; pass that, fewer, or all"
+                f"`cfg_channels` {self.cfg_channels}: the latents have {channels}; "
+                "pass that, fewer, or all"
             )
         if self.cfg_scale != 1 and not any(self.guided()):
             low, high = self.cfg_interval
             raise ValueError(
-                f"`cfg_interval` {low} {high} holds none of the {self.num_sampling_steps} steps of {self.sampler}, so "
-                "nothing would be guided; widen it, or pass `cfg_scale=1`"
+                f"`cfg_interval` {low} {high} holds none of the {self.num_sampling_steps} steps of "
+                f"{self.sampler}, so nothing would be guided; widen it, or pass `cfg_scale=1`"
             )
 
     def steps(self) -> list[int] | list[float]:
@@ -173,8 +175,9 @@ class Sampler:
         images = self.space.decode(latents)
         if not images.isfinite().all():
             raise ValueError(
-                f"some images have values that are not finite, with `mixed_precision={self.mixed_precision}` and "
-                f"`cfg_scale={self.cfg_scale}`: try no or bf16, less guidance, or look for NaN in the checkpoint"
+                "some images have values that are not finite, with "
+                f"`mixed_precision={self.mixed_precision}` and `cfg_scale={self.cfg_scale}`: "
+                "try no or bf16, less guidance, or look for NaN in the checkpoint"
             )
         return to_uint8(images)
 
@@ -207,7 +210,8 @@ class ImageNoise:
         n = len(self.generators)
         if len(x) not in (n, 2 * n):
             raise ValueError(
-                f"noise for {n} images was asked for a batch of {len(x)}; it must be as many, or twice"
+                f"noise for {n} images was asked for a batch of {len(x)}; "
+                "it must be as many, or twice"
             )
         drawn = torch.stack(
             [

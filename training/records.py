@@ -182,8 +182,9 @@ def save_scores(job: Job, signals: StopSignals) -> bool:
     try:
         network = whole_average(job)
         scores, notes = score_samples(
-            job.judge, network, job.space, job.options.global_seed, accelerator.device, any_process
-        )
+            job.judge, network, job.state.process, job.space, job.options.global_seed,
+            accelerator.device, any_process,
+        )  # fmt: skip
     except Stopped:
         return False
     except ValueError as error:
@@ -223,8 +224,9 @@ def save_preview(job: Job) -> None:
         path = job.folder / "previews" / f"{state.step:07d}.png"
         try:
             images = preview(
-                network, job.space, job.options.global_seed, job.accelerator.device
-            ).permute(0, 3, 1, 2)
+                network, state.process, job.space, job.options.global_seed,
+                job.accelerator.device,
+            ).permute(0, 3, 1, 2)  # fmt: skip
             grid = make_grid(images.cpu().float() / 255, nrow=4)
             path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from conditions.condition import condition_of
 from conditions.labels import random_labels
 from evaluation.features import Extractor
 from evaluation.metrics import Summary, score
@@ -16,11 +17,12 @@ from evaluation.remarks import remarks
 from evaluation.inputs import EvaluationInput, open_input, summarize_reference
 from evaluation.summaries import deal, summarize
 from models import DiT
+from processes.process import Process
 from runtime.team import Team
 from sampling.sampler import Sampler
 from vae import Space, to_uint8
 
-STEPS, SAMPLER, GUIDANCE = 50, "ddim", 1.0  # quick, and in published scores near 250 DDPM steps
+GUIDANCE = 1.0  # of what is scored
 
 
 class Stopped(Exception):
@@ -55,11 +57,11 @@ def load_judge(
 
 
 def score_samples(
-    judge: Judge, network: DiT, space: Space, seed: int, device: torch.device,
+    judge: Judge, network: DiT, process: Process, space: Space, seed: int, device: torch.device,
     any_process: Callable[..., bool],
 ) -> tuple[dict[str, float | None] | None, list[str] | None]:  # fmt: skip
-    """(the scores, as of metrics.score, of samples from a network; remarks on them) in the first
-    process; else (None, None).
+    """(the scores, as of metrics.score, of samples from a network that learns `process`; remarks on
+    them) in the first process of the job; else (None, None).
 
     Image i depends on (seed, i) alone and nothing is drawn from torch's generators.
     any_process(flag, if None: whether to stop) says in each process whether it holds in one of
@@ -67,7 +69,10 @@ def score_samples(
     in every process if it is to stop; ValueError in every process for images, and in the first for
     features, that are not finite.
     """
-    sampler = Sampler(network, space, None, STEPS, SAMPLER, cfg_scale=GUIDANCE)
+    solver, steps = process.quick
+    sampler = Sampler(
+        network, space, None, steps, solver, cfg_scale=GUIDANCE, process=process
+    )
 
     def batches():
         for indices in deal(judge.count, judge.batch_size, judge.team):
@@ -95,19 +100,21 @@ def score_samples(
         return None, None
     scores, side = score(samples, judge.reference), judge.side
     height, width = space.shape.image(network.latent_shape)
-    return scores, remarks(
-        scores, (judge.count, (width, height)), side, (samples, judge.reference), judge.extractor.name
-    )
+    made, summaries = (judge.count, (width, height)), (samples, judge.reference)
+    return scores, remarks(scores, made, side, summaries, judge.extractor.name)
 
 
-PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_GUIDANCE = 16, 50, 4.0  # while training
+PREVIEW_IMAGES, PREVIEW_GUIDANCE = 16, 4.0  # while training
 
 
-def preview(network: DiT, space: Space, seed: int, device: torch.device | str) -> Tensor:
+def preview(
+    network: DiT, process: Process, space: Space, seed: int, device: torch.device | str
+) -> Tensor:
     """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same
     noise for the same seed.
     """
-    scale = PREVIEW_GUIDANCE if network.null_label is not None else 1.0
-    sampler = Sampler(network, space, None, PREVIEW_STEPS, "ddim", cfg_scale=scale)
+    scale = PREVIEW_GUIDANCE if condition_of(network).has_null else 1.0
+    solver, steps = process.quick
+    sampler = Sampler(network, space, None, steps, solver, cfg_scale=scale, process=process)
     labels = torch.arange(PREVIEW_IMAGES, device=device) * network.num_classes // PREVIEW_IMAGES
     return sampler.decode(sampler.numbered_latents(seed, range(PREVIEW_IMAGES), labels))

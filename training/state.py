@@ -139,7 +139,8 @@ class TrainState:
         learned = process_of(self.network, process_in(contents.get("config"))).config
         if learned != self.process.config:
             raise ValueError(
-                f"its network has learned the process {learned}, this run's is to learn {self.process.config}"
+                f"its network has learned the process {learned}, "
+                f"this run's is to learn {self.process.config}"
             )
         log = checked_log(contents, self.process)
         load_tensors(self.network, contents["model"])
@@ -194,7 +195,8 @@ class TrainState:
                 for name in ("exp_avg", "exp_avg_sq")
             ):
                 raise ValueError(
-                    f"at step {step} its optimizer has no moments for some of the network's parameters"
+                    f"at step {step} its optimizer has no moments for some of the network's "
+                    "parameters"
                 )
             counted = _as_number(moments.get("step"))
             if (
@@ -203,8 +205,8 @@ class TrainState:
                 else not 1 <= counted <= good
             ):
                 raise ValueError(
-                    f"its step is {step}, of which {step - good} were skipped, but its optimizer has counted {counted:.0f}; "
-                    "these are parts of different checkpoints"
+                    f"its step is {step}, of which {step - good} were skipped, but its optimizer "
+                    f"has counted {counted:.0f}; these are parts of different checkpoints"
                 )
 
 

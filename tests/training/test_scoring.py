@@ -20,6 +20,7 @@ from checkpoints.files import list_checkpoints, read_checkpoint
 from conftest import ROOT
 import evaluate
 from training import assembly
+from processes.gaussian import GaussianProcess
 from training import records
 from training import scores as training_scores
 from training.flags import read_options
@@ -99,8 +100,8 @@ def test_scores_are_those_of_sample_ddp_and_evaluate(images, square, tmp_path, c
     (checkpoint,) = list_checkpoints(tmp_path / "000-DiT-Ti-8")
     sample_ddp.main([
         "--ckpt", str(checkpoint), "--vae", "none", "--num-fid-samples", "10",
-        "--per-proc-batch-size", "4", "--cfg-scale", "1", "--sampler", training_scores.SAMPLER,
-        "--num-sampling-steps", str(training_scores.STEPS), "--sample-dir", str(tmp_path / "s"),
+        "--per-proc-batch-size", "4", "--cfg-scale", "1", "--sampler", GaussianProcess.quick[0],
+        "--num-sampling-steps", str(GaussianProcess.quick[1]), "--sample-dir", str(tmp_path / "s"),
         "--device", "cpu", "--global-seed", "5",
     ])  # fmt: skip
     (samples,) = (tmp_path / "s").glob("*.npz")
