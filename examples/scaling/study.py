@@ -358,7 +358,9 @@ def prepare_worker():
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    # Not getppid(): the first process may have been killed while this one began
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 def end_with(parent):
