@@ -119,8 +119,9 @@ def parts(module):
 def box(x, y, lines):
     """A box around two lines of text, its middle at (x, y)."""
     return (
-        f'<rect x="{x - WIDTH / 2:g}" y="{y - HEIGHT / 2:g}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>'
-        f'<text x="{x}" y="{y - 3:g}" class="what">{lines[0]}</text><text x="{x}" y="{y + 12:g}">{lines[1]}</text>'
+        f'<rect x="{x - WIDTH / 2:g}" y="{y - HEIGHT / 2:g}" width="{WIDTH}" height="{HEIGHT}" '
+        f'rx="5"/><text x="{x}" y="{y - 3:g}" class="what">{lines[0]}</text>'
+        f'<text x="{x}" y="{y + 12:g}">{lines[1]}</text>'
     )
 
 
@@ -141,16 +142,20 @@ def draw(block):
             shapes.append(arrow(*source(given), node, place))
     height = PITCH * (len(middle) + 0.2)
     style = (
-        "rect{fill:#f4f6fa;stroke:#456} path{fill:none;stroke:#456} text{font:11px sans-serif;text-anchor:middle;fill:#223} "
+        "rect{fill:#f4f6fa;stroke:#456} path{fill:none;stroke:#456} "
+        "text{font:11px sans-serif;text-anchor:middle;fill:#223} "
         ".what{font-weight:bold} .name{fill:#456}"
     )
     tip = (
-        '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto">'
         '<path d="M0,0 L8,4 L0,8"/></marker>'
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {ACROSS} {height:g}" width="{ACROSS}" height="{height:g}">'
-        f"<title>{block}: a block of DiT-XL/2 at 256 pixels</title><style>{style}</style><defs>{tip}</defs>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {ACROSS} {height:g}" '
+        f'width="{ACROSS}" height="{height:g}">'
+        f"<title>{block}: a block of DiT-XL/2 at 256 pixels</title>"
+        f"<style>{style}</style><defs>{tip}</defs>"
         f'<rect x="0" y="0" width="{ACROSS}" height="{height:g}" style="fill:#fff;stroke:none"/>'
         + "\n".join(shapes)
         + "</svg>\n"

@@ -28,7 +28,8 @@ NEEDS = {
     "a test of its own, in test_scaling.py": r"examples/scaling/", "ImageNet": r"imagenet",
     "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared", "somebody's photos": r"photos",
     "a network trained on ImageNet": r"results/000-DiT-XL-2",
-    "released weights": r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
+    "released weights":
+        r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",
 }  # fmt: skip
 # What makes a command short enough for a test: flags after its own.
