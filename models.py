@@ -260,7 +260,8 @@ class DiT(nn.Module):
     """Predicts the noise in a latent and, with learn_sigma, the variance of p(x_{t-1} | x_t).
 
     `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with
-    y=None. `config` holds the arguments: DiT(**model.config) builds the same network.
+    y=None. `process` is what a checkpoint's config says that it learned, and changes nothing here.
+    `config` holds all other arguments: DiT(**model.config) builds the same network.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -268,7 +269,7 @@ class DiT(nn.Module):
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
         hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
         class_dropout_prob: float = 0.1, num_classes: int = 1000, learn_sigma: bool = True,
-        block: str = "adaln_zero",
+        block: str = "adaln_zero", process: dict | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = dict(

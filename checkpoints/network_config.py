@@ -17,11 +17,15 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 # Numbers that a network may always have, whatever its file holds; the position table is not in
 # every file
 ROOM = 1 << 26
-ARGUMENTS = {name: parameter.default for name, parameter in signature(DiT).parameters.items()}
-# Arguments that files of earlier versions lack, at what they meant there
-LATER = {"block": "adaln_zero"}
 # What else stands in a configuration of ours
 NOT_ARGUMENTS = ("_class_name", "id2label", "process")
+ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in signature(DiT).parameters.items()
+    if name not in NOT_ARGUMENTS
+}
+# Arguments that files of earlier versions lack, at what they meant there
+LATER = {"block": "adaln_zero"}
 
 
 def arguments_in(config: dict) -> dict:

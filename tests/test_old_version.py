@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 import torch
 
 from checkpoints import import_diffusers, load_pretrained, read_checkpoint
-from checkpoints.network_config import arguments_in
 from conftest import ROOT, randn
 from data import CachedLatents
 import evaluate
@@ -66,7 +65,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_one_that_was_left_alone(old, ca
     contents = read_checkpoint(folder / "checkpoints/0000008.pt")
     finished = load_file("finished.safetensors")
     for kind in ("model", "ema"):
-        networks = [DiT(**arguments_in(contents["config"])) for _ in range(2)]
+        networks = [DiT(**contents["config"]) for _ in range(2)]
         networks[0].load_state_dict(contents[kind])
         weights = {k.partition(".")[2]: v for k, v in finished.items() if k.startswith(kind)}
         networks[1].load_state_dict(weights)

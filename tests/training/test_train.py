@@ -15,7 +15,6 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints.network_config import arguments_in
 from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoint
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
@@ -101,7 +100,7 @@ def test_a_run_leaves_a_log_and_checkpoints_that_say_all(images, tmp_path, capsy
         and contents["classes"] == ["ape", "bee", "cat"]
         and contents["args"]["lr"] == 1e-2
     )
-    network = DiT(**arguments_in(contents["config"]))
+    network = DiT(**contents["config"])
     network.load_state_dict(contents["model"])
     assert list(contents["ema"]) == list(contents["model"]) == list(network.state_dict())
     assert not torch.equal(
