@@ -32,7 +32,7 @@ _DIGITS = _HERE / "examples" / "digits"
 dependencies = ["torch", "timm", "diffusers", "numpy", "PIL", "safetensors", "tqdm"]
 # What networks and samplers are made of; a network of random weights takes `models` alone.
 TAKEN = (
-    "models", "checkpoints", "conditions", "diffusion", "runtime", "sampling", "vae",
+    "models", "checkpoints", "conditions", "diffusion", "processes", "runtime", "sampling", "vae",
 )  # fmt: skip
 
 

@@ -81,7 +81,8 @@ def main(argv=None):
                 seconds[name].append(seconds_per_image(folder / "results", args.steps // 2))
     found = ratios(seconds, "cached latents")
     print(
-        f"images and VAE take {found['images and VAE'][0]} times as long as cached latents ({found})"
+        f"images and VAE take {found['images and VAE'][0]} times as long as cached latents "
+        f"({found})"
     )
     write(
         f"cached-latents-{args.model.replace('/', '-')}",

@@ -40,7 +40,8 @@ def rows(scores, times):
         ]
         ratio, low, high = times[str(setting)]
         lines.append(
-            f"| {setting} | {', '.join(distances)} | {ratio:.3f} ({low:.3f} to {high:.3f}) | {1 / ratio:.1f} |"
+            f"| {setting} | {', '.join(distances)} | {ratio:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{1 / ratio:.1f} |"
         )
     return lines
 

@@ -159,7 +159,8 @@ def table(rows, columns):
     print(f"{'':{width}}  {'  '.join(columns)}")
     for name, values in rows.items():
         print(
-            f"{name:{width}}  {'  '.join(f'{value!s:>{len(column)}}' for value, column in zip(values, columns))}"
+            f"{name:{width}}  "
+            f"{'  '.join(f'{value!s:>{len(column)}}' for value, column in zip(values, columns))}"
         )
 
 

@@ -97,7 +97,8 @@ def lone_task_note() -> str | None:
     if tasks < 2 or os.environ.get("WORLD_SIZE", "").strip():
         return None
     return (
-        f"SLURM gave this job {tasks} tasks, and this is one process alone; torchrun starts several "
+        f"SLURM gave this job {tasks} tasks, and this is one process alone; torchrun starts "
+        "several "
         "(docs/training.md)"
     )
 

@@ -424,7 +424,8 @@ def test_two_processes_learn_what_one_does(more, images, tmp_path):
         # Processes that have found one another stay together
         "Accelerator.end_training = lambda self: None\n"
         "for block in sys.argv[1].split(','):\n"
-        "    train.main([*sys.argv[3:], '--block', block, '--results-dir', f'{sys.argv[2]}/{block}'])\n"
+        "    train.main([*sys.argv[3:], '--block', block, '--results-dir', "
+        "f'{sys.argv[2]}/{block}'])\n"
         "torch.distributed.destroy_process_group()\n"
     )
     flags = ["--data-path", str(images), *QUICK, "--max-steps", "3", "--log-every", "1"]

@@ -81,12 +81,6 @@ ARGPARSE_ROOMS = {
     "checkpoints/plain_pickle.py", "checkpoints/process_marks.py",
 }  # fmt: skip
 MOST_COLUMNS, MOST_LINES = 100, 500
-# Files, or folders, in which lines are too long; files of the product that have too many lines.
-WIDE_LEFT = {
-    "app.py", "benchmarks", "checkpoints", "conditions", "count.py", "data", "diffusion", "docs",
-    "evaluate.py", "evaluation", "examples", "export.py", "extract_latents.py", "models.py", "page",
-    "runtime", "sample.py", "sample_ddp.py", "sampling", "tests", "train.py", "training", "vae.py",
-}  # fmt: skip
 
 # Names that other people's code imports.
 FACTORIES = [f"DiT_{size}_{patch}" for size in ("XL", "L", "B", "S") for patch in (2, 4, 8)]
@@ -358,7 +352,7 @@ def test_lines_are_short():
         for path in [*PRODUCT_FILES, *paths]
         if any(len(line) > MOST_COLUMNS for line in path.read_text().splitlines())
     }
-    assert wide <= WIDE_LEFT
+    assert wide == set()
 
 
 def test_no_file_is_called_utils():

@@ -1,5 +1,4 @@
 """torch.hub's entry points, each asked for in a process of its own, from another folder."""
-import inspect
 import json
 import os
 import subprocess
@@ -11,7 +10,6 @@ import torch
 from conftest import ROOT
 import hubconf
 from models import DiT_models
-from sampling import load_sampler
 from test_house import packages
 
 NAMES = [name.replace("-", "_").replace("/", "_") for name in DiT_models]
@@ -69,9 +67,6 @@ print(json.dumps([network.config, sys.path == before, taken]))
     assert same_path and set(taken) <= {"models", "hubconf"}
 
 
-@pytest.mark.skipif(
-    "vae" not in inspect.signature(load_sampler).parameters, reason="load_sampler takes a Namespace"
-)
 def test_digits_beside_modules_of_the_caller_that_have_the_names_of_wings(tmp_path):
     """Also from a relative path, and whatever is imported after the folder has changed."""
     (tmp_path / "data.py").write_text("OWN = 'data'", encoding="utf-8")

@@ -100,14 +100,7 @@ LEFT = {
 }  # fmt: skip
 
 
-awaited = pytest.mark.xfail(
-    raises=(ImportError, TypeError, FileNotFoundError), strict=True, reason="is being built"
-)
-
-
-@pytest.mark.parametrize(
-    "place", [pytest.param(i, marks=awaited) if i != 4 else i for i in range(6)]
-)
+@pytest.mark.parametrize("place", range(6))
 def test_python_in_the_readme_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(ROOT / "README.md")
@@ -173,11 +166,8 @@ def test_every_file_has_its_line_in_contributing():
     assert rows.keys() >= {*folders, *(path.name for path in ROOT.glob("*.py"))}
     assert len(rows) == len(found)
     for path in WING_FILES:
-        if path.stem != "__init__" and named(path) not in LEAVING:
+        if path.stem != "__init__":
             assert f"`{path.stem}`" in rows[f"{path.parent.name}/"], named(path)
-
-
-LEAVING = {"evaluation/sides.py", "training/job.py"}  # until typed options take their place
 
 
 def test_fifteen_questions_are_answered_by_files():
@@ -185,14 +175,7 @@ def test_fifteen_questions_are_answered_by_files():
     part = text.split("## Fifteen questions")[1].split("\n## ")[0]
     answers = re.findall(r"^\| .+\? \| `([\w./]+)`", part, re.MULTILINE)
     assert len(answers) == 15
-    missing = {name for name in answers if not (ROOT / name).is_file()}
-    assert missing <= COMING
-
-
-COMING = {
-    "processes/gaussian.py", "processes/process.py", "conditions/condition.py", "data/source.py",
-    "training/options.py",
-}  # fmt: skip
+    assert not {name for name in answers if not (ROOT / name).is_file()}
 
 
 def test_every_extra_has_its_line_among_the_extras():

@@ -96,7 +96,8 @@ def main(argv=None):
     write_folder(args.output / "train", train, train_labels)
     write_folder(args.output / "heldout", heldout, heldout_labels)
     print(
-        f"{len(train)} digits in {args.output / 'train'}, {len(heldout)} held out in {args.output / 'heldout'}"
+        f"{len(train)} digits in {args.output / 'train'}, {len(heldout)} held out in "
+        f"{args.output / 'heldout'}"
     )
 
 

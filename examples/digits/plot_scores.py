@@ -65,7 +65,8 @@ def main(argv=None):
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         parser.error(
-            f"cannot read the scores ({error}); give a metrics.jsonl and what evaluate.py --output wrote"
+            f"cannot read the scores ({error}); give a metrics.jsonl and what evaluate.py --output "
+            "wrote"
         )
     if not rows:
         parser.error(

@@ -689,7 +689,8 @@ def test_ten_digits_in_a_browser_without_a_network(address, visit):
     page.reload()
     page.get_by_role("button", name="Draw").wait_for()
     page.evaluate(
-        "seen = new Set(); setInterval(() => seen.add(document.body.innerText.match(/Step .* of 20/)?.[0]), 10)"
+        "seen = new Set(); setInterval(() => seen.add(document.body.innerText.match(/Step .* of "
+        "20/)?.[0]), 10)"
     )
     choose(page, *"0123456789")
     assert chosen(page) == list("0123456789")

@@ -264,7 +264,8 @@ def test_bad_steps_are_logged_with_their_samples(images, tmp_path, monkeypatch, 
     order = np.random.default_rng([0, 0, 0]).permutation(12)
     out = capsys.readouterr().out
     assert (
-        f"step 0000002: loss or gradient is not finite, step skipped (1 in a row, 1 in all); samples {order[4:8].tolist()}"
+        "step 0000002: loss or gradient is not finite, step skipped (1 in a row, 1 in all); "
+        f"samples {order[4:8].tolist()}"
         in out
     )
     assert contents["log"]["bad_steps"] == 1
