@@ -20,7 +20,8 @@ class SamplingOptions:
     cfg_interval: the shares of the noise levels, from 0 (clean) to 1, between which it applies.
     mixed_precision: a key of PRECISIONS, the network's; compile: whether to compile the network.
 
-    Raises ValueError for options that make no sense, whatever the checkpoint.
+    A new option is a last field here and of Sampler, a flag in sampling/flags.py, a range in
+    runtime/limits.py, and in many_folder.NEWER what older folders did. Raises ValueError for options that make no sense, whatever the checkpoint.
     """
 
     sampler: str = "ddpm"
