@@ -68,7 +68,7 @@ def gpu_tests(report):
 
     files = [
         str(path)
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if MARKED.search(path.read_text())
     ]
     flags = [

@@ -476,7 +476,7 @@ def test_what_a_run_cannot_be_is_refused_before_it_begins(flags, message, monkey
 def test_every_test_that_needs_a_gpu_has_its_mark():
     """A skip of its own would hide it from benchmarks.gpu."""
     marked, needle = [], "needs a" + " GPU"
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         text = path.read_text()
         assert f'reason="{needle}"' not in text, path.name
         marked += gpu_commands.MARKED.findall(text)
