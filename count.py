@@ -1,24 +1,25 @@
-"""Print what a DiT costs: parameters, multiply-adds, the operations of training on an image, and
-memory.
+"""Print what a DiT costs: parameters, multiply-adds, the operations of training, and memory.
 
-    python count.py                                                   # the paper's sizes, and ours, at 256 pixels
+    python count.py        # the paper's sizes, and ours, at 256 pixels
     python count.py --model DiT-XL/2 --image-size 512
-    python count.py --model DiT-XL/2 --block adaln_zero adaln cross_attention in_context adaln_single
+    python count.py --model DiT-L/2 --block adaln_zero adaln cross_attention in_context adaln_single
     python count.py --model DiT-XL/2 DiT-L/2 --mixed-precision bf16 --grad-checkpointing
     python count.py --model DiT-Ti/1 --vae examples/digits/vae --image-size 32 --num-classes 10
 
 One row for each network, whose weights are counted and not made:
   parameters     all of them, the fixed position table too
-  GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them Gflops
-  TFLOP          trillions of floating-point operations (2 per multiply-add) of training on one image: forward, and twice
-                 that backward; what --grad-checkpointing computes again is not in it
+  GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them
+                 Gflops
+  TFLOP          trillions of floating-point operations (2 per multiply-add) of training on one
+                 image: forward, and twice that backward; what --grad-checkpointing computes again
+                 is not in it
   weights        in float32, which is about what sampling takes
-  training       weights, gradients, AdamW's two moments and one average, 20 bytes per parameter; with --mixed-precision
-                 bf16 also the copies that autocast keeps. Where several processes train, each needs 4 bytes per parameter
-                 more, for exchanging gradients
-  per image      what the forward pass keeps of each image of a process's batch for the backward pass; with
-                 --grad-checkpointing also what one block computes again. Smaller buffers that come and go, and the
-                 autoencoder, are not in it
+  training       weights, gradients, AdamW's two moments and one average, 20 bytes per parameter;
+                 with --mixed-precision bf16 also the copies that autocast keeps. Where several
+                 processes train, each needs 4 bytes per parameter more, for exchanging gradients
+  per image      what the forward pass keeps of each image of a process's batch for the backward
+                 pass; with --grad-checkpointing also what one block computes again. Smaller buffers
+                 that come and go, and the autoencoder, are not in it
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt

@@ -2,8 +2,9 @@
 conventions of ADM's suite.
 
     python evaluate.py --samples samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
-    torchrun --nproc_per_node=8 evaluate.py --samples samples/NAME --reference VIRTUAL_imagenet256_labeled.npz
-    python evaluate.py --samples samples/NAME --reference digits/train --features examples/digits/classifier
+    torchrun --nproc_per_node=8 evaluate.py --samples samples/NAME --reference imagenet256.npz
+    python evaluate.py --samples samples/NAME --reference digits/train \\
+        --features examples/digits/classifier
     python evaluate.py --make-reference imagenet/train --image-size 256 --output imagenet256.npz
 
 Samples are a folder of images or an .npz with `arr_0`; a reference may also be an .npz with mu and

@@ -1,8 +1,8 @@
 """Cache the latents of a folder of images, so that training neither reads images nor runs the VAE.
 
-    python extract_latents.py --data-path imagenet/train --output imagenet-latents
-    torchrun --nproc_per_node=8 extract_latents.py --data-path imagenet/train --output imagenet-latents
-    python extract_latents.py --verify imagenet-latents
+    python extract_latents.py --data-path imagenet/train --output latents
+    torchrun --nproc_per_node=8 extract_latents.py --data-path imagenet/train --output latents
+    python extract_latents.py --verify latents
 
 What is cached is the mean and standard deviation of the VAE's posterior, of each image and its
 mirror image: training draws afresh from it each time. moments.npy is one array (images, 1 or 2

@@ -1,12 +1,12 @@
-"""Training from cached latents against training from images with the VAE in the loop: images per
-second, end to end.
+"""Training from cached latents against training from images, with the VAE in the loop.
 
-    python -m benchmarks.cached_latents                              # DiT-S/2 at 256 pixels, minutes on a CPU
-    python -m benchmarks.cached_latents --model DiT-XL/2 --batch-size 64 --images 512 --mixed-precision bf16
+    python -m benchmarks.cached_latents        # DiT-S/2 at 256 pixels; minutes on a CPU
+    python -m benchmarks.cached_latents --model DiT-XL/2 --batch-size 64 --mixed-precision bf16
 
-Caches latents and runs train.py itself, on random JPEG files, with Stable Diffusion's
-autoencoder architecture (its weights random). The two kinds of training take turns in one process;
-rates are those of their metrics.jsonl, the first steps of each run left out.
+Measured are images per second, end to end. The program caches latents and runs train.py itself, on
+random JPEG files, with Stable Diffusion's autoencoder architecture (its weights random). The two
+kinds of training take turns in one process; rates are those of their metrics.jsonl, the first steps
+of each run left out.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""A forward pass against diffusers' network, against its formulas written out, compiled, and
-against the machine's limit.
+"""A forward pass against other forms of it and against the machine's limit.
 
-    python -m benchmarks.forward                                                     # S/2, B/4, XL/8, XL/2; minutes on a CPU
-    python -m benchmarks.forward --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 --no-compile    # on a GPU
+    python -m benchmarks.forward        # S/2, B/4, XL/8, XL/2; minutes on a CPU
+    # on a GPU:
+    python -m benchmarks.forward --models DiT-XL/2 --batch-size 64 --mixed-precision bf16 \\
+        --no-compile
 
-All sides have the same random weights and inputs and take turns in one process. The limit is the
+The other forms are diffusers' network, the formulas written out, and the network compiled. All
+sides have the same random weights and inputs and take turns in one process. The limit is the
 machine's best product of two square matrices, measured in the same rounds in the precision of the
 pass; operations are counted by PyTorch.
 """
@@ -41,7 +43,8 @@ def build_parser():
     )
     parser.add_argument(
         "--no-compile", nargs="*", default=["DiT-XL/2"], metavar="MODEL",
-        help="models whose compiled side is left out; without a model: none (default: %(default)s, slow to compile on a CPU)",
+        help="models whose compiled side is left out; without a model: none "
+        "(default: %(default)s, slow to compile on a CPU)",
     )  # fmt: skip
     return parser
 

@@ -1,15 +1,17 @@
-"""Everything that is to be known of a GPU, in one command and in so many minutes, the most
-important first.
+"""Everything that is to be known of a GPU, in one command and in so many minutes.
 
-    python -m benchmarks.gpu --minutes 8                 # on a GPU; on a CPU a dry run of tiny sizes, in under 2 minutes
+    python -m benchmarks.gpu --minutes 8                 # on a GPU
+    python -m benchmarks.gpu                             # on a CPU: a dry run, under 2 minutes
     python -m benchmarks.gpu --parts tests exactness     # some of it
-    python -m benchmarks.gpu --tables                    # docs/sampling.md and docs/training.md from the newest result
+    python -m benchmarks.gpu --tables                    # tables of docs/ from the newest result
 
-Each part is a process with a time limit: what an earlier one leaves of its time is there for the
-later ones. What is found is printed as it comes and written to benchmarks/results/DATE-gpu.json
-(--output), which is whole at any time: a run that is cut counts as far as it got. A part that
-fails, or lacks a library, is recorded as such and the next one begins. What is compared takes turns
-in one process. The results of a dry run mean nothing, are called DATE-gpu-dry-run.json and say so.
+The most important comes first. A dry run has tiny sizes. --tables writes into docs/sampling.md and
+docs/training.md. Each part is a process with a time limit: what an earlier one leaves of its time
+is there for the later ones. What is found is printed as it comes and written to
+benchmarks/results/DATE-gpu.json (--output), which is whole at any time: a run that is cut counts as
+far as it got. A part that fails, or lacks a library, is recorded as such and the next one begins.
+What is compared takes turns in one process. The results of a dry run mean nothing, are called
+DATE-gpu-dry-run.json and say so.
 """
 
 import argparse

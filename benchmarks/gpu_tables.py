@@ -13,9 +13,11 @@ NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-gpu(?:-(\d+))?\.json")  # not that of a 
 BEGIN = "<!-- python -m benchmarks.gpu --tables writes from here -->"
 END = "<!-- to here -->"
 NOTHING = """\
-No run on a GPU is recorded yet: a table is made here from the newest `benchmarks/results/DATE-gpu.json`, and there is none."""
+No run on a GPU is recorded yet: a table is made here from the newest \
+`benchmarks/results/DATE-gpu.json`, and there is none."""
 NOTHING_OF_SAMPLING = f"""{NOTHING}
-Nothing here says how fast CUDA graphs or bf16 are there, and the tests that need a GPU have not been run."""
+Nothing here says how fast CUDA graphs or bf16 are there, and the tests that need a GPU have \
+not been run."""
 UNKNOWN = "not measured"
 KINDS = "collected", "passed", "failed", "skipped"  # of tests
 IMAGES, SHARE, MEMORY = "images per second", "share of the limit", "peak memory in GiB"

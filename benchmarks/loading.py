@@ -1,12 +1,11 @@
-"""Reading training data: our loader against torchvision's ImageFolder, and cached latents against a
-file for each image.
+"""Reading training data: images by our loader and by torchvision's, and cached latents.
 
-    python -m benchmarks.loading                                                     # 512 files; a minute
+    python -m benchmarks.loading                        # 512 files; a minute
     python -m benchmarks.loading --images 8192 --num-workers 8
 
-Random JPEG files of 500×375 pixels (ImageNet's usual size), cropped and resized to 256; and random
-cached latents of 4×32×32, memory-mapped from one file here, one .npy file for each image there.
-Batches go nowhere. All sides take turns in one process.
+Random JPEG files of 500×375 pixels (ImageNet's usual size), cropped and resized to 256, are read
+also by ImageFolder. Random cached latents of 4×32×32 are memory-mapped from one file here, and have
+an .npy file for each image there. Batches go nowhere. All sides take turns in one process.
 """
 
 import argparse

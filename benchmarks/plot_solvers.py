@@ -1,7 +1,6 @@
-"""Draw quality against cost of the samplers, and print the table of it, from what
-benchmarks.solvers wrote.
+"""Draw quality against cost of the samplers, as benchmarks.solvers found them; print the table.
 
-python -m benchmarks.plot_solvers                     # docs/solvers.svg from the committed numbers
+    python -m benchmarks.plot_solvers        # docs/solvers.svg from the committed numbers
 """
 
 import argparse
@@ -75,8 +74,10 @@ def draw(scores, times, path):
         label=f"{BASE}, mean of two seeds ± 5%",
     )  # fmt: skip
     axes.set(
-        xscale="log", xlabel="time of 100 images, as a share of 250 DDPM steps", ylabel="Fréchet distance, 2,000 samples",
-        title=f"Digits, guidance 1.5: everywhere (filled), or from {INTERVAL[0]} to {INTERVAL[1]} of the steps (hollow)",
+        xscale="log", xlabel="time of 100 images, as a share of 250 DDPM steps",
+        ylabel="Fréchet distance, 2,000 samples",
+        title="Digits, guidance 1.5: everywhere (filled), "
+        f"or from {INTERVAL[0]} to {INTERVAL[1]} of the steps (hollow)",
     )  # fmt: skip
     axes.legend()
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)

@@ -1,7 +1,8 @@
 """Labels to images against diffusers' pipeline, and what computing less twice would gain.
 
-    python -m benchmarks.sampling                                                    # S/2, 4 images; minutes on a CPU
-    python -m benchmarks.sampling --model DiT-XL/2 --batch-size 32 --mixed-precision bf16 --steps 50     # on a GPU
+    python -m benchmarks.sampling        # S/2, 4 images; minutes on a CPU
+    # on a GPU:
+    python -m benchmarks.sampling --model DiT-XL/2 --batch-size 32 --mixed-precision bf16 --steps 50
 
 The same random weights, labels, guidance (4.0, all channels in both) and DDIM steps, from labels to
 decoded images, with the autoencoder of examples/digits, which is small. All sides take turns in one

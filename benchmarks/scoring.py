@@ -1,10 +1,10 @@
-"""What it takes to score an FID-50K once the features are there: time of each part, and the peak
-memory of it all.
+"""What it takes to score an FID-50K once the features are there.
 
-    python -m benchmarks.scoring                                     # 50,000 × 2,048 against 10,000; two minutes on two cores
+    python -m benchmarks.scoring        # 50,000 × 2,048 against 10,000; two minutes on two cores
 
-Features are random, non-negative and correlated, as Inception's are; sFID's of as many images,
-2,023 numbers each, are taken in by the way, as they never are all in memory.
+Measured are the time of each part and the peak memory of it all. Features are random, non-negative
+and correlated, as Inception's are; sFID's of as many images, 2,023 numbers each, are taken in by
+the way, as they never are all in memory.
 """
 
 import argparse

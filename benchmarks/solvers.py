@@ -1,15 +1,16 @@
-"""Quality against cost of the samplers, on digits: `scores` first, which is long, then `times`, on
-an idle machine.
+"""Quality against cost of the samplers, on digits.
 
-    python -m benchmarks.solvers scores                   # 2,000 samples of each setting; an hour on one CPU core
-    python -m benchmarks.solvers times                    # 100 images of each setting, in turn; minutes
-    python -m benchmarks.solvers spacings                 # how near each spacing of diffusers comes to the exact path; a minute
-    python -m benchmarks.plot_solvers                     # docs/solvers.svg and the tables of docs/sampling.md from both
+    python -m benchmarks.solvers scores      # 2,000 samples of each setting; an hour on a CPU core
+    python -m benchmarks.solvers times       # 100 images of each setting, in turn; minutes
+    python -m benchmarks.solvers spacings    # a minute
+    python -m benchmarks.plot_solvers        # docs/solvers.svg and tables of docs/sampling.md
 
-A score is the Fréchet distance to the 1,437 training digits in the features of
-examples/digits/classifier. Image i of a seed has the same label and noise x_T with every sampler.
-What `scores` finds in its file it does not do again, and benchmarks/results/solvers-scores.json has
-all of ours: for your own give --output, and that file to plot_solvers --scores.
+`spacings` measures how near each spacing of diffusers comes to the exact path. Run `scores` first,
+which is long, then `times`, on an idle machine. A score is the Fréchet distance to the 1,437
+training digits in the features of examples/digits/classifier. Image i of a seed has the same label
+and noise x_T with every sampler. What `scores` finds in its file it does not do again, and
+benchmarks/results/solvers-scores.json has all of ours: for your own give --output, and that file to
+plot_solvers --scores.
 """
 
 import argparse

@@ -66,8 +66,8 @@ WHOLE = {"v", "x0", "u", "flow", "velocity"}  # as the whole text of one of OPEN
 SAID = re.compile(r"""["']?-{0,2}(\w+)["']?\s*[=:,]\s*["']?([\w.+-]+)""")
 # In the texts of OPEN.
 OTHER = re.compile(
-    r"(?<![a-z])(sit|lightningdit|jit|flow(?!er)\w*|rectified\w*|reflow|velocity|v[-_ ]?pred\w*|edm\w*|karras|meanflow|score|"
-    r"consistency\w*|lcm\w*|pred_x0|pred_v|x0)(?![a-z])",
+    r"(?<![a-z])(sit|lightningdit|jit|flow(?!er)\w*|rectified\w*|reflow|velocity|v[-_ ]?pred\w*|"
+    r"edm\w*|karras|meanflow|score|consistency\w*|lcm\w*|pred_x0|pred_v|x0)(?![a-z])",
     re.IGNORECASE,
 )
 # In the names of diffusers' classes

@@ -44,8 +44,8 @@ def heed_the_trainer(_: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset | Source, batches: Iterable[list[Any]], num_workers: int, pin_memory: bool = False,
-    collate_fn: Callable = collate,
+    dataset: Dataset | Source, batches: Iterable[list[Any]], num_workers: int,
+    pin_memory: bool = False, collate_fn: Callable = collate,
 ) -> DataLoader:  # fmt: skip
     """A DataLoader over batches of keys, such as StepBatches; it yields what collate_fn returns.
 

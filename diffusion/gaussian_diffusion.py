@@ -67,7 +67,7 @@ SCHEDULE = (
     "posterior_mean_coef1", "posterior_mean_coef2",
 )  # fmt: skip
 COLUMNS = (*SCHEDULE, "log_betas", "fixed_variance", "fixed_log_variance")
-Coefficients = namedtuple("Coefficients", COLUMNS)  # type: ignore[misc]  # mypy wants the names written out
+Coefficients = namedtuple("Coefficients", COLUMNS)  # type: ignore[misc]  # names not written out
 
 WITHOUT_FLOAT64 = {"mps"}  # device types
 

@@ -1,9 +1,10 @@
 """Draw a training run from its metrics.jsonl.
 
-    python examples/plot_run.py results/000-DiT-XL-2 --output run.png        # pip install matplotlib
+    python examples/plot_run.py results/000-DiT-XL-2 --output run.png
 
-Panels: the loss and its parts, the mean squared error in each quarter of the steps t, the gradient
-norm, images per second; with --eval-every also the scores.
+Needs Matplotlib: pip install matplotlib. Panels: the loss and its parts, the mean squared error in
+each quarter of the steps t, the gradient norm, images per second; with --eval-every also the
+scores.
 """
 
 from pathlib import Path

@@ -23,7 +23,10 @@ LONGEST_MESSAGE = 1000  # characters; a number with thousands of digits is cut i
 OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator|out of memory|integer multiplication overflow|size calculation overflow"
 )
-LOST_WORKER = "the system ends one where memory is short (dmesg tells); pass fewer --num-workers, or give the job more memory"
+LOST_WORKER = (
+    "the system ends one where memory is short (dmesg tells); "
+    "pass fewer --num-workers, or give the job more memory"
+)
 # What torch says when another process of the job is no more.
 PEER = re.compile(
     r"gloo|NCCL|Connection (?:reset|closed) by peer|TCPStore|Broken pipe", re.IGNORECASE

@@ -61,7 +61,8 @@ def test_a_result_is_never_overwritten(results):
 
 @pytest.mark.parametrize("benchmark, flags", [
     (process, ["--rounds", "2", "--repeats", "2"]),
-    (forward, ["--models", "DiT-Ti/8", "--no-compile", "DiT-Ti/8", "--rounds", "2", "--batch-size", "2"]),
+    (forward,
+     ["--models", "DiT-Ti/8", "--no-compile", "DiT-Ti/8", "--rounds", "2", "--batch-size", "2"]),
     (training, ["--models", "DiT-Ti/8", "--rounds", "2", "--batch-size", "2"]),
     (loading, ["--images", "16", "--num-workers", "0", "--rounds", "2"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
@@ -438,8 +439,10 @@ def test_sections_show_what_was_measured_and_say_what_was_not(tmp_path):
 
 def test_the_newest_result_is_that_of_the_latest_day_and_number_and_no_dry_run(tmp_path):
     assert gpu_tables.newest(tmp_path) is None
-    for name, dry in (("2030-01-02-gpu-2", False), ("2030-01-02-gpu-10", False), ("2030-01-01-gpu-30", False),
-                      ("2030-01-03-gpu", True), ("2030-01-04-gpu-dry-run", False), ("2030-01-05-loading", False)):  # fmt: skip
+    for name, dry in (
+        ("2030-01-02-gpu-2", False), ("2030-01-02-gpu-10", False), ("2030-01-01-gpu-30", False),
+        ("2030-01-03-gpu", True), ("2030-01-04-gpu-dry-run", False), ("2030-01-05-loading", False),
+    ):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps({"dry_run": dry}))
     assert gpu_tables.newest(tmp_path)[0].name == "2030-01-02-gpu-10.json"
 
@@ -459,7 +462,8 @@ def test_documents_show_the_newest_result_of_a_gpu(name, section):
     (["--minutes", "1e9"], "--minutes is 1e+09; it must be above 0"),
     (["--parts", "tests", "tests"], "--parts has a part twice"),
     (["--parts", "test"], "invalid choice: 'test'"),
-    (["--output", "pyproject.toml"], "--output pyproject.toml exists, and no result is overwritten"),
+    (["--output", "pyproject.toml"],
+     "--output pyproject.toml exists, and no result is overwritten"),
     (["--output", "nowhere/a.json"], "there is no folder nowhere; make it first"),
 ])  # fmt: skip
 def test_what_a_run_cannot_be_is_refused_before_it_begins(flags, message, monkeypatch, capsys):
@@ -494,11 +498,14 @@ def test_tests_are_counted_once_and_failures_named():
         SimpleNamespace(failed=True, nodeid="tests/d.py", longrepr="no library")
     )
     for one in (
-        outcome(when="setup", outcome="passed"), outcome(outcome="passed"), outcome(when="teardown", outcome="passed"),
+        outcome(when="setup", outcome="passed"), outcome(outcome="passed"),
+        outcome(when="teardown", outcome="passed"),
         outcome(nodeid="tests/b.py::c", outcome="failed", longrepr="1 is not 2"),
-        outcome(nodeid="tests/c.py::d", when="setup", outcome="skipped", longrepr=("c.py", 1, "Skipped: no library")),
+        outcome(nodeid="tests/c.py::d", when="setup", outcome="skipped",
+                longrepr=("c.py", 1, "Skipped: no library")),
         outcome(nodeid="tests/e.py::f", outcome="passed"),
-        outcome(nodeid="tests/e.py::f", when="teardown", outcome="failed", longrepr="it left something"),
+        outcome(nodeid="tests/e.py::f", when="teardown", outcome="failed",
+                longrepr="it left something"),
     ):  # fmt: skip
         recorder.pytest_runtest_logreport(one)
     found = report.found

@@ -71,9 +71,10 @@ OWN = {
     "adaln_single": {"scale_shift_table": (6, 32)},
     "in_context": NORMS,
     "cross_attention": NORMS | {
-        "norm_cross.weight": (32,), "norm_cross.bias": (32,), "cross_attn.q.weight": (32, 32), "cross_attn.q.bias": (32,),
-        "cross_attn.kv.weight": (64, 32), "cross_attn.kv.bias": (64,), "cross_attn.proj.weight": (32, 32),
-        "cross_attn.proj.bias": (32,),
+        "norm_cross.weight": (32,), "norm_cross.bias": (32,),
+        "cross_attn.q.weight": (32, 32), "cross_attn.q.bias": (32,),
+        "cross_attn.kv.weight": (64, 32), "cross_attn.kv.bias": (64,),
+        "cross_attn.proj.weight": (32, 32), "cross_attn.proj.bias": (32,),
     },
 }  # fmt: skip
 ADALN_END = {"adaLN_modulation.1.weight": (64, 32), "adaLN_modulation.1.bias": (64,)}
@@ -153,7 +154,8 @@ class PlainReference(nn.Module):
             for kind in ("weight", "bias")
         )
         attention.load_state_dict(
-            {"in_proj_weight": projection, "in_proj_bias": bias, "out_proj.weight": weights[f"{name}.proj.weight"],
+            {"in_proj_weight": projection, "in_proj_bias": bias,
+             "out_proj.weight": weights[f"{name}.proj.weight"],
              "out_proj.bias": weights[f"{name}.proj.bias"]}
         )  # fmt: skip
 
@@ -402,8 +404,9 @@ def test_trained_saved_resumed_and_sampled_without_a_flag(block, images, tmp_pat
         lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k),
     )  # fmt: skip
     sample.main(
-        ["--ckpt", str(tmp_path / "whole" / "000-DiT-Ti-8"), "--vae", "none", "--class-labels", "0", "2", "--device", "cpu",
-         "--num-sampling-steps", "2", "--output", str(tmp_path / "x.png")]
+        ["--ckpt", str(tmp_path / "whole" / "000-DiT-Ti-8"), "--vae", "none",
+         "--class-labels", "0", "2", "--device", "cpu", "--num-sampling-steps", "2",
+         "--output", str(tmp_path / "x.png")]
     )  # fmt: skip
     assert seen[0].config["block"] == block and same(seen[0].state_dict(), whole["ema"])
     assert (tmp_path / "x.png").stat().st_size > 100
@@ -497,9 +500,9 @@ def test_the_design_of_bare_weights_is_seen(block, tmp_path, monkeypatch):
         lambda self, *a, _f=DiT.forward_with_cfg, **k: seen.append(self) or _f(self, *a, **k),
     )  # fmt: skip
     sample.main(
-        ["--ckpt", str(tmp_path / "bare.pt"), "--model", "DiT-Ti/8", "--image-size", "16", "--num-classes", "3",
-         "--vae", "none", "--class-labels", "1", "2", "--device", "cpu", "--num-sampling-steps", "1",
-         "--output", str(tmp_path / "x.png")]
+        ["--ckpt", str(tmp_path / "bare.pt"), "--model", "DiT-Ti/8", "--image-size", "16",
+         "--num-classes", "3", "--vae", "none", "--class-labels", "1", "2", "--device", "cpu",
+         "--num-sampling-steps", "1", "--output", str(tmp_path / "x.png")]
     )  # fmt: skip
     assert seen[0].config == network.config and same(seen[0].state_dict(), network.state_dict())
 
@@ -511,9 +514,9 @@ def test_folders_of_samples_keep_their_names(images, tmp_path):
     for block in ("adaln_zero", "adaln"):
         run(images, tmp_path / block, "--max-steps", "1", "--block", block)
         sample_ddp.main(
-            ["--ckpt", str(tmp_path / block / "000-DiT-Ti-8"), "--vae", "none", "--device", "cpu", "--num-sampling-steps", "1",
-             "--num-fid-samples", "2", "--per-proc-batch-size", "2", "--cfg-scale", "1",
-             "--sample-dir", str(tmp_path / f"{block}-samples")]
+            ["--ckpt", str(tmp_path / block / "000-DiT-Ti-8"), "--vae", "none", "--device", "cpu",
+             "--num-sampling-steps", "1", "--num-fid-samples", "2", "--per-proc-batch-size", "2",
+             "--cfg-scale", "1", "--sample-dir", str(tmp_path / f"{block}-samples")]
         )  # fmt: skip
         (manifest,) = (tmp_path / f"{block}-samples").glob("*/manifest.json")
         network = json.loads(manifest.read_text())["decides"]["network"]

@@ -134,7 +134,7 @@ def black(_, labels, *rest):
 
 
 def state_without_weights(*args, **kwargs):
-    """What training.assembly.build_state returns, its weights as far as they are made on the meta device."""
+    """What training.assembly.build_state returns, with the weights that it makes on device meta."""
     with torch.device("meta"):
         return BUILD_STATE(*args, **kwargs)
 
@@ -231,7 +231,9 @@ DOORS = {
     ),
     "export": Door("export", [[*NETWORK[:4], "--output", "exported-{n}"]]),
     "download": Door(
-        "download", [["--folder", "released"], []], {"checkpoints.released.fetch": lambda _, path: path.touch()}
+        "download",
+        [["--folder", "released"], []],
+        {"checkpoints.released.fetch": lambda _, path: path.touch()},
     ),
     "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
     "app": Door("app", [["--port", "7931"], NETWORK], {"app.serve": nothing, **QUIET}),
@@ -281,7 +283,7 @@ def late_stubs(name):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder two levels down with files good and bad, and nothing fetched from anywhere."""
+    """A working folder two levels down, with files good and bad; nothing is fetched."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

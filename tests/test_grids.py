@@ -48,8 +48,9 @@ def sampler_images(args, given, labels, indices, **others):
     "solver", [["dpm++"], ["ddim", "--eta", "1"]], ids=["without draws", "with draws"]
 )
 def test_ends_of_a_way_are_the_classes_and_the_middle_is_neither(network, solver):
-    asked = parsed("interpolate", *network, "--sampler", *solver, "--steps", "3", "--class-labels", "1", "three", "0", "0",
-                  "--steps-between", "3", "--seed", "5")  # fmt: skip
+    asked = parsed("interpolate", *network, "--sampler", *solver, "--steps", "3",
+                   "--class-labels", "1", "three", "0", "0", "--steps-between", "3",
+                   "--seed", "5")  # fmt: skip
     images, texts, _ = grids.interpolation(*asked, CPU)
     assert images.shape == (2, 5, 8, 8, 3)
     assert texts == [

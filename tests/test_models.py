@@ -427,8 +427,10 @@ def test_sizes_that_do_not_fit_are_refused(wrong):
 # ---- guidance ----
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
-@pytest.mark.parametrize("channels, guided", [({}, 3), ({"cfg_channels": 1}, 1), ({"cfg_channels": 3}, 3),
-                                              ({"cfg_channels": "all"}, 4), ({"cfg_channels": 99}, 4)])  # fmt: skip
+@pytest.mark.parametrize("channels, guided", [
+    ({}, 3), ({"cfg_channels": 1}, 1), ({"cfg_channels": 3}, 3), ({"cfg_channels": "all"}, 4),
+    ({"cfg_channels": 99}, 4),
+])  # fmt: skip
 def test_guidance_formula(channels, guided, learn_sigma):
     model, (x, t, y) = small_dit(learn_sigma=learn_sigma), inputs()
     null = torch.full_like(y, model.null_label)

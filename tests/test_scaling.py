@@ -249,7 +249,8 @@ def test_training_depends_on_the_seed(tiny):
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--workers", "0"], "--workers is 0"),
-    ([], "holds another study (python examples/scaling/study.py --output OUTPUT --preset tiny on a cpu)"),
+    ([], "holds another study "
+     "(python examples/scaling/study.py --output OUTPUT --preset tiny on a cpu)"),
     (["--output", str(ROOT / "README.md")], "File exists"),
 ])  # fmt: skip
 def test_mistakes_get_one_message(tiny, flags, message, capsys):
@@ -275,11 +276,14 @@ def test_an_unfinished_study_is_not_drawn(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda lines: [*lines[:-1], lines[-1][:40]], "line 16 of .*points.jsonl is damaged .*; delete it"),
+    (lambda lines: [*lines[:-1], lines[-1][:40]],
+     "line 16 of .*points.jsonl is damaged .*; delete it"),
     (lambda lines: ["{}\n", *lines], "line 1 of .*damaged"),
     (lambda lines: ["[1, 2]\n", *lines], "line 1 of .*damaged"),
-    (lambda lines: [lines[0].replace('"step": 2', '"step": 3'), *lines[1:]], "line 1 of .*another plan"),
-    (lambda lines: [lines[0].replace('"seed": 0', '"seed": 7'), *lines[1:]], "line 1 of .*another plan"),
+    (lambda lines: [lines[0].replace('"step": 2', '"step": 3'), *lines[1:]],
+     "line 1 of .*another plan"),
+    (lambda lines: [lines[0].replace('"seed": 0', '"seed": 7'), *lines[1:]],
+     "line 1 of .*another plan"),
 ])  # fmt: skip
 def test_damaged_lines_are_named(tiny, tmp_path, capsys, damage, message):
     lines = (tiny / "points.jsonl").read_text().splitlines(keepends=True)

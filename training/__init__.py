@@ -12,6 +12,8 @@ __getattr__ = handed_on(
         "training.run_log": "RunEnded RunInterrupted",
         "training.sharding": "shard_network whole own_part sharded_like unsharded load_tensors",
         "training.state": "Recipe Window TrainState checked_log new_state",
-        "training.step": "Draws draw train_step backward warm_up no_reduction update_ema requires_grad",
+        "training.step": (
+            "Draws draw train_step backward warm_up no_reduction update_ema requires_grad"
+        ),
     },
 )

@@ -41,7 +41,9 @@ def log_window(job: Job, meter: Meter) -> None:
     }
     job.log.row(row | rates | {"time": time.time()})
     track(job, row | rates)
-    metrics = ", ".join(f"{name.replace('_', ' ')} {as_text(means[name])}" for name in state.window.shown)
+    metrics = ", ".join(
+        f"{name.replace('_', ' ')} {as_text(means[name])}" for name in state.window.shown
+    )
     job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
     state.begin_window()
 

@@ -1,7 +1,7 @@
-"""Draw how the scores of digits change while a network is trained, beside those of real held-out
-digits.
+"""Draw the scores of digits while a network is trained, beside those of real held-out digits.
 
-    python examples/digits/plot_scores.py --output docs/digits-fid.svg             # from the logs in this folder
+    # from the logs in this folder:
+    python examples/digits/plot_scores.py --output docs/digits-fid.svg
 
 logs/scores.jsonl are the lines with scores of a run's metrics.jsonl, logs/heldout.json is what
 evaluate.py reports of the held-out digits: as many images as each score of the run is of, against

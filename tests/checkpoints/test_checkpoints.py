@@ -169,7 +169,8 @@ def test_saved_weights_come_back(tmp_path):
     "blocks.0._orig_mod.attn.qkv.weight", "module.blocks.0._orig_mod.attn._orig_mod.qkv.weight",
     "_orig_mod.blocks.0.module.attn.qkv.weight", "blocks.0.attn.qkv.weight",
     "_fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module.attn.qkv.weight",
-    "_orig_mod._forward_module.module.blocks.0._checkpoint_wrapped_module._orig_mod.attn.qkv.weight",
+    "_orig_mod._forward_module.module."
+    "blocks.0._checkpoint_wrapped_module._orig_mod.attn.qkv.weight",
 ])  # fmt: skip
 def test_names_lose_the_marks_of_wrappers(tmp_path, wrapped):
     for contents in ({wrapped: torch.ones(2)}, {"ema": {wrapped: torch.ones(2)}}):
@@ -211,18 +212,26 @@ def wild(prefix="", value=1.0):
 
 @pytest.mark.parametrize("contents, found", [
     ({"state_dict": wild("model.", 1), "epoch": 3}, {"ema": 1}),
-    ({"state_dict": {**wild("model.", 1), **wild("ema_model.", 2), "vae.x": torch.ones(1)}}, {"ema": 2, "raw": 1}),
-    ({"state_dict": {**wild("model.", 1), **wild("ema.ema_model.", 2), **wild("ema.online_model.", 1)}}, {"ema": 2}),
+    ({"state_dict": {**wild("model.", 1), **wild("ema_model.", 2), "vae.x": torch.ones(1)}},
+     {"ema": 2, "raw": 1}),
+    ({"state_dict": {
+        **wild("model.", 1), **wild("ema.ema_model.", 2), **wild("ema.online_model.", 1),
+    }}, {"ema": 2}),
     # Whose average is not read
     ({"state_dict": {**wild("model.", 1), "model_ema.decay": torch.ones(1)}}, {"raw": 1}),
     ({"state_dict": {**wild("a.", 1), **wild("b.", 2)}}, {}),
-    ({"model_state_dict": wild("", 1), "ema_state_dict": wild("module.", 2), "optimizer_state_dict": {}}, {"ema": 2, "raw": 1}),
-    ({"model": wild("net.", 1), "ema": wild("", 2), "model_ema": wild("", 3)}, {"ema": 2, "raw": 1}),
+    ({
+        "model_state_dict": wild("", 1), "ema_state_dict": wild("module.", 2),
+        "optimizer_state_dict": {},
+    }, {"ema": 2, "raw": 1}),
+    ({"model": wild("net.", 1), "ema": wild("", 2), "model_ema": wild("", 3)},
+     {"ema": 2, "raw": 1}),
     ({"state_dict": wild("", 1), "model_ema": wild("", 2)}, {"ema": 2, "raw": 1}),
     ({"model": wild("", 1), "state_dict": wild("", 2)}, {"raw": 1}),
     ({"model": wild("", 1), "ema": {"shadow_params": [torch.ones(2)]}}, {"raw": 1}),
     ({"n_averaged": torch.tensor(3), **wild("module.", 1)}, {"ema": 1}),
-    ({"model": wild("", 1), "ema": wild("", 2), "emas": 5, "args": {"ema_decay": [[1]]}}, {"ema": 2, "raw": 1}),
+    ({"model": wild("", 1), "ema": wild("", 2), "emas": 5, "args": {"ema_decay": [[1]]}},
+     {"ema": 2, "raw": 1}),
 ])  # fmt: skip
 def test_containers_of_other_trainers(tmp_path, contents, found):
     path = saved(tmp_path / "a.pt", contents)
@@ -239,7 +248,8 @@ def test_containers_of_other_trainers(tmp_path, contents, found):
 
 @pytest.mark.parametrize("contents, says", [
     ({**wild("module."), **wild()}, "x_embedder.proj.weight is there twice"),
-    ({"_fsdp_wrapped_module._flat_param": torch.ones(3)}, "split over processes.*full_state_dict=True"),
+    ({"_fsdp_wrapped_module._flat_param": torch.ones(3)},
+     "split over processes.*full_state_dict=True"),
     ({"ema": {"a": torch.ones(2, device="meta")}}, "a is a meta tensor"),
 ])  # fmt: skip
 def test_tensors_that_are_no_plain_weights(tmp_path, contents, says):
@@ -275,10 +285,20 @@ def test_a_network_of_another_process_is_refused(tmp_path, said, which):
 
 
 @pytest.mark.parametrize("said", [
-    {"args": vars(train_parser().parse_args(["--data-path", "flowers"]))}, {"args": {"model": "DiT-XL/2", "prediction": "eps"}},
-    {"args": {"predict_xstart": False, "noise_schedule": "linear", "diffusion_steps": 1000, "path_type": None}},
-    {"args": {"model": "flowers-DiT-B/2", "lr_scheduler": "cosine", "results_dir": "runs/sit", "framework": "pytorch"}},
-    {"args": {"schedule": "cosine", "target": "vae.Flow", "loss_type": "mse", "beta_start": 1e-4, "velocity": None}},
+    {"args": vars(train_parser().parse_args(["--data-path", "flowers"]))},
+    {"args": {"model": "DiT-XL/2", "prediction": "eps"}},
+    {"args": {
+        "predict_xstart": False, "noise_schedule": "linear", "diffusion_steps": 1000,
+        "path_type": None,
+    }},
+    {"args": {
+        "model": "flowers-DiT-B/2", "lr_scheduler": "cosine", "results_dir": "runs/sit",
+        "framework": "pytorch",
+    }},
+    {"args": {
+        "schedule": "cosine", "target": "vae.Flow", "loss_type": "mse", "beta_start": 1e-4,
+        "velocity": None,
+    }},
     {"config": {**CONFIG, "process": "gaussian"}}, {"args": [1, 2]},
 ])  # fmt: skip
 def test_what_says_nothing_of_another_process_is_taken(tmp_path, said):
@@ -330,7 +350,10 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 def test_foreign_and_partial_files_are_no_checkpoints(tmp_path):
     folder = checkpoint_path(tmp_path, 0).parent
     folder.mkdir()
-    names = ".0000900.pt.partial 0000900.pt.partial best.pt 0000900.pth 0000900 -000900.pt 9e2.pt 0000900(1).pt .pt"
+    names = (
+        ".0000900.pt.partial 0000900.pt.partial best.pt 0000900.pth 0000900 -000900.pt 9e2.pt "
+        "0000900(1).pt .pt"
+    )
     for name in names.split():
         (folder / name).touch()
     assert list_checkpoints(tmp_path) == []
@@ -556,12 +579,16 @@ def test_a_factory_in_a_pickle_is_never_called(tmp_path):
 
 
 EVERYDAY = {  # beside the weights → what becomes of it
-    "best_fid": (np.float64(12.5), 12.5), "step": (np.int32(7), 7), "big endian": (np.array([5], ">i4")[0], 5),
-    "path": (pathlib.PurePosixPath("/data/x"), "/data/x"), "windows": (pathlib.PureWindowsPath("x"), "x"),
-    "default": (collections.defaultdict(dict, {1: {}}), {1: {}}), "deque": (collections.deque([1, 2]), [1, 2]),
-    "namespace": (types.SimpleNamespace(a=1), argparse.Namespace(a=1)), "version": (torch.__version__, str(torch.__version__)),
-    "frozen": (frozenset([1]), frozenset([1])), "bytes": (b"", b""), "complex": (1j, 1j), "size": (torch.Size([1]),) * 2,
-    "dtype": (torch.float16, torch.float16),
+    "best_fid": (np.float64(12.5), 12.5), "step": (np.int32(7), 7),
+    "big endian": (np.array([5], ">i4")[0], 5),
+    "path": (pathlib.PurePosixPath("/data/x"), "/data/x"),
+    "windows": (pathlib.PureWindowsPath("x"), "x"),
+    "default": (collections.defaultdict(dict, {1: {}}), {1: {}}),
+    "deque": (collections.deque([1, 2]), [1, 2]),
+    "namespace": (types.SimpleNamespace(a=1), argparse.Namespace(a=1)),
+    "version": (torch.__version__, str(torch.__version__)),
+    "frozen": (frozenset([1]), frozenset([1])), "bytes": (b"", b""), "complex": (1j, 1j),
+    "size": (torch.Size([1]),) * 2, "dtype": (torch.float16, torch.float16),
 }  # fmt: skip
 UNREAD = [
     np.arange(3), np.float32, np.dtype("f4"), np.random.get_state(), np.random.default_rng(0),
@@ -641,7 +668,8 @@ def test_fitting_weights_pass():
     (lambda t: t.update({"3.bias": torch.ones(2)}), "3.bias is not in the network"),
     (lambda t: t.update({"2.weight": torch.ones(2, 4)}), r"2.weight is \(2, 4\), wanted \(4, 2\)"),
     (lambda t: t.update({"2.bias": torch.ones(1, 4)}), r"2.bias is \(1, 4\), wanted \(4,\)"),
-    (lambda t: t.update({"2.bias": torch.ones(4).int()}), "2.bias is of torch.int32, wanted floating point"),
+    (lambda t: t.update({"2.bias": torch.ones(4).int()}),
+     "2.bias is of torch.int32, wanted floating point"),
 ])  # fmt: skip
 def test_each_misfit_is_named(change, says):
     tensors = dict(network().state_dict())
@@ -683,8 +711,10 @@ def half_written(contents, file, *args, **kwargs):
     raise OSError("No space left on device")
 
 
-SAVES = {"0000009.pt": lambda path: save_checkpoint(path, ours()),
-         "a.safetensors": lambda path: save_weights(path, Weights(state_dict(), None, None))}  # fmt: skip
+SAVES = {
+    "0000009.pt": lambda path: save_checkpoint(path, ours()),
+    "a.safetensors": lambda path: save_weights(path, Weights(state_dict(), None, None)),
+}
 
 
 @pytest.mark.parametrize("name", SAVES)

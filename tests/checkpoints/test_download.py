@@ -270,7 +270,10 @@ def test_silence_is_an_interruption(server, get, monkeypatch):
 
 def test_nobody_there(tmp_path, server):
     server.server_close()
-    said = f"cannot download .*{NAME} .*refused.*has no connection.*offline.*fetch it by other means to .*/{NAME}"
+    said = (
+        f"cannot download .*{NAME} .*refused.*has no connection.*offline.*"
+        f"fetch it by other means to .*/{NAME}"
+    )
     with pytest.raises(ValueError, match=said):
         download_model(NAME, tmp_path, server.url)
     assert visible(tmp_path) == []
@@ -500,7 +503,10 @@ def test_name_of_what_was_released(flags, name):
 )
 def test_what_was_not_released(flags):
     model, size, classes = flags
-    says = f"no weights were released for {model} at {size} pixels with {classes} classes.*DiT-XL/2 at 512.*pass `ckpt`"
+    says = (
+        f"no weights were released for {model} at {size} pixels with {classes} classes.*"
+        "DiT-XL/2 at 512.*pass `ckpt`"
+    )
     with pytest.raises(ValueError, match=says):
         released_name(*flags)
 

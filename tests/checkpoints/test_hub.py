@@ -215,18 +215,26 @@ def test_import_refuses_blocks_with_embedders_of_their_own(stock_folder, name):
     ({"num_layers": 0}, "depth is 0; it must be at least 1"),
     ({"num_layers": "2"}, "config.json: num_layers is '2'; wanted is a whole number"),
     ({"num_layers": True}, "num_layers is True"), ({"num_layers": 2.0}, "num_layers is 2.0"),
-    ({"num_layers": 10**9}, "config.json: .*depth is 1000000000"), ({"sample_size": 10**9}, "config.json: .*input_size"),
-    ({"attention_head_dim": 10**9}, "config.json: .*hidden_size"), ({"sample_size": [4]}, "sample_size is a list"),
-    ({"patch_size": 0}, "patch_size is 0"), ({"in_channels": -1}, "out_channels 8 for -1 in_channels"),
+    ({"num_layers": 10**9}, "config.json: .*depth is 1000000000"),
+    ({"sample_size": 10**9}, "config.json: .*input_size"),
+    ({"attention_head_dim": 10**9}, "config.json: .*hidden_size"),
+    ({"sample_size": [4]}, "sample_size is a list"),
+    ({"patch_size": 0}, "patch_size is 0"),
+    ({"in_channels": -1}, "out_channels 8 for -1 in_channels"),
     ({"attention_head_dim": "x" * 10**6}, "attention_head_dim is 'x{59}\\.\\.\\.; wanted"),
-    ({"activation_fn": {}}, "activation_fn is a dict"), ({"norm_type": 5}, "it is of DiTTransformer2DModel, not"),
-    ({"_class_name": ["DiT"]}, "it is of ..DiT.., not of a DiT"), ({"_class_name": None}, "it is of None"),
+    ({"activation_fn": {}}, "activation_fn is a dict"),
+    ({"norm_type": 5}, "it is of DiTTransformer2DModel, not"),
+    ({"_class_name": ["DiT"]}, "it is of ..DiT.., not of a DiT"),
+    ({"_class_name": None}, "it is of None"),
     ({"norm_eps": 0.5}, "is no DiT: norm_eps 0.5"),
-    ({diffusers_format.OWN: []}, "_dit is not what it should be"), ({diffusers_format.OWN: {}}, "_dit is not what"),
+    ({diffusers_format.OWN: []}, "_dit is not what it should be"),
+    ({diffusers_format.OWN: {}}, "_dit is not what"),
     ({diffusers_format.OWN_CLASSES: ["a"] * 1001}, "has 1001 class names for 1000 classes"),
     ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=9)}, "contradicts itself: depth"),
-    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=2, num_classes=1001)}, "contradicts itself: num_classes"),
-    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=2, num_classes="x")}, "num_classes is 'x'; wanted is a whole"),
+    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=2, num_classes=1001)},
+     "contradicts itself: num_classes"),
+    ({diffusers_format.OWN: dict(DiT(**CONFIG).config, depth=2, num_classes="x")},
+     "num_classes is 'x'; wanted is a whole"),
 ])  # fmt: skip
 def test_import_refuses_what_is_no_dit(stock_folder, change, message):
     folder, _ = stock_folder
@@ -326,8 +334,10 @@ def test_load_pretrained_undoes_save_pretrained(tmp_path):
 def test_class_names_that_are_no_text_are_named_where_others_read(tmp_path, vae):
     """A folder in Latin-1 has such a name; train.py and sample.py take it."""
     names = ["a", "caf\udce9"]
-    for write in (lambda: publish.save_pretrained(network(), tmp_path / "a", names),
-                  lambda: publish.export_diffusers(network(), load_vae(vae), tmp_path / "b", names)):  # fmt: skip
+    for write in (
+        lambda: publish.save_pretrained(network(), tmp_path / "a", names),
+        lambda: publish.export_diffusers(network(), load_vae(vae), tmp_path / "b", names),
+    ):
         with pytest.raises(
             ValueError,
             match=r"the name of class 1, 'caf\\udce9', is not in UTF-8.*`format=\"safetensors\"`",
@@ -388,8 +398,8 @@ def test_the_hub_offline(monkeypatch, tmp_path):
 )
 def test_weights_of_any_precision_become_float32(tmp_path, dtype):
     ours = network()
-    torch.save({"ema": {name: value.to(dtype) for name, value in ours.state_dict().items()}, "config": ours.config},
-               tmp_path / "a.pt")  # fmt: skip
+    average = {name: value.to(dtype) for name, value in ours.state_dict().items()}
+    torch.save({"ema": average, "config": ours.config}, tmp_path / "a.pt")
     back, _ = loading.load_pretrained(tmp_path / "a.pt")
     for name, value in ours.state_dict().items():
         assert torch.equal(back.state_dict()[name], value.to(dtype).float())
@@ -401,8 +411,11 @@ def test_card_says_what_the_checkpoint_says():
         "args": {"model": "DiT-Ti/1", "lr": 1e-3, "vae": "some/vae", "results_dir": "/home/me"},
     }
     card = publish.model_card(network(), NAMES, training)
-    for said in ("# DiT-Ti/1", "| training steps | 1234 |", "| lr | 0.001 |", "--vae some/vae", "10 classes", "| depth | 3 |",
-                 f"{sum(p.numel() for p in network().parameters()):,} parameters", "digit 0, digit 1"):  # fmt: skip
+    for said in (
+        "# DiT-Ti/1", "| training steps | 1234 |", "| lr | 0.001 |", "--vae some/vae", "10 classes",
+        "| depth | 3 |", f"{sum(p.numel() for p in network().parameters()):,} parameters",
+        "digit 0, digit 1",
+    ):  # fmt: skip
         assert said in card
     assert "/home/me" not in card
     # A folder of this machine
@@ -433,16 +446,20 @@ def test_config_beside_any_safetensors_file(tmp_path):
     (json.dumps({**CONFIG, "id2label": ["a"]}), "config.json: id2label is not"),
     (json.dumps({**CONFIG, "depht": 3}), "a configuration that this version does not know .*depht"),
     (json.dumps({**CONFIG, "depth": 2}), "is of another configuration: blocks.2"),
-    *((json.dumps({**CONFIG, key: value}), rf"config.json.*: {key} is ") for key in ("depth", "hidden_size", "num_classes")
-      for value in ("x", 28.0, True, None, [3])),
-    *((json.dumps({**CONFIG, key: value}), rf"dit.*: {key} is ") for key in ("depth", "input_size", "hidden_size", "num_heads")
-      for value in (0, -1)),
+    *((json.dumps({**CONFIG, key: value}), rf"config.json.*: {key} is ")
+      for key in ("depth", "hidden_size", "num_classes") for value in ("x", 28.0, True, None, [3])),
+    *((json.dumps({**CONFIG, key: value}), rf"dit.*: {key} is ")
+      for key in ("depth", "input_size", "hidden_size", "num_heads") for value in (0, -1)),
     *((json.dumps({**CONFIG, key: 4 * 10**9}), key) for key in CONFIG),
-    (json.dumps({**CONFIG, "mlp_ratio": 1e300}), "mlp_ratio"), (json.dumps({**CONFIG, "mlp_ratio": "x"}), "mlp_ratio is 'x'"),
-    (json.dumps({**CONFIG, "learn_sigma": 1}), "learn_sigma is 1"), (json.dumps({**CONFIG, "block": 1}), "block is 1"),
-    (json.dumps({**CONFIG, "id2label": 5}), "id2label is not"), (json.dumps({**CONFIG, "id2label": {"0": 5}}), "id2label is"),
+    (json.dumps({**CONFIG, "mlp_ratio": 1e300}), "mlp_ratio"),
+    (json.dumps({**CONFIG, "mlp_ratio": "x"}), "mlp_ratio is 'x'"),
+    (json.dumps({**CONFIG, "learn_sigma": 1}), "learn_sigma is 1"),
+    (json.dumps({**CONFIG, "block": 1}), "block is 1"),
+    (json.dumps({**CONFIG, "id2label": 5}), "id2label is not"),
+    (json.dumps({**CONFIG, "id2label": {"0": 5}}), "id2label is"),
     (json.dumps({**CONFIG, "id2label": {"0": "a", "00": "b"}}), "id2label is not"),
-    ('{"depth": ' + "9" * 5000 + "}", "cannot read .*config.json .it has the number of 5,000 digits"),
+    ('{"depth": ' + "9" * 5000 + "}",
+     "cannot read .*config.json .it has the number of 5,000 digits"),
 ])  # fmt: skip
 def test_broken_configurations(tmp_path, text, message):
     publish.save_pretrained(network(), tmp_path / "dit")
@@ -596,11 +613,13 @@ def test_export_says_what_is_wrong(tmp_path, vae, capsys):
         ([*ours, "--output", str(tmp_path / "a"), "--weights", "raw"], "no 'raw' weights"),
         ([*ours, "--output", str(tmp_path / "a"), "--format", "onnx"], "invalid choice: 'onnx'"),
         ([*ours, "--output", str(tmp_path / "a"), "--model", "DiT-S/2"], "--model is DiT-S/2, but"),
-        ([*ours[:2], "--output", str(tmp_path / "a")], "does not say behind which autoencoder it was trained; pass --vae"),
+        ([*ours[:2], "--output", str(tmp_path / "a")],
+         "does not say behind which autoencoder it was trained; pass --vae"),
         ([*single, str(tmp_path / "a")], "a name that ends in .safetensors"),
         ([*single, str(tmp_path / "a" / "b.safetensors")], "cannot write"),
         ([*none, "--output", str(tmp_path / "a"), "--format", "diffusers"], "no classes"),
-        (["--ckpt", str(tmp_path / "gone"), "--vae", vae, "--output", str(tmp_path / "a")], "there is no checkpoint"),
+        (["--ckpt", str(tmp_path / "gone"), "--vae", vae, "--output", str(tmp_path / "a")],
+         "there is no checkpoint"),
     ]:  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             export.main(flags)

@@ -61,8 +61,8 @@ def small_chunks(monkeypatch):
 
 def extract(images, output, vae, *flags):
     extract_latents.main(
-        ["--data-path", str(images), "--output", str(output), "--vae", vae, "--image-size", "16", "--num-classes", "3",
-         "--num-workers", "0", "--device", "cpu", *flags]
+        ["--data-path", str(images), "--output", str(output), "--vae", vae, "--image-size", "16",
+         "--num-classes", "3", "--num-workers", "0", "--device", "cpu", *flags]
     )  # fmt: skip
     return Path(output)
 

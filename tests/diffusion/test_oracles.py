@@ -14,7 +14,10 @@ from diffusion import create_diffusion
 @pytest.mark.parametrize("sizes", [
     dict(input_size=16, patch_size=2, hidden_size=384, num_heads=6, depth=2, num_classes=1000),
     dict(input_size=16, patch_size=4, hidden_size=384, num_heads=6, depth=3, num_classes=10),
-    dict(input_size=12, patch_size=2, hidden_size=48, num_heads=3, depth=4, num_classes=7, in_channels=3),
+    dict(
+        input_size=12, patch_size=2, hidden_size=48, num_heads=3, depth=4, num_classes=7,
+        in_channels=3,
+    ),
 ])  # fmt: skip
 def test_network_equals_that_of_diffusers(sizes):
     ours = small_dit(**sizes)

@@ -206,11 +206,15 @@ def test_a_torchscript_file_gives_features_and_logits(tmp_path):
 
 
 @pytest.mark.parametrize("function, message", [
-    (lambda x: x.float().mean(dim=2), r"gives \(2, 3, 12\) features and None logits for 2 images; wanted are \(2, D\)"),
+    (lambda x: x.float().mean(dim=2),
+     r"gives \(2, 3, 12\) features and None logits for 2 images; wanted are \(2, D\)"),
     (lambda x: x.float().mean(), r"gives \(\) features"),
-    (lambda x: (x.float().mean(dim=(2, 3)),) * 3, r"cannot be used on uint8 images of 12x12 \(ValueError: too many"),
-    (lambda x: {"features": x.float().mean(dim=(2, 3))}, r"cannot be used on uint8 images of 12x12"),
-    (lambda x: torch.nn.functional.conv2d(x, torch.ones(4, 3, 2, 2)).mean(dim=(2, 3)), r"cannot be used on uint8 images"),
+    (lambda x: (x.float().mean(dim=(2, 3)),) * 3,
+     r"cannot be used on uint8 images of 12x12 \(ValueError: too many"),
+    (lambda x: {"features": x.float().mean(dim=(2, 3))},
+     r"cannot be used on uint8 images of 12x12"),
+    (lambda x: torch.nn.functional.conv2d(x, torch.ones(4, 3, 2, 2)).mean(dim=(2, 3)),
+     r"cannot be used on uint8 images"),
 ])  # fmt: skip
 def test_networks_that_give_something_else_are_found_out_on_two_images(tmp_path, function, message):
     example = images(1).float() if "conv2d" in function.__code__.co_names else images(1)
@@ -315,15 +319,20 @@ def test_a_timm_configuration_loads_nothing_beside_its_weights(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"architecture": "hf-hub:some/one"}, "none of timm's"), ({"architecture": 5}, "none of timm's"),
+    ({"architecture": "hf-hub:some/one"}, "none of timm's"),
+    ({"architecture": 5}, "none of timm's"),
     ({"architecture": "local-dir:/x"}, "none of timm's"),
     ({"model_args": {"num_classes": 10**9}}, "num_classes is 1000000000, far beyond"),
-    ({"model_args": {"layers": [10**6] * 4}}, "layers is 1000000, far beyond"), ({"model_args": 5}, "TypeError"),
-    ({"model_args": {"stem_width": {"a": 1}}}, "stem_width holds a dict"), ({"pretrained_cfg": 5}, "TypeError"),
+    ({"model_args": {"layers": [10**6] * 4}}, "layers is 1000000, far beyond"),
+    ({"model_args": 5}, "TypeError"),
+    ({"model_args": {"stem_width": {"a": 1}}}, "stem_width holds a dict"),
+    ({"pretrained_cfg": 5}, "TypeError"),
     ({"pretrained_cfg": {"input_size": [3, 10**9, 4]}}, "input_size is no list"),
     ({"model_args": {"num_classes": "x"}}, "cannot be loaded"),
-    ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1, 1, 1], "std": [0, 1, 1]}}, "those of std above 0"),
-    ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["x"], "std": [1, 1, 1]}}, "cannot be loaded"),
+    ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1, 1, 1], "std": [0, 1, 1]}},
+     "those of std above 0"),
+    ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["x"], "std": [1, 1, 1]}},
+     "cannot be loaded"),
 ])  # fmt: skip
 def test_nonsense_in_a_timm_configuration_is_one_message(tmp_path, changes, says):
     if not isinstance(changes.get("model_args", {}), dict):

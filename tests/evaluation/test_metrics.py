@@ -210,7 +210,10 @@ def test_scores_are_those_that_both_sides_allow():
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_an_fid_50k_is_scored_in_under_six_minutes_and_3_gb():
     """50,000 × 2,048 features against 10,000, precision and recall included."""
-    code = "import json; from benchmarks.scoring import measure; print(json.dumps(measure(50_000, 10_000)))"
+    code = (
+        "import json; from benchmarks.scoring import measure; "
+        "print(json.dumps(measure(50_000, 10_000)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, memory = json.loads(done.stdout)

@@ -198,7 +198,8 @@ def test_another_process_is_told_by_the_checkpoint_and_goes_on(straight, tmp_pat
     again.load_checkpoint(contents)
     assert again.window.sums == state.window.sums and again.step == 3
     gaussian = new_state(network(learn_sigma=False), Recipe())
-    with pytest.raises(ValueError, match="has learned the process .*straight.* is to learn .*gauss"):
+    message = "has learned the process .*straight.* is to learn .*gauss"
+    with pytest.raises(ValueError, match=message):
         gaussian.load_checkpoint(contents)
 
 
@@ -220,7 +221,9 @@ def test_a_file_of_a_process_that_is_not_in_the_table_is_refused(tmp_path, monke
 
 def test_another_process_is_sampled_with_guidance_inside_an_interval(straight):
     net, sizes = network(learn_sigma=False).eval(), []
-    net.register_forward_pre_hook(lambda module, args: sizes.append((args[1][0].item(), len(args[0]))))
+    net.register_forward_pre_hook(
+        lambda module, args: sizes.append((args[1][0].item(), len(args[0])))
+    )
     sampler = Sampler(
         net, PixelSpace(), None, 4, "euler", cfg_scale=2.0, cfg_interval=(0.3, 0.6),
         process=straight,

@@ -55,8 +55,10 @@ def parser():
 
 @pytest.mark.parametrize(("words", "note"), [
     (["--seed", "1", "--seed", "3"], "--seed is given twice; the last one, 3, counts"),
-    (["--seed=1", "--seed", "3", "--seed", "1", "a"], "--seed is given 3 times; the last one, 1, counts"),
-    (["--steps", "1", "--num-steps=2"], "--steps and --num-steps decide the same; the last one, 2, counts"),
+    (["--seed=1", "--seed", "3", "--seed", "1", "a"],
+     "--seed is given 3 times; the last one, 1, counts"),
+    (["--steps", "1", "--num-steps=2"],
+     "--steps and --num-steps decide the same; the last one, 2, counts"),
     (["--many", "a", "b", "--many", "a"], "--many is given twice; the last one, a, counts"),
     (["--seed", "-1", "--seed", "-2"], "--seed is given twice; the last one, -2, counts"),
 ])  # fmt: skip
@@ -155,8 +157,10 @@ def test_a_name_that_the_system_refuses_is_one_message(name, tmp_path, monkeypat
 @pytest.mark.parametrize(("flags", "message"), [
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--epochs", "1000000001"], "--epochs is 1000000001; it must be from 1 to 1,000,000,000"),
-    (["--global-seed", str(2**63)], f"--global-seed is {2**63}; it must be from 0 to {2**63 - 1:,}"),
-    (["--image-size", "9" * 4000], "--image-size is 9999999999… (4000 digits); it must be from 1 to 16,384"),
+    (["--global-seed", str(2**63)],
+     f"--global-seed is {2**63}; it must be from 0 to {2**63 - 1:,}"),
+    (["--image-size", "9" * 4000],
+     "--image-size is 9999999999… (4000 digits); it must be from 1 to 16,384"),
     (["--lr", "nan"], "--lr is nan; it must be from 1e-12 to 100"),
     (["--lr", "1e300"], "--lr is 1e+300; it must be from 1e-12 to 100"),
     (["--ckpt-minutes", "inf"], "--ckpt-minutes is inf; it must be from 1e-12 to 1e+09"),
@@ -265,16 +269,22 @@ def ending_with(error, **options):
 
 
 SMALL = "error: the memory is too small for this"
-OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+OUT_OF_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 99 bytes."
+)
 
 
 @pytest.mark.parametrize(("error", "options", "code", "line"), [
     (KeyboardInterrupt(), {}, 130, "interrupted"),
     (KeyboardInterrupt(), {"resumes": True}, 130, "interrupted; the same command goes on"),
-    (OSError(28, "No space left on device", "a.png"), {}, 1, "error: a.png: No space left on device"),
+    (OSError(28, "No space left on device", "a.png"), {}, 1,
+     "error: a.png: No space left on device"),
     (MemoryError(), {"lower": "--x"}, 1, f"{SMALL}; lower --x"),
-    (MemoryError("Unable to allocate 2.5 TiB for an array"), {}, 1, f"{SMALL} (it wanted 2.5 TiB more)"),
-    (RuntimeError(OUT_OF_MEMORY), {"lower": "--x"}, 1, f"{SMALL} (it wanted 99 bytes more); lower --x"),
+    (MemoryError("Unable to allocate 2.5 TiB for an array"), {}, 1,
+     f"{SMALL} (it wanted 2.5 TiB more)"),
+    (RuntimeError(OUT_OF_MEMORY), {"lower": "--x"}, 1,
+     f"{SMALL} (it wanted 99 bytes more); lower --x"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), {}, 1,
      f"{SMALL} (it wanted 2.00 GiB more)"),
 ])  # fmt: skip
@@ -351,7 +361,10 @@ def test_every_door_can_be_interrupted_while_it_is_imported():
         assert text.count("    end_at_interrupt()") == 1 and text.count("\n@door(") == 1, path
 
 
-PRINTS = "from runtime.command_line import door\n@door()\ndef main(argv=None):\n    print({text}, flush={flush})\nmain()\n"
+PRINTS = (
+    "from runtime.command_line import door\n@door()\ndef main(argv=None):\n"
+    "    print({text}, flush={flush})\nmain()\n"
+)
 
 
 @pytest.mark.parametrize("flush", [True, False])

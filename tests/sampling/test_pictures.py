@@ -139,7 +139,8 @@ def test_moments_are_spread_from_first_to_last(steps, path, expected):
     (["--trajectory", "no/a.gif"], "--trajectory: cannot write no/a.gif"),
     (["--output", "a.ico"], "--output: a.ico: .ico is not an image format here; use .png"),
     (["--trajectory", "."], "--trajectory: . is a folder"),
-    (["--trajectory", "x.png", "--output", "./x.png"], "--trajectory and --output are both ./x.png; give two files"),
+    (["--trajectory", "x.png", "--output", "./x.png"],
+     "--trajectory and --output are both ./x.png; give two files"),
 ])  # fmt: skip
 def test_wrong_files_are_refused_before_anything_is_loaded(
     tmp_path, monkeypatch, capsys, flags, message

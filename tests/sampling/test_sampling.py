@@ -861,7 +861,8 @@ import sys
 from pathlib import Path
 from sampling import many
 many.pack(Path(sys.argv[1]), int(sys.argv[2]), afresh=True)
-print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # kB at most, of this program alone
+# kB at most, of this program alone
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 

@@ -444,14 +444,16 @@ def test_each_sampler_has_steps_of_its_own_unless_told():
 
 
 @pytest.mark.parametrize("given, message", [
-    (["--sampler", "dpm++", "--steps", "1000"], "must be from 1 to 999; --sampler dpm++ takes at most 999"),
+    (["--sampler", "dpm++", "--steps", "1000"],
+     "must be from 1 to 999; --sampler dpm++ takes at most 999"),
     (["--sampler", "unipc", "--steps", "0"], "--num-sampling-steps is 0; it must be from 1 to 999"),
     (["--sampler", "unipc", "--eta", "0.5"], "--eta 0.5 is for --sampler ddim; unipc adds none"),
     (["--cfg-interval", "0.7", "0.3"], "--cfg-interval is 0.7 0.3; give two shares"),
     (["--cfg-interval", "-0.1", "0.3"], "--cfg-interval is -0.1 0.3; give two shares"),
     (["--cfg-interval", "0", "nan"], "--cfg-interval is 0.0 nan; give two shares"),
     (["--cfg-interval", "0", "1000"], "--cfg-interval is 0.0 1000.0; give two shares"),
-    (["--cfg-interval", "0", "0.5", "--cfg-scale", "1"], "is for guidance, and --cfg-scale 1 is none"),
+    (["--cfg-interval", "0", "0.5", "--cfg-scale", "1"],
+     "is for guidance, and --cfg-scale 1 is none"),
 ])  # fmt: skip
 def test_what_a_solver_cannot_do_is_refused(given, message, capsys):
     for door in (sample, sample_ddp):

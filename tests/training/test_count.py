@@ -163,7 +163,8 @@ def test_mistakes_get_one_message(capsys, flags, message, monkeypatch):
 
 def test_as_a_script():
     done = subprocess.run(
-        [sys.executable, "count.py", "--model", "DiT-Ti/1", "--vae", "examples/digits/vae", "--image-size", "32"],
+        [sys.executable, "count.py", "--model", "DiT-Ti/1", "--vae", "examples/digits/vae",
+         "--image-size", "32"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and "DiT-Ti/1" in done.stdout.splitlines()[1], done.stderr

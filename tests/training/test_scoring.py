@@ -289,9 +289,12 @@ def test_scores_reach_the_tracker(images, square, tmp_path):
     (["--eval-every", "3"], "--eval-every and --eval-reference go together"),
     (["--eval-reference", "x"], "--eval-every and --eval-reference go together"),
     (["--eval-every", "0", "--eval-reference", "x"], "--eval-every is 0; it must be at least 1"),
-    (["--eval-every", "3", "--eval-reference", "x", "--eval-samples", "3"], "--eval-samples is 3; it must be at least 4"),
-    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "pixels"], "--eval-reference x: there is no such"),
-    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "y"], "--eval-features y: there is no file y"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-samples", "3"],
+     "--eval-samples is 3; it must be at least 4"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "pixels"],
+     "--eval-reference x: there is no such"),
+    (["--eval-every", "3", "--eval-reference", "x", "--eval-features", "y"],
+     "--eval-features y: there is no file y"),
 ])  # fmt: skip
 def test_mistakes_come_before_anything_is_written(images, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:

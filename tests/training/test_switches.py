@@ -405,7 +405,8 @@ def test_plotted_metrics(images, tmp_path):
     pytest.importorskip("matplotlib")
     script = ROOT / "examples" / "plot_run.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "000-DiT-Ti-8"), "--output", str(tmp_path / "run.png")],
+        [sys.executable, str(script), str(tmp_path / "000-DiT-Ti-8"),
+         "--output", str(tmp_path / "run.png")],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -468,8 +469,10 @@ def test_labels_are_mapped_by_a_file(tmp_path):
     table = adapt(weights, network, pairs, "x")[key]
     theirs, own = source.state_dict()[key], network.state_dict()[key]
     assert torch.equal(table, torch.stack([own[0], theirs[2], theirs[3]]))
-    for wrong, message in (({"wolf": "cat"}, "'wolf' is no label of the new network, which has 2"),
-                           ({"0": "3"}, "'3' is no label of the checkpoint, which has 3")):  # fmt: skip
+    for wrong, message in (
+        ({"wolf": "cat"}, "'wolf' is no label of the new network, which has 2"),
+        ({"0": "3"}, "'3' is no label of the checkpoint, which has 3"),
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message):
             read_label_map(path, (["dog", "kitten"], 2), weights)
@@ -477,9 +480,12 @@ def test_labels_are_mapped_by_a_file(tmp_path):
     # 1 without quotes is no name
     path.write_text(json.dumps({"dog": 1, "index:1": "name:1"}), encoding="utf-8-sig")
     assert read_label_map(path, (["dog", "kitten"], 2), numeric) == {0: 1, 1: 0}
-    for wrong, message in (({"dog": "1"}, "'1' is no label of the checkpoint.*give index:1 or name:1"),
-                           ({"dog": 1, "0": 2}, "'0' is class 0, which is there twice"),
-                           ({"dog": True}, "True is no label"), ({"dog": None}, "None is no label")):  # fmt: skip
+    for wrong, message in (
+        ({"dog": "1"}, "'1' is no label of the checkpoint.*give index:1 or name:1"),
+        ({"dog": 1, "0": 2}, "'0' is class 0, which is there twice"),
+        ({"dog": True}, "True is no label"),
+        ({"dog": None}, "None is no label"),
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message):
             read_label_map(path, (["dog", "kitten"], 2), numeric)
@@ -505,9 +511,11 @@ def test_another_label_file_makes_another_run_and_other_classes_are_not_kept(
     path.write_text(json.dumps({"ape": [1]}))
     contents = torch.load(checkpoint, weights_only=True)
     torch.save({**contents, "classes": ["ape", "cat", "dog"]}, checkpoint)
-    for more, message in ((["--init-labels", str(path)], "[1] is no label; give one number or one name"),
-                          ([], "knows other classes (ape, cat, dog ...) than the data (ape, bee, cat ...)"),
-                          (["--resume", str(checkpoint)], "--init-from and --resume PATH both say")):  # fmt: skip
+    for more, message in (
+        (["--init-labels", str(path)], "[1] is no label; give one number or one name"),
+        ([], "knows other classes (ape, cat, dog ...) than the data (ape, bee, cat ...)"),
+        (["--resume", str(checkpoint)], "--init-from and --resume PATH both say"),
+    ):
         with pytest.raises(SystemExit):
             run(images, tmp_path / "third", *flags, *more)
         assert message in capsys.readouterr().err and not (tmp_path / "third").exists()
@@ -567,8 +575,10 @@ def test_sampling_from_one_of_several_averages_in_bf16(images, tmp_path, capsys)
         "--num-sampling-steps", "4",
     ]  # fmt: skip
     pictures = {}
-    for name, more in {"first": [], "named": ["--weights", "ema@0.9"], "second": ["--weights", "ema@0.50"],
-                       "bf16": ["--mixed-precision", "bf16"], "fp16": ["--mixed-precision", "fp16"]}.items():  # fmt: skip
+    for name, more in {
+        "first": [], "named": ["--weights", "ema@0.9"], "second": ["--weights", "ema@0.50"],
+        "bf16": ["--mixed-precision", "bf16"], "fp16": ["--mixed-precision", "fp16"],
+    }.items():  # fmt: skip
         sample.main([*flags, "--output", str(tmp_path / f"{name}.png"), *more])
         pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
     assert np.array_equal(pictures["first"], pictures["named"]) and not np.array_equal(
@@ -610,8 +620,9 @@ def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(
     alone = run(images, tmp_path / "alone", "--max-steps", "4", *flags)
     # Begun whole, gone on with split, ended whole
     run(images, tmp_path / "split", "--max-steps", "2", *flags)
-    split, out = torchrun(images, tmp_path / "split", "--max-steps", "4", *flags, "--fsdp", "--grad-accum", "2",
-                          "--grad-checkpointing", "--sample-every", "4", "--resume", "auto")  # fmt: skip
+    split, out = torchrun(images, tmp_path / "split", "--max-steps", "4", *flags, "--fsdp",
+                          "--grad-accum", "2", "--grad-checkpointing", "--sample-every", "4",
+                          "--resume", "auto")  # fmt: skip
     assert "going on from" in out and "written by 1 process(es) on cpu" in out
     for part in ("model", "ema"):
         assert list(alone[part]) == list(split[part])
