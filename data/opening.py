@@ -1,7 +1,8 @@
 """The source that training's options name.
 
 Another kind of source is a file of its own with a Source in it, a field of DataOptions that names
-it, and a row of SOURCES.
+it, and a row of SOURCES. For train.py it is also a field of TrainOptions in training/options.py,
+there in DECIDING, PATHS and UNRECORDED, and a flag in training/flags.py.
 """
 
 from collections.abc import Callable

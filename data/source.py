@@ -21,13 +21,20 @@ class Source(Protocol):
     """What training learns from: it has a length, and a TrainingItem for each (index, flip).
 
     Pixels are uint8 (3, S, S). Moments are (2, C, h, w): mean and standard deviation of latents.
-    Workers of a loader get a copy by pickle.
+    The source crops and mirrors, and refuses labels of num_classes or more when it is made; with
+    num_classes=0 every label is 0. Workers of a loader get a copy by pickle: leave out what is only
+    mapped or open, as CachedLatents does.
     """
 
-    classes: list[str] | None  # names in index order; None without classes
+    # Names in index order; numbers as texts where classes have no names; None without classes
+    classes: list[str] | None
     notes: tuple[str, ...]  # what a user should know, in sentences
-    hash: str  # tells the source from others by what is quickly read, such as names and labels
-    sample_hash: str  # of the bytes of some files; "" where `hash` says it all
+    # Tells the source from others by what is quickly read, such as names and labels. A run goes on
+    # only with a source of the same hash.
+    hash: str
+    # Of the bytes of some files. A source that lies elsewhere now is the same with both hashes the
+    # same; "" means that `hash` is made of all the contents (only for `latents` so far).
+    sample_hash: str
 
     def __len__(self) -> int: ...
 

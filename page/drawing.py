@@ -15,7 +15,6 @@ from models import DiT
 from sampling.pictures import (
     GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
 )  # fmt: skip
-from processes.table import SOLVERS
 from sampling.sampler import ImageNoise, Sampler
 
 MOST_GUIDANCE, MOST_IMAGES = 10.0, 16
@@ -157,11 +156,12 @@ def read_choices(
 
     Raises ValueError for those that make no sense.
     """
-    if not isinstance(solver, str) or solver not in SOLVERS:
+    solvers = base.process.solvers
+    if not isinstance(solver, str) or solver not in solvers:
         raise ValueError(
-            f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(SOLVERS)}."
+            f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(solvers)}."
         )
-    steps = whole("Steps", steps, 1, SOLVERS[solver].most)
+    steps = whole("Steps", steps, 1, solvers[solver].most)
     guidance = bounded(
         "Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1
     )

@@ -11,7 +11,6 @@ import torch
 from conditions.labels import readable
 from page.drawing import MOST_GUIDANCE, MOST_IMAGES, STRIP_ROWS, answer, class_choices
 from page.visitors import ENDPOINT, Visitors
-from processes.table import SOLVERS
 from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -108,11 +107,12 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
         1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance",
         info="1 is none",
     )  # fmt: skip
-    solver = gr.Dropdown(list(SOLVERS), value=SOLVER, label="Solver")
+    solvers = sampler.process.solvers
+    solver = gr.Dropdown(list(solvers), value=SOLVER, label="Solver")
     steps = gr.Slider(
-        1, max(one.most for one in SOLVERS.values()), SOLVERS[SOLVER].steps, step=1, label="Steps"
+        1, max(one.most for one in solvers.values()), solvers[SOLVER].steps, step=1, label="Steps"
     )
     seed = gr.Textbox("0", label="Seed", max_lines=1)
-    own = json.dumps({name: one.steps for name, one in SOLVERS.items()})
+    own = json.dumps({name: one.steps for name, one in solvers.items()})
     solver.change(None, solver, steps, js=f"name => ({own})[name]")
     return [classes, count, guidance, solver, steps, seed], gr.Button("Draw", variant="primary")

@@ -2,7 +2,9 @@
 
 A process is one file beside this one and one row in processes/table.py. Shapes: a sample is (C,
 *space) with any number of axes after the channels, N samples are x (N, C, *space), and times t are
-(N,), of whatever type and range the process and its network have agreed on.
+(N,), in the unit that the network takes: all methods here speak of that t, but for `levels`, which
+are 0 to 1. A network may have more channels than a sample, as one has that also predicts a
+variance: a process without use for them takes the first C alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -94,5 +96,6 @@ class Process(Protocol):
 
         `noise` (N, C, *space) is where it begins. `eta`, from 0 to 1, is how much of the noise that
         the process could add a deterministic solver adds; `noise_fn` draws it. clip: the clean x is
-        known to lie in [-1, 1], and its predictions are clipped to that. progress: show a bar.
+        known to lie in [-1, 1]: predictions are clipped to that, and the step goes on from the
+        clipped ones. progress: show a bar.
         """

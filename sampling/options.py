@@ -21,7 +21,9 @@ class SamplingOptions:
     mixed_precision: a key of PRECISIONS, the network's; compile: whether to compile the network.
 
     A new option is a last field here and of Sampler, a flag in sampling/flags.py, a range in
-    runtime/limits.py, and in many_folder.NEWER what older folders did. Raises ValueError for options that make no sense, whatever the checkpoint.
+    runtime/limits.py, and in many_folder.NEWER what older folders did.
+
+    Raises ValueError for options that make no sense, whatever the checkpoint.
     """
 
     sampler: str = "ddpm"

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.network_config import LATER
 from conditions.labels import CLASSES
+from data.opening import SOURCES
 from data.options import DataOptions
 from evaluation.metrics import SCORED
 from models import BLOCKS, DiT_models
@@ -31,7 +32,8 @@ NOT_DECIDING = (
 )  # fmt: skip
 # Deciding options that may be paths: another path with the same content decides the same
 PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
-# Defaults of deciding options that older runs did not record
+# Defaults of deciding options that older runs did not record: a new deciding option needs its row
+# here, or older runs cannot go on
 UNRECORDED = dict(LATER)
 
 # Option → what it may be, where that is a few words
@@ -103,7 +105,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, _plain(value))
-        if self.data_path is None and self.latents is None:
+        if all(getattr(self, name) is None for name in SOURCES):
             raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
         check_numbers(self, num_classes=CLASSES, eval_samples=SCORED)
         self._check_decays()

@@ -139,7 +139,7 @@ def test_files_that_say_nothing_are_of_the_gaussian_process():
 
 
 @pytest.mark.parametrize("said, message", [
-    ({"name": "flow"}, "the process flow is not known here; known are gaussian"),
+    ({"name": "unheard_of"}, "the process unheard_of is not known here; known are gaussian"),
     ({}, "the process None is not known here"),
     ({"name": "gaussian", "diffusion_steps": 500}, "gaussian has diffusion_steps 500; it is known"),
     ({"name": "gaussian", "shift": 3.0}, "gaussian has shift 3.0; it is known"),
@@ -150,7 +150,7 @@ def test_a_process_that_is_not_known_is_refused(said, message):
 
 
 @pytest.mark.parametrize("said, mark", [
-    ({"process": {"name": "flow"}}, "process: flow"),
+    ({"process": {"name": "unheard_of"}}, "process: unheard_of"),
     ({"config": {"process": {"name": "gaussian", "diffusion_steps": 500}}}, "diffusion_steps: 500"),
     ({"config": {"process": {"name": "gaussian", "noise_schedule": "cosine"}}}, "cosine"),
     ({"config": {"process": {"name": "gaussian"}}, "args": {"prediction": "v"}}, "prediction: v"),

@@ -21,7 +21,7 @@ from sampling.pictures import (
     picture, save, save_trajectory, write_file,
 )  # fmt: skip
 import sample
-from processes.table import SOLVERS
+from processes.gaussian import GaussianProcess
 from sampling.sampler import Sampler
 from vae import PixelSpace
 
@@ -55,7 +55,7 @@ def sampled(tmp_path, ckpt, *flags):
 # ---- the trajectory ----
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", GaussianProcess.solvers)
 def test_trajectory_ends_in_the_latents_and_goes_through_the_steps(solver, cfg_scale):
     sampler = Sampler(network(), PixelSpace(), None, 5, solver, cfg_scale=cfg_scale)
     labels, noise = torch.tensor([1, 3]), randn(2, 3, 8, 8).float()
@@ -72,7 +72,7 @@ def test_trajectory_ends_in_the_latents_and_goes_through_the_steps(solver, cfg_s
     assert (way[-1]["pred_xstart"] - way[-1]["sample"]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", GaussianProcess.solvers)
 def test_first_prediction_is_that_of_the_network(solver):
     sampler = Sampler(network(), PixelSpace(), None, 7, solver)
     labels, noise = torch.tensor([1, 3]), randn(2, 3, 8, 8).float()

@@ -13,8 +13,8 @@ from checkpoints.weights import load_weights
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT
+from processes.gaussian import GaussianProcess
 from processes.gaussian import SCHEDULERS
-from processes.table import SOLVERS
 import sample
 from sampling import loading
 from sampling import speed
@@ -163,7 +163,7 @@ def test_multistep_solvers_clip_where_the_space_has_bounds(sampler, scale):
     assert inside.abs().max() <= 1 and outside.abs().max() > 1
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", GaussianProcess.solvers)
 def test_images_depend_on_seed_and_index_whatever_the_batch(sampler):
     sampler = Sampler(
         network(), Unbounded(), None, 6, sampler, cfg_scale=1.5, cfg_interval=(0.2, 0.7)
@@ -201,7 +201,7 @@ def test_the_network_is_asked_at_the_steps_nearest_to_the_noise(sampler, steps):
     )
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", GaussianProcess.solvers)
 def test_networks_without_a_variance_can_be_sampled(sampler):
     net = network(learn_sigma=False)
     assert Sampler(net, PixelSpace(), None, 4, sampler, cfg_scale=2.0).numbered_latents(
@@ -244,7 +244,7 @@ def test_guidance_is_applied_inside_the_interval_alone(sampler, steps):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", GaussianProcess.solvers)
 def test_the_null_half_is_evaluated_inside_the_interval_alone(sampler):
     net, seen = network(), []
     net.register_forward_pre_hook(
@@ -279,7 +279,7 @@ def test_the_number_of_the_step_says_whether_it_is_guided():
         assert torch.equal(predict(x, t, step), plain) == (step in (0, 4))
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", GaussianProcess.solvers)
 def test_an_interval_without_a_step_is_refused(sampler):
     with pytest.raises(
         ValueError, match=f"`cfg_interval` 0.9995 1.0 holds none of the 5 steps of {sampler}"
@@ -434,11 +434,11 @@ def flags(*given):
 
 
 def test_each_sampler_has_steps_of_its_own_unless_told():
-    for name, solver in SOLVERS.items():
+    for name, solver in GaussianProcess.solvers.items():
         assert flags("--sampler", name).step_count == solver.steps
         assert flags("--sampler", name, "--steps", "250").step_count == 250
         assert flags("--num-sampling-steps", "7", "--sampler", name).step_count == 7
-    assert {name: solver.steps for name, solver in SOLVERS.items()} == {
+    assert {name: solver.steps for name, solver in GaussianProcess.solvers.items()} == {
         "ddpm": 250, "ddim": 250, "dpm++": 20, "unipc": 20,
     }  # fmt: skip
 
