@@ -1,7 +1,7 @@
-"""Which steps to train on: drawn uniformly, or more often where the loss is large (Nichol &
-Dhariwal 2021, section 3.3).
+"""Which steps to train on: drawn uniformly, or more often where the loss is large.
 
-Steps are drawn from torch's generator (or the one passed in), so torch.manual_seed decides them.
+After Nichol & Dhariwal 2021, section 3.3. Steps are drawn from torch's generator (or the one passed
+in), so torch.manual_seed decides them.
 """
 
 from collections.abc import Sequence
