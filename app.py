@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 def ended_by_signals() -> Iterator[None]:
     """Within it, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, with 128 + the number.
 
-    They do so once, and in the main thread.
+    The exception is raised once, and in the main thread.
     """
     handled = [
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)

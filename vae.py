@@ -27,7 +27,7 @@ from runtime.offline import cache_of_the_hub, why_offline
 class LatentShape(NamedTuple):
     """What a network must know of a latent space: its channels, and the pixels per latent.
 
-    These are pixels along each side.
+    Pixels per latent are counted along each side.
     """
 
     channels: int
@@ -245,8 +245,8 @@ def _shape_of(config):
 class LatentSpace:
     """A diffusers AutoencoderKL as an encoder and decoder of scaled latents.
 
-    They are z = (latent - shift)·scale. Without the autoencoder, it still draws from moments that
-    were computed before.
+    Scaled latents are z = (latent - shift)·scale. Without the autoencoder, the space still draws
+    from moments that were computed before.
     """
 
     clip_denoised = False  # latents have no range to clip predictions to
@@ -261,7 +261,7 @@ class LatentSpace:
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled.
 
-        Both are (N, C, h, w).
+        Mean and deviation are (N, C, h, w).
         """
         assert self.autoencoder is not None  # whoever has stored moments does not ask for them
         posteriors = [

@@ -41,7 +41,7 @@ class NetworkChoice:
     def sizes(self) -> tuple[str, int, int]:
         """(model, image size in pixels, number of classes), by default those of the constants.
 
-        They are MODEL, IMAGE_SIZE and NUM_CLASSES.
+        The constants are MODEL, IMAGE_SIZE and NUM_CLASSES.
         """
         return (
             MODEL if self.model is None else self.model,

@@ -62,7 +62,7 @@ def load_pretrained(
 def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
     """(network, class names or None) of a DiT in diffusers' format.
 
-    It is a pipeline's folder, its transformer/, or OWNER/NAME. Its autoencoder is the folder's
+    The DiT is a pipeline's folder, its transformer/, or OWNER/NAME. Its autoencoder is the folder's
     vae/. Raises ValueError if it is none, or its blocks have embedders of their own.
     """
     file = weights_file(local_path(folder)).with_name("config.json")

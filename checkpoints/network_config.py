@@ -80,8 +80,8 @@ def shown(value: object) -> str:
 def check_outline(config: dict, tensors: Tensors) -> None:
     """Raise ValueError, naming the key, if arguments ask for far more than a state dict holds.
 
-    They are DiT's. What is left to say about sizes is said by DiT, and once it is built, by
-    checkpoints.check_fits.
+    The arguments are DiT's. What is left to say about sizes is said by DiT, and once it is built,
+    by checkpoints.check_fits.
     """
     full, blocks = ARGUMENTS | config, len(tensors)
     room = max(ROOM, sum(tensor.numel() for tensor in tensors.values()))

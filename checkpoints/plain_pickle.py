@@ -1,9 +1,9 @@
 """What a file of torch.save may hold beside tensors, and the plain value that each becomes.
 
-It is told by name, and no code ever runs. torch.load(weights_only=True) reads tensors and plain
-containers. Training scripts also store numbers of NumPy, paths, dates and the like. Such a name
-stands here for a function of ours that makes a plain value of it, or `Unread` if nobody needs the
-value: neither the library that wrote it nor anything else that the file names is called. Every
+Contents are told by name, and no code ever runs. torch.load(weights_only=True) reads tensors and
+plain containers. Training scripts also store numbers of NumPy, paths, dates and the like. Such a
+name stands here for a function of ours that makes a plain value of it, or `Unread` if nobody needs
+the value: neither the library that wrote it nor anything else that the file names is called. Every
 other name is refused.
 """
 
@@ -26,7 +26,7 @@ NUMBER = re.compile(r"b1|[iuf][1248]|c(8|16)")  # NumPy's codes of plain numbers
 class Unread:
     """An object beside the weights whose value nobody needs.
 
-    It takes whatever a pickle gives it, and keeps nothing.
+    Whatever a pickle gives to this object is taken, and nothing is kept.
     """
 
     def __new__(cls, *args: object) -> "Unread":
@@ -134,7 +134,7 @@ _lock = threading.Lock()  # torch keeps one list for all threads
 def only_plain_values() -> Iterator[None]:
     """Within it, torch.load(weights_only=True) takes the names of STAND_INS beside its own.
 
-    It takes no others.
+    Other names are refused.
     """
     with _lock:
         before = torch.serialization.get_safe_globals()
@@ -153,7 +153,7 @@ def only_plain_values() -> Iterator[None]:
 def refusal(error: Exception) -> str | None:
     """Why torch.load refused a pickle's contents and what to do, to follow the file's name.
 
-    It is None if the file was broken.
+    The answer is None if the file was broken.
     """
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)

@@ -81,9 +81,9 @@ DEEPEST = 4  # of containers in one another
 def check_process(said: object, origin: object) -> None:
     """Raise ValueError if what a file says of its network is of another process than ours.
 
-    It may be a configuration, or something else. `said` is a dict, a Namespace, or a container of
-    them; `origin` is where it stands. Where it names one of PROCESSES other than the Gaussian one,
-    as our files do, that alone counts: the marks below are those of networks that are not Gaussian.
+    `said`, a configuration or something else, is a dict, a Namespace, or a container of them;
+    `origin` is where it stands. Where it names one of PROCESSES other than the Gaussian one, as our
+    files do, that alone counts: the marks below are those of networks that are not Gaussian.
     """
     entries = list(_entries(said))
     if any(_own(key, value) in PROCESSES.keys() - {GaussianProcess.name} for key, value in entries):

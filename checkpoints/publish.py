@@ -1,8 +1,8 @@
 """Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers.
 
-They are written and read. A pretrained folder has `model.safetensors`, `config.json` (DiT's
-arguments, class names under id2label) and a model card, `README.md`. Reading is
-checkpoints.load_weights' task; here are the hub's names, and what writes.
+A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under
+id2label) and a model card, `README.md`. Reading is checkpoints.load_weights' task; here are the
+hub's names, and what writes.
 """
 
 from collections.abc import Iterator

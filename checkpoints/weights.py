@@ -373,7 +373,7 @@ def clean_names(tensors: Tensors) -> Tensors:
 def save_weights(path: Path, weights: Weights) -> None:
     """Write Weights as a .safetensors file, whole or not at all.
 
-    Its metadata has the config, the process in it, and the classes. Raises OSError, with the
+    The file's metadata has the config, the process in it, and the classes. Raises OSError, with the
     reason, if it cannot be written.
     """
     config = weights.config and with_process(weights.config, weights.process)

@@ -56,7 +56,7 @@ def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
 def indices_of(text: str, names: dict[str, set[int]]) -> set[int]:
     """The indices of a name, or of those that are that name in another Unicode form.
 
-    The latter count where it is not there as it is written.
+    Another form counts where the name is not there as it is written.
     """
     if text in names or text.isascii():
         return set(names.get(text, ()))
@@ -85,7 +85,7 @@ def imagenet_names() -> list[str]:
 def readable(classes: list[str] | None) -> list[str] | None:
     """Class names for people.
 
-    Those of ImageNet's folders, such as n02099601, become words ("golden retriever").
+    Names of ImageNet's folders, such as n02099601, become words ("golden retriever").
     """
     if not classes or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return classes
@@ -99,7 +99,7 @@ def readable(classes: list[str] | None) -> list[str] | None:
 def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor:
     """A uniformly drawn label for each image index, int64 (N,).
 
-    It depends on (seed, index) alone.
+    Each label depends on (seed, index) alone.
     """
     return torch.tensor(
         [np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64

@@ -130,7 +130,7 @@ def find_damage(folder: Path | str, argument: str = "folder") -> list[str]:
 def checksums(manifest: dict) -> tuple[list, int]:
     """(CRC32 of each chunk of moments.npy, images of a chunk) by a manifest.
 
-    It is ([], 0) if the manifest has none.
+    Without checksums in the manifest: ([], 0).
     """
     sums, chunk = manifest.get("crc32"), manifest.get("chunk")
     return (sums, chunk) if isinstance(sums, list) and type(chunk) is int else ([], 0)

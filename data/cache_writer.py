@@ -205,7 +205,7 @@ def array_layout(plan: dict) -> tuple[bytes, int, int]:
 def make_array(path: Path, plan: dict) -> None:
     """Write an .npy file of the right size, empty as yet.
 
-    Its disk space is taken at once where the system can do that.
+    The disk space is taken at once where the system can do that.
     """
     header, size, _ = array_layout(plan)
     with open(path, "wb") as file:

@@ -75,8 +75,8 @@ class Extractor:
     ) -> tuple[int, int | None]:
         """How many features an image of size (width, height) has, and how many spatial ones.
 
-        The latter are None where there are none. Tries it on two images of noise. Raises ValueError
-        if it does not take them, gives something else than a row for each, or too much.
+        An image without spatial ones has None there. Tries it on two images of noise. Raises
+        ValueError if it does not take them, gives something else than a row for each, or too much.
         """
         width, height = size
         given = f"`{self.argument}` {self.name}"
@@ -151,10 +151,10 @@ def load_extractor(
 class Inception(torch.nn.Module):
     """The Inception network of 2015, tapped where ADM's evaluation suite taps it.
 
-    It is torch-fidelity's port from TensorFlow. features: the 2,048 averages before the classifier
-    (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch (here Mixed_6d) after its ReLU,
-    17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias. Raises
-    ValueError if path holds other weights.
+    The code is torch-fidelity's port from TensorFlow. features: the 2,048 averages before the
+    classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch (here Mixed_6d) after
+    its ReLU, 17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias.
+    Raises ValueError if path holds other weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -190,7 +190,7 @@ class Inception(torch.nn.Module):
 def fetch_inception() -> Path:
     """The path of torch-fidelity's Inception weights in torch's own cache.
 
-    They are fetched if they are not there. Raises ValueError if the file cannot be had.
+    Missing weights are fetched. Raises ValueError if the file cannot be had.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -243,9 +243,9 @@ def timm_classifier(
 ) -> Callable[[Tensor], Rows]:
     """A timm classifier with the config.json that timm wrote beside it.
 
-    It gives its features before the classifier, and its logits. Images are brought to its input
-    size and normalised as config.json says. Nothing that config.json names is fetched or loaded
-    beside it. Raises ValueError if they do not fit together.
+    The network gives the features before its classifier, and its logits. Images are brought to its
+    input size and normalised as config.json says. Nothing that config.json names is fetched or
+    loaded beside it. Raises ValueError if they do not fit together.
     """
     try:
         config, tensors = read_json(path.parent / "config.json"), load_file(path)

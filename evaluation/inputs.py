@@ -141,8 +141,8 @@ def summarize_reference(
 ) -> tuple[Summary | None, str | None]:  # fmt: skip
     """(the Summary of a reference, the hash of its images or None) in the first process.
 
-    It is (None, None) elsewhere. Statistics that stand in its file come before those of its images;
-    of a folder's images, MANIFOLD_IMAGES are kept for precision and recall. Raises ValueError if an
+    Elsewhere: (None, None). Statistics that stand in its file come before those of its images; of a
+    folder's images, MANIFOLD_IMAGES are kept for precision and recall. Raises ValueError if an
     image is damaged or features are not finite.
     """
     images, stored = reference.images, (reference.statistics, reference.spatial)

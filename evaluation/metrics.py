@@ -80,9 +80,9 @@ class Moments:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The Fréchet distance of two Gaussians with these Statistics, at least 0.
 
-    It is |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2·(Σ₁Σ₂)^½). Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ the last
-    trace is the sum of the singular values of R₁ᵀR₂, which holds for covariances without full rank
-    as well; no term is added to their diagonals.
+    The distance is |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2·(Σ₁Σ₂)^½). Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ
+    the last trace is the sum of the singular values of R₁ᵀR₂, which holds for covariances without
+    full rank as well; no term is added to their diagonals.
     """
     product = _root(a.covariance).T @ _root(b.covariance)  # (rank of a, rank of b)
     overlap = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0

@@ -42,7 +42,7 @@ class Means(NamedTuple):
     def summarize_samples(self, samples: EvaluationInput) -> tuple[Summary | None, str | None]:
         """(the Summary of samples with logits, the hash of their pixels) in the first process.
 
-        It is (None, None) elsewhere. Raises ValueError if an image is damaged or features are not
+        Elsewhere: (None, None). Raises ValueError if an image is damaged or features are not
         finite.
         """
         assert samples.images is not None  # check_samples looks at that

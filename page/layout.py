@@ -94,7 +94,7 @@ def page_theme() -> "gradio.themes.Default":
 def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
     """The inputs in the order of `answer`, and the button.
 
-    They are in the part of the page that is being built.
+    All are in the part of the page that is being built.
     """
     network = sampler.network
     total, has_classes, guidable = (

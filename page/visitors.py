@@ -132,7 +132,7 @@ class Visitors:
 class Gate:
     """ASGI middleware that passes on what the page needs and refuses everything else.
 
-    It tells Visitors who is there.
+    Visitors hears from it who is there.
     """
 
     def __init__(self, app: Any, visitors: Visitors, function: int, inputs: int) -> None:

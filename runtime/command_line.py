@@ -167,7 +167,7 @@ class Parser(argparse.ArgumentParser):
     def fail(self, message: str) -> NoReturn:
         """Print the message, worded and in one line, and leave the program with code 1.
 
-        It is for what fails once the work has begun.
+        This is for what fails once the work has begun.
         """
         self.exit(1, f"{self.prog}: error: {one_line(self.worded(message))}\n")
 
@@ -269,7 +269,7 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
 def why_lost(error: Exception) -> str | None:
     """That a loader's worker or another process of the job is no more, if torch's error says so.
 
-    It is None for other errors.
+    Other errors give None.
     """
     text = str(error)
     first = text.splitlines()[0].rstrip(" .")[:200] if text else ""

@@ -58,7 +58,7 @@ def file_hash(path: Path | str) -> str:
 def hidden_name(path: Path, suffix: str) -> Path:
     """A hidden name in the folder of `path`: its own with this suffix.
 
-    Its own is cut if only the suffix makes it too long.
+    The file's own name is cut if only the suffix makes the new one too long.
     """
     name = path.name
     if len(os.fsencode(name)) <= LONGEST_NAME:

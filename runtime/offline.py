@@ -13,7 +13,7 @@ CONNECTION = {
 def why_offline(error: BaseException) -> str | None:
     """That there is no network, in words, if an error or what caused it says so.
 
-    It is None for other errors.
+    Other errors give None.
     """
     kinds = list(_causes(error))
     if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in kinds):

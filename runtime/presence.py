@@ -112,7 +112,7 @@ class Presence:
 def lock(file: int | BinaryIO) -> bool:
     """Whether this process could take the lock of an open file.
 
-    It holds the lock until the file is closed. Raises OSError where there are no locks.
+    The lock is held until the file is closed. Raises OSError where there are no locks.
     """
     try:
         import fcntl  # which Windows lacks

@@ -89,7 +89,7 @@ def _whole(text):
 def lone_task_note() -> str | None:
     """What to say if SLURM has several tasks for this job and nothing but this process was started.
 
-    It is None otherwise.
+    Otherwise the answer is None.
     """
     tasks = _whole(os.environ.get("SLURM_NTASKS", ""))
     if tasks < 2 or os.environ.get("WORLD_SIZE", "").strip():
@@ -104,8 +104,8 @@ def lone_task_note() -> str | None:
 def check_accelerate(**own: object) -> None:
     """Raise ValueError if `accelerate launch` asks for what the script does not do.
 
-    It is also raised for what the script's own flags are to ask for. `own` are the values of these
-    flags by name, such as mixed_precision="bf16".
+    What the script's own flags are to ask for is refused, too. `own` are the values of these flags
+    by name, such as mixed_precision="bf16".
     """
     for name, what in ACCELERATE_SWITCHES.items():
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):

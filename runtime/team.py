@@ -56,7 +56,7 @@ def make_accelerator(
 def once(accelerator: Accelerator, function: Callable, *args: Any) -> Any:
     """What function(*args) returns in the main process, in every process.
 
-    Its ValueError is raised in every process.
+    The function's ValueError is raised in every process.
     """
     from accelerate.utils import broadcast_object_list
 

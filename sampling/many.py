@@ -147,7 +147,7 @@ def npz_of(folder: Path) -> Path:
 def stamps(checkpoint: Path, vae: str) -> list[tuple[int, int, int]]:
     """What changes when the checkpoint, or a file of a local autoencoder, is replaced.
 
-    It also changes when such a file is written to.
+    Writing to such a file changes it, too.
     """
     paths = [checkpoint, *sorted(Path(vae).glob("*"))]
     found = [os.stat(path) for path in paths if path.exists()]

@@ -155,7 +155,7 @@ def moments(steps: int, path: Path | str) -> list[int]:
 def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:
     """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts.
 
-    Each image has a row, its last frame named.
+    An image has a row, whose last frame is named.
     """
     times = [f"t = {t}" for t, _ in frames[:-1]]
     rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)

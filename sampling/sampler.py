@@ -140,7 +140,7 @@ class Sampler:
     def numbered_latents(self, seed: int, indices: Sequence[int], labels: Tensor) -> Tensor:
         """Latents (N, C, *space) of the images with these indices.
 
-        Each depends on (seed, index) and its label alone.
+        An image depends on (seed, index) and its label alone.
         """
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
@@ -195,8 +195,8 @@ def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVER
 class ImageNoise:
     """Normal noise in which image i of the run depends on (seed, i) alone.
 
-    It is a noise_fn for the steps and loops. Called with x (N, ...), or with a doubled batch (2N,
-    ...), it returns the N images' next draws, twice if doubled.
+    The object is a noise_fn for the steps and loops. Called with x (N, ...), or with a doubled
+    batch (2N, ...), it returns the N images' next draws, twice if doubled.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str) -> None:

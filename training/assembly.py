@@ -312,7 +312,7 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
 def check_whole_run(contents: dict, origin: str) -> None:
     """Raise ValueError unless a checkpoint has all parts that a run goes on from.
 
-    It must have learned the process that this code trains.
+    The checkpoint must have learned the process that this code trains.
     """
     kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]

@@ -46,7 +46,7 @@ def kept(config: dict, bf16: bool, grad_checkpointing: bool) -> tuple[int, int]:
 def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpointing: bool) -> int:
     """Bytes that a forward pass in training keeps for the backward pass.
 
-    They are counted on tensors without contents.
+    The bytes are counted on tensors without contents.
     """
     kept: dict[int, torch.Tensor] = {}
     with FakeTensorMode():
@@ -71,8 +71,8 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
 def training_flops(config: dict) -> int:
     """Floating-point operations (2 per multiply-add) that training on one latent takes.
 
-    They are those of the forward pass, and twice as many backward. Counted on the network with this
-    configuration; what gradient checkpointing computes again is not in it.
+    The forward pass is counted, and twice as much for the backward pass. Counted on the network
+    with this configuration; what gradient checkpointing computes again is not in it.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = DiT(**config)

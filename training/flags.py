@@ -14,7 +14,7 @@ Add = Callable[..., None]  # adds a flag, as an argparse.ArgumentParser's add_ar
 def build_parser(description: str | None = None) -> Parser:
     """The parser of train.py's command line.
 
-    Its usage is one line, so that an error is not buried below it.
+    The usage is one line, so that no error is buried below it.
     """
     parser = Parser(
         "train.py", description=description,

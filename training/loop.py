@@ -85,7 +85,7 @@ def one_step(
 ) -> dict[str, float]:
     """train_step's report of a step on this process's share of a batch.
 
-    It says what any process asks for: to stop, or to save.
+    The report says what any process asks for: to stop, or to save.
     """
     options, accelerator, state = job.options, job.accelerator, job.state
     device, minutes = accelerator.device, options.ckpt_minutes

@@ -1,6 +1,6 @@
 """What a training run is asked for: its options, and which of them decide what it learns.
 
-Each default stands here.
+The defaults stand here.
 """
 
 from collections.abc import Collection
@@ -114,7 +114,7 @@ class TrainOptions:
     def recorded(self) -> dict[str, Any]:
         """The options as run.json, log.txt and checkpoints have them under "args".
 
-        It is {name: value}, in order, sequences as lists.
+        The dict is {name: value}, in order, sequences as lists.
         """
         return {name: _in_a_file(value) for name, value in vars(self).items()}
 

@@ -78,7 +78,7 @@ def as_text(value: float | None) -> str:
 class Skipped:
     """The unreadable images that were skipped.
 
-    They are those met `here`, by this process, and those reported so far, by any.
+    Some were met `here`, by this process, and some reported so far, by any.
     """
 
     def __init__(self, log: RunLog) -> None:

@@ -26,7 +26,7 @@ from training.run_record import (
 class Start(NamedTuple):
     """Where a run starts, and why.
 
-    It has the checkpoint to take up (None: from step 0), and the folder (None: a new one).
+    A start has a checkpoint to take up (None: from step 0), and a folder (None: a new one).
     """
 
     why: str
@@ -144,7 +144,7 @@ def check_tells(folder: Path, options: TrainOptions, data: Data) -> None:
 def decided_the_same(checkpoint: Path, options: TrainOptions) -> bool | None:
     """Whether a checkpoint says that its run had these deciding options, paths aside.
 
-    It is None if the checkpoint says nothing.
+    The answer is None if the checkpoint says nothing.
     """
     try:
         theirs = read_checkpoint(checkpoint, mmap=True).get("args")

@@ -105,7 +105,7 @@ class RunLog:
 class Meter:
     """Steps, and the seconds that they took, since the last log line in this process.
 
-    It also has when the process `saved` last.
+    The object also knows when the process `saved` last.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ def has_row(folder: Path, step: int, name: str) -> bool:
 def whole_rows(path: Path) -> Iterator[tuple[dict, str]]:
     """(row, its line) of each whole line of a file of JSON lines.
 
-    Such a line is a dict with a number as "step".
+    A whole line is a dict with a number as "step".
     """
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with suppress(ValueError, RecursionError):

@@ -1,6 +1,6 @@
 """How good a network's samples are while it trains: the same scores as evaluate.py.
 
-They are of the moving average's weights.
+The samples are drawn with the moving average's weights.
 """
 
 from collections.abc import Callable

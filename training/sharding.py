@@ -14,7 +14,7 @@ from models import DiT
 def shard_network(network: DiT, device_type: str, processes: int) -> DiT:
     """The network, its tensors now split over the processes.
 
-    Each block is put together when it is its turn.
+    A block is put together when its turn comes.
     """
     mesh = init_device_mesh(device_type, (processes,))
     for block in network.blocks:
@@ -49,7 +49,7 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 def unsharded(contents: Any, keep: bool = True) -> Any:
     """A tree of dicts and lists with every split tensor put together, on the CPU.
 
-    It is None in a process that does not keep it.
+    A process that does not keep the tree gets None.
     """
     if isinstance(contents, dict):
         return {key: unsharded(value, keep) for key, value in contents.items()}

@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0.
 
-        It is constant after a linear rise over warmup_steps.
+        The rate is constant after a linear rise over warmup_steps.
         """
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
@@ -132,9 +132,9 @@ class TrainState:
     def load_checkpoint(self, contents: dict) -> None:
         """Take up network, averages, optimizer, step and log window from a checkpoint's dict.
 
-        Its `emas` has every average. The recipe stays as it is. An average of a decay that the
-        checkpoint lacks goes on from its `ema`. Raises ValueError if the process is another one, or
-        the optimizer's part is not of this network.
+        The dict's `emas` has every average. The recipe stays as it is. An average of a decay that
+        the checkpoint lacks goes on from its `ema`. Raises ValueError if the process is another
+        one, or the optimizer's part is not of this network.
         """
         learned = process_of(self.network, process_in(contents.get("config"))).config
         if learned != self.process.config:
@@ -185,7 +185,7 @@ class TrainState:
     def _check_moments(self, step, log):
         """Raise ValueError unless AdamW has moments of every parameter.
 
-        It must have counted the good ones of so many steps.
+        AdamW must have counted the good ones of so many steps.
         """
         parameters = [p for group in self.opt.param_groups for p in group["params"]]
         good = step - log.get("bad_steps", 0)

@@ -22,7 +22,7 @@ from training.state import FLAGS, TrainState
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples.
 
-    They are t (n,), drop (n,), and two noises (n, C, *space).
+    The numbers are t (n,), drop (n,), and two noises (n, C, *space).
     """
 
     t: Tensor
@@ -139,9 +139,9 @@ def backward(
 def warm_up(state: TrainState, latents: Tensor) -> None:
     """Run the model forward and back once, and leave nothing behind.
 
-    It is run on as many latents (n, C, *space) as a process has. DistributedDataParallel fixes its
-    summing order during the first backward pass, which itself sums differently. After this one all
-    steps sum alike, also the first after a restart.
+    The model gets as many latents (n, C, *space) as a process has. DistributedDataParallel fixes
+    its summing order during the first backward pass, which itself sums differently. After this one
+    all steps sum alike, also the first after a restart.
     """
     count, device = len(latents), latents.device
     values = condition_of(state.network).blank(count, device)
