@@ -1,5 +1,4 @@
-"""A page in the browser for sampling: choose classes, guidance and solver, and watch the images
-come about.
+"""A page for sampling: choose classes, guidance and solver, and watch the images come about.
 
     python app.py                     # the digits of examples/digits, with nothing to download
     python app.py --ckpt released     # the released XL/2, ImageNet at 256 pixels, names to search
@@ -99,8 +98,9 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within it, in the main thread, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, once,
-    with 128 + the number.
+    """Within it, Ctrl-C, SIGTERM and a closed terminal raise SystemExit, with 128 + the number.
+
+    The exception is raised once, and in the main thread.
     """
     handled = [
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -128,10 +128,9 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def private_folder() -> Iterator[str]:
-    """A new folder for the page's pictures that this user alone can read, gone afterwards; Gradio
-    is told of it.
+    """A new folder for the page's pictures that this user alone can read, gone afterwards.
 
-    Raises ValueError if there is no place for one.
+    Gradio is told of it. Raises ValueError if there is no place for one.
     """
     before = os.environ.get("GRADIO_TEMP_DIR")
     try:
@@ -201,8 +200,9 @@ def choose_network(args: argparse.Namespace, given: Collection[str]) -> NetworkC
 
 
 def picture_settings(args: argparse.Namespace, choice: NetworkChoice, vae: str) -> dict[str, Any]:
-    """What a picture depends on beside a visitor's choices, to be written into it; not where files
-    lie on this machine.
+    """What a picture depends on beside a visitor's choices, to be written into it.
+
+    Where files lie on this machine is not in it.
     """
     flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
     names = {"ckpt": Path(choice.ckpt or RELEASED).name, "vae": Path(vae).name}
@@ -282,8 +282,9 @@ def served(
 
 
 def ask_directly(host: str) -> None:
-    """Have this process reach itself without the proxy that the environment may name: Gradio asks
-    whether its server is up.
+    """Have this process reach itself without the proxy that the environment may name.
+
+    Gradio asks whether its server is up.
     """
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(

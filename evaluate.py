@@ -1,5 +1,4 @@
-"""Score samples against a reference: FID, sFID, Inception Score, precision and recall, in the
-conventions of ADM's suite.
+"""Score samples against a reference: FID, sFID, Inception Score, precision and recall.
 
     python evaluate.py --samples samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 evaluate.py --samples samples/NAME --reference imagenet256.npz
@@ -8,8 +7,8 @@ conventions of ADM's suite.
     python evaluate.py --make-reference imagenet/train --image-size 256 --output imagenet256.npz
 
 Samples are a folder of images or an .npz with `arr_0`; a reference may also be an .npz with mu and
-sigma, as ADM's are. The scores are printed as JSON, with hashes of both sides; what to know about
-them goes to the error output.
+sigma, as ADM's are. The scores follow the conventions of ADM's suite, and are printed as JSON, with
+hashes of both sides; what to know about them goes to the error output.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt

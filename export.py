@@ -1,5 +1,4 @@
-"""Write a checkpoint in a form that others read: a folder for the Hugging Face hub, a pipeline of
-diffusers, or one file.
+"""Write a checkpoint as a folder for the Hugging Face hub, a pipeline of diffusers, or one file.
 
     python export.py --ckpt results/000-DiT-XL-2 --output my-dit    # for the hub, with model card
     python export.py --ckpt results/000-DiT-XL-2 --format diffusers --output my-pipeline

@@ -1,5 +1,4 @@
-"""Entry points of torch.hub: each network, its released weights if there are any, and a sampler of
-digits.
+"""Entry points of torch.hub: the networks, their released weights, and a sampler of digits.
 
     network = torch.hub.load("OWNER/REPO", "DiT_S_2")                     # random weights
     network = torch.hub.load("OWNER/REPO", "DiT_XL_2", pretrained=True)   # released, 256 pixels
@@ -114,13 +113,13 @@ globals().update({entry.__name__: entry for entry in map(_entry, _DiT_models)})
 
 
 def digits_sampler(steps: int = 50, cfg_scale: float = 1.5, **options: _Any) -> "Sampler":
-    """A sampler of handwritten digits, 32 pixels, from weights in the repository: nothing is
-    fetched.
+    """A sampler of handwritten digits, 32 pixels, from weights in the repository.
 
-    `sampler.images([3, 1, 4], seed=0)` is a uint8 array (N, 32, 32, 3). `steps` is the number of
-    sampling steps, `cfg_scale` the scale of guidance (1: none). `options` are those of
-    sampling.load_sampler, such as device (default: the GPU if there is one). Raises ValueError for
-    options that do not fit together, ImportError for a module of another project in the way.
+    Nothing is fetched. `sampler.images([3, 1, 4], seed=0)` is a uint8 array (N, 32, 32, 3). `steps`
+    is the number of sampling steps, `cfg_scale` the scale of guidance (1: none). `options` are
+    those of sampling.load_sampler, such as device (default: the GPU if there is one). Raises
+    ValueError for options that do not fit together, ImportError for a module of another project in
+    the way.
     """
     with _own_modules(TAKEN):
         from sampling import load_sampler

@@ -99,9 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_output(flag: str, path: str) -> None:
-    """Raise ValueError unless a picture can be written at path, in the format that its ending
-    names.
-    """
+    """Raise ValueError unless a picture can be written at path, in the format of its ending."""
     try:
         check_writable(path)
         ending(path)

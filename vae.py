@@ -25,8 +25,9 @@ from runtime.offline import cache_of_the_hub, why_offline
 
 
 class LatentShape(NamedTuple):
-    """What a network must know of a latent space: its channels, and the pixels per latent along
-    each side.
+    """What a network must know of a latent space: its channels, and the pixels per latent.
+
+    Pixels per latent are counted along each side.
     """
 
     channels: int
@@ -75,10 +76,10 @@ PIXELS_AT_ONCE = 8 * 256 * 256
 
 
 def latent_shape(name: str) -> LatentShape:
-    """The LatentShape of a VAE, its weights not loaded: "ema", "mse", "none" (pixels), a local
-    folder, or a hub id.
+    """The LatentShape of a VAE, its weights not loaded.
 
-    Raises ValueError if there is no such VAE.
+    The VAE is "ema", "mse", "none" (pixels), a local folder, or a hub id. Raises ValueError if
+    there is no such VAE.
     """
     if name == "none":
         return PIXELS
@@ -136,8 +137,9 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
 
 @contextmanager
 def _as_diffusers_reads_it(name):
-    """The name itself; of a folder whose config.json begins with a byte order mark, which diffusers
-    refuses, that of a copy.
+    """The name itself, or that of a copy without a byte order mark.
+
+    diffusers refuses a folder whose config.json begins with such a mark.
     """
     if not _is_folder(name):
         yield name
@@ -161,8 +163,9 @@ def _is_folder(name):
 
 
 def vae_hashes(name: str) -> dict[str, str]:
-    """File name → SHA-256 for a VAE in a local folder; nothing for others, whose names say what
-    they are.
+    """File name → SHA-256 for a VAE in a local folder.
+
+    For others, whose names say what they are, there is nothing in it.
     """
     files = [path for path in sorted(Path(name).glob("*")) if path.is_file()]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -191,8 +194,9 @@ def _cannot_load(name, error):
 
 
 def _checked(config):
-    """A configuration of an AutoencoderKL whose entries are of their kinds and of sizes that exist;
-    else ValueError.
+    """A configuration of an AutoencoderKL whose entries are of their kinds and of sizes that exist.
+
+    Raises ValueError for another.
     """
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
@@ -239,10 +243,10 @@ def _shape_of(config):
 
 
 class LatentSpace:
-    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents: z = (latent -
-    shift)·scale.
+    """A diffusers AutoencoderKL as an encoder and decoder of scaled latents.
 
-    Without the autoencoder, it still draws from moments that were computed before.
+    Scaled latents are z = (latent - shift)·scale. Without the autoencoder, the space still draws
+    from moments that were computed before.
     """
 
     clip_denoised = False  # latents have no range to clip predictions to
@@ -255,8 +259,9 @@ class LatentSpace:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled, both (N,
-        C, h, w).
+        """Mean and standard deviation of the posterior of images (N, 3, H, W), unscaled.
+
+        Mean and deviation are (N, C, h, w).
         """
         assert self.autoencoder is not None  # whoever has stored moments does not ask for them
         posteriors = [
@@ -265,21 +270,18 @@ class LatentSpace:
         return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
     def draw(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """A latent (N, C, h, w) from the posterior with these moments, scaled as the network sees
-        it.
-        """
+        """A scaled latent (N, C, h, w) from the posterior with these moments."""
         return (mean + std * noise - self.shift) * self.scale
 
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] and standard normal noise (N, C, h, w) → scaled latents
-        (N, C, h, w).
-        """
+        """Images (N, 3, H, W) in [-1, 1] and normal noise → scaled latents, both (N, C, h, w)."""
         return self.draw(*self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1], a fixed number of
-        pixels at a time.
+        """Scaled latents (N, C, h, w) → images (N, 3, H, W), about in [-1, 1].
+
+        A fixed number of pixels is decoded at a time.
         """
         assert self.autoencoder is not None
         latents = latents / self.scale + self.shift

@@ -39,8 +39,9 @@ class NetworkChoice:
         check_numbers(self, num_classes=CLASSES)
 
     def sizes(self) -> tuple[str, int, int]:
-        """(model, image size in pixels, number of classes): those that are given, else MODEL,
-        IMAGE_SIZE and NUM_CLASSES.
+        """(model, image size in pixels, number of classes), by default those of the constants.
+
+        The constants are MODEL, IMAGE_SIZE and NUM_CLASSES.
         """
         return (
             MODEL if self.model is None else self.model,

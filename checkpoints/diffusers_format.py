@@ -58,11 +58,10 @@ def is_diffusers(config: dict) -> bool:
 
 
 def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
-    """DiTTransformer2DModel's arguments for DiT's, under OWN DiT's themselves; null_label is the
-    null class's row there.
+    """DiTTransformer2DModel's arguments for DiT's, and under OWN DiT's themselves.
 
-    Raises ValueError, with the reason, for a network that diffusers' class or its pipeline cannot
-    be.
+    null_label is the null class's row there. Raises ValueError, with the reason, for a network that
+    diffusers' class or its pipeline cannot be.
     """
     c = config
     reasons = {
@@ -93,8 +92,9 @@ def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
 
 
 def to_diffusers(tensors: Tensors, config: dict, null_label: int = NULL_LABEL) -> Tensors:
-    """The state dict of diffusers' network for that of a DiT with this configuration; null_label as
-    in config_to_diffusers.
+    """The state dict of diffusers' network for that of a DiT with this configuration.
+
+    null_label is as in config_to_diffusers.
     """
     null, own_table = config["num_classes"], tensors[LABEL_TABLE]
     # (1001, D), zero where there is no class

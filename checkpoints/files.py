@@ -15,11 +15,10 @@ from runtime.json_files import parse_json
 
 
 def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
-    """The dict in a file that torch.save wrote, tensors on the CPU; with mmap they are read when
-    they are used.
+    """The dict in a file that torch.save wrote, tensors on the CPU.
 
-    Raises ValueError if the file is cut short or no such file, holds something else, or wants to
-    run code.
+    With mmap they are read when they are used. Raises ValueError if the file is cut short or no
+    such file, holds something else, or wants to run code.
     """
     try:
         with plain_pickle.only_plain_values(), readable_name(path) as name:
@@ -41,8 +40,7 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict:
 
 
 def check_whole(path: Path | str) -> None:
-    """Raise ValueError unless every part of a checkpoint file has the checksum that it was written
-    with.
+    """Raise ValueError unless every part of a checkpoint file has the checksum that it was given.
 
     torch.load does not look at them: it takes a file in which a bit has changed. Raises OSError if
     the file cannot be read, which says nothing of what is in it.
@@ -102,8 +100,7 @@ def _read_safetensors(path):
 
 
 def save_checkpoint(path: Path | str, contents: dict) -> None:
-    """Write a dict for torch.save so that `path` either is whole or does not exist, also after a
-    crash.
+    """Write a dict with torch.save; after a crash, too, `path` is whole or does not exist.
 
     Raises OSError, with the reason, if it cannot be written.
     """
@@ -138,9 +135,7 @@ def newest_checkpoint(run_folder: Path | str) -> Path:
 
 
 def newest_whole_checkpoint(run_folder: Path | str) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint of a run folder that is not damaged, else None; what is wrong with
-    each newer one).
-    """
+    """(newest undamaged checkpoint of a run folder or None, what is wrong with each newer one)."""
     complaints: list[str] = []
     for path in reversed(list_checkpoints(run_folder)):
         try:

@@ -19,8 +19,9 @@ FLOATS = (
 
 
 def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None:
-    """Raise ValueError, naming keys and shapes, unless the state dict `tensors` from file `origin`
-    fits the network.
+    """Raise ValueError, naming keys and shapes, unless a state dict fits the network.
+
+    `tensors` is the state dict, `origin` the file that it comes from.
     """
     want = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -66,8 +67,9 @@ def design_of(tensors: Tensors) -> str:
 
 
 def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
-    """Raise ValueError if the state dict `tensors` from file `origin` has blocks of another design
-    than the network.
+    """Raise ValueError if a state dict has blocks of another design than the network.
+
+    `tensors` is the state dict, `origin` the file that it comes from.
     """
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
@@ -80,13 +82,12 @@ def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
 def adapt(
     weights: Weights, network: DiT, labels: str | dict[int, int], origin: Path | str
 ) -> Tensors:
-    """The tensors of Weights made to fit a network of another image size or of other classes, to
-    train it further.
+    """The tensors of Weights, made to fit a network of another image size or other classes.
 
-    The position table is the network's own, for it is a function of the size. labels: "keep" the
-    label table, for as many classes; "drop" it and keep the network's own, but for the null class;
-    or {index: index in the Weights} of those to take over. Raises ValueError if anything else does
-    not fit.
+    The network is then trained further. The position table is the network's own, for it is a
+    function of the size. labels: "keep" the label table, for as many classes; "drop" it and keep
+    the network's own, but for the null class; or {index: index in the Weights} of those to take
+    over. Raises ValueError if anything else does not fit.
     """
     check_design(network, weights.tensors, origin)
     own = network.state_dict()
@@ -115,10 +116,10 @@ def adapt(
 def read_label_map(
     path: Path | str, classes: tuple[list[str] | None, int], weights: Weights
 ) -> dict[int, int]:
-    """{index: index in the Weights} from a JSON file {label: label there}: labels as
-    labels.label_index takes them.
+    """{index: index in the Weights} from a JSON file {label: label there}.
 
-    Raises ValueError, naming the label, for one that does not exist or may mean several.
+    Labels are as labels.label_index takes them. Raises ValueError, naming the label, for one that
+    does not exist or may mean several.
     """
     try:
         pairs = read_json(Path(path))

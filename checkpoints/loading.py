@@ -60,11 +60,10 @@ def load_pretrained(
 
 
 def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
-    """(network, class names or None) of a DiT in diffusers' format: a pipeline's folder, its
-    transformer/, or OWNER/NAME.
+    """(network, class names or None) of a DiT in diffusers' format.
 
-    Its autoencoder is the folder's vae/. Raises ValueError if it is none, or its blocks have
-    embedders of their own.
+    The DiT is a pipeline's folder, its transformer/, or OWNER/NAME. Its autoencoder is the folder's
+    vae/. Raises ValueError if it is none, or its blocks have embedders of their own.
     """
     file = weights_file(local_path(folder)).with_name("config.json")
     if not file.is_file() or not is_diffusers(read_json(file)):
@@ -162,7 +161,8 @@ def _check_choice(choice, network, shape, origin):
 
 
 def class_names(choice: NetworkChoice, weights: Weights) -> list[str] | None:
-    """The class names that a checkpoint has; the released ones do not say that they have
-    ImageNet's. None if unknown.
+    """The class names that a checkpoint has, None if unknown.
+
+    The released ones do not say that they have ImageNet's.
     """
     return weights.classes or (imagenet_names() if choice.ckpt is None else None)

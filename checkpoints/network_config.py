@@ -1,5 +1,4 @@
-"""DiT's arguments as files have them: of which kinds they must be, and that a state dict has such
-sizes.
+"""DiT's arguments as files have them: their kinds, and whether a state dict has such sizes.
 
 Both are looked at before a network is built, so that nonsense in a file costs neither memory nor
 time.
@@ -55,8 +54,9 @@ def with_process(arguments: dict, process: dict | None) -> dict:
 
 
 def check_kind(key: str, value: object, kind: type) -> None:
-    """Raise ValueError, naming the key, unless a value is of a kind of KINDS; true is no number,
-    and 28.0 no whole one.
+    """Raise ValueError, naming the key, unless a value is of a kind of KINDS.
+
+    true is no number, and 28.0 no whole one.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = type(value) is kind
@@ -78,10 +78,10 @@ def shown(value: object) -> str:
 
 
 def check_outline(config: dict, tensors: Tensors) -> None:
-    """Raise ValueError, naming the key, if these arguments of DiT ask for far more than a state
-    dict holds.
+    """Raise ValueError, naming the key, if arguments ask for far more than a state dict holds.
 
-    What is left to say about sizes is said by DiT, and once it is built, by checkpoints.check_fits.
+    The arguments are DiT's. What is left to say about sizes is said by DiT, and once it is built,
+    by checkpoints.check_fits.
     """
     full, blocks = ARGUMENTS | config, len(tensors)
     room = max(ROOM, sum(tensor.numel() for tensor in tensors.values()))

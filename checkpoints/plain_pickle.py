@@ -1,10 +1,10 @@
-"""What a file of torch.save may hold beside tensors, by name, and the plain value that each
-becomes; no code ever runs.
+"""What a file of torch.save may hold beside tensors, and the plain value that each becomes.
 
-torch.load(weights_only=True) reads tensors and plain containers. Training scripts also store
-numbers of NumPy, paths, dates and the like. Such a name stands here for a function of ours that
-makes a plain value of it, or `Unread` if nobody needs the value: neither the library that wrote it
-nor anything else that the file names is called. Every other name is refused.
+Contents are told by name, and no code ever runs. torch.load(weights_only=True) reads tensors and
+plain containers. Training scripts also store numbers of NumPy, paths, dates and the like. Such a
+name stands here for a function of ours that makes a plain value of it, or `Unread` if nobody needs
+the value: neither the library that wrote it nor anything else that the file names is called. Every
+other name is refused.
 """
 
 import argparse
@@ -24,8 +24,9 @@ NUMBER = re.compile(r"b1|[iuf][1248]|c(8|16)")  # NumPy's codes of plain numbers
 
 
 class Unread:
-    """An object beside the weights whose value nobody needs; takes whatever a pickle gives it, and
-    keeps nothing.
+    """An object beside the weights whose value nobody needs.
+
+    Whatever a pickle gives to this object is taken, and nothing is kept.
     """
 
     def __new__(cls, *args: object) -> "Unread":
@@ -66,8 +67,9 @@ def path_text(*parts: object) -> str:
 
 
 def empty_dict(*factory: object) -> dict:
-    """The dict that stands for a defaultdict, to be filled by the pickle; its factory is never
-    called.
+    """The dict that stands for a defaultdict, to be filled by the pickle.
+
+    The defaultdict's factory is never called.
     """
     return {}
 
@@ -130,8 +132,9 @@ _lock = threading.Lock()  # torch keeps one list for all threads
 
 @contextmanager
 def only_plain_values() -> Iterator[None]:
-    """Within it, torch.load(weights_only=True) takes the names of STAND_INS beside its own, and no
-    others.
+    """Within it, torch.load(weights_only=True) takes the names of STAND_INS beside its own.
+
+    Other names are refused.
     """
     with _lock:
         before = torch.serialization.get_safe_globals()
@@ -148,8 +151,9 @@ def only_plain_values() -> Iterator[None]:
 
 
 def refusal(error: Exception) -> str | None:
-    """Why torch.load refused a pickle's contents and what to do, to follow the file's name; None if
-    it was broken.
+    """Why torch.load refused a pickle's contents and what to do, to follow the file's name.
+
+    The answer is None if the file was broken.
     """
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)

@@ -79,12 +79,11 @@ DEEPEST = 4  # of containers in one another
 
 
 def check_process(said: object, origin: object) -> None:
-    """Raise ValueError if a configuration, or what else a file says of its network, is of another
-    process than this project's.
+    """Raise ValueError if what a file says of its network is of another process than ours.
 
-    `said` is a dict, a Namespace, or a container of them; `origin` is where it stands. Where it
-    names one of PROCESSES other than the Gaussian one, as our files do, that alone counts: the
-    marks below are those of networks that are not Gaussian.
+    `said`, a configuration or something else, is a dict, a Namespace, or a container of them;
+    `origin` is where it stands. Where it names one of PROCESSES other than the Gaussian one, as our
+    files do, that alone counts: the marks below are those of networks that are not Gaussian.
     """
     entries = list(_entries(said))
     if any(_own(key, value) in PROCESSES.keys() - {GaussianProcess.name} for key, value in entries):
@@ -145,8 +144,9 @@ def _are_ours(value):
 
 
 def _entries(said: Any, depth: int = 0, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(key in small letters and without what stands before a dot, value) of each entry, also of
-    those inside.
+    """(key in small letters and without what stands before a dot, value) of each entry.
+
+    Entries inside of others are among them.
     """
     if isinstance(said, Namespace):
         said = vars(said)

@@ -1,5 +1,4 @@
-"""Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers, both
-ways.
+"""Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers.
 
 A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under
 id2label) and a model card, `README.md`. Reading is checkpoints.load_weights' task; here are the
@@ -115,12 +114,11 @@ def save_pretrained(
 def export_diffusers(
     network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None
 ) -> None:
-    """Write a network and the LatentSpace behind which it was trained as a pipeline of diffusers,
-    with a DDIM scheduler.
+    """Write a network and its LatentSpace as a pipeline of diffusers, with a DDIM scheduler.
 
-    `load_exported` loads it and gives our numbers; DiTPipeline.from_pretrained loads it as well,
-    and is a little off (see there). Raises ValueError for a network or space that diffusers'
-    pipeline cannot have, and as save_pretrained.
+    The network was trained behind that space. `load_exported` loads it and gives our numbers;
+    DiTPipeline.from_pretrained loads it as well, and is a little off (see there). Raises ValueError
+    for a network or space that diffusers' pipeline cannot have, and as save_pretrained.
     """
     if not isinstance(space, LatentSpace):
         raise ValueError(

@@ -32,10 +32,10 @@ DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota of this
 
 
 def find_model(model_name: str) -> dict[str, Tensor]:
-    """The state dict (EMA where there is one) of a released checkpoint, fetched if need be, or of a
-    local file.
+    """The state dict (EMA where there is one) of a released checkpoint or of a local file.
 
-    Raises ValueError if it cannot be had, or is no checkpoint.
+    A released one is fetched if need be. Raises ValueError if it cannot be had, or is no
+    checkpoint.
     """
     return load_weights(
         download_model(model_name) if model_name in pretrained_models else model_name
@@ -84,8 +84,9 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
 
 
 def _wait_for(lock):
-    """Hold the lock on a file alone; where there are no locks, as on Windows and on some shared
-    disks, go on without.
+    """Hold the lock on a file alone.
+
+    Where there are no locks, as on Windows and on some shared disks, go on without.
     """
     with suppress(ImportError):
         import fcntl
@@ -138,8 +139,9 @@ def _length(file):
 
 
 def _receive(url, partial, have):
-    """Append to `partial`, which holds `have` bytes, what the server sends; the length of the whole
-    file.
+    """Append what the server sends to `partial`, which holds `have` bytes.
+
+    Returns the length of the whole file.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -177,8 +179,9 @@ def _total(headers):
 
 
 def _check(partial, size, url):
-    """Raise ValueError, and remove the file, unless it has the announced size and every CRC-32 in
-    it is right.
+    """Raise ValueError, and remove the file, unless its size and every CRC-32 in it are right.
+
+    The size is the announced one.
     """
     try:
         with zipfile.ZipFile(partial) as archive:

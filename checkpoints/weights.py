@@ -1,13 +1,13 @@
-"""Checkpoint files: reading any that a DiT may come in, and writing our own so that a half-written
-one never counts.
+"""Checkpoint files: reading any that a DiT may come in, and writing our own.
 
-Ours is a dict of plain values and tensors: model, ema (state dicts), opt, args, step, config (DiT's
-arguments and, under process, which process the network has learned), classes (names in index order,
-or None), rng (seed, processes, device type), log (the unfinished log window) and, where there are
-several decays, emas ({decay: state dict}, all but the first, which is ema). Also read: such a dict
-with model and ema alone, a bare state dict, a .safetensors file with `config` and `classes` as JSON
-in its metadata or with a config.json beside it, and diffusers' DiT. Nothing is ever unpickled
-beyond tensors, plain containers and what plain_pickle.py admits by name.
+A half-written one of ours never counts. Ours is a dict of plain values and tensors: model, ema
+(state dicts), opt, args, step, config (DiT's arguments and, under process, which process the
+network has learned), classes (names in index order, or None), rng (seed, processes, device type),
+log (the unfinished log window) and, where there are several decays, emas ({decay: state dict}, all
+but the first, which is ema). Also read: such a dict with model and ema alone, a bare state dict, a
+.safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside
+it, and diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what
+plain_pickle.py admits by name.
 """
 
 from collections.abc import Iterable
@@ -54,11 +54,11 @@ WITHOUT_MARKS = {
 
 
 class Weights(NamedTuple):
-    """One set of weights (a state dict on the CPU), with DiT's arguments and class names where the
-    file has them.
+    """One set of weights, a state dict on the CPU.
 
-    `training` is {"step": ..., "args": ...} of the run, where the file has them; `process` is what
-    the file says of the process that the network has learned, a Process's `config`.
+    DiT's arguments and class names are with it where the file has them. `training` is {"step": ...,
+    "args": ...} of the run, where the file has them; `process` is what the file says of the process
+    that the network has learned, a Process's `config`.
     """
 
     tensors: Tensors
@@ -69,11 +69,11 @@ class Weights(NamedTuple):
 
 
 def load_weights(path: Path | str, which: str = "ema") -> Weights:
-    """The Weights in a checkpoint file or in a folder as in weights_file; `which` is as in
-    weights_choice.
+    """The Weights in a checkpoint file or in a folder as in weights_file.
 
-    A file with a single set of weights is taken as the EMA, which is what is published. Raises
-    ValueError if the file is missing, broken, unsafe or no checkpoint, or has no such weights.
+    `which` is as in weights_choice. A file with a single set of weights is taken as the EMA, which
+    is what is published. Raises ValueError if the file is missing, broken, unsafe or no checkpoint,
+    or has no such weights.
     """
     path = weights_file(path)
     if not path.is_file():
@@ -163,8 +163,9 @@ def _check_plain(tensor, name):
 
 
 def check_readable(classes: list[str] | None) -> None:
-    """Raise ValueError, naming the class, if a class name is no text that others could read, such
-    as a folder's in Latin-1.
+    """Raise ValueError, naming the class, if a class name is no text that others could read.
+
+    A folder's name in Latin-1 is such a name.
     """
     for index, name in enumerate(classes or []):
         try:
@@ -178,8 +179,9 @@ def check_readable(classes: list[str] | None) -> None:
 
 
 def check_classes(classes: object, config: dict | None, origin: Path | str) -> None:
-    """Raise ValueError unless `classes` are names, at most as many as a network of this
-    configuration has, or None.
+    """Raise ValueError unless `classes` is None, or names, at most as many as the network's.
+
+    The network is of this configuration.
     """
     if classes is None:
         return
@@ -232,8 +234,7 @@ def _checked_pipeline(index):
 
 
 def names_of(config: dict) -> list[str] | None:
-    """The class names, in index order, under id2label in a config.json's contents; None if there
-    are none.
+    """The class names, in index order, under id2label in a config.json's contents, or None.
 
     Raises ValueError for anything else under it.
     """
@@ -256,8 +257,9 @@ def id2label(classes: Iterable[str]) -> dict[str, str]:
 
 
 def _weight_sets(contents):
-    """The sets of weights in a file's contents, under the names of weights_choice and with the bare
-    network's names.
+    """The sets of weights in a file's contents, under the names of weights_choice.
+
+    Their tensors have the bare network's names.
     """
     if not any(isinstance(contents.get(key), dict) for key in (*RAW, *AVERAGE, *EITHER)):
         return _sets_of_names(contents)
@@ -281,8 +283,9 @@ def _weight_sets(contents):
 
 
 def _bare(tensors):
-    """The one network in a state dict, without what stands before its names; a state dict of
-    something else as it is.
+    """The one network in a state dict, without what stands before its names.
+
+    A state dict of something else stays as it is.
     """
     sets = _sets_of_names(tensors)
     return next(iter(sets.values())) if len(sets) == 1 else tensors
@@ -368,10 +371,10 @@ def clean_names(tensors: Tensors) -> Tensors:
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write Weights as a .safetensors file with config, process in it, and classes in its metadata,
-    whole or not at all.
+    """Write Weights as a .safetensors file, whole or not at all.
 
-    Raises OSError, with the reason, if it cannot be written.
+    The file's metadata has the config, the process in it, and the classes. Raises OSError, with the
+    reason, if it cannot be written.
     """
     config = weights.config and with_process(weights.config, weights.process)
     metadata = {"config": json.dumps(config), "classes": json.dumps(weights.classes)}

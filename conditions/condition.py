@@ -67,8 +67,9 @@ class LabelCondition(NamedTuple):
         return self.keywords(values) | ({"force_drop_ids": drop} if self.has_null else {})
 
     def doubled(self, values: Tensor) -> Keywords:
-        """{"y": labels (2N,)}, the labels and then N null labels. Raises ValueError without a null
-        label.
+        """{"y": labels (2N,)}, the labels and then N null labels.
+
+        Raises ValueError without a null label.
         """
         if self.null_label is None:
             raise ValueError(

@@ -54,8 +54,9 @@ def label_index(text: str, num_classes: int, names: dict[str, set[int]]) -> int:
 
 
 def indices_of(text: str, names: dict[str, set[int]]) -> set[int]:
-    """The indices of a name; if it is not there as it is written, of those that are it in another
-    Unicode form.
+    """The indices of a name, or of those that are that name in another Unicode form.
+
+    Another form counts where the name is not there as it is written.
     """
     if text in names or text.isascii():
         return set(names.get(text, ()))
@@ -82,8 +83,9 @@ def imagenet_names() -> list[str]:
 
 
 def readable(classes: list[str] | None) -> list[str] | None:
-    """Class names for people: those of ImageNet's folders, such as n02099601, in words ("golden
-    retriever").
+    """Class names for people.
+
+    Names of ImageNet's folders, such as n02099601, become words ("golden retriever").
     """
     if not classes or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return classes
@@ -95,8 +97,9 @@ def readable(classes: list[str] | None) -> list[str] | None:
 
 
 def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor:
-    """A uniformly drawn label for each image index, int64 (N,), that depends on (seed, index)
-    alone.
+    """A uniformly drawn label for each image index, int64 (N,).
+
+    Each label depends on (seed, index) alone.
     """
     return torch.tensor(
         [np.random.default_rng([seed, i]).integers(num_classes) for i in indices], dtype=torch.int64
@@ -113,8 +116,9 @@ def label_indices(texts: Iterable[str], num_classes: int, classes: list[str] | N
 
 
 def label_names(classes: list[str] | None) -> dict[str, set[int]]:
-    """{name: indices} of every name that a class may be called by; ImageNet has two classes called
-    crane.
+    """{name: indices} of every name that a class may be called by.
+
+    ImageNet has two classes called crane.
     """
     names: dict[str, set[int]] = {}
     for written in (readable(classes), classes):

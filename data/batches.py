@@ -28,10 +28,10 @@ def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor, list[BadI
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
-    """Tensors of one shape as one tensor (n, ...). In a loader's worker, its memory is shared with
-    the training process.
+    """Tensors of one shape as one tensor (n, ...).
 
-    Otherwise the queue would move the tensor there later, in a thread whose errors nobody hears of.
+    In a loader's worker, its memory is shared with the training process. Otherwise the queue would
+    move the tensor there later, in a thread whose errors nobody hears of.
     """
     tensors = list(tensors)
     if get_worker_info() is None:
@@ -41,11 +41,11 @@ def stack(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class StepBatches(Sampler):
-    """For each step from `start` to `stop` - 1, the (index, flip) pairs of one process's share of
-    the global batch.
+    """The (index, flip) pairs of one process's share of each step's global batch.
 
-    Each epoch is a permutation drawn from (seed, epoch), cut into whole batches; flips are drawn
-    from (seed, step). Raises ValueError if there are fewer images than one batch takes.
+    Steps are those from `start` to `stop` - 1. Each epoch is a permutation drawn from (seed,
+    epoch), cut into whole batches; flips are drawn from (seed, step). Raises ValueError if there
+    are fewer images than one batch takes.
     """
 
     def __init__(

@@ -16,11 +16,11 @@ from runtime.json_files import read_json
 
 
 class CachedLatents(Dataset):
-    """A folder of cached latents, by (index, flip), as (moments (2, C, h, w): mean and std, label,
-    []).
+    """A folder of cached latents, by (index, flip).
 
-    `manifest` is what it says of itself, `hash` a hash of that, checksums included. Raises
-    ValueError if the folder is incomplete, or its parts do not fit together.
+    An item is (moments (2, C, h, w): mean and std, label, []). `manifest` is what it says of
+    itself, `hash` a hash of that, checksums included. Raises ValueError if the folder is
+    incomplete, or its parts do not fit together.
     """
 
     notes: tuple[str, ...] = ()
@@ -61,10 +61,10 @@ class CachedLatents(Dataset):
 
 
 def open_cache(folder: Path) -> tuple[dict, np.memmap, np.ndarray]:
-    """(manifest, moments (N, flips, 2, C, h, w), labels (N,)) of a finished cache, read when they
-    are used.
+    """(manifest, moments (N, flips, 2, C, h, w), labels (N,)) of a finished cache.
 
-    Raises ValueError if one is missing, or they do not fit together.
+    The arrays are read when they are used. Raises ValueError if one is missing, or they do not fit
+    together.
     """
     manifest = read_json(folder / MANIFEST)
     check_manifest(manifest)
@@ -128,8 +128,9 @@ def find_damage(folder: Path | str, argument: str = "folder") -> list[str]:
 
 
 def checksums(manifest: dict) -> tuple[list, int]:
-    """(CRC32 of each chunk of moments.npy, images of a chunk) by a manifest; ([], 0) if it has
-    none.
+    """(CRC32 of each chunk of moments.npy, images of a chunk) by a manifest.
+
+    Without checksums in the manifest: ([], 0).
     """
     sums, chunk = manifest.get("crc32"), manifest.get("chunk")
     return (sums, chunk) if isinstance(sums, list) and type(chunk) is int else ([], 0)

@@ -38,8 +38,9 @@ def chunk_note(folder: Path, number: int) -> Path:
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise ValueError, naming the entry, unless a cache's manifest has what training reads, of the
-    right kinds.
+    """Raise ValueError, naming the entry, unless a cache's manifest has what training reads.
+
+    Every entry must be of the right kind.
     """
     for name, (kind, least) in ENTRIES.items():
         value = manifest.get(name)

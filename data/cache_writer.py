@@ -104,8 +104,9 @@ def check_options(options: CacheOptions) -> None:
 
 
 def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> dict:
-    """What decides the content of the cache, as manifest.json and, until it is there, plan.json
-    have it.
+    """What decides the content of the cache, as manifest.json has it.
+
+    plan.json has it until that is there.
     """
     latent = space.shape.latent(options.image_size, options.image_size)
     return {
@@ -123,10 +124,10 @@ def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> di
 
 
 def begin_folder(folder: Path, plan: dict, place: Place) -> None:
-    """Make the folder with its plan and an array to fill, in the first process while the others
-    wait for it.
+    """Make the folder with its plan and an array to fill, in the first process.
 
-    Raises ValueError if it holds latents of another plan, or cannot be made.
+    The others wait for it. Raises ValueError if it holds latents of another plan, or cannot be
+    made.
     """
     if place.rank:
         wait_for_plan(folder, place)
@@ -170,8 +171,9 @@ def make_folder(folder: Path, plan: dict) -> None:
 
 
 def check_same_plan(folder: Path, plan: dict) -> None:
-    """Raise ValueError if a folder's plan is another one; an autoencoder with equal files may have
-    another name.
+    """Raise ValueError if a folder's plan is another one.
+
+    An autoencoder with equal files may have another name.
     """
     wanted, found = json.loads(json.dumps(plan)), read_json(folder / PLAN)
     others = [name for name in wanted if found.get(name) != wanted[name]]
@@ -201,8 +203,9 @@ def array_layout(plan: dict) -> tuple[bytes, int, int]:
 
 
 def make_array(path: Path, plan: dict) -> None:
-    """Write an .npy file of the right size, empty as yet; its disk space is taken at once where the
-    system can do that.
+    """Write an .npy file of the right size, empty as yet.
+
+    The disk space is taken at once where the system can do that.
     """
     header, size, _ = array_layout(plan)
     with open(path, "wb") as file:

@@ -22,12 +22,11 @@ MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather th
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
-    """The central square of a PIL image as a PIL image of image_size × image_size, resized as ADM
-    does it.
+    """The central square of a PIL image, as a PIL image of image_size × image_size.
 
-    The image is halved with a box filter while its short side is at least twice the target, then
-    scaled bicubically. A strip so long that it would have more than MOST_PIXELS then is cropped
-    before it is scaled.
+    As in ADM, the image is halved with a box filter while its short side is at least twice the
+    target, then scaled bicubically. A strip so long that it would have more than MOST_PIXELS then
+    is cropped before it is scaled.
     """
     while min(pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize([side // 2 for side in pil_image.size], Image.Resampling.BOX)

@@ -94,8 +94,9 @@ def list_images(root: Path | str, num_classes: int, argument: str = "data_path")
 
 
 def _walk(root, argument, left_out):
-    """{folder: its images in order} for a folder and all below it. What is not looked at is
-    counted in `left_out`.
+    """{folder: its images in order} for a folder and all below it.
+
+    What is not looked at is counted in `left_out`.
     """
     found: dict[str, list[str]] = {}
     folders, links, seen = [root], list[str](), set()
@@ -122,8 +123,9 @@ def _walk(root, argument, left_out):
 
 
 def _sorted_out(entries, left_out):
-    """(folders, links to folders, images) among a folder's entries, as paths in order. The rest is
-    counted in `left_out`.
+    """(folders, links to folders, images) among a folder's entries, as paths in order.
+
+    The rest is counted in `left_out`.
     """
     folders, links, images = list[str](), list[str](), list[str]()
     for entry in entries:
@@ -168,9 +170,7 @@ def _notes(root, left_out):
 
 
 def _check_classes(given, num_classes, by_class, left_out):
-    """Raise ValueError unless there are class folders, each with images, and no more than
-    num_classes.
-    """
+    """Raise ValueError unless there are class folders, each with images, at most num_classes."""
     classes = sorted(by_class)
     empty = [name for name in classes if not by_class[name]]
     if not classes or empty:

@@ -62,8 +62,9 @@ def make_loader(
 
 
 class LoaderFailed(ValueError):
-    """A loader's worker was ended by the system, or had no memory. The text says what happened and
-    what to do.
+    """A loader's worker was ended by the system, or had no memory.
+
+    The text says what happened and what to do.
     """
 
 
@@ -78,11 +79,11 @@ def say_waiting(seconds: float, say: Callable[[str], None] | None = None) -> Non
 
 
 def read(loader: DataLoader, waiting: Callable[[float], None] = say_waiting) -> Generator[Any]:
-    """The loader's batches. Close the generator: that ends the loader's workers, whatever blocks
-    them.
+    """The loader's batches.
 
-    While no batch comes, waiting(seconds) is called every WAIT seconds; an error that it raises
-    ends the wait. Raises LoaderFailed.
+    Close the generator: that ends the loader's workers, whatever blocks them. While no batch comes,
+    waiting(seconds) is called every WAIT seconds; an error that it raises ends the wait. Raises
+    LoaderFailed.
     """
     before = set(multiprocessing.active_children())
     refused = None
@@ -146,9 +147,7 @@ def _end(workers, patience):
 
 
 def explained(error: RuntimeError) -> Exception:
-    """LoaderFailed for what torch raises when something happens to a loader's worker, or the error
-    itself.
-    """
+    """LoaderFailed for what torch raises when a loader's worker fails, or the error itself."""
     text = str(error)
     if "shared memory" in text:
         return LoaderFailed(

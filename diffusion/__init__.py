@@ -18,11 +18,10 @@ def create_diffusion(
     use_kl: bool = False, sigma_small: bool = False, predict_xstart: bool = False,
     learn_sigma: bool = True, rescale_learned_sigmas: bool = False, diffusion_steps: int = 1000,
 ) -> SpacedDiffusion:  # fmt: skip
-    """The process as a SpacedDiffusion: all steps with "" or None, fewer with "250", "ddim50" or
-    "10,15,20".
+    """The process as a SpacedDiffusion: all steps with "" or None, else fewer.
 
-    Raises ValueError for a respacing or schedule that does not exist and for options that
-    contradict one another.
+    "250", "ddim50" and "10,15,20" ask for fewer steps. Raises ValueError for a respacing or
+    schedule that does not exist and for options that contradict one another.
     """
     if learn_sigma and sigma_small:
         raise ValueError("sigma_small chooses a fixed variance; it needs learn_sigma=False")

@@ -1,5 +1,6 @@
-"""Gaussian algebra for the variational bound, elementwise and in nats (Ho et al. 2020, sections 2
-and 3.3).
+"""Gaussian algebra for the variational bound, elementwise and in nats.
+
+After Ho et al. 2020, sections 2 and 3.3.
 """
 
 import math

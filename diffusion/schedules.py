@@ -37,10 +37,10 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
-    """The betas (num_diffusion_timesteps,) for alpha_bar, a function on [0, 1]: the products of
-    1 - beta follow it.
+    """The betas (num_diffusion_timesteps,) for alpha_bar, a function on [0, 1].
 
-    No beta exceeds max_beta. This keeps the end of the schedule from becoming singular.
+    The products of 1 - beta follow it. No beta exceeds max_beta. This keeps the end of the schedule
+    from becoming singular.
     """
     steps = num_diffusion_timesteps
     levels = np.array([alpha_bar(i / steps) for i in range(steps + 1)])

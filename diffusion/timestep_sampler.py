@@ -1,8 +1,8 @@
-"""Which steps to train on: drawn uniformly, or more often where the loss is large (Nichol &
-Dhariwal 2021, section 3.3).
+"""Which steps to train on: drawn uniformly, or more often where the loss is large.
 
-It serves code written for this interface; train.py draws its own in processes/gaussian.py.
-Steps are drawn from torch's generator (or the one passed in), so torch.manual_seed decides them.
+After Nichol & Dhariwal 2021, section 3.3. Steps are drawn from torch's generator (or the one passed
+in), so torch.manual_seed decides them. This serves code written for the interface; train.py draws
+its own in processes/gaussian.py.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,4 @@
-"""Images → features: Inception as ADM's evaluation suite taps it, any classifier, or the pixels
-themselves.
+"""Images → features: Inception as ADM's suite taps it, any classifier, or the pixels themselves.
 
 An extractor is called with images uint8 (n, 3, H, W) and returns Rows, float32. Work on many images
 is dealt to the processes in turns, and what comes out is in the images' order, whatever the number
@@ -42,8 +41,9 @@ MANIFOLD_IMAGES = 10_000
 
 
 class Rows(NamedTuple):
-    """Features (n, D), spatial features (n, S) and logits (n, K) of n images; None for what an
-    extractor does not have.
+    """Features (n, D), spatial features (n, S) and logits (n, K) of n images.
+
+    What an extractor does not have is None.
     """
 
     features: Tensor
@@ -73,11 +73,10 @@ class Extractor:
     def dimensions(
         self, size: tuple[int, int], device: torch.device | str
     ) -> tuple[int, int | None]:
-        """How many features, and how many spatial ones (None: it has none), an image of size
-        (width, height) has.
+        """How many features an image of size (width, height) has, and how many spatial ones.
 
-        Tries it on two images of noise. Raises ValueError if it does not take them, gives something
-        else than a row for each, or too much.
+        An image without spatial ones has None there. Tries it on two images of noise. Raises
+        ValueError if it does not take them, gives something else than a row for each, or too much.
         """
         width, height = size
         given = f"`{self.argument}` {self.name}"
@@ -123,9 +122,9 @@ def load_extractor(
     name: str, device: torch.device | str, inception_weights: Path | str | None = None,
     argument: str = "features",
 ) -> Extractor:  # fmt: skip
-    """The Extractor for "inception", "pixels" or a path: a TorchScript file, or .safetensors with
-    timm's config.json beside.
+    """The Extractor for "inception", "pixels" or a path.
 
+    A path is a TorchScript file, or a .safetensors with timm's config.json beside.
     inception_weights is a local file; None fetches torch-fidelity's. Errors call the extractor by
     the name of the `argument` that chose it. Raises ValueError if it cannot be had.
     """
@@ -150,12 +149,12 @@ def load_extractor(
 
 
 class Inception(torch.nn.Module):
-    """The Inception network of 2015, in torch-fidelity's port from TensorFlow, tapped where ADM's
-    evaluation suite taps it.
+    """The Inception network of 2015, tapped where ADM's evaluation suite taps it.
 
-    features: the 2,048 averages before the classifier (pool_3). spatial: the first 7 channels of
-    mixed_6's 1×1 branch (here Mixed_6d) after its ReLU, 17×17, in TensorFlow's order (row, column,
-    channel). logits: 1,008, without the bias. Raises ValueError if path holds other weights.
+    The code is torch-fidelity's port from TensorFlow. features: the 2,048 averages before the
+    classifier (pool_3). spatial: the first 7 channels of mixed_6's 1×1 branch (here Mixed_6d) after
+    its ReLU, 17×17, in TensorFlow's order (row, column, channel). logits: 1,008, without the bias.
+    Raises ValueError if path holds other weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -189,10 +188,9 @@ class Inception(torch.nn.Module):
 
 
 def fetch_inception() -> Path:
-    """The path of torch-fidelity's Inception weights in torch's own cache, fetched if they are not
-    there.
+    """The path of torch-fidelity's Inception weights in torch's own cache.
 
-    Raises ValueError if the file cannot be had.
+    Missing weights are fetched. Raises ValueError if the file cannot be had.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -243,11 +241,11 @@ def scripted_classifier(
 def timm_classifier(
     path: Path, device: torch.device | str, argument: str
 ) -> Callable[[Tensor], Rows]:
-    """A timm classifier with the config.json that timm wrote beside it: its features before the
-    classifier, and its logits.
+    """A timm classifier with the config.json that timm wrote beside it.
 
-    Images are brought to its input size and normalised as config.json says. Nothing that
-    config.json names is fetched or loaded beside it. Raises ValueError if they do not fit together.
+    The network gives the features before its classifier, and its logits. Images are brought to its
+    input size and normalised as config.json says. Nothing that config.json names is fetched or
+    loaded beside it. Raises ValueError if they do not fit together.
     """
     try:
         config, tensors = read_json(path.parent / "config.json"), load_file(path)

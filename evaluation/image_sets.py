@@ -162,7 +162,8 @@ def read_batches(
 
 
 def hash_of(digests: Tensor) -> str:
-    """One SHA-256, in hexadecimal, for images with these digests (N, 32), in their order: equal
-    pixels, equal hash.
+    """One SHA-256, in hexadecimal, for images with these digests (N, 32), in their order.
+
+    Equal pixels have an equal hash.
     """
     return hashlib.sha256(digests.numpy().tobytes()).hexdigest()

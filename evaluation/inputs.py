@@ -19,8 +19,9 @@ NAMED_FEATURES = ("inception", "pixels")  # other features are called by the pat
 
 @dataclass
 class EvaluationInput:
-    """The samples or the reference: images (None if there are none), and the statistics that stand
-    in the file.
+    """The samples or the reference.
+
+    Images are None if there are none; the statistics are those that stand in the file.
     """
 
     path: str
@@ -71,12 +72,11 @@ class EvaluationInput:
 def open_input(
     path: Path | str, argument: str, image_size: int | None = None, share: slice = slice(None)
 ) -> EvaluationInput:
-    """The EvaluationInput at a path, a folder or an .npz. Errors call it by the name of the
-    `argument` that gave it.
+    """The EvaluationInput at a path, a folder or an .npz.
 
-    image_size brings a folder's images to that size as training does; without it they must be RGB
-    of one size, which is checked for those in `share`. Raises ValueError for what cannot be
-    compared.
+    Errors call it by the name of the `argument` that gave it. image_size brings a folder's images
+    to that size as training does; without it they must be RGB of one size, which is checked for
+    those in `share`. Raises ValueError for what cannot be compared.
     """
     path = Path(path)
     check_name(path)
@@ -106,11 +106,10 @@ def open_input(
 
 
 def open_npz(path: Path, whole: bool) -> EvaluationInput:
-    """The EvaluationInput in an .npz, which may hold nothing of use; with `whole`, every byte of it
-    is looked at.
+    """The EvaluationInput in an .npz, which may hold nothing of use.
 
-    Raises ValueError for what cannot be compared, and whatever zipfile, zlib and NumPy raise for a
-    broken file.
+    With `whole`, every byte of the file is looked at. Raises ValueError for what cannot be
+    compared, and whatever zipfile, zlib and NumPy raise for a broken file.
     """
     names = array_names(path, whole=whole)
     statistics = {
@@ -140,12 +139,11 @@ def summarize_reference(
     reference: EvaluationInput, extractor: Extractor, device: torch.device, batch_size: int,
     team: Team = Team(), num_workers: int = 0,
 ) -> tuple[Summary | None, str | None]:  # fmt: skip
-    """(the Summary of a reference, the hash of its images or None) in the first process; (None,
-    None) elsewhere.
+    """(the Summary of a reference, the hash of its images or None) in the first process.
 
-    Statistics that stand in its file come before those of its images; of a folder's images,
-    MANIFOLD_IMAGES are kept for precision and recall. Raises ValueError if an image is damaged or
-    features are not finite.
+    Elsewhere: (None, None). Statistics that stand in its file come before those of its images; of a
+    folder's images, MANIFOLD_IMAGES are kept for precision and recall. Raises ValueError if an
+    image is damaged or features are not finite.
     """
     images, stored = reference.images, (reference.statistics, reference.spatial)
     if images is None:

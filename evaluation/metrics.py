@@ -1,8 +1,7 @@
-"""Features → scores: Fréchet distance, Inception Score, precision and recall, in the conventions of
-ADM's evaluation suite.
+"""Features → scores: Fréchet distance, Inception Score, precision and recall.
 
-Shapes: features (N, D), logits (N, K); a mean (D,) and a covariance (D, D) are float64. Nothing
-here knows what an image is.
+The conventions are those of ADM's evaluation suite. Shapes: features (N, D), logits (N, K); a mean
+(D,) and a covariance (D, D) are float64. Nothing here knows what an image is.
 """
 
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ class Statistics(NamedTuple):
 
 
 class Moments:
-    """The mean and covariance of rows that come in batches, kept in float64 (Chan, Golub & LeVeque
-    1983).
+    """The mean and covariance of rows that come in batches, kept in float64.
 
-    Batches leave only rounding behind: about 1e-15, relative to the rows' spread.
+    After Chan, Golub & LeVeque 1983. Batches leave only rounding behind: about 1e-15, relative to
+    the rows' spread.
     """
 
     mean: Tensor  # (D,), this and the next from the first batch on
@@ -41,8 +40,9 @@ class Moments:
         self.count = 0
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (n, D), n at least 1; the sums stay on the rows' device, or on the CPU where
-        that has no float64.
+        """Take in rows (n, D), n at least 1.
+
+        The sums stay on the rows' device, or on the CPU where that has no float64.
         """
         rows = rows.to("cpu" if rows.device.type == "mps" else rows.device).double()
         if not self.count:
@@ -78,12 +78,11 @@ class Moments:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The Fréchet distance of two Gaussians with these Statistics: |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ -
-    2·(Σ₁Σ₂)^½), at least 0.
+    """The Fréchet distance of two Gaussians with these Statistics, at least 0.
 
-    Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ the last trace is the sum of the singular values of
-    R₁ᵀR₂, which holds for covariances without full rank as well; no term is added to their
-    diagonals.
+    The distance is |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2·(Σ₁Σ₂)^½). Heusel et al. 2017, eq. 6. With Σ = R·Rᵀ
+    the last trace is the sum of the singular values of R₁ᵀR₂, which holds for covariances without
+    full rank as well; no term is added to their diagonals.
     """
     product = _root(a.covariance).T @ _root(b.covariance)  # (rank of a, rank of b)
     overlap = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
@@ -114,11 +113,11 @@ def inception_score(logits: Tensor) -> float:
 def precision_and_recall(
     samples: Tensor, reference: Tensor, k: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """The shares of samples near the reference, and of the reference near samples (Kynkäänniemi et
-    al. 2019).
+    """The shares of samples near the reference, and of the reference near samples.
 
-    A point is near a set if it lies no farther from some member than that member's k-th neighbour.
-    Features are (N, D) and (M, D), in float32. Raises ValueError for k images or fewer.
+    After Kynkäänniemi et al. 2019. A point is near a set if it lies no farther from some member
+    than that member's k-th neighbour. Features are (N, D) and (M, D), in float32. Raises ValueError
+    for k images or fewer.
     """
     for side in (samples, reference):
         if len(side) <= k:
@@ -168,8 +167,9 @@ class Summary:
 
 
 def score(samples: Summary, reference: Summary) -> dict[str, float | None]:
-    """fid, sfid, inception_score, precision and recall of two Summaries, as a dict; None for those
-    that lack something.
+    """fid, sfid, inception_score, precision and recall of two Summaries, as a dict.
+
+    A score is None where they lack what it needs.
     """
     precision: float | None = None
     recall: float | None = None

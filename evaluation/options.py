@@ -11,8 +11,9 @@ from runtime.limits import check_memory, check_numbers
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What evaluate compares, or what make_reference summarizes, and by which features. None: not
-    given.
+    """What evaluate compares, or what make_reference summarizes, and by which features.
+
+    None stands for what is not given.
     """
 
     samples: Path | str | None = None  # a folder of images, or an .npz of them, uint8 (N, H, W, 3)
@@ -39,8 +40,9 @@ def check_comparison(options: EvaluationOptions) -> None:
 
 
 def check_making(options: EvaluationOptions) -> None:
-    """Raise ValueError unless the options say what to make a reference of, with numbers in their
-    ranges.
+    """Raise ValueError unless the options say what to make a reference of.
+
+    Their numbers must be in range.
     """
     folder = options.make_reference
     if not folder or options.samples or options.reference or not options.output:
@@ -56,9 +58,7 @@ def check_making(options: EvaluationOptions) -> None:
 
 
 def check_common(options: EvaluationOptions) -> None:
-    """Raise ValueError for numbers out of range, a device that is not there, and an output that
-    cannot be written.
-    """
+    """Raise ValueError for numbers out of range, and a device or an output that cannot be used."""
     if options.inception_weights and options.features != "inception":
         raise ValueError(
             f"`inception_weights` is for `features=inception`, not {options.features}"

@@ -63,8 +63,9 @@ def check_kinds(keys: tuple[str, str], mean: np.ndarray, covariance: np.ndarray)
 
 
 def read_made_from(path: Path | str) -> dict | None:
-    """What a reference file that was made here says of itself, a dict; None if its `made_from` is
-    somebody else's.
+    """What a reference file that was made here says of itself, a dict.
+
+    The answer is None if the file's `made_from` is somebody else's.
     """
     with suppress(ValueError):
         made = parse_json(str(open_array(path, MADE_FROM)))

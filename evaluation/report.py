@@ -31,9 +31,7 @@ LIBRARIES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
 class Means(NamedTuple):
-    """By what images are summarized: the extractor, on which device, with whom, and how they are
-    read.
-    """
+    """By what images are summarized: the extractor, its device, the team, and how they are read."""
 
     extractor: Extractor
     device: torch.device
@@ -42,10 +40,10 @@ class Means(NamedTuple):
     num_workers: int
 
     def summarize_samples(self, samples: EvaluationInput) -> tuple[Summary | None, str | None]:
-        """(the Summary of samples with logits, the hash of their pixels) in the first process;
-        (None, None) elsewhere.
+        """(the Summary of samples with logits, the hash of their pixels) in the first process.
 
-        Raises ValueError if an image is damaged or features are not finite.
+        Elsewhere: (None, None). Raises ValueError if an image is damaged or features are not
+        finite.
         """
         assert samples.images is not None  # check_samples looks at that
         batches = read_batches(

@@ -48,8 +48,9 @@ def summarize(
 
 
 def gather(team: Team, rows: Rows, digests: Tensor | None) -> dict[str, Tensor]:
-    """The parts of Rows, and digests, by name, those of all processes in the order of rank; parts
-    that are None are left out.
+    """The parts of Rows, and digests, by name, those of all processes in the order of rank.
+
+    Parts that are None are left out.
     """
     named = rows._asdict() | {"digests": digests}
     there = {name: part for name, part in named.items() if part is not None}

@@ -24,8 +24,9 @@ WHOLE = "whole number"
 
 
 def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, int]]:
-    """[(text, class index)] to search in: the number and the name, the number alone if there is no
-    other name.
+    """[(text, class index)] to search in.
+
+    The text is the number and the name, the number alone if there is no other name.
     """
     texts = map(legible, captions(range(network.num_classes), network.num_classes, classes))
     return [(text if text == str(i) else f"{i}: {text}", i) for i, text in enumerate(texts)]

@@ -79,8 +79,9 @@ def build_page(
 
 
 def page_theme() -> "gradio.themes.Default":
-    """Gradio's look in the fonts of the visitor's system, so that nothing is fetched from
-    elsewhere.
+    """Gradio's look in the fonts of the visitor's system.
+
+    So nothing is fetched from elsewhere.
     """
     import gradio as gr
 
@@ -90,8 +91,9 @@ def page_theme() -> "gradio.themes.Default":
 
 
 def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
-    """The inputs in the order of `answer`, and the button, in the part of the page that is being
-    built.
+    """The inputs in the order of `answer`, and the button.
+
+    All are in the part of the page that is being built.
     """
     network = sampler.network
     total, has_classes, guidable = (

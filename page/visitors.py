@@ -1,5 +1,4 @@
-"""The visitors of app.py's page: what they may ask its server for, and whether they are still
-there.
+"""The visitors of the page: what they may ask its server for, and whether they are still there.
 
 Gradio serves many routes that this page has no use for: they take files, fetch addresses, or run a
 function past the queue. A Gate before them lets through what the page needs and refuses the rest,
@@ -68,9 +67,7 @@ class Visitors:
 
     @contextmanager
     def listening(self, key: str) -> Iterator[None]:
-        """Within it, the visitor with this session, or who asked for the job with this id, is
-        there.
-        """
+        """Within it, a visitor is there: the one with this session, or who asked for this job."""
         session = self.session_of(key)
         self._listening[session] += 1
         try:
@@ -85,8 +82,9 @@ class Visitors:
         self._seen[session] = time.monotonic()
 
     def notice(self) -> None:
-        """Note that those sessions ask now that have a job and are not known yet: Gradio names some
-        itself.
+        """Note that those sessions ask now that have a job and are not known yet.
+
+        Gradio names some itself.
         """
         for event in self._events():
             self._seen.setdefault(event.session_hash, time.monotonic())
@@ -132,8 +130,9 @@ class Visitors:
 
 
 class Gate:
-    """ASGI middleware: passes on what the page needs, refuses everything else, and tells Visitors
-    who is there.
+    """ASGI middleware that passes on what the page needs and refuses everything else.
+
+    Visitors hears from it who is there.
     """
 
     def __init__(self, app: Any, visitors: Visitors, function: int, inputs: int) -> None:
@@ -186,8 +185,9 @@ class Gate:
                 await send({"type": "http.response.body", "body": b""})
 
     def until_closed(self, receive: Receive) -> Receive:
-        """A `receive` to which every client has left once the page is closed: some answers have no
-        end of their own.
+        """A `receive` to which every client has left once the page is closed.
+
+        Some answers have no end of their own.
         """
 
         async def next_message() -> dict[str, Any]:
@@ -251,8 +251,9 @@ class Gate:
 
 
 def plain(value: Any) -> Any:
-    """A value of JSON, with every dict and every list within a list as a text: Gradio fetches what
-    some dicts name.
+    """A value of JSON, with every dict and every list within a list as a text.
+
+    Gradio fetches what some dicts name.
     """
     if isinstance(value, list):
         return [reprlib.repr(item) if isinstance(item, (dict, list)) else item for item in value]

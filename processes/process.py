@@ -71,8 +71,9 @@ class Process(Protocol):
     def losses(
         self, network: Network, x_start: Tensor, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """{name: (N,)} for each of `parts`, of data x_start (N, C, *space) mixed with noise of the
-        same shape at times t (N,).
+        """{name: (N,)} for each of `parts`, of data x_start (N, C, *space) at times t (N,).
+
+        The data are mixed with noise of the same shape.
         """
 
     def quarter(self, t: Tensor) -> Tensor:

@@ -69,8 +69,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _check_words(self, words):
-        """Leave the program if a value is empty, as that of an unset variable is, or cannot be a
-        name of a file.
+        """Leave the program if a value is empty, or cannot be a name of a file.
+
+        An unset variable's value is empty.
         """
         option = "an argument"
         for word in words:
@@ -157,21 +158,24 @@ class Parser(argparse.ArgumentParser):
         return options[0] if value is None else f"{options[0]} {value.strip(QUOTES)}"
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, worded and in one line, and leave the program with code
-        2.
+        """Print the usage and the message, worded and in one line.
+
+        The program ends with code 2.
         """
         super().error(one_line(self.worded(message)))
 
     def fail(self, message: str) -> NoReturn:
-        """Print the message, worded and in one line, and leave the program with code 1: for what
-        fails once the work has begun.
+        """Print the message, worded and in one line, and leave the program with code 1.
+
+        This is for what fails once the work has begun.
         """
         self.exit(1, f"{self.prog}: error: {one_line(self.worded(message))}\n")
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Within it, a ValueError, or an OSError such as that of a name too long, ends the program
-        as error() does.
+        """Within it, a ValueError or an OSError ends the program as error() does.
+
+        A name that is too long raises such an OSError.
         """
         try:
             yield
@@ -189,9 +193,7 @@ def reason(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with every character that would break a line or a terminal written as an escape, and
-    of bounded length.
-    """
+    """The text in bounded length, what would break a line or a terminal written as an escape."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if len(text) <= LONGEST_MESSAGE:
         return text
@@ -200,18 +202,19 @@ def one_line(text: str) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, which speaks for all, or
-    the only one.
+    """Whether this is the first of the processes that a launcher started, or the only one.
+
+    The first speaks for all.
     """
     return os.environ.get("RANK", "").strip() in ("", "0")
 
 
 def door(lower: str = "", resumes: bool = False) -> Callable[[Main], Main]:
-    """A decorator for a door's main: Ctrl-C, a closed pipe, a refusing disk and too little memory
-    end the program with a line.
+    """A decorator for a door's main, with which what stops a program ends it with a line.
 
-    `lower` are the flags that memory depends on; `resumes`: the same command goes on where it was
-    interrupted. Within main every text can be printed, whatever the locale.
+    That is Ctrl-C, a closed pipe, a refusing disk, or too little memory. `lower` are the flags that
+    memory depends on; `resumes`: the same command goes on where it was interrupted. Within main
+    every text can be printed, whatever the locale.
     """
 
     def decorate(main: Main) -> Main:
@@ -264,8 +267,9 @@ def ending(prog: str, lower: str, resumes: bool, as_script: bool) -> Iterator[No
 
 
 def why_lost(error: Exception) -> str | None:
-    """That a loader's worker or another process of the job is no more, if an error of torch says
-    so; None for others.
+    """That a loader's worker or another process of the job is no more, if torch's error says so.
+
+    Other errors give None.
     """
     text = str(error)
     first = text.splitlines()[0].rstrip(" .")[:200] if text else ""
@@ -276,8 +280,9 @@ def why_lost(error: Exception) -> str | None:
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Within it, standard streams that were closed lead nowhere: what is opened next must not take
-    their numbers.
+    """Within it, standard streams that were closed lead nowhere.
+
+    What is opened next must not take their numbers.
     """
     fill_descriptors()
     before = sys.stdout, sys.stderr
@@ -300,8 +305,9 @@ def fill_descriptors() -> None:
 
 @contextmanager
 def printable() -> Iterator[None]:
-    """Within it, what the terminal's encoding lacks is printed as an escape rather than raising
-    UnicodeEncodeError.
+    """Within it, what the terminal's encoding lacks is printed as an escape.
+
+    Nothing raises UnicodeEncodeError.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [stream.errors for stream in streams]
@@ -324,8 +330,9 @@ def is_unread(stream: TextIO | None) -> bool:
 
 
 def leave_nothing(stream: TextIO | None) -> None:
-    """Write what a stream holds back, or, if it cannot be written, throw it away: the interpreter
-    would complain at its end.
+    """Write what a stream holds back, or, if it cannot be written, throw it away.
+
+    The interpreter would complain at its end.
     """
     try:
         if stream:
@@ -349,10 +356,10 @@ def ended(code: int, line: str, said: bool = True) -> SystemExit:
 
 
 def end_at_interrupt() -> None:
-    """From here on Ctrl-C ends the program at once with a line; main, made by `door`, answers it
-    from its beginning on.
+    """From here on Ctrl-C ends the program at once with a line.
 
-    For scripts, before they import what takes seconds.
+    main, made by `door`, answers it from its beginning on. For scripts, before they import what
+    takes seconds.
     """
     fill_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -8,8 +8,9 @@ import torch
 
 
 def process_device(name: str | None) -> torch.device:
-    """choose_device for one process of several: by default, and for "cuda", the GPU of its rank on
-    this machine.
+    """choose_device for one process of several.
+
+    By default, and for "cuda", it is the GPU of its rank on this machine.
     """
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
@@ -47,8 +48,9 @@ def choose_device(name: str | None) -> torch.device:
 
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """Within it, float32 matrix products and convolutions on NVIDIA GPUs use TF32 or not;
-    afterwards as before.
+    """Within it, float32 matrix products and convolutions on NVIDIA GPUs use TF32 or not.
+
+    Afterwards they do as before.
     """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if enabled else "highest")

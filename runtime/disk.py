@@ -21,8 +21,9 @@ NO_SYNC = {
 
 @contextmanager
 def readable_name(path: Path | str) -> Iterator[Path]:
-    """The path; if it is not in UTF-8, which libraries that are not Python's refuse, a link to it
-    that is.
+    """The path, or a link to it that is in UTF-8 where the path is not.
+
+    Libraries that are not Python's refuse such a path.
     """
     path = Path(path)
     try:
@@ -55,8 +56,9 @@ def file_hash(path: Path | str) -> str:
 
 
 def hidden_name(path: Path, suffix: str) -> Path:
-    """A hidden name in the folder of `path`: its own with this suffix, cut if only the suffix makes
-    it too long.
+    """A hidden name in the folder of `path`: its own with this suffix.
+
+    The file's own name is cut if only the suffix makes the new one too long.
     """
     name = path.name
     if len(os.fsencode(name)) <= LONGEST_NAME:
@@ -66,11 +68,10 @@ def hidden_name(path: Path, suffix: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), bring the file safely to disk, and give it its name; a failed
-    write leaves nothing.
+    """Call write(temporary path), bring the file safely to disk, and give it its name.
 
-    Raises OSError if the disk refuses, or if something else than a file has the name: a device
-    would be gone for all.
+    A failed write leaves nothing. Raises OSError if the disk refuses, or if something else than a
+    file has the name: a device would be gone for all.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file, and is not replaced by one", str(path))

@@ -6,10 +6,9 @@ from typing import Any
 
 
 def handed_on(wing: str, rooms: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's __getattr__ for {room: names, separated by spaces}, so that importing the wing
-    loads none of them.
+    """A module's __getattr__ for {room: names, separated by spaces}.
 
-    It raises AttributeError for any other name.
+    Importing the wing then loads none of the rooms. It raises AttributeError for any other name.
     """
     homes = {name: room for room, names in rooms.items() for name in names.split()}
 

@@ -1,5 +1,6 @@
-"""The range of each number that a user may give: what is far beyond all that exists is refused
-before any work.
+"""The range of each number that a user may give.
+
+What is far beyond all that exists is refused before any work.
 """
 
 from collections.abc import Mapping

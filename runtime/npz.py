@@ -89,11 +89,10 @@ def _header(file, name):
 
 
 def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray | Streamed]) -> None:
-    """Write arrays, a dict of name → array, to an open file as an .npz without compression; equal
-    arrays, equal bytes.
+    """Write arrays, a dict of name → array, to an open file as an .npz without compression.
 
-    Instead of an array, (shape, dtype, rows) may stand, whose rows are taken one at a time: they
-    need not fit in memory.
+    Equal arrays give equal bytes. Instead of an array, (shape, dtype, rows) may stand, whose rows
+    are taken one at a time: they need not fit in memory.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():

@@ -11,8 +11,9 @@ CONNECTION = {
 
 
 def why_offline(error: BaseException) -> str | None:
-    """That there is no network, in words, if an error or what caused it says so; None for other
-    errors.
+    """That there is no network, in words, if an error or what caused it says so.
+
+    Other errors give None.
     """
     kinds = list(_causes(error))
     if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in kinds):

@@ -1,5 +1,6 @@
-"""Which of the processes that share work through a folder are at it, so that none waits for one
-that is gone.
+"""Which of the processes that share work through a folder are at it.
+
+So none waits for one that is gone.
 """
 
 from contextlib import suppress
@@ -12,8 +13,7 @@ from runtime.surroundings import Place
 
 
 class Presence:
-    """A context manager: within it this process is seen to be at work in the folder, and sees the
-    others.
+    """A context in which this process is seen at work in the folder, and sees the others.
 
     Each process holds a lock on a file of its own, .process-RANK, which the system takes back from
     a process that was killed. A process that ends by an exception leaves its file. With `only`,
@@ -110,10 +110,9 @@ class Presence:
 
 
 def lock(file: int | BinaryIO) -> bool:
-    """Whether this process could take the lock of an open file, which it holds until that is
-    closed.
+    """Whether this process could take the lock of an open file.
 
-    Raises OSError where there are no locks.
+    The lock is held until the file is closed. Raises OSError where there are no locks.
     """
     try:
         import fcntl  # which Windows lacks

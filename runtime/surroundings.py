@@ -1,6 +1,4 @@
-"""What surrounds a process: its place among others, what its launcher asks for, and which packages
-are installed.
-"""
+"""What surrounds a process: its place among others, its launcher's wishes, installed packages."""
 
 from importlib.util import find_spec
 import os
@@ -40,12 +38,11 @@ class Place(NamedTuple):
 
 
 def own_place() -> Place:
-    """This process's Place, from RANK and WORLD_SIZE as torchrun sets them; alone, if both are
-    absent or empty.
+    """This process's Place, from RANK and WORLD_SIZE as torchrun sets them.
 
-    Empty ones are taken out of the environment. Raises ValueError if they make no sense, or if
-    another launcher started several processes and did not set them: then each process would do the
-    whole work.
+    The process is alone if both are absent or empty. Empty ones are taken out of the environment.
+    Raises ValueError if they make no sense, or if another launcher started several processes and
+    did not set them: then each process would do the whole work.
     """
     told = {name: os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE")}
     if not any(told.values()) and os.environ.get("LOCAL_RANK", "").strip():
@@ -90,8 +87,9 @@ def _whole(text):
 
 
 def lone_task_note() -> str | None:
-    """What to say if SLURM has several tasks for this job and nothing but this process was started;
-    None otherwise.
+    """What to say if SLURM has several tasks for this job and nothing but this process was started.
+
+    Otherwise the answer is None.
     """
     tasks = _whole(os.environ.get("SLURM_NTASKS", ""))
     if tasks < 2 or os.environ.get("WORLD_SIZE", "").strip():
@@ -104,10 +102,10 @@ def lone_task_note() -> str | None:
 
 
 def check_accelerate(**own: object) -> None:
-    """Raise ValueError if `accelerate launch` asks for what the script does not do, or not by the
-    script's own flags.
+    """Raise ValueError if `accelerate launch` asks for what the script does not do.
 
-    `own` are the values of these flags by name, such as mixed_precision="bf16".
+    What the script's own flags are to ask for is refused, too. `own` are the values of these flags
+    by name, such as mixed_precision="bf16".
     """
     for name, what in ACCELERATE_SWITCHES.items():
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
@@ -133,8 +131,9 @@ def check_accelerate(**own: object) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a mere folder of its name beside the script does not
-    count.
+    """Whether a package can be imported.
+
+    A mere folder of its name beside the script does not count.
     """
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

@@ -34,11 +34,10 @@ class Team(NamedTuple):
 def make_accelerator(
     device: str | None, timeout: timedelta = COLLECTIVE_TIMEOUT, **options: Any
 ) -> Accelerator:
-    """The Accelerator of this process, on the GPU unless `device` is "cpu" or there is none;
-    `options` are accelerate's.
+    """The Accelerator of this process, on the GPU unless `device` is "cpu" or there is none.
 
-    A thread of Gloo that drops the tensors of a collective while Python ends aborts the process, so
-    several processes on CPUs wait a moment before they end.
+    `options` are accelerate's. A thread of Gloo that drops the tensors of a collective while Python
+    ends aborts the process, so several processes on CPUs wait a moment before they end.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -55,8 +54,9 @@ def make_accelerator(
 
 
 def once(accelerator: Accelerator, function: Callable, *args: Any) -> Any:
-    """What function(*args) returns in the main process, in every process; its ValueError is raised
-    in every process.
+    """What function(*args) returns in the main process, in every process.
+
+    The function's ValueError is raised in every process.
     """
     from accelerate.utils import broadcast_object_list
 

@@ -22,8 +22,9 @@ CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes")
 
 
 def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
-    """Add the flags that decide what is sampled from which network; vae and cfg_scale are their
-    defaults.
+    """Add the flags that decide what is sampled from which network.
+
+    `vae` and `cfg_scale` are their defaults.
     """
     network = add_network_flags(parser, vae)
     network.add_argument(
@@ -36,10 +37,10 @@ def add_network_flags(
     parser: ArgumentParser, vae: str | None,
     without: str = f"the released {MODEL}, fetched on first use",
 ) -> _ArgumentGroup:  # fmt: skip
-    """Add those of them that say which network; vae is that flag's default, `without` says what is
-    used without --ckpt.
+    """Add those of the sampling flags that say which network.
 
-    Returns their argument group.
+    `vae` is that flag's default, `without` says what is used without --ckpt. Returns their argument
+    group.
     """
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -156,10 +157,10 @@ def network_choice(args: Namespace, given: Collection[str]) -> NetworkChoice:
 
 
 def sampling_options(args: Namespace, given: Collection[str], **others: Any) -> SamplingOptions:
-    """The SamplingOptions of a command line; `given` as in network_choice, `others` take the places
-    of flags.
+    """The SamplingOptions of a command line.
 
-    Raises ValueError as SamplingOptions.
+    `given` is as in network_choice, `others` take the places of flags. Raises ValueError as
+    SamplingOptions.
     """
     values = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
     if "num_sampling_steps" not in given:

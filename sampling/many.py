@@ -145,8 +145,9 @@ def npz_of(folder: Path) -> Path:
 
 
 def stamps(checkpoint: Path, vae: str) -> list[tuple[int, int, int]]:
-    """What changes when the checkpoint, or a file of a local autoencoder, is replaced or written
-    to.
+    """What changes when the checkpoint, or a file of a local autoencoder, is replaced.
+
+    Writing to such a file changes it, too.
     """
     paths = [checkpoint, *sorted(Path(vae).glob("*"))]
     found = [os.stat(path) for path in paths if path.exists()]
@@ -242,8 +243,9 @@ class Finisher:
         self.thread.shutdown()
 
     def take(self, latents: Tensor, indices: range, missing: list[int]) -> None:
-        """Begin with a chunk of latents when the one before is done; of its images, write those
-        that are missing.
+        """Begin with a chunk of latents when the one before is done.
+
+        Of its images, write those that are missing.
         """
         if self.stream is None:
             latents = self.sampler.decode(latents)

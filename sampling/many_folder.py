@@ -169,8 +169,9 @@ def write_locked(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half-written of this name; what is being written is locked
-    by its process.
+    """Remove what killed processes left half-written of this name.
+
+    What is being written is locked by its process.
     """
     for path in folder.glob(f".{name}.*.partial"):
         with suppress(OSError), open(path, "r+b") as file:

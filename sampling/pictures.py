@@ -1,7 +1,6 @@
-"""Images as people look at them: a labelled picture, an animation or a strip of how it came about,
-with its settings inside.
+"""Images as people look at them: a labelled picture, or how it came about, with its settings.
 
-Images are uint8 arrays (N, H, W, 3).
+An animation or a strip shows how it came about. Images are uint8 arrays (N, H, W, 3).
 """
 
 from collections.abc import Sequence
@@ -29,8 +28,9 @@ SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
 
 
 def captions(labels: Sequence[int], num_classes: int, classes: list[str] | None) -> list[str]:
-    """What to write under each image: the class name where it is known, else its number; nothing
-    without classes.
+    """What to write under each image: the class name where it is known, else its number.
+
+    Nothing is written without classes.
     """
     if num_classes == 0:
         return [""] * len(labels)
@@ -104,11 +104,11 @@ def encoded(canvas: Image.Image, path: Path | str, **options: object) -> bytes:
 
 
 def write_file(path: Path | str, content: bytes) -> None:
-    """Make this the content of a file, whole or not at all: a write that fails leaves what was
-    there.
+    """Make this the content of a file, whole or not at all.
 
-    A link stays one, its target is written; a file that exists keeps its permissions; a pipe or a
-    device is written to. Raises ValueError, naming the file, if it cannot be written.
+    A write that fails leaves what was there. A link stays one, its target is written; a file that
+    exists keeps its permissions; a pipe or a device is written to. Raises ValueError, naming the
+    file, if it cannot be written.
     """
     try:
         old = _mode(path)
@@ -148,15 +148,14 @@ def evenly(steps: int, most: int) -> list[int]:
 
 
 def moments(steps: int, path: Path | str) -> list[int]:
-    """Which of so many steps are shown in the file `path`: their indices, evenly spread from the
-    first to the last.
-    """
+    """The indices of the steps shown in the file `path`, evenly spread from first to last."""
     return evenly(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
 
 
 def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:
-    """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts: a row for each image,
-    its last frame named.
+    """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts.
+
+    An image has a row, whose last frame is named.
     """
     times = [f"t = {t}" for t, _ in frames[:-1]]
     rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)
@@ -167,10 +166,9 @@ def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> 
 def save_trajectory(
     frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]
 ) -> None:
-    """Write [(step t, images (N, H, W, 3))] with the images' texts: a .gif as an animation, else a
-    strip, an image per row.
+    """Write [(step t, images (N, H, W, 3))] with the images' texts.
 
-    Raises ValueError as write_file.
+    A .gif is an animation, another file a strip, an image per row. Raises ValueError as write_file.
     """
     if ending(path) == ".gif":
         pictures = [picture(images, texts) for _, images in frames]

@@ -1,5 +1,4 @@
-"""Labels → images: the loaded network and VAE, guidance, the choice of solver, and each image's own
-randomness.
+"""Labels → images: network and VAE, guidance, the solver, and each image's own randomness.
 
 Shapes: labels (N,), or whatever conditions the network; noise and latents (N, C, *space), images
 uint8 (N, H, W, 3).
@@ -129,18 +128,19 @@ class Sampler:
         self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
         progress: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Latents (N, C, *space) for labels (N,) from noise of their shape; with guidance, noise_fn
-        draws for a doubled batch.
+        """Latents (N, C, *space) for labels (N,) from noise of their shape.
 
-        Solvers such as dpm++ and unipc draw nothing.
+        With guidance, noise_fn draws for a doubled batch. Solvers such as dpm++ and unipc draw
+        nothing.
         """
         for out in self.trajectory(labels, noise, noise_fn, progress):
             last = out["sample"]
         return last
 
     def numbered_latents(self, seed: int, indices: Sequence[int], labels: Tensor) -> Tensor:
-        """Latents (N, C, *space) of the images with these indices, each of which depends on (seed,
-        index) and its label alone.
+        """Latents (N, C, *space) of the images with these indices.
+
+        An image depends on (seed, index) and its label alone.
         """
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
@@ -193,11 +193,10 @@ def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVER
 
 
 class ImageNoise:
-    """Normal noise in which image i of the run depends on (seed, i) alone: a noise_fn for the steps
-    and loops.
+    """Normal noise in which image i of the run depends on (seed, i) alone.
 
-    Called with x (N, ...), or with a doubled batch (2N, ...), it returns the N images' next draws,
-    twice if doubled.
+    The object is a noise_fn for the steps and loops. Called with x (N, ...), or with a doubled
+    batch (2N, ...), it returns the N images' next draws, twice if doubled.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str) -> None:

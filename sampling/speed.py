@@ -42,12 +42,11 @@ def prepare(network: DiT, mixed_precision: str = "no", compile: bool = False) ->
 
 
 def frozen(forward: Callable) -> Callable:
-    """A compiled forward pass with inductor's `freezing`: the weights become constants, packed for
-    oneDNN.
+    """A compiled forward pass with inductor's `freezing`.
 
-    Freezing cannot be an option of the compilation: Dynamo reads the setting before the options
-    count. Inductor takes oneDNN only for batches of any size (dynamic=True); for a fixed size it
-    takes MKL, which is slower here.
+    The weights become constants, packed for oneDNN. Freezing cannot be an option of the
+    compilation: Dynamo reads the setting before the options count. Inductor takes oneDNN only for
+    batches of any size (dynamic=True); for a fixed size it takes MKL, which is slower here.
     """
 
     @wraps(forward)

@@ -195,8 +195,9 @@ def check_left(options: TrainOptions, step: int, last_step: int) -> None:
 def load_space(
     options: TrainOptions, accelerator: Accelerator, source: Source
 ) -> Space:
-    """Pixels ↔ latents, on this process's device; without the autoencoder where latents are cached
-    and never decoded.
+    """Pixels ↔ latents, on this process's device.
+
+    The autoencoder is not loaded where latents are cached and never decoded.
     """
     if options.latents is not None and options.sample_every is None and options.eval_every is None:
         manifest = source.manifest  # type: ignore[attr-defined]  # latents' source is CachedLatents
@@ -309,8 +310,9 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
 
 
 def check_whole_run(contents: dict, origin: str) -> None:
-    """Raise ValueError unless a checkpoint has all parts that a run goes on from, and learned the
-    process that this code trains.
+    """Raise ValueError unless a checkpoint has all parts that a run goes on from.
+
+    The checkpoint must have learned the process that this code trains.
     """
     kinds = {"model": dict, "ema": dict, "opt": dict, "step": int}
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]

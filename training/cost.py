@@ -38,16 +38,15 @@ def count(config: dict, bf16: bool = False, grad_checkpointing: bool = False) ->
 
 
 def kept(config: dict, bf16: bool, grad_checkpointing: bool) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass: (whatever the batch, for each of its
-    images).
-    """
+    """Bytes that a forward pass keeps for the backward pass: (whatever the batch, per image)."""
     one, two = (kept_for_backward(config, n, bf16, grad_checkpointing) for n in (1, 2))
     return 2 * one - two, two - one
 
 
 def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpointing: bool) -> int:
-    """Bytes that a forward pass in training keeps for the backward pass, counted on tensors without
-    contents.
+    """Bytes that a forward pass in training keeps for the backward pass.
+
+    The bytes are counted on tensors without contents.
     """
     kept: dict[int, torch.Tensor] = {}
     with FakeTensorMode():
@@ -70,11 +69,10 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
 
 
 def training_flops(config: dict) -> int:
-    """Floating-point operations (2 per multiply-add) that training on one latent takes: forward,
-    and twice that backward.
+    """Floating-point operations (2 per multiply-add) that training on one latent takes.
 
-    Counted on the network with this configuration; what gradient checkpointing computes again is
-    not in it.
+    The forward pass is counted, and twice as much for the backward pass. Counted on the network
+    with this configuration; what gradient checkpointing computes again is not in it.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = DiT(**config)

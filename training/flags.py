@@ -12,8 +12,9 @@ Add = Callable[..., None]  # adds a flag, as an argparse.ArgumentParser's add_ar
 
 
 def build_parser(description: str | None = None) -> Parser:
-    """The parser of train.py's command line; its usage is one line, so that an error is not buried
-    below it.
+    """The parser of train.py's command line.
+
+    The usage is one line, so that no error is buried below it.
     """
     parser = Parser(
         "train.py", description=description,
@@ -33,8 +34,9 @@ def read_options(args: argparse.Namespace) -> TrainOptions:
 
 
 def adder(group: Any) -> Add:
-    """A function that adds a flag to a group of argparse, its default and choices those of
-    TrainOptions.
+    """A function that adds a flag to a group of argparse.
+
+    Default and choices are those of TrainOptions.
     """
     default_of = defaults()
 

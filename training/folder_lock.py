@@ -13,11 +13,11 @@ START_PATIENCE = 600  # seconds that another start of the same run may take, unt
 
 
 class FolderLock:
-    """The right to write in one folder, which one process on any machine holds until it ends; a
-    context manager.
+    """A context manager with the right to write in one folder.
 
-    It is an flock, so the system takes it back from a process that was killed. Before there is a
-    folder, `begin` gives the right to start a run.
+    One process on any machine holds that right until it ends. It is an flock, so the system takes
+    it back from a process that was killed. Before there is a folder, `begin` gives the right to
+    start a run.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,10 @@ class FolderLock:
         self._forget()
 
     def begin(self, results: Path, key: str) -> None:
-        """Wait for other starts of the same run, which `key` tells, to have their folder or fail;
-        held until `take`.
+        """Wait for other starts of the same run, which `key` tells, to have their folder or fail.
 
-        Raises ValueError if that takes more than START_PATIENCE seconds, or the folder cannot be
-        written.
+        The right is held until `take`. Raises ValueError if that takes more than START_PATIENCE
+        seconds, or the folder cannot be written.
         """
         path = results / f".starting-{key}"
         try:

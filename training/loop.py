@@ -65,9 +65,7 @@ def batches_left(job: Job) -> StepBatches:
 
 
 def warm_up_together(job: Job) -> None:
-    """Warm up the model, if there are several processes, on as many latents as a step has at a
-    time.
-    """
+    """Warm up the model, if there are several processes, on as many latents as a step takes."""
     processes, device = job.accelerator.num_processes, job.accelerator.device
     if processes > 1:
         share = job.options.global_batch_size // processes // job.options.grad_accum
@@ -85,8 +83,9 @@ def scores_missing(job: Job) -> bool:
 def one_step(
     job: Job, batch: Tensor, labels: Tensor, signals: StopSignals, meter: Meter
 ) -> dict[str, float]:
-    """train_step's report of a step on this process's share of a batch, which says what any process
-    asks for: to stop, or to save.
+    """train_step's report of a step on this process's share of a batch.
+
+    The report says what any process asks for: to stop, or to save.
     """
     options, accelerator, state = job.options, job.accelerator, job.state
     device, minutes = accelerator.device, options.ckpt_minutes
@@ -103,8 +102,9 @@ def one_step(
 
 
 def wait_on(job: Job, signals: StopSignals, seconds: float) -> None:
-    """Say now and then that a batch has not come for so long; end the run if it was told to stop
-    meanwhile.
+    """Say now and then that a batch has not come for so long.
+
+    End the run if it was told to stop meanwhile.
     """
     alone = job.accelerator.num_processes == 1
     if signals.received and (alone or seconds > STOP_PATIENCE):
@@ -119,8 +119,9 @@ def wait_on(job: Job, signals: StopSignals, seconds: float) -> None:
 
 
 def conclude(job: Job) -> None:
-    """Say that the run is done; end it with an error if its last steps, or its weights, are not
-    finite.
+    """Say that the run is done.
+
+    End it with an error if its last steps, or its weights, are not finite.
     """
     state = job.state
     if is_sound(job):
@@ -170,8 +171,9 @@ def check_readable(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
 
 
 def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
-    """Scaled latents (n, C, h, w), drawn with noise, from images uint8 (n, 3, S, S) or moments (n,
-    2, C, h, w).
+    """Scaled latents (n, C, h, w), drawn with noise, from images or moments.
+
+    Images are uint8 (n, 3, S, S), moments (n, 2, C, h, w).
     """
     if batch.dtype == torch.uint8:
         return space.encode(from_uint8(batch), noise)
@@ -181,8 +183,9 @@ def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
 
 
 def guard(job: Job, indices: np.ndarray) -> None:
-    """Log a step that was skipped, with its samples; end the run, saving nothing, after
-    max_bad_steps in a row.
+    """Log a step that was skipped, with its samples.
+
+    End the run, saving nothing, after max_bad_steps in a row.
     """
     state = job.state
     job.log(

@@ -1,5 +1,6 @@
-"""What a training run is asked for: its options, their defaults, and which of them decide what it
-learns.
+"""What a training run is asked for: its options, and which of them decide what it learns.
+
+The defaults stand here.
 """
 
 from collections.abc import Collection
@@ -113,8 +114,9 @@ class TrainOptions:
         self._check_pairs()
 
     def recorded(self) -> dict[str, Any]:
-        """The options as run.json, log.txt and checkpoints have them under "args": {name: value},
-        in order, sequences as lists.
+        """The options as run.json, log.txt and checkpoints have them under "args".
+
+        The dict is {name: value}, in order, sequences as lists.
         """
         return {name: _in_a_file(value) for name, value in vars(self).items()}
 

@@ -19,8 +19,9 @@ from training.sharding import unsharded
 
 
 def is_sound(job: Job) -> bool:
-    """Whether the last step was good, and weights and averages are finite in every process, each of
-    which calls this.
+    """Whether the last step was good, and weights and averages are finite in every process.
+
+    Every process calls this.
     """
     bad = torch.tensor(float(not job.state.is_finite()), device=job.accelerator.device)
     return not job.state.bad_in_a_row and not job.accelerator.reduce(bad, reduction="sum") > 0
@@ -75,8 +76,9 @@ def as_text(value: float | None) -> str:
 
 
 class Skipped:
-    """The unreadable images that were skipped: those met `here`, by this process, and those
-    reported so far, by any.
+    """The unreadable images that were skipped.
+
+    Some were met `here`, by this process, and some reported so far, by any.
     """
 
     def __init__(self, log: RunLog) -> None:
@@ -85,8 +87,9 @@ class Skipped:
         self.reported: set[BadImage] = set()
 
     def report(self) -> None:
-        """Log those that are new since the last report, counted, from all processes, each of which
-        calls this.
+        """Log those that are new since the last report, counted, from all processes.
+
+        Every process calls this.
         """
         for path, why in sorted(set(gather_object(list(self.here))) - self.reported):
             self.reported.add(BadImage(path, why))
@@ -218,8 +221,9 @@ def log_scores(job: Job, scores: dict[str, float | None], notes: list[str], seco
 
 
 def save_preview(job: Job) -> None:
-    """Write previews/SSSSSSS.png from the main average, for noise and labels that are the same each
-    time.
+    """Write previews/SSSSSSS.png from the main average.
+
+    Noise and labels are the same each time.
     """
     state, network = job.state, whole_average(job)
     if job.accelerator.is_main_process:

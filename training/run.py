@@ -17,13 +17,13 @@ from training.run_log import RunInterrupted, StopSignals
 
 
 def run_training(options: TrainOptions) -> Path:
-    """Train as the options ask for; the run folder, with its checkpoints, log.txt and
-    metrics.jsonl.
+    """Train as the options ask for.
 
-    The log is printed, too. SIGTERM and SIGUSR1 save a checkpoint and end the run, as Ctrl-C does;
-    resume="auto" goes on from there. Raises ValueError for what is wrong before the work begins
-    (then nothing was written), RunEnded for what ends the run early, and RunInterrupted, a
-    KeyboardInterrupt, after Ctrl-C.
+    Returns the run folder, with its checkpoints, log.txt and metrics.jsonl. The log is printed,
+    too. SIGTERM and SIGUSR1 save a checkpoint and end the run, as Ctrl-C does; resume="auto" goes
+    on from there. Raises ValueError for what is wrong before the work begins (then nothing was
+    written), RunEnded for what ends the run early, and RunInterrupted, a KeyboardInterrupt, after
+    Ctrl-C.
     """
     with FolderLock() as lock, tf32(options.tf32):
         try:

@@ -24,8 +24,9 @@ from training.run_record import (
 
 
 class Start(NamedTuple):
-    """Where a run starts, and why: the checkpoint to take up (None: from step 0), and the folder
-    (None: a new one).
+    """Where a run starts, and why.
+
+    A start has a checkpoint to take up (None: from step 0), and a folder (None: a new one).
     """
 
     why: str
@@ -117,9 +118,7 @@ def newest_equal_run(options: TrainOptions, data: Data, lock: FolderLock) -> Sta
 
 
 def check_tells(folder: Path, options: TrainOptions, data: Data) -> None:
-    """Raise ValueError if a folder has checkpoints of a run that may be this one, and no record
-    that tells whether it is.
-    """
+    """Raise ValueError if a folder has checkpoints of what may be this run, and no record of it."""
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
@@ -143,8 +142,9 @@ def check_tells(folder: Path, options: TrainOptions, data: Data) -> None:
 
 
 def decided_the_same(checkpoint: Path, options: TrainOptions) -> bool | None:
-    """Whether a checkpoint says that its run had these deciding options, paths aside; None if it
-    says nothing.
+    """Whether a checkpoint says that its run had these deciding options, paths aside.
+
+    The answer is None if the checkpoint says nothing.
     """
     try:
         theirs = read_checkpoint(checkpoint, mmap=True).get("args")
@@ -156,11 +156,11 @@ def decided_the_same(checkpoint: Path, options: TrainOptions) -> bool | None:
 
 
 def go_on(folder: Path, note: str = "") -> Start:
-    """The Start at the newest whole checkpoint of a locked folder; damaged newer ones are renamed,
-    half-written removed.
+    """The Start at the newest whole checkpoint of a locked folder.
 
-    The note is told with it. A run without any starts over from where it began. Raises ValueError
-    if there are some and none is whole, OSError if one cannot be read.
+    Damaged newer ones are renamed, half-written ones removed. The note is told with it. A run
+    without any starts over from where it began. Raises ValueError if there are some and none is
+    whole, OSError if one cannot be read.
     """
     for left_behind in (folder / "checkpoints").glob(".*.partial"):
         left_behind.unlink()

@@ -18,10 +18,10 @@ from runtime.disk import write_whole
 
 
 class RunEnded(Exception):
-    """What ends a run before its last step: damaged images, losses that are not finite, a full
-    disk. The log has its message.
+    """What ends a run before its last step; the log has its message.
 
-    `told` says that every process raises it, so that the log has told the user enough.
+    That is damaged images, losses that are not finite, or a full disk. `told` says that every
+    process raises it, so that the log has told the user enough.
     """
 
     def __init__(self, message: str, told: bool = False) -> None:
@@ -88,8 +88,9 @@ class RunLog:
 
     @contextmanager
     def survived(self, name: str) -> Iterator[None]:
-        """If the disk is full, print that and go on: lines of the file `name` may be lost, the run
-        continues.
+        """If the disk is full, print that and go on.
+
+        Lines of the file `name` may be lost, the run continues.
         """
         try:
             yield
@@ -102,8 +103,9 @@ class RunLog:
 
 
 class Meter:
-    """Steps, and the seconds that they took, since the last log line in this process; and when it
-    `saved` last.
+    """Steps, and the seconds that they took, since the last log line in this process.
+
+    The object also knows when the process `saved` last.
     """
 
     def __init__(self) -> None:
@@ -126,10 +128,10 @@ class Meter:
 
 
 class StopSignals:
-    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`, for the loop to
-    stop at a good moment.
+    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted in `received`.
 
-    Python hears signals in its main thread alone: in another thread this notes and changes nothing.
+    The loop stops at a good moment. Python hears signals in its main thread alone: in another
+    thread this notes and changes nothing.
     """
 
     def __init__(self) -> None:
@@ -161,8 +163,9 @@ def has_row(folder: Path, step: int, name: str) -> bool:
 
 
 def whole_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, its line) of each whole line of a file of JSON lines that is a dict with a number as
-    "step".
+    """(row, its line) of each whole line of a file of JSON lines.
+
+    A whole line is a dict with a number as "step".
     """
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with suppress(ValueError, RecursionError):
@@ -172,9 +175,7 @@ def whole_rows(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Leave in a file of JSON lines those with a "step" up to this one, and none that was cut
-    short.
-    """
+    """Leave in a file of JSON lines the whole ones with a "step" up to this one."""
     if not path.exists():
         return
     kept = [line for row, line in whole_rows(path) if row["step"] <= step]

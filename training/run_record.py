@@ -137,8 +137,9 @@ def comparable(name: str, value: Any) -> Any:
 
 
 def content_hash(name: str, options: TrainOptions, data: Data) -> str:
-    """A hash of what lies at the path of an option; "" without a path, or where `data` has names
-    alone.
+    """A hash of what lies at the path of an option.
+
+    Without a path, or where `data` has names alone, the hash is "".
     """
     value = getattr(options, name)
     if name in ("data_path", "latents"):

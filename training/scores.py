@@ -1,5 +1,6 @@
-"""How good a network's samples are while it trains: the same scores as evaluate.py, from the moving
-average's weights.
+"""How good a network's samples are while it trains: the same scores as evaluate.py.
+
+The samples are drawn with the moving average's weights.
 """
 
 from collections.abc import Callable
@@ -30,8 +31,9 @@ class Stopped(Exception):
 
 
 class Judge(NamedTuple):
-    """What samples are scored by, and how many; the reference's Summary is None but in the first
-    process.
+    """What samples are scored by, and how many.
+
+    The reference's Summary is None but in the first process.
     """
 
     extractor: Extractor
@@ -110,8 +112,9 @@ PREVIEW_IMAGES, PREVIEW_GUIDANCE = 16, 4.0  # while training
 def preview(
     network: DiT, process: Process, space: Space, seed: int, device: torch.device | str
 ) -> Tensor:
-    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device; the same
-    noise for the same seed.
+    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device.
+
+    The same seed gives the same noise.
     """
     scale = PREVIEW_GUIDANCE if condition_of(network).has_null else 1.0
     solver, steps = process.quick

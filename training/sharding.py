@@ -12,8 +12,9 @@ from models import DiT
 
 
 def shard_network(network: DiT, device_type: str, processes: int) -> DiT:
-    """The network, its tensors now split over the processes; each block is put together when it is
-    its turn.
+    """The network, its tensors now split over the processes.
+
+    A block is put together when its turn comes.
     """
     mesh = init_device_mesh(device_type, (processes,))
     for block in network.blocks:
@@ -46,8 +47,9 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def unsharded(contents: Any, keep: bool = True) -> Any:
-    """A tree of dicts and lists with every split tensor put together, on the CPU; None for it in a
-    process that does not keep it.
+    """A tree of dicts and lists with every split tensor put together, on the CPU.
+
+    A process that does not keep the tree gets None.
     """
     if isinstance(contents, dict):
         return {key: unsharded(value, keep) for key, value in contents.items()}

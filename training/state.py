@@ -20,8 +20,9 @@ FLAGS = ("stop", "save", "bad")
 
 
 class Recipe(NamedTuple):
-    """How a network learns: AdamW's arguments, the averages' decays (the first is the main one),
-    limits and precision.
+    """How a network learns: AdamW's arguments, the averages' decays, limits and precision.
+
+    The first decay is the main one.
     """
 
     lr: float = 1e-4
@@ -33,8 +34,9 @@ class Recipe(NamedTuple):
     bf16: bool = False
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: constant after a linear rise over
-        warmup_steps.
+        """The learning rate of a step, counted from 0.
+
+        The rate is constant after a linear rise over warmup_steps.
         """
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
@@ -72,8 +74,7 @@ class Window:
 
 @dataclass
 class TrainState:
-    """What a step changes: the network, its moving averages, the optimizer, and the number of steps
-    done.
+    """What a step changes: the network, its averages, the optimizer, and the number of steps done.
 
     `model` is the network as it is called in training, wrapped for several processes. `emas` maps
     decays to averages. `process` is what the network learns.
@@ -129,12 +130,11 @@ class TrainState:
         return unsharded(contents, keep)
 
     def load_checkpoint(self, contents: dict) -> None:
-        """Take up network, averages, optimizer, step and log window from such a dict, whose `emas`
-        has every average.
+        """Take up network, averages, optimizer, step and log window from a checkpoint's dict.
 
-        The recipe stays as it is. An average of a decay that the checkpoint lacks goes on from its
-        `ema`. Raises ValueError if the process is another one, or the optimizer's part is not of
-        this network.
+        The dict's `emas` has every average. The recipe stays as it is. An average of a decay that
+        the checkpoint lacks goes on from its `ema`. Raises ValueError if the process is another
+        one, or the optimizer's part is not of this network.
         """
         learned = process_of(self.network, process_in(contents.get("config"))).config
         if learned != self.process.config:
@@ -183,8 +183,9 @@ class TrainState:
             group.update(own)
 
     def _check_moments(self, step, log):
-        """Raise ValueError unless AdamW has moments of every parameter, and has counted the good
-        ones of so many steps.
+        """Raise ValueError unless AdamW has moments of every parameter.
+
+        AdamW must have counted the good ones of so many steps.
         """
         parameters = [p for group in self.opt.param_groups for p in group["params"]]
         good = step - log.get("bad_steps", 0)

@@ -20,8 +20,9 @@ from training.state import FLAGS, TrainState
 
 
 class Draws(NamedTuple):
-    """The random numbers of one process's share of a step, n samples: t (n,), drop (n,), and two
-    noises (n, C, *space).
+    """The random numbers of one process's share of a step, n samples.
+
+    The numbers are t (n,), drop (n,), and two noises (n, C, *space).
     """
 
     t: Tensor
@@ -34,11 +35,11 @@ def draw(
     seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float,
     process: Process, device: torch.device | str, rank: int = 0, world_size: int = 1,
 ) -> Draws:  # fmt: skip
-    """The Draws of the `rank`-th of world_size at a step; latent is the shape (C, *space) of one
-    sample.
+    """The Draws of the `rank`-th of world_size processes at a step.
 
-    Drawn from one generator for the global batch, in the order drop, t, vae_noise, noise. A
-    device's generator is its own: CPU and GPU give different numbers.
+    `latent` is the shape (C, *space) of one sample. Drawn from one generator for the global batch,
+    in the order drop, t, vae_noise, noise. A device's generator is its own: CPU and GPU give
+    different numbers.
     """
     word = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator = torch.Generator(device).manual_seed(word)
@@ -116,8 +117,9 @@ def backward(
     state: TrainState, share: int, latents: Tensor, labels: Tensor, t: Tensor, drop: Tensor,
     noise: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Add the gradient of a part of a process's share to the network's; what the part adds to the
-    window's `summed` (S,), on the device.
+    """Add the gradient of a part of a process's share to the network's.
+
+    Returns what the part adds to the window's `summed` (S,), on the device.
     """
     process, condition = state.process, condition_of(state.network).dropped(labels, drop)
 
@@ -135,11 +137,11 @@ def backward(
 
 
 def warm_up(state: TrainState, latents: Tensor) -> None:
-    """Run the model forward and back once, on as many latents (n, C, *space) as a process has, and
-    leave nothing behind.
+    """Run the model forward and back once, and leave nothing behind.
 
-    DistributedDataParallel fixes its summing order during the first backward pass, which itself
-    sums differently. After this one all steps sum alike, also the first after a restart.
+    The model gets as many latents (n, C, *space) as a process has. DistributedDataParallel fixes
+    its summing order during the first backward pass, which itself sums differently. After this one
+    all steps sum alike, also the first after a restart.
     """
     count, device = len(latents), latents.device
     values = condition_of(state.network).blank(count, device)
@@ -150,16 +152,15 @@ def warm_up(state: TrainState, latents: Tensor) -> None:
 
 
 def no_reduction(model: nn.Module) -> AbstractContextManager:
-    """A context in which gradients are not yet shared between processes, where the model can do
-    that.
-    """
+    """A context in which processes do not share gradients yet, where the model can do that."""
     return getattr(model, "no_sync", nullcontext)()
 
 
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
-    """ema = decay·ema + (1 - decay)·model for every trained parameter, in bulk; buffers are copied,
-    frozen tables left.
+    """ema = decay·ema + (1 - decay)·model for every trained parameter, in bulk.
+
+    Buffers are copied, frozen tables left.
     """
     pairs = [
         (e, p)
