@@ -125,7 +125,7 @@ def check_surroundings(options: TrainOptions) -> None:
     if not there:
         raise ValueError(
             f"`device` {options.device}: PyTorch sees no {kind} here; "
-            'leave the flag out or pass `device="cpu"`'
+            'leave the argument out or pass `device="cpu"`'
         )
     if options.log_with and not is_installed(options.log_with):
         raise ValueError(
@@ -158,9 +158,7 @@ def check_shares(options: TrainOptions, place: Place, processes: int) -> None:
         )
 
 
-def load_data(
-    options: TrainOptions, accelerator: Accelerator
-) -> tuple[Source, Data]:
+def load_data(options: TrainOptions, accelerator: Accelerator) -> tuple[Source, Data]:
     """(the data set, what tells it from others).
 
     Raises ValueError if data_path or latents do not fit the options.
@@ -192,9 +190,7 @@ def check_left(options: TrainOptions, step: int, last_step: int) -> None:
         )
 
 
-def load_space(
-    options: TrainOptions, accelerator: Accelerator, source: Source
-) -> Space:
+def load_space(options: TrainOptions, accelerator: Accelerator, source: Source) -> Space:
     """Pixels ↔ latents, on this process's device.
 
     The autoencoder is not loaded where latents are cached and never decoded.
@@ -348,5 +344,5 @@ def start_tracker(options: TrainOptions, accelerator: Accelerator, folder: Path,
     except Exception as error:  # each tracker raises kinds of its own
         raise ValueError(
             f"`log_with` {options.log_with} cannot start ({error}); "
-            "log in to it, or leave the flag out"
+            "log in to it, or leave the argument out"
         ) from error
