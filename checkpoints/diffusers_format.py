@@ -180,8 +180,8 @@ def config_from_diffusers(config: dict) -> dict:
 def from_diffusers(tensors: Tensors, config: dict) -> Tensors:
     """The state dict of the DiT with this configuration for that of diffusers' network.
 
-    Raises ValueError if tensors are missing or left over, or if the blocks differ in an embedder,
-    of which a DiT has one.
+    Raises ValueError if tensors are missing or left over, or if the blocks differ in an embedder:
+    a DiT has one for all.
     """
     check_sizes(**config)
     check_outline(config, tensors)

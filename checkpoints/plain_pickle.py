@@ -121,8 +121,8 @@ STAND_INS: dict[str, Any] = {  # name in the file → what is called, or stands,
     },
     **{name: Unread for name in ("decimal.Decimal", "fractions.Fraction", "uuid.UUID")},
 }  # fmt: skip
-# Parts of the standard library of which configurations hold objects; others are met in pickles that
-# want to run something.
+# Configurations hold objects of these parts of the standard library. A pickle with others wants to
+# run something.
 HARMLESS = {
     "enum", "zoneinfo", "re", "logging", "time", "random", "copyreg", "array", "dataclasses",
     "collections", "functools",

@@ -65,7 +65,7 @@ def whole(name: str, number: object, least: int, most: int) -> int:
 
 
 def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
-    """The class indices of `count` images, for which the chosen classes take turns.
+    """The class indices of `count` images: the chosen classes take turns.
 
     Raises ValueError if none is chosen.
     """

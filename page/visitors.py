@@ -32,7 +32,7 @@ READABLE = re.compile(
 )
 FILE = f"{API}/file="
 LARGEST_BODY = 2**21  # bytes of a request: room for any choice that a visitor can make
-PATIENCE = 5.0  # seconds in which somebody must begin to listen for what they asked for
+PATIENCE = 5.0  # seconds; then nobody is waiting who has not begun to listen
 POLL_SECONDS = 0.1
 MOST_KEPT = 2**30  # bytes of pictures, the newest, that visitors can still download
 MOST_EACH = 4  # jobs of one visitor that wait or run

@@ -271,7 +271,7 @@ class Finisher:
 
 
 def wait_for_all(folder: Path, count: int, presence: Presence, size: int) -> None:
-    """Return when every image is there, of which the processes make chunks of this size in turn.
+    """Return when every image is there. The processes make chunks of this size in turn.
 
     Raises ValueError if a process has ended without its share.
     """

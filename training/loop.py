@@ -20,7 +20,7 @@ from training.run_log import Meter, StopSignals, has_row
 from training.step import draw, train_step, warm_up
 from vae import LatentSpace, Space, from_uint8
 
-# Seconds for which several processes, told to stop, still wait for a batch of one of them
+# Several processes, told to stop, still wait so many seconds for a batch of one of them
 STOP_PATIENCE = 15
 
 
@@ -31,7 +31,7 @@ def train(job: Job, signals: StopSignals) -> None:
     warm_up_together(job)
     if scores_missing(job):
         with meter.paused():
-            if not save_scores(job, signals):  # for which the run was stopped the last time
+            if not save_scores(job, signals):  # it was stopped here the last time as well
                 return job.log("stopped while scoring; nothing is lost")
     pinned = job.accelerator.device.type == "cuda"
     loader = make_loader(job.dataset, batches, job.options.num_workers, pin_memory=pinned)
