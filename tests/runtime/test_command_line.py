@@ -333,7 +333,8 @@ class Stuck:
     def find_spec(self, *_):
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             print("importing", flush=True)
-            time.sleep(60)
+            for _ in range(600):  # a signal just before a sleep is heard after it
+                time.sleep(0.1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal
 sys.meta_path.insert(0, Stuck())
 sys.argv = sys.argv[1:]
