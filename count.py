@@ -34,6 +34,7 @@ import torch
 from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
 from training.cost import Cost, count
+from training.options import TrainOptions
 from vae import latent_shape
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")
@@ -48,20 +49,26 @@ def build_parser() -> Parser:
         help=f"{names} (default: all)",
     )  # fmt: skip
     blocks = "one or more designs (default: adaln_zero)"
-    parser.add_argument("--block", nargs="+", choices=BLOCKS, default=["adaln_zero"], help=blocks)
     parser.add_argument(
-        "--image-size", type=int, default=256, help="in pixels (default: %(default)s)"
+        "--block", nargs="+", choices=BLOCKS, default=[TrainOptions.block], help=blocks
     )
     parser.add_argument(
-        "--num-classes", type=int, default=1000, help="0 for none (default: %(default)s)"
-    )
+        "--image-size", type=int, default=TrainOptions.image_size,
+        help="in pixels (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--vae", default="ema",
+        "--num-classes", type=int, default=TrainOptions.num_classes,
+        help="0 for none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vae", default=TrainOptions.vae,
         help="what lies between pixels and network: ema, mse, a hub id, a local folder, or none "
         "(default: %(default)s)",
     )  # fmt: skip
     bf16 = "bf16: memory as train.py has it with this flag (default: %(default)s)"
-    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help=bf16)
+    parser.add_argument(
+        "--mixed-precision", choices=["no", "bf16"], default=TrainOptions.mixed_precision, help=bf16
+    )
     parser.add_argument(
         "--grad-checkpointing", action="store_true", help="memory as train.py has it with this flag"
     )

@@ -23,11 +23,11 @@ class CacheOptions:
 
     data_path: Path | str  # a folder with one folder of images per class
     output: Path | str  # the folder to write
-    image_size: int = 256  # pixels along each side, after the crop
-    num_classes: int = 1000  # 0: none, all images below data_path
-    flip: bool = True  # whether mirror images are cached as well
-    skip_bad_images: bool = False  # whether the next image stands in for an unreadable one
-    vae: str = "ema"  # "ema", "mse", a hub id, or a local folder
+    image_size: int = DataOptions.image_size  # pixels along each side, after the crop
+    num_classes: int = DataOptions.num_classes  # 0: none, all images below data_path
+    flip: bool = DataOptions.flip  # whether mirror images are cached as well
+    skip_bad_images: bool = DataOptions.skip_bad_images
+    vae: str = DataOptions.vae  # "ema", "mse", a hub id, or a local folder
     latents_dtype: str = "float16"  # or "float32"
     tf32: bool = True  # whether NVIDIA GPUs may use TF32
     num_workers: int = 4  # loader processes of each process

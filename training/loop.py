@@ -37,7 +37,7 @@ def train(job: Job, signals: StopSignals) -> None:
     loader = make_loader(job.dataset, batches, job.options.num_workers, pin_memory=pinned)
     with closing(read(loader, partial(wait_on, job, signals))) as loaded:
         for batch, labels, bad in loaded:
-            check_readable(job, batch, bad)
+            check_batch(job, batch, bad)
             skipped.here.update(bad)
             report = one_step(job, batch, labels, signals, meter)
             meter.steps += 1
@@ -164,7 +164,7 @@ def keep_records(
     return stop
 
 
-def check_readable(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
+def check_batch(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
     """End the run, naming the file, if an image could not be read and none may stand in for it."""
     if batch is None or (bad and not job.options.skip_bad_images):
         job.end(unreadable(bad, job.options.skip_bad_images))

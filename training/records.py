@@ -43,7 +43,7 @@ def log_window(job: Job, meter: Meter) -> None:
     job.log.row(row | rates | {"time": time.time()})
     track(job, row | rates)
     metrics = ", ".join(
-        f"{name.replace('_', ' ')} {as_text(means[name])}" for name in state.window.shown
+        f"{name.replace('_', ' ')} {four_digits(means[name])}" for name in state.window.shown
     )
     job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
     state.begin_window()
@@ -70,7 +70,7 @@ def show(job: Job, images: Tensor) -> None:
         tracker.log_images({"previews": tensors}, step=job.state.step, **layout)
 
 
-def as_text(value: float | None) -> str:
+def four_digits(value: float | None) -> str:
     """A number with four digits, or that there is none: every step of the window was skipped."""
     return "none" if value is None else f"{value:.4f}"
 

@@ -85,11 +85,11 @@ def introduce(job: Job) -> None:
         f"{options.model}, {options.block}: {size:,} parameters, {len(job.dataset):,} "
         f"images{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
     )
-    for line in remarks(job, classes):
+    for line in notes_on_start(job, classes):
         job.log(line)
 
 
-def remarks(job: Job, classes: list[str]) -> Iterator[str]:
+def notes_on_start(job: Job, classes: list[str]) -> Iterator[str]:
     """Lines about what may not be meant: classes without images, another machine, nothing to do."""
     options, step = job.options, job.state.step
     if options.num_classes > len(classes):
@@ -99,7 +99,7 @@ def remarks(job: Job, classes: list[str]) -> Iterator[str]:
             f"note: fewer class folders ({some}) than `num_classes` {options.num_classes}; "
             "other labels stay untrained"
         )
-    yield from machine_remarks(job)
+    yield from notes_on_machine(job)
     if options.eval_every and options.eval_every > job.last_step:
         yield (
             f"note: `eval_every` {options.eval_every} is beyond the last step {job.last_step}: "
@@ -112,7 +112,7 @@ def remarks(job: Job, classes: list[str]) -> Iterator[str]:
         )
 
 
-def machine_remarks(job: Job) -> Iterator[str]:
+def notes_on_machine(job: Job) -> Iterator[str]:
     """A line if the checkpoint was written by another number of processes, or on other devices."""
     before, device = job.resumed, job.accelerator.device.type
     processes, kind = before.get("processes"), before.get("device")

@@ -233,16 +233,7 @@ def test_nonsense_in_a_manifest(images, tmp_path, vae, changes, capsys):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
     with pytest.raises(SystemExit) as stopped:
-        train.main(
-            [
-                "--latents",
-                str(folder),
-                "--results-dir",
-                str(tmp_path / "r"),
-                *QUICK,
-                *train_flags(vae),
-            ]
-        )
+        train_on(folder, tmp_path / "r", vae)
     assert stopped.value.code == 2 and "holds no complete latents" in capsys.readouterr().err
 
 
@@ -310,21 +301,18 @@ def train_flags(vae, *more):
     ]  # fmt: skip
 
 
+def train_on(latents, results, vae, *flags):
+    """Train on cached latents, which were made with this autoencoder."""
+    named = ["--latents", str(latents), "--results-dir", str(results)]
+    train.main([*named, *QUICK, *train_flags(vae), *flags])
+
+
 def test_training_from_latents_is_training_from_images(images, tmp_path, vae):
     exact = extract(images, tmp_path / "exact", vae, "--latents-dtype", "float32")
     half = extract(images, tmp_path / "half", vae)
     run(images, tmp_path / "images", *train_flags(vae))
     for folder, results in ((exact, "a"), (half, "b")):
-        train.main(
-            [
-                "--latents",
-                str(folder),
-                "--results-dir",
-                str(tmp_path / results),
-                *QUICK,
-                *train_flags(vae),
-            ]
-        )
+        train_on(folder, tmp_path / results, vae)
     found = [without_rates(tmp_path / results / "000-DiT-Ti-4") for results in ("images", "a", "b")]
     shown = Window(GaussianProcess()).shown
     for row, close, near in zip(*found, strict=True):
@@ -385,34 +373,14 @@ def test_latents_that_do_not_fit_are_refused(images, tmp_path, vae, capsys, flag
         target.write_bytes(path.read_bytes())
     flags = [flag.format(fewer=tmp_path / "fewer") for flag in flags]
     with pytest.raises(SystemExit):
-        train.main(
-            [
-                "--latents",
-                str(folder),
-                "--results-dir",
-                str(tmp_path / "r"),
-                *QUICK,
-                *train_flags(vae),
-                "--no-flip",
-                *flags,
-            ]
-        )
+        train_on(folder, tmp_path / "r", vae, "--no-flip", *flags)
     assert message in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
 def test_latents_without_classes_are_not_for_classes(images, tmp_path, vae, capsys):
     folder = extract(images, tmp_path / "latents", vae, "--num-classes", "0")
     with pytest.raises(SystemExit):
-        train.main(
-            [
-                "--latents",
-                str(folder),
-                "--results-dir",
-                str(tmp_path / "r"),
-                *QUICK,
-                *train_flags(vae),
-            ]
-        )
+        train_on(folder, tmp_path / "r", vae)
     assert "the latents were made without classes" in capsys.readouterr().err
 
 
