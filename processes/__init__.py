@@ -6,6 +6,7 @@ from runtime.handing_on import handed_on
 __getattr__ = handed_on(
     __name__,
     {
+        "processes.flow": "FlowProcess",
         "processes.gaussian": "GaussianProcess",
         "processes.process": "Process Solver",
         "processes.table": "PROCESSES process_of",

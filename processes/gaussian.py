@@ -5,7 +5,7 @@ network has the channels for one. Its solvers are the loops of diffusion/, DDPM 
 multistep solvers of diffusers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -49,19 +49,29 @@ class GaussianProcess:
     """
 
     name: ClassVar[str] = "gaussian"
+    word: ClassVar[str] = "diffusion"
+    settings: ClassVar[Mapping[str, Any]] = {}
+    learns_sigma: ClassVar[bool] = True
     solvers: ClassVar[Mapping[str, Solver]] = {
         "ddpm": Solver(250, TRAINED_STEPS),
-        "ddim": Solver(250, TRAINED_STEPS),
+        # eta: how much of the noise of ddpm is added, from 0, none, to 1, all
+        "ddim": Solver(250, TRAINED_STEPS, {"eta": 0.0}),
         # One step number is left for the end of the last step
         "dpm++": Solver(20, TRAINED_STEPS - 1),
         "unipc": Solver(20, TRAINED_STEPS - 1),
     }
+    usual: ClassVar[str] = "ddpm"
     quick: ClassVar[tuple[str, int]] = ("ddim", 50)  # scores near those of 250 DDPM steps
 
     def __init__(self, learn_sigma: bool = True) -> None:
         self.learn_sigma, self.told_apart = learn_sigma, "mse"
         self.diffusion = spaced(TRAINED_STEPS, learn_sigma)
         self.parts: tuple[str, ...] = ("loss", "mse", "vb") if learn_sigma else ("loss", "mse")
+
+    @classmethod
+    def settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """{}: it has no settings."""
+        return {}
 
     @classmethod
     def of(cls, network: DiT, said: Mapping[str, Any]) -> "GaussianProcess":
@@ -104,7 +114,7 @@ class GaussianProcess:
 
     # ---- sampling ----
 
-    def times(self, solver: str, steps: int) -> list[int]:
+    def times(self, solver: str, steps: int, **options: Any) -> list[int]:
         """The step numbers at which the network is asked, in order."""
         if solver in LOOPS:
             return spaced(steps, self.learn_sigma).timestep_map[::-1]
@@ -115,7 +125,7 @@ class GaussianProcess:
         numbers = np.interp(np.log(sigmas), np.log(known), np.arange(TRAINED_STEPS))
         return numbers.round().astype(int).tolist()
 
-    def levels(self, solver: str, steps: int) -> list[float]:
+    def levels(self, solver: str, steps: int, **options: Any) -> list[float]:
         """The step numbers as shares of all steps."""
         return [t / TRAINED_STEPS for t in self.times(solver, steps)]
 
@@ -134,8 +144,9 @@ class GaussianProcess:
         return scheduler
 
     def trajectory(
-        self, network: StepNetwork, noise: Tensor, solver: str, steps: int, *, eta: float = 0.0,
+        self, network: StepNetwork, noise: Tensor, solver: str, steps: int, *,
         noise_fn: NoiseFunction = torch.randn_like, clip: bool = False, progress: bool = False,
+        breaks: Collection[int] = (), eta: float = 0.0,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Yields t, sample and pred_xstart for each step, as the interface says.
 

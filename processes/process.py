@@ -7,7 +7,8 @@ are 0 to 1. A network may have more channels than a sample, as one has that also
 variance: a process without use for them takes the first C alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -31,26 +32,44 @@ class StepNetwork(Protocol):
 
 
 class Solver(NamedTuple):
-    """A way from noise to data: how many steps it takes unless told otherwise, and at most."""
+    """A way from noise to data: how many steps it takes unless told otherwise, at most and at
+    least, and its options with their defaults.
+    """
 
     steps: int
     most: int
+    options: Mapping[str, Any] = MappingProxyType({})
+    least: int = 1
 
 
 class Process(Protocol):
     """A process between data and noise that a network learns to go back.
 
-    `name` is its name in PROCESSES. `solvers` maps the names of its ways from noise to data to
-    their Solver. `parts` are the names of the parts of its loss, "loss", which is minimised, first;
+    `name` is its name in PROCESSES, `word` the one that command lines have. `settings` are the
+    options of training that are its own, with their defaults: the other entries of `config`.
+    `learns_sigma`: networks have channels for a variance unless told otherwise. `solvers` maps the
+    names of its ways from noise to data to their Solver, `usual` being the one that is taken unless
+    told otherwise. `parts` are the names of the parts of its loss, "loss", which is minimised, first;
     `told_apart` is the one of them that is also told apart by quarters of the noise levels.
     `quick` is the solver and number of steps for images to look at, or to score, while training.
     """
 
     name: ClassVar[str]
+    word: ClassVar[str]
+    settings: ClassVar[Mapping[str, Any]]
+    learns_sigma: ClassVar[bool]
     solvers: ClassVar[Mapping[str, Solver]]
+    usual: ClassVar[str]
     quick: ClassVar[tuple[str, int]]
     parts: tuple[str, ...]
     told_apart: str
+
+    @classmethod
+    def settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All of `settings` as files have them, from some of them.
+
+        Raises ValueError for values that they cannot have.
+        """
 
     @classmethod
     def of(cls, network: DiT, said: Mapping[str, Any]) -> "Process":
@@ -82,21 +101,26 @@ class Process(Protocol):
 
     # ---- sampling ----
 
-    def times(self, solver: str, steps: int) -> list[int] | list[float]:
-        """The times t, as the network sees them, at which so many steps of a solver begin."""
+    def times(self, solver: str, steps: int, **options: Any) -> list[int] | list[float]:
+        """The times t, as the network sees them, at which so many steps of a solver begin.
 
-    def levels(self, solver: str, steps: int) -> list[float]:
+        `options` are some of the Solver's. Raises ValueError for values that they cannot have.
+        """
+
+    def levels(self, solver: str, steps: int, **options: Any) -> list[float]:
         """The noise level of each of these times, from 0, clean, to 1, noise."""
 
     def trajectory(
-        self, network: StepNetwork, noise: Tensor, solver: str, steps: int, *, eta: float,
-        noise_fn: NoiseFunction, clip: bool, progress: bool,
+        self, network: StepNetwork, noise: Tensor, solver: str, steps: int, *,
+        noise_fn: NoiseFunction, clip: bool, progress: bool, breaks: Collection[int] = (),
+        **options: Any,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Yields for each of `times` a dict: `t`, the time; `sample`, x (N, C, *space) after the
         step; `pred_xstart`, the clean x that was predicted at its beginning.
 
-        `noise` (N, C, *space) is where it begins. `eta`, from 0 to 1, is how much of the noise that
-        the process could add a deterministic solver adds; `noise_fn` draws it. clip: the clean x is
-        known to lie in [-1, 1]: predictions are clipped to that, and the step goes on from the
-        clipped ones. progress: show a bar.
+        `noise` (N, C, *space) is where it begins; `noise_fn` draws what a solver adds. clip: the
+        clean x is known to lie in [-1, 1]: predictions are clipped to that, and a process may go on
+        from the clipped ones. progress: show a bar. breaks: the indices of steps from which on the
+        network is another, its guidance beginning or ending, say: a solver that chooses its own
+        steps takes none across their beginnings. `options` are some of the Solver's.
         """

@@ -4,15 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from models import DiT
+from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.process import Process, Solver
 
-PROCESSES: dict[str, type[Process]] = {process.name: process for process in (GaussianProcess,)}
+KINDS: tuple[type[Process], ...] = (GaussianProcess, FlowProcess)
+PROCESSES = {kind.name: kind for kind in KINDS}
+WORDS = {kind.word: kind for kind in KINDS}  # as command lines name them
 
 # Of all processes: what a command line may name before a checkpoint says which process it is of
 SOLVERS: dict[str, Solver] = {
-    name: solver for process in PROCESSES.values() for name, solver in process.solvers.items()
+    name: solver for kind in KINDS for name, solver in kind.solvers.items()
 }
+# Their options of training, at None: not given
+SETTINGS: tuple[str, ...] = tuple(name for kind in KINDS for name in kind.settings)
 
 
 def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
@@ -30,3 +35,8 @@ def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
             f"known are {', '.join(PROCESSES)}"
         )
     return kind.of(network, said)
+
+
+def process_with_solver(solver: str) -> type[Process]:
+    """The process that has a solver of SOLVERS."""
+    return next(kind for kind in KINDS if solver in kind.solvers)

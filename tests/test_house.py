@@ -25,9 +25,10 @@ DOORS = {
 MAY_IMPORT = {
     "runtime": set(),
     "diffusion": set(),
+    "flow": {"diffusion"},
     "models": set(),
     "vae": {"runtime"},
-    "processes": {"runtime", "diffusion", "models"},
+    "processes": {"runtime", "diffusion", "flow", "models"},
     "conditions": {"runtime", "models"},
     "checkpoints": {"runtime", "diffusion", "models", "vae", "processes", "conditions"},
     "data": {"runtime", "vae", "conditions"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
         "runtime", "diffusion", "models", "vae", "processes", "conditions", "checkpoints",
     },
     "training": {
-        "runtime", "diffusion", "models", "vae", "processes", "conditions", "checkpoints", "data",
+        "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints", "data",
         "evaluation", "sampling",
     },
     "page": {"runtime", "models", "processes", "conditions", "checkpoints", "sampling"},

@@ -22,6 +22,7 @@ from data.options import DataOptions
 from data.source import Source
 from evaluation.features import load_extractor
 from models import DiT, DiT_models
+from processes.table import process_of
 from runtime.limits import check_memory
 from runtime.surroundings import Place, check_accelerate, is_installed, own_place
 from runtime.team import Team, make_accelerator, once
@@ -234,8 +235,9 @@ def build_state(
     side = space.shape.side(options.image_size, DiT_models[options.model].keywords["patch_size"])
     network = DiT_models[options.model](
         input_size=side, in_channels=space.shape.channels, num_classes=options.num_classes,
-        block=options.block,
+        block=options.block, learn_sigma=options.learn_sigma,
     )  # fmt: skip
+    process = process_of(network, options.process_said)
     if options.init_from is not None and fresh:
         weights = load_weights(options.init_from)
         network.load_state_dict(initial_tensors(weights, options, network, classes))
@@ -248,9 +250,10 @@ def build_state(
         shard = partial(
             shard_network, device_type=accelerator.device.type, processes=accelerator.num_processes
         )
-        state = new_state(network, recipe, shard=shard)
+        state = new_state(network, recipe, shard=shard, process=process)
     else:
-        state = new_state(network.to(accelerator.device), recipe, wrap=accelerator.prepare_model)
+        network = network.to(accelerator.device)
+        state = new_state(network, recipe, wrap=accelerator.prepare_model, process=process)
     if options.compile:
         for block in state.network.blocks:
             block.compile()

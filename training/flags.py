@@ -78,6 +78,11 @@ def add_network_flags(add: Add) -> None:
     names = ", ".join(DiT_models)
     add("--model", metavar="MODEL", help=f"{names} (default: %(default)s)")
     add("--block", help="how t and y reach the tokens (default: %(default)s)")
+    sigma = (
+        "channels for a learned variance (default: on for diffusion, off for a flow, which does "
+        "not train them)"
+    )
+    add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
     add(
         "--vae",
         help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)",
@@ -92,6 +97,34 @@ def add_network_flags(add: Add) -> None:
         "(default: %(default)s)"
     )
     add("--init-labels", metavar="{keep,drop,FILE}", help=labels)
+
+
+def add_process_flags(add: Add) -> None:
+    learning = (
+        "what lies between data and noise: diffusion (DDPM), or flow (flow matching, as SiT's and "
+        "rectified flow), whose settings the following are (default: %(default)s)"
+    )
+    add("--process", help=learning)
+    add("--path", help="from noise, t = 0, to data, t = 1 (default: linear)")
+    add("--prediction", help="what the network predicts (default: velocity)")
+    add("--loss-weight", help="of a score or the noise as the prediction (default: none)")
+    sampling = (
+        "how t is drawn: uniform, logit-normal:MEAN,STD, mode:SCALE or cosmap; a mean above 0 leans "
+        "to data, as one below 0 does in Stable Diffusion 3 (default: uniform)"
+    )
+    add("--time-sampling", metavar="LAW", help=sampling)
+    shifting = (
+        "move t towards noise, for large images, as Stable Diffusion 3's shift: t / (A + (1 - A) t)"
+        " (default: 1, not at all)"
+    )
+    add("--time-shift", type=float, metavar="A", help=shifting)
+    cosine = "also learn the velocity's direction: add 1 - its cosine, as LightningDiT"
+    add("--cosine-loss", action="store_true", help=cosine)
+    eps = (
+        "how far from the ends t stays (default: 0 for velocities on linear and gvp, "
+        "1e-3 for other predictions, 1e-5 on vp)"
+    )
+    add("--train-eps", type=float, metavar="EPS", help=eps)
 
 
 def add_recipe_flags(add: Add) -> None:
@@ -189,7 +222,8 @@ def add_evaluation_flags(add: Add) -> None:
 
 # Title of a group in --help → what adds its flags
 GROUPS: dict[str, Callable[[Add], None]] = {
-    "data": add_data_flags, "network": add_network_flags, "recipe": add_recipe_flags,
+    "data": add_data_flags, "network": add_network_flags,
+    "process": add_process_flags, "recipe": add_recipe_flags,
     "speed and memory: these change a result by rounding at most": add_speed_flags,
     "run": add_run_flags, "scores while training": add_evaluation_flags,
 }  # fmt: skip

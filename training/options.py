@@ -14,7 +14,12 @@ from conditions.labels import CLASSES
 from data.opening import SOURCES
 from data.options import DataOptions
 from evaluation.metrics import SCORED
+from flow.flow import LOSS_WEIGHTS
+from flow.paths import PATHS as FLOW_PATHS
+from flow.prediction import PREDICTIONS
 from models import BLOCKS, DiT_models
+from processes.gaussian import GaussianProcess
+from processes.table import SETTINGS, WORDS
 from runtime.limits import check_numbers
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
@@ -22,7 +27,8 @@ from runtime.limits import check_numbers
 DECIDING = (
     "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size",
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
-    "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block",
+    "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
+    *SETTINGS, "learn_sigma",
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -35,13 +41,17 @@ NOT_DECIDING = (
 PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
 # Defaults of deciding options that older runs did not record: a new deciding option needs its row
 # here, or older runs cannot go on
-UNRECORDED = dict(LATER)
+UNRECORDED = {
+    **LATER, "process": GaussianProcess.word, **dict.fromkeys(SETTINGS),
+    "learn_sigma": GaussianProcess.learns_sigma,
+}  # fmt: skip
 
 # Option → what it may be, where that is a few words
 CHOICES: dict[str, Collection[str]] = {
     "model": DiT_models, "block": BLOCKS, "mixed_precision": ["no", "bf16"],
     "on_save_error": ["stop", "continue"], "log_with": ["tensorboard", "wandb"],
-    "device": ["cpu", "cuda", "mps"],
+    "device": ["cpu", "cuda", "mps"], "process": WORDS, "path": FLOW_PATHS,
+    "prediction": PREDICTIONS, "loss_weight": [word for word in LOSS_WEIGHTS if word],
 }  # fmt: skip
 
 
@@ -67,6 +77,16 @@ class TrainOptions:
     vae: str = DataOptions.vae
     init_from: Path | str | None = None
     init_labels: str = "keep"
+    learn_sigma: bool | None = None
+    # process; the settings of a flow are None in another process
+    process: str = GaussianProcess.word
+    path: str | None = None
+    prediction: str | None = None
+    loss_weight: str | None = None
+    time_sampling: str | None = None
+    time_shift: float | None = None
+    cosine_loss: bool | None = None
+    train_eps: float | None = None
     # recipe
     epochs: int = 1400
     max_steps: int | None = None
@@ -112,6 +132,13 @@ class TrainOptions:
         self._check_decays()
         self._check_choices()
         self._check_pairs()
+        self._settle_process()
+
+    @property
+    def process_said(self) -> dict[str, Any]:
+        """What files say of the process that is to be learned, a Process's `config`."""
+        kind = WORDS[self.process]
+        return {"name": kind.name} | {name: getattr(self, name) for name in kind.settings}
 
     def recorded(self) -> dict[str, Any]:
         """The options as run.json, log.txt and checkpoints have them under "args".
@@ -119,6 +146,24 @@ class TrainOptions:
         The dict is {name: value}, in order, sequences as lists.
         """
         return {name: _in_a_file(value) for name, value in vars(self).items()}
+
+    def _settle_process(self):
+        """Give the process's settings, and learn_sigma, the values that they stand for.
+
+        Raises ValueError for those that it does not have, or not with such values.
+        """
+        kind = WORDS[self.process]
+        given = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+        for name in given.keys() - kind.settings.keys():
+            owners = [word for word, other in WORDS.items() if name in other.settings]
+            raise ValueError(
+                f"`{name}` is a setting of `process={owners[0]}`, and `process` is {self.process}; "
+                f"pass that, or leave `{name}` out"
+            )
+        for name, value in kind.settled(given).items():
+            object.__setattr__(self, name, value)
+        if self.learn_sigma is None:
+            object.__setattr__(self, "learn_sigma", kind.learns_sigma)
 
     def _check_decays(self):
         """Raise ValueError unless each decay of the averages is one, and stands there once."""

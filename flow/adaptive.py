@@ -1,0 +1,69 @@
+"""dopri5: Dormand and Prince's method of order 5, with steps of each sample's own length.
+
+The steps are torchode's. A step is as long as the error of that sample allows, so that a sample
+does not depend on the others in its batch; all samples are asked together.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+
+import torch
+from torch import Tensor
+
+from .prediction import Prediction
+from .solvers import Network
+
+ATOL, RTOL = 1e-6, 1e-3
+MOST_STEPS = 100_000  # of one sample
+
+
+def solve(
+    slope: Callable[[Tensor, Tensor], Tensor], y: Tensor, times: Sequence[float], atol: float,
+    rtol: float,
+) -> Tensor:  # fmt: skip
+    """y at times, (T, N, D) from y (N, D) at the first of them, of dy/dt = slope(t (N,), y (N, D)).
+
+    Times rise or fall. Raises ValueError for tolerances that are not above 0, if torchode is
+    missing, and if the steps become too small or too many.
+    """
+    for name, tolerance in {"atol": atol, "rtol": rtol}.items():
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"`{name}` is {tolerance}; it must be above 0, and finite")
+    try:
+        import torchode  # here, since it takes a while
+    except ImportError:
+        raise ValueError("dopri5 needs torchode; pip install torchode") from None
+    at = torch.tensor(times, dtype=y.dtype, device=y.device).expand(len(y), -1)  # (N, T)
+    term = torchode.ODETerm(slope)
+    controller = torchode.IntegralController(atol=atol, rtol=rtol, term=term)
+    solver = torchode.AutoDiffAdjoint(
+        torchode.Dopri5(term=term), controller, max_steps=MOST_STEPS
+    ).to(y.device)
+    found = solver.solve(
+        torchode.InitialValueProblem(y0=y, t_start=at[:, 0], t_end=at[:, -1], t_eval=at)
+    )
+    if found.status.any():
+        raise ValueError(
+            f"dopri5 found no solution with `atol={atol:g}` and `rtol={rtol:g}`: its steps became "
+            "too many, or values not finite; take larger tolerances, or heun"
+        )
+    return found.ys.transpose(0, 1)
+
+
+def adaptive_ode(
+    said: Prediction, network: Network, x: Tensor, times: Sequence[float], atol: float, rtol: float,
+    step: int = 0,
+) -> Tensor:  # fmt: skip
+    """x at each of the times, (T, N, C, *space), from x (N, C, *space) at the first of them.
+
+    The network is told one number of a step throughout.
+    """
+
+    def slope(t, y):
+        x_t = y.reshape(x.shape)
+        column = t.reshape(-1, *[1] * (x.dim() - 1))  # (N, 1, ...)
+        out = network(x_t, t, step)[:, : x.shape[1]]
+        return said.velocity(out, x_t, said.coefficients(column)).flatten(1)
+
+    with torch.no_grad():
+        return solve(slope, x.flatten(1), times, atol, rtol).reshape(len(times), *x.shape)

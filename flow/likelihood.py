@@ -1,0 +1,21 @@
+"""The likelihood of data under a flow: the ODE from data back to noise, and what it stretches."""
+
+from collections.abc import Callable, Mapping
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adaptive import solve
+
+if TYPE_CHECKING:
+    from .flow import Flow
+
+
+def log_likelihood(
+    self: "Flow", model: Callable[..., Tensor], x: Tensor, *, probe: Tensor | None = None,
+    exact: bool = False, atol: float = 1e-5, rtol: float = 1e-5,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    raise NotImplementedError
