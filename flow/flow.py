@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from diffusion.network import as_taken, sampling_device
-
 from .adaptive import ATOL, RTOL, adaptive_ode
 from .forms import FORMS, check_form
 from .likelihood import log_likelihood
@@ -249,7 +247,10 @@ class Flow:
 
     def _ask(self, model, x, t, model_kwargs):
         """What the network says of x at t, in x's precision: its first C channels."""
-        out = model(as_taken(model, x), t, **(model_kwargs or {}))
+        weights = _weights(model)
+        halved = weights is not None and weights.dtype in (torch.float16, torch.bfloat16)
+        given = x.to(weights.dtype) if halved else x
+        out = model(given, t, **(model_kwargs or {}))
         return out[:, : x.shape[1]].to(x.dtype)
 
     def _at_steps(self, model, model_kwargs):
@@ -265,12 +266,15 @@ class Flow:
         return ratio**2 if self.loss_weight == "velocity" else ratio / at.sigma
 
     def _start(self, model, shape, noise, device):
-        device = sampling_device(device, noise, model)
-        if noise is None:
-            return torch.randn(shape, device=device)
-        if tuple(noise.shape) != tuple(shape):
+        """Where a trajectory begins: the noise that is given, or new noise of this shape."""
+        if noise is not None and tuple(noise.shape) != tuple(shape):
             raise ValueError(f"noise is {tuple(noise.shape)}, and shape {tuple(shape)}")
-        return noise.to(device)
+        if noise is not None:
+            return noise if device is None else noise.to(device)
+        weights = _weights(model)
+        if device is None and weights is None:
+            raise ValueError("pass device, or noise: the model has no parameters that say where")
+        return torch.randn(shape, device=weights.device if device is None else device)
 
 
 def even_times(interval: Interval, num_steps: int, shift: float = 1.0) -> list[float]:
@@ -290,6 +294,12 @@ def check_names(**given: tuple[str | None, Any]) -> None:
             raise ValueError(
                 f"`{argument}` is {name!r:.60}; choose one of {', '.join(map(str, known))}"
             )
+
+
+def _weights(model):
+    """A parameter of a network, or of the network that a method is bound to; None without one."""
+    network = getattr(model, "__self__", model)
+    return next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
 
 
 def _column(t, x):

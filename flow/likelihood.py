@@ -1,13 +1,10 @@
 """The likelihood of data under a flow: the ODE from data back to noise, and what it stretches."""
 
 from collections.abc import Callable, Mapping
-import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from .adaptive import solve
 
 if TYPE_CHECKING:
     from .flow import Flow

@@ -98,10 +98,10 @@ class TimeSampling(NamedTuple):
 
 
 def shifted(t: Any, shift: float) -> Any:
-    """t, a number or tensor from 0 to 1, moved towards noise by a shift above 1, towards data below.
+    """t, a number or tensor from 0 to 1, moved towards noise by a shift above 1, else towards data.
 
-    t / (shift + (1 - shift)·t). In SD3's direction this is shift·t / (1 + (shift - 1)·t) with the
-    same shift: √(m/n) for m pixels where n need none, 3 at 1024² there. LightningDiT's
+    This is t / (shift + (1 - shift)·t). In SD3's direction it is shift·t / (1 + (shift - 1)·t) with
+    the same shift: √(m/n) for m pixels where n need none, 3 at 1024² there. LightningDiT's
     timestep_shift is 1/shift.
     """
     return t / (shift + (1 - shift) * t)

@@ -70,7 +70,7 @@ class FlowProcess:
             raise ValueError(f"`cosine_loss` is {cosine_loss!r:.60}; it is true or false")
         self.flow = create_flow(path, prediction, loss_weight, train_eps, None, cosine_loss)
         self.times_law, self.time_shift = TimeSampling.parse(time_sampling), checked(time_shift)
-        self.parts = ("loss", "mse", "cosine") if cosine_loss else ("loss", "mse")
+        self.parts: tuple[str, ...] = ("loss", "mse", *["cosine"] * cosine_loss)
 
     @classmethod
     def settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class FlowProcess:
         pred_xstart alone: the drift goes by what the network says.
         """
         said, grid = self.flow.said, self._grid(solver, steps, **options)
-        chosen = self.solvers[solver].options | options
+        chosen = {**self.solvers[solver].options, **options}
         if solver in ("euler", "heun"):
             moments = ode(said, network, noise, grid, solver)
         elif solver == "dopri5":
@@ -158,14 +158,15 @@ class FlowProcess:
                 chosen["diffusion_form"], chosen["diffusion_norm"], chosen["last_step"], noise_fn,
             )  # fmt: skip
         for t, x, predicted in tqdm(moments, total=steps, disable=not progress):
-            yield {"t": t, "sample": x, "pred_xstart": predicted.clamp(-1, 1) if clip else predicted}
+            predicted = predicted.clamp(-1, 1) if clip else predicted
+            yield {"t": t, "sample": x, "pred_xstart": predicted}
 
     def _grid(self, solver: str, steps: int, **options: Any) -> list[float]:
         """The times between which steps lie, steps + 1 of them.
 
         Raises ValueError for options that a solver cannot have, and where a term is infinite.
         """
-        chosen = self.solvers[solver].options | options
+        chosen = {**self.solvers[solver].options, **options}
         flow, shift = self._sampled(chosen["sample_eps"]), chosen["time_shift"]
         shift = self.time_shift if shift is None else checked(shift)
         if "diffusion_form" not in chosen:

@@ -146,15 +146,16 @@ class GaussianProcess:
     def trajectory(
         self, network: StepNetwork, noise: Tensor, solver: str, steps: int, *,
         noise_fn: NoiseFunction = torch.randn_like, clip: bool = False, progress: bool = False,
-        breaks: Collection[int] = (), eta: float = 0.0,
+        breaks: Collection[int] = (), **options: Any,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Yields t, sample and pred_xstart for each step, as the interface says.
 
-        ddpm and ddim call noise_fn once a step, whatever eta; dpm++ and unipc draw nothing.
+        ddim's option is eta. ddpm and ddim call noise_fn once a step, whatever eta; dpm++ and
+        unipc draw nothing.
         """
         times, x = self.times(solver, steps), noise
         if solver in LOOPS:
-            step = self._one_step(network, solver, steps, eta, noise_fn, clip)
+            step = self._one_step(network, solver, steps, options, noise_fn, clip)
         else:
             step = self._multistep(network, times, solver, clip)
         for i, t in enumerate(tqdm(times, disable=not progress)):
@@ -164,18 +165,17 @@ class GaussianProcess:
             x = out["sample"]
 
     def _one_step(
-        self, network: StepNetwork, solver: str, steps: int, eta: float, noise_fn: NoiseFunction,
-        clip: bool,
+        self, network: StepNetwork, solver: str, steps: int, options: Mapping[str, Any],
+        noise_fn: NoiseFunction, clip: bool,
     ) -> Step:  # fmt: skip
         """The step of one of LOOPS, on so many steps kept of all."""
         diffusion = spaced(steps, self.learn_sigma)
-        extra: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
 
         def step(x, i):
             t = torch.full((len(x),), steps - 1 - i, device=x.device)  # (N,)
             return LOOPS[solver](
                 diffusion, lambda x, t: network(x, t, i), x, t, clip_denoised=clip,
-                noise_fn=noise_fn, **extra,
+                noise_fn=noise_fn, **options,
             )  # fmt: skip
 
         return step

@@ -49,8 +49,8 @@ class Process(Protocol):
     options of training that are its own, with their defaults: the other entries of `config`.
     `learns_sigma`: networks have channels for a variance unless told otherwise. `solvers` maps the
     names of its ways from noise to data to their Solver, `usual` being the one that is taken unless
-    told otherwise. `parts` are the names of the parts of its loss, "loss", which is minimised, first;
-    `told_apart` is the one of them that is also told apart by quarters of the noise levels.
+    told otherwise. `parts` are the names of the parts of its loss, "loss", which is minimised,
+    first; `told_apart` is the one of them that is also told apart by quarters of the noise levels.
     `quick` is the solver and number of steps for images to look at, or to score, while training.
     """
 

@@ -8,8 +8,10 @@ from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.process import Process, Solver
 
-KINDS: tuple[type[Process], ...] = (GaussianProcess, FlowProcess)
-PROCESSES = {kind.name: kind for kind in KINDS}
+PROCESSES: dict[str, type[Process]] = {
+    GaussianProcess.name: GaussianProcess, FlowProcess.name: FlowProcess,
+}  # fmt: skip
+KINDS = tuple(PROCESSES.values())
 WORDS = {kind.word: kind for kind in KINDS}  # as command lines name them
 
 # Of all processes: what a command line may name before a checkpoint says which process it is of

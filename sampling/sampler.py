@@ -118,8 +118,10 @@ class Sampler:
         def doubled(x):
             return noise_fn(torch.cat([x, x]))[: len(x)]
 
+        known = self.process.solvers[self.sampler].options
+        options = {name: value for name, value in {"eta": self.eta}.items() if name in known}
         yield from self.process.trajectory(
-            self.predictor(labels), noise, self.sampler, self.num_sampling_steps, eta=self.eta,
+            self.predictor(labels), noise, self.sampler, self.num_sampling_steps, **options,
             noise_fn=noise_fn if self.cfg_scale == 1 else doubled, clip=self.space.clip_denoised,
             progress=progress,
         )  # fmt: skip

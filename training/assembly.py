@@ -235,7 +235,7 @@ def build_state(
     side = space.shape.side(options.image_size, DiT_models[options.model].keywords["patch_size"])
     network = DiT_models[options.model](
         input_size=side, in_channels=space.shape.channels, num_classes=options.num_classes,
-        block=options.block, learn_sigma=options.learn_sigma,
+        block=options.block, learn_sigma=bool(options.learn_sigma),
     )  # fmt: skip
     process = process_of(network, options.process_said)
     if options.init_from is not None and fresh:

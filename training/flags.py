@@ -78,11 +78,6 @@ def add_network_flags(add: Add) -> None:
     names = ", ".join(DiT_models)
     add("--model", metavar="MODEL", help=f"{names} (default: %(default)s)")
     add("--block", help="how t and y reach the tokens (default: %(default)s)")
-    sigma = (
-        "channels for a learned variance (default: on for diffusion, off for a flow, which does "
-        "not train them)"
-    )
-    add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
     add(
         "--vae",
         help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)",
@@ -97,6 +92,11 @@ def add_network_flags(add: Add) -> None:
         "(default: %(default)s)"
     )
     add("--init-labels", metavar="{keep,drop,FILE}", help=labels)
+    sigma = (
+        "channels for a learned variance (default: on for diffusion, off for a flow, which does "
+        "not train them)"
+    )
+    add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
 
 
 def add_process_flags(add: Add) -> None:
@@ -109,8 +109,8 @@ def add_process_flags(add: Add) -> None:
     add("--prediction", help="what the network predicts (default: velocity)")
     add("--loss-weight", help="of a score or the noise as the prediction (default: none)")
     sampling = (
-        "how t is drawn: uniform, logit-normal:MEAN,STD, mode:SCALE or cosmap; a mean above 0 leans "
-        "to data, as one below 0 does in Stable Diffusion 3 (default: uniform)"
+        "how t is drawn: uniform, logit-normal:MEAN,STD, mode:SCALE or cosmap; a mean above 0 "
+        "leans to data, as one below 0 does in Stable Diffusion 3 (default: uniform)"
     )
     add("--time-sampling", metavar="LAW", help=sampling)
     shifting = (
