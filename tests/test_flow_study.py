@@ -45,16 +45,13 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=WAYS, ids=" ".join)
-def drawn_by(request):
+def network_and_way(kind, way):
     """(a network that is not at its start, its process, one of WAYS)."""
-    kind, way = request.param
-    said = {"name": kind}
     torch.manual_seed(0)
     network = DiT(**flow_study.config_of(PLAN, "noise" if kind == "gaussian" else "linear")).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    return network, process_of(network, said), flow_study.WAYS[kind][way]
+    return network, process_of(network, {"name": kind}), flow_study.WAYS[kind][way]
 
 
 def test_a_study_has_every_network_and_its_figure(tiny, tmp_path, capsys):
@@ -104,8 +101,9 @@ def test_a_study_goes_on_and_repeats_nothing(tiny, tmp_path, monkeypatch):
     assert made == [FlowPoint("vp", 1)] and results(tmp_path / "part") == results(tiny)
 
 
-def test_every_way_asks_the_network_as_often_as_it_says(drawn_by):
-    network, process, way = drawn_by
+@pytest.mark.parametrize("kind, way", WAYS)
+def test_every_way_asks_the_network_as_often_as_it_says(kind, way):
+    network, process, way = network_and_way(kind, way)
     for calls in flow_study.PRESETS["small"].calls[:2]:
         asked = []
         hook = network.register_forward_hook(lambda *_: asked.append(1))
@@ -114,11 +112,10 @@ def test_every_way_asks_the_network_as_often_as_it_says(drawn_by):
         assert len(asked) == calls and images.shape == (1, 1, 16, 16)
 
 
-def test_every_way_of_a_flow_is_its_sample_loop(drawn_by):
+@pytest.mark.parametrize("way", flow_study.WAYS["flow"])
+def test_every_way_of_a_flow_is_its_sample_loop(way):
     """With the options that it names, from the noise of each image."""
-    network, process, way = drawn_by
-    if process.name != "flow":
-        pytest.skip("of flows")
+    network, process, way = network_and_way("flow", way)
     indices, labels, options = [0, 7], torch.tensor([1, 2]), dict(way.options)
     noise_fn = ImageNoise(0, indices, "cpu")
     noise = noise_fn(torch.empty(2, 1, 16, 16))
@@ -136,12 +133,14 @@ def test_every_way_of_a_flow_is_its_sample_loop(drawn_by):
 
 
 def test_a_folder_of_the_other_study_is_refused(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        flow_study.main(["--output", str(EXAMPLE / "results"), *TINY])
-    assert "study.json" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        flow_plot.main(["--results", str(EXAMPLE / "results"), "--output", str(tmp_path)])
-    assert "give a folder that this study wrote" in capsys.readouterr().err
+    other = str(shutil.copytree(EXAMPLE / "results", tmp_path / "other"))
+    for door, flags in (
+        (flow_study.main, ["--output", other, *TINY]),
+        (flow_plot.main, ["--results", other, "--output", str(tmp_path)]),
+    ):
+        with pytest.raises(SystemExit):
+            door(flags)
+        assert "give a folder that this study wrote" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         flow_study.main(["--output", str(tiny), *TINY[2:]])
     assert "holds another study" in capsys.readouterr().err

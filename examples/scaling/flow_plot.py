@@ -109,7 +109,8 @@ def draw_training(axes, rows, about):
         # (seeds, steps)
         distances = np.array([[place["distance"] for place in row["curve"]] for row in group])
         draw_line(axes, steps, distances, f"C{i}", NAMES[variant])
-    axes.set(title=f"training, {about['plan']['curve_calls']} calls of an ODE's solver")
+    calls = about["plan"]["curve_calls"]
+    axes.set(title=f"training; {calls} calls of ddim, of heun for flows")
     axes.set_xlabel("training step")
 
 
@@ -142,17 +143,19 @@ def draw_figure(rows, about, path):
     """Write the three panels as one SVG; equal numbers, equal file."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator
 
     matplotlib.rcParams["svg.hashsalt"] = "flow-study"
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 3), (draw_training, draw_best, draw_ways)):
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, draw in zip(panels, (draw_training, draw_best, draw_ways)):
         draw(axes, rows, about)
         axes.set_ylabel("Fréchet distance")
         axes.yaxis.set_major_locator(LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    panels[2].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
     write_whole(
         path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None})
     )
