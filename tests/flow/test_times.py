@@ -70,7 +70,8 @@ def test_times_have_the_mean_of_their_law(text, distribution):
 
 @pytest.mark.parametrize("text, other", [
     ("logit-normal:0.5,0.6", logit_normal(-0.5, 0.6)),
-    ("logit-normal:0.5,0.6", logit_normal(0.5, 0.7)), ("mode:0.8", mode(1.0)), ("mode:-0.7", mode(0)), ("cosmap", mode(0)),
+    ("logit-normal:0.5,0.6", logit_normal(0.5, 0.7)),
+    ("mode:0.8", mode(1.0)), ("mode:-0.7", mode(0)), ("cosmap", mode(0)),
 ])  # fmt: skip
 def test_another_law_is_told_apart(text, other):
     assert stats.kstest(drawn(text).numpy(), other).pvalue < 1e-4
