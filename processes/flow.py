@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow import TimeSampling, create_flow, shifted
-from flow.adaptive import ATOL, RTOL, adaptive_ode
+from flow.adaptive import ATOL, RTOL, adaptive_ode, check_tolerances
 from flow.flow import Flow, even_times
 from flow.prediction import Prediction
 from flow.solvers import LAST_STEP_SIZE, Moment, check_finite, ode, sde
@@ -21,7 +21,8 @@ from models import DiT
 from processes.process import QUARTERS, Network, NoiseFunction, Solver, StepNetwork
 
 MOST_STEPS = 10_000
-SLOPE = 1 / 64  # of a step, over which dopri5's solution is taken as straight
+# The time over which dopri5's solution is taken as straight, about the root of float32's rounding
+STRAIGHT = 1 / 4096
 SHIFTS = (1e-3, 1e3)  # the least and the most that a time shift may be
 
 # Of every solver: where steps stay away from ends, and how they are spread. None: as the network
@@ -169,6 +170,8 @@ class FlowProcess:
         chosen = {**self.solvers[solver].options, **options}
         flow, shift = self._sampled(chosen["sample_eps"]), chosen["time_shift"]
         shift = self.time_shift if shift is None else checked(shift)
+        if "atol" in chosen:
+            check_tolerances(chosen["atol"], chosen["rtol"])
         if "diffusion_form" not in chosen:
             return even_times(flow.interval(), steps, shift)
         form, last = chosen["diffusion_form"], chosen["last_step"]
@@ -196,7 +199,7 @@ class FlowProcess:
         for first, end in pairwise(sorted({0, count, *breaks})):
             told = grid[first : end + 1]
             # Beside the beginning of each step, a time that is a little later
-            later = [t + SLOPE * (t_next - t) for t, t_next in pairwise(told)]
+            later = [min(t + STRAIGHT, (t + t_next) / 2) for t, t_next in pairwise(told)]
             points = [*(t for pair in zip(told, later) for t in pair), told[-1]]
             states = adaptive_ode(said, network, x, points, atol, rtol, first)
             for i, (t, t_later) in enumerate(zip(told, later)):
