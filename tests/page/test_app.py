@@ -29,8 +29,8 @@ from models import DiT
 from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from conditions.labels import imagenet_names
 from checkpoints.loading import find_files
-from sampling.loading import VAE, build_sampler
-from processes.table import SOLVERS
+from sampling.loading import QUICK, VAE, build_sampler
+from processes.gaussian import GaussianProcess
 from sampling.sampler import Sampler
 from vae import PixelSpace
 from page.visitors import Gate, Visitors
@@ -50,7 +50,7 @@ def arguments(*flags):
 
 def opened(choice):
     """The Sampler that the page opens with."""
-    return build_sampler(choice, find_files(choice, VAE), app.OPTIONS, CPU)
+    return build_sampler(choice, find_files(choice, VAE), app.OPTIONS, CPU, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_page_opens_on_the_digits_from_any_folder_and_for_this_machine_alone(tmp
     args, choice = arguments()
     assert (args.host, args.port) == ("127.0.0.1", 7860)
     sampler = opened(choice)
-    assert sampler.classes == [str(i) for i in range(10)] and sampler.sampler == app.SOLVER
+    assert sampler.classes == [str(i) for i in range(10)] and sampler.sampler == QUICK
     args, choice = arguments("--ckpt", "x.pt")
     assert arguments("--ckpt", "released")[1].ckpt is None
     assert choice.vae is None and VAE == "mse" == args.vae
@@ -301,7 +301,7 @@ def test_a_single_step_has_a_preview_and_a_strip(digits):
 
 
 def test_the_png_has_the_settings_that_were_asked_for(digits):
-    settings = app.picture_settings(*arguments(), str(app.DIGITS_VAE))
+    settings = app.picture_settings(*arguments(), str(app.DIGITS_VAE), digits)
     for answered in drawing.answer(digits, settings, CPU, [7, 2], 3, 2.5, "unipc", STEPS, "11"):
         status, shown, rows, path = answered
         assert (path is None) == (rows is None)
@@ -370,7 +370,7 @@ def test_controls_for_a_network_with_a_thousand_names(gradio):
     )
     assert controls["Classes"].choices[207] == ("207: golden retriever", 207)
     assert controls["Classes"].value == list(range(0, 1000, 100))
-    assert [name for name, _ in controls["Solver"].choices] == list(SOLVERS)
+    assert [name for name, _ in controls["Solver"].choices] == list(GaussianProcess.solvers)
     assert (controls["Guidance"].minimum, controls["Guidance"].maximum) == (1, 10)
     assert (controls["How many images"].minimum, controls["How many images"].maximum) == (1, 16)
 
