@@ -87,8 +87,8 @@ def test_samples_are_those_of_the_flows_own_loops(solver, scale):
         )
     else:
         want = process.flow.ode_sample_loop(model, start.shape, start, method=solver, **own)
-    # dopri5 is told at six moments here, in one stretch there
-    torch.testing.assert_close(got, want[:2], rtol=0, atol=2e-3 if solver == "dopri5" else 1e-5)
+    # dopri5 is told at six moments here, at its end there
+    assert (got - want[:2]).abs().max() < 1e-5 * want.abs().max()
     assert (got - noise).abs().max() > 0.1
 
 
