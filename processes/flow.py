@@ -55,8 +55,9 @@ class FlowProcess:
         "heun": Solver(125, MOST_STEPS, EVERY),
         # The moments at which its solution is told; it chooses its own steps
         "dopri5": Solver(50, MOST_STEPS, EVERY | {"atol": ATOL, "rtol": RTOL}),
-        "sde": Solver(250, MOST_STEPS, SDE),
-        "sde-heun": Solver(125, MOST_STEPS, SDE),
+        # The last of the steps is one of its own kind
+        "sde": Solver(250, MOST_STEPS, SDE, least=2),
+        "sde-heun": Solver(125, MOST_STEPS, SDE, least=2),
     }
     usual: ClassVar[str] = "heun"
     quick: ClassVar[tuple[str, int]] = ("heun", 25)
