@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.loading import NetworkFiles, build_network, class_names, find_files
+from checkpoints.loading import (
+    NetworkFiles, build_network, class_names, find_files, process_learned,
+)  # fmt: skip
 from checkpoints.weights import load_weights
-from processes.table import process_of
 from runtime.devices import choose_device
 from sampling.options import SamplingOptions
 from sampling.sampler import Sampler
@@ -68,7 +69,7 @@ def build_sampler(
     compiled = values.pop("compile")
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
-        process=process_of(network, weights.process), **values,
+        process=process_learned(choice, weights, network), **values,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
