@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from checkpoints.choice import IMAGE_SIZE, MODEL, NUM_CLASSES, NetworkChoice
+from checkpoints.names import MODELS
 from checkpoints.weights import weights_choice
 from conditions.labels import CLASSES
 from flow.flow import EPS
@@ -15,13 +16,13 @@ from flow.forms import FORMS
 from models import DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import TRAINED_STEPS, GaussianProcess
-from processes.table import SOLVERS
+from processes.table import SOLVERS, WORDS
 from runtime.limits import check_numbers
 from sampling.options import LAST_STEP_NAMES, SamplingOptions, check_seed
 from sampling.speed import PRECISIONS
 
 # Flags whose defaults count only where the checkpoint does not say it
-CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes")
+CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes", "process")
 
 
 def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
@@ -64,8 +65,9 @@ def add_network_flags(
     )
     bare = parser.add_argument_group("network, for checkpoints that do not say")
     bare.add_argument(
-        "--model", choices=DiT_models, default=MODEL, metavar="MODEL",
-        help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
+        "--model", choices=MODELS, default=MODEL, metavar="MODEL",
+        help=f"one of {', '.join(DiT_models)}, or of the same with SiT for DiT, which is "
+        "--process flow (default: %(default)s)",
     )  # fmt: skip
     bare.add_argument(
         "--image-size", type=int, default=IMAGE_SIZE,
@@ -74,6 +76,11 @@ def add_network_flags(
     bare.add_argument(
         "--num-classes", type=int, default=NUM_CLASSES,
         help="0 for a network without classes (default: %(default)s)",
+    )  # fmt: skip
+    bare.add_argument(
+        "--process", choices=WORDS,
+        help="what it has learned; a flow is SiT's, linear with velocities (default: what "
+        "--model says, or diffusion)",
     )  # fmt: skip
     return network
 

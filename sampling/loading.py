@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.loading import NetworkFiles, build_network, class_names, find_files
+from checkpoints.loading import (
+    NetworkFiles, build_network, class_names, find_files, process_learned,
+)  # fmt: skip
 from checkpoints.weights import load_weights
-from processes.table import process_of
 from runtime.devices import choose_device
 from sampling.options import OWN, SamplingOptions, solver_options
 from sampling.sampler import Sampler
@@ -68,7 +69,7 @@ def build_sampler(
     """
     weights = load_weights(files.checkpoint, choice.weights)
     network = build_network(choice, weights, files.vae).to(device)
-    process = process_of(network, weights.process)
+    process = process_learned(choice, weights, network)
     values = options.settled(process, QUICK if quick and QUICK in process.solvers else None)
     own, compiled = solver_options(values), values["compile"]
     plain = {name: value for name, value in values.items() if name not in (*OWN, "compile")}

@@ -88,6 +88,7 @@ class TrainState:
     process: Process
     window: Window
     step: int = 0
+    note: str | None = None  # for the log, of the weights that it begins with
     # Skipped because loss or gradient was not finite: in all, and in a row up to now
     bad_steps: int = 0
     bad_in_a_row: int = 0
