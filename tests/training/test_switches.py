@@ -371,17 +371,19 @@ def test_preview_pictures_do_not_touch_the_run(images, tmp_path, process):
     assert pictures[0].shape == (4 * 18 + 2, 4 * 18 + 2, 3) and not np.array_equal(*pictures)
 
 
-def test_tensorboard_gets_the_metrics(images, tmp_path):
+@each_process
+def test_tensorboard_gets_the_metrics(images, tmp_path, process):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = ["--log-with", "tensorboard", "--log-every", "1"]
+    flags = ["--log-with", "tensorboard", "--log-every", "1", *ASKED[process]]
     run(images, tmp_path, "--max-steps", "3", *flags)
     (tmp_path / "000-DiT-Ti-8" / "checkpoints" / "0000003.pt").unlink()
     run(images, tmp_path, "--max-steps", "4", "--resume", "auto", *flags)
     folder = tmp_path / "000-DiT-Ti-8"
     events = accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
+    third = {"diffusion": "vb", "flow": "cosine"}[process]
     for name in (
-        "loss", "mse", "vb", "gradient_norm", "images_per_second", "model_flops_per_second",
+        "loss", "mse", third, "gradient_norm", "images_per_second", "model_flops_per_second",
         "learning_rate",
     ):  # fmt: skip
         found = {event.step: event.value for event in events.Scalars(name)}
