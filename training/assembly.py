@@ -291,10 +291,14 @@ def check_same_classes(options: TrainOptions, classes: list[str] | None, weights
 def take_up(state: TrainState, checkpoint: Path) -> dict:
     """Load a training checkpoint into the state; what it says of the processes that wrote it.
 
-    Raises ValueError if it is no training checkpoint, or of another network.
+    Raises ValueError if it is no training checkpoint, or of another process or network.
     """
     contents, origin = read_checkpoint(checkpoint, mmap=True), f"`resume` {checkpoint}"
     check_whole_run(contents, origin)
+    try:
+        state.check_learned(contents.get("config"))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     contents["emas"] = {
         decay: clean_names(tensors) for decay, tensors in averages(contents).items()
     }
