@@ -47,7 +47,7 @@ def log_likelihood(
     with more than MOST_EXACT dimensions.
     """
     dims = x[0].numel()
-    _check(x, probe, exact, dims)
+    _check(x, probe, exact)
     if probe is None and not exact:
         probe = torch.randint_like(x, 2) * 2 - 1
     divergence = _trace if probe is None else _estimate
@@ -66,12 +66,18 @@ def log_likelihood(
     return -(noise**2).sum(dim=1) / 2 - dims / 2 * math.log(2 * math.pi) - stretched
 
 
-def _check(x, probe, exact, dims):
-    if exact and dims > MOST_EXACT:
+def check_exact(dims: int) -> None:
+    """Raise ValueError for more dimensions than an exact trace is for."""
+    if dims > MOST_EXACT:
         raise ValueError(
             f"`exact` takes one pass back for each of {dims:,} dimensions at every step, and is "
             f"for {MOST_EXACT:,} at most; leave it out for an estimate"
         )
+
+
+def _check(x, probe, exact):
+    if exact:
+        check_exact(x[0].numel())
     if exact and probe is not None:
         raise ValueError("`probe` is for an estimate, and `exact=True` takes none; leave one out")
     if probe is not None and probe.shape != x.shape:
