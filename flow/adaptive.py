@@ -23,11 +23,12 @@ MOST_GROWTH = 3.0
 
 def solve(
     slope: Callable[[Tensor, Tensor], Tensor], y: Tensor, times: Sequence[float], atol: float,
-    rtol: float,
+    rtol: float, norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """y at times, (T, N, D) from y (N, D) at the first of them, of dy/dt = slope(t (N,), y (N, D)).
 
-    Times rise or fall. Raises ValueError for tolerances that are not above 0, if torchode is
+    Times rise or fall. norm: (N, D) → (N,), of an error in units of what is tolerated; None for the
+    root mean square. Raises ValueError for tolerances that are not above 0, if torchode is
     missing, and if the steps become too small or too many.
     """
     check_tolerances(atol, rtol)
@@ -37,8 +38,9 @@ def solve(
         raise ValueError("dopri5 needs torchode; pip install torchode") from None
     at = torch.tensor(times, dtype=y.dtype, device=y.device).expand(len(y), -1)  # (N, T)
     term = torchode.ODETerm(slope)
+    own = {} if norm is None else {"norm": norm}
     controller = torchode.IntegralController(
-        atol=atol, rtol=rtol, term=term, factor_max=MOST_GROWTH
+        atol=atol, rtol=rtol, term=term, factor_max=MOST_GROWTH, **own
     )
     solver = torchode.AutoDiffAdjoint(
         torchode.Dopri5(term=term), controller, max_steps=MOST_STEPS

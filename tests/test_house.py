@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "evaluation": {"runtime", "data"},
     "sampling": {
         "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",
+        "data",
     },
     "training": {
         "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",
