@@ -15,9 +15,11 @@ import psutil
 import pytest
 import torch
 
+from conditions.labels import random_labels
 from conftest import ROOT
 from models import BLOCKS, DiT
 from training.cost import training_flops
+from training.folder_lock import FolderLock
 
 pytest.importorskip(
     "sklearn", reason="the photographs come with scikit-learn: pip install .[digits]"
@@ -27,6 +29,7 @@ sys.path.insert(0, str(EXAMPLE))
 import patches  # noqa: E402
 import plot  # noqa: E402
 import study  # noqa: E402
+import trial  # noqa: E402
 
 TINY = ["--preset", "tiny", "--device", "cpu"]
 
@@ -141,7 +144,7 @@ def test_a_study_goes_on_and_repeats_nothing(tiny, tmp_path, capsys, monkeypatch
         return run_point(*args)
 
     monkeypatch.setattr(study, "run_point", interrupted)
-    monkeypatch.setattr(study, "train_classifier", lambda *_: pytest.fail("the judge is made once"))
+    monkeypatch.setattr(trial, "train_classifier", lambda *_: pytest.fail("the judge is made once"))
     with pytest.raises(SystemExit, match="the same command goes on"):
         study.main(["--output", str(folder), *TINY, "--workers", "1"])
     assert len(results(folder)) == len(lines) - 1
@@ -157,18 +160,18 @@ def test_what_another_process_finished_meanwhile_is_not_lost(tiny, tmp_path, mon
     """The second of two looks at the points only once the first has ended."""
     lines = (tiny / "points.jsonl").read_text().splitlines(keepends=True)
     folder = copied(tiny, tmp_path / "part", lines[:3])
-    take = study.FolderLock.take
+    take = FolderLock.take
 
     def late(lock, path):
         (folder / "points.jsonl").write_text("".join(lines))
         take(lock, path)
 
-    monkeypatch.setattr(study.FolderLock, "take", late)
+    monkeypatch.setattr(FolderLock, "take", late)
     study.main(["--output", str(folder), *TINY, "--workers", "1"])
     assert f"{len(lines)} networks are done, 0 are left" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr("training.folder_lock.LOCK_PATIENCE", 0)
-    with study.FolderLock() as lock:
+    with FolderLock() as lock:
         lock.take(folder)
         with pytest.raises(SystemExit):
             study.main(["--output", str(folder), *TINY, "--workers", "1"])
@@ -318,11 +321,11 @@ def test_other_damaged_files_are_named(tiny, tmp_path, capsys, name):
 
 def test_the_distance_tells_patches_from_noise_and_from_other_classes():
     plan = study.PRESETS["tiny"]._replace(classifier_steps=60, reference=500, samples=300)
-    judge, told = study.make_judge(plan, torch.device("cpu"))
+    judge, told = trial.make_judge(plan, torch.device("cpu"))
     real, labels = patches.draw_patches(300, 16, 2, patches.REAL)
 
     def distance(images):
-        return study.frechet_distance(study.statistics(judge.classifier, images), judge.reference)
+        return trial.frechet_distance(trial.statistics(judge.classifier, images), judge.reference)
 
     source = torch.Generator().manual_seed(0)
     noise = torch.randint(-40, 40, real.shape, generator=source)
@@ -343,7 +346,7 @@ def test_training_brings_samples_nearer(monkeypatch):
     plan = study.PRESETS["tiny"]._replace(
         scored_at=(1, 150), samples=200, reference=500, classifier_steps=60, lr=3e-3, ema_decay=0.9
     )
-    judge, _ = study.make_judge(plan, torch.device("cpu"))
+    judge, _ = trial.make_judge(plan, torch.device("cpu"))
     seen, draw_images = [], study.draw_images
 
     def watched(plan, network, steps, indices, labels):
@@ -360,7 +363,7 @@ def test_training_brings_samples_nearer(monkeypatch):
     for network, indices, labels in seen:
         # The average, not what is trained
         assert not any(p.requires_grad for p in network.parameters())
-        assert labels.tolist() == study.random_labels(0, indices, 12).tolist() and indices == list(
+        assert labels.tolist() == random_labels(0, indices, 12).tolist() and indices == list(
             range(200)
         )
 
@@ -369,7 +372,7 @@ def test_a_network_that_is_not_finite_gets_no_score(tmp_path, monkeypatch):
     plan, point, device = (
         study.PRESETS["tiny"], study.Point("S", 8, "adaln", 0), torch.device("cpu"),
     )  # fmt: skip
-    judge, _ = study.make_judge(plan._replace(reference=50), device)
+    judge, _ = trial.make_judge(plan._replace(reference=50), device)
     with pytest.raises(
         ValueError, match="S/8 adaln, seed 0: the loss or gradient of step [12] is not finite"
     ):

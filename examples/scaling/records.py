@@ -1,5 +1,5 @@
 """The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line
-for each network.
+for each network. A network is named by a Point in study.py, by a FlowPoint in flow_study.py.
 """
 
 import json
@@ -18,21 +18,31 @@ class Point(NamedTuple):
         return f"{self.size}/{self.patch} {self.block}, seed {self.seed}"
 
 
-def read_about(folder):
+class FlowPoint(NamedTuple):
+    """One network of a study of flows: what it learns, and its seed."""
+
+    variant: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.variant}, seed {self.seed}"
+
+
+def read_about(folder, kind=Point):
     """What study.json says. Raises ValueError if it cannot be read."""
     path = folder / "study.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8-sig"))
-        about["plan"]["scored_at"], [Point(*point) for point in about["points"]]
+        about["plan"]["scored_at"], [kind(*point) for point in about["points"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"cannot read {path} ({error}); give a folder that study.py wrote"
+            f"cannot read {path} ({error}); give a folder that this study wrote"
         ) from None
     return about
 
 
-def read_rows(folder, about):
-    """The rows of points.jsonl by Point.
+def read_rows(folder, about, kind=Point):
+    """The rows of points.jsonl by point.
 
     Raises ValueError, naming the line, for one that is damaged.
     """
@@ -42,7 +52,7 @@ def read_rows(folder, about):
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         try:
             row = json.loads(line)
-            point = Point(*(row[field] for field in Point._fields))
+            point = kind(*(row[field] for field in kind._fields))
             if (
                 list(point) not in about["points"]
                 or [place["step"] for place in row["curve"]] != about["plan"]["scored_at"]
@@ -50,23 +60,23 @@ def read_rows(folder, about):
                 raise ValueError("it is of another plan")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"line {number} of {path} is damaged ({error}); delete it, study.py makes it again"
+                f"line {number} of {path} is damaged ({error}); delete it, the study makes it again"
             ) from None
         rows[point] = row
     return rows
 
 
-def read_study(folder):
+def read_study(folder, kind=Point):
     """(the rows of a whole study, what study.json says).
 
     Raises ValueError if one is missing or damaged.
     """
-    about = read_about(folder)
-    rows = read_rows(folder, about)
-    missing = [point for point in about["points"] if Point(*point) not in rows]
+    about = read_about(folder, kind)
+    rows = read_rows(folder, about, kind)
+    missing = [point for point in about["points"] if kind(*point) not in rows]
     if missing:
         raise ValueError(
             f"the study in {folder} is not finished, {len(missing)} networks are missing; "
-            "run study.py again"
+            "run its command again"
         )
     return list(rows.values()), about
