@@ -25,5 +25,5 @@ def check_steps(num_steps: int, least: int, why: str = "") -> None:
     """Raise ValueError unless there are at least so many steps, and whole ones."""
     check_number(
         "num_steps", num_steps, f"at least {least}, and whole{why}",
-        lambda n: isinstance(n, Integral) and n >= least,
+        lambda n: isinstance(n, Integral) and int(n) >= least,
     )  # fmt: skip
