@@ -1,5 +1,6 @@
 """From images and a checkpoint of a flow to bits per dimension: how likely the images are to it."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 import math
@@ -24,7 +25,7 @@ from data.options import DataOptions
 from flow.likelihood import ATOL, RTOL, bits_per_dim, check_exact
 from models import DiT
 from processes.flow import FlowProcess
-from processes.process import Process
+from processes.process import NoiseFunction, Process
 from processes.table import process_of
 from runtime.limits import check_numbers
 from runtime.team import Team
@@ -101,7 +102,7 @@ class Measured(NamedTuple):
         size = self.options.batch_size
         batches = [list(mine[first : first + size]) for first in range(0, len(mine), size)]
         for indices, data, labels in self._read(batches, quiet=team.rank > 0):
-            found[indices] = self._bits_of(indices, data.to(device), labels.to(device))
+            found[indices] = self.bits_of(indices, data.to(device), labels.to(device))
         # The others' are 0
         return team.gather([found[None]])[0].sum(dim=0)  # (world_size, N) → (N,)
 
@@ -117,9 +118,12 @@ class Measured(NamedTuple):
                     raise ValueError(f"{path} cannot be read ({reason}); mend it, or take it out")
                 yield indices, data, torch.tensor(self.labels)[labels]
 
-    def _bits_of(self, indices, data, labels):
+    def bits_of(self, indices: Sequence[int], data: Tensor, labels: Tensor) -> Tensor:
+        """Bits per dimension (n,) of images with these indices: of pixels or moments (n, ...) and
+        the network's labels (n,).
+        """
         noise_fn = ImageNoise(self.options.seed, indices, data.device)
-        x, finer = self._seen(data, noise_fn)
+        x, finer = self.seen(data, noise_fn)
         log_p = self.process.flow.log_likelihood(
             self.network, x, exact=self.options.exact,
             probe=None if self.options.exact else torch.where(noise_fn(x) < 0, -1.0, 1.0),
@@ -127,9 +131,9 @@ class Measured(NamedTuple):
         )  # fmt: skip
         return bits_per_dim(log_p, self.dims) + finer
 
-    def _seen(self, data, noise_fn):
-        """(what the network sees of images (n, C, *space), the bits per dimension that lie between
-        a density there and what is told).
+    def seen(self, data: Tensor, noise_fn: NoiseFunction) -> tuple[Tensor, float]:
+        """(what the network sees (n, C, *space) of pixels or moments, the bits per dimension that
+        lie between a density there and what is told).
         """
         if isinstance(self.space, PixelSpace):
             pixels = from_uint8(data)
