@@ -16,7 +16,7 @@ from .adaptive import solve
 if TYPE_CHECKING:
     from .flow import Flow
 
-ATOL, RTOL = 1e-5, 1e-5
+ATOL, RTOL = 3e-6, 3e-6
 MOST_EXACT = 4096  # dimensions: each costs one pass back through the network
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.loading import build_network, find_files
+from checkpoints.loading import build_network, find_files, process_learned
 from checkpoints.weights import load_weights
 from conditions.condition import condition_of
 from data.cache import CachedLatents
@@ -26,7 +26,6 @@ from flow.likelihood import ATOL, RTOL, bits_per_dim, check_exact
 from models import DiT
 from processes.flow import FlowProcess
 from processes.process import NoiseFunction, Process
-from processes.table import process_of
 from runtime.limits import check_numbers
 from runtime.team import Team
 from sampling.sampler import ImageNoise
@@ -158,7 +157,7 @@ def load_measured(
     files = find_files(choice, cached.manifest["vae"] if cached else DataOptions.vae)
     weights = load_weights(files.checkpoint, choice.weights)
     network = build_network(choice, weights, files.vae)
-    process = checked(process_of(network, weights.process), choice.ckpt)
+    process = checked(process_learned(choice, weights, network), choice.ckpt)
     if options.exact:
         check_exact(math.prod(network.latent_shape))
     shape = latent_shape(files.vae)

@@ -205,9 +205,9 @@ def test_another_process_is_told_by_the_checkpoint_and_goes_on(straight, tmp_pat
     again.load_checkpoint(contents)
     assert again.window.sums == state.window.sums and again.step == 3
     gaussian = new_state(network(learn_sigma=False), Recipe())
-    message = "has learned the process .*straight.* is to learn .*gauss"
+    message = "has learned the process straight, and `process` is diffusion"
     with pytest.raises(ValueError, match=message):
-        gaussian.load_checkpoint(contents)
+        gaussian.check_learned(contents["config"])
 
 
 def test_another_process_is_told_by_a_pretrained_folder(straight, tmp_path):
