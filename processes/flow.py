@@ -23,7 +23,7 @@ from processes.process import QUARTERS, Network, NoiseFunction, Solver, StepNetw
 MOST_STEPS = 10_000
 # Between the three times from which the slope of dopri5's solution is taken, at most: what the
 # formula of second order leaves out is then of the order of float32's rounding
-SPAN = 1 / 256
+SPAN = 1 / 100
 SHIFTS = (1e-3, 1e3)  # the least and the most that a time shift may be
 
 # Of every solver: where steps stay away from ends, and how they are spread. None: as the network
@@ -200,14 +200,16 @@ class FlowProcess:
         said, count = self.flow.said, len(grid) - 1
         for first, end in pairwise(sorted({0, count, *breaks})):
             told = grid[first : end + 1]
-            # From the beginning of each step, two more times at small and equal distances
-            spans = [min(SPAN, (t_next - t) / 3) for t, t_next in pairwise(told)]
-            points = [t + i * span for t, span in zip(told, spans) for i in range(3)]
-            states = adaptive_ode(said, network, x, [*points, told[-1]], atol, rtol, first)
-            for i, (t, span) in enumerate(zip(told, spans)):
-                here, then, later, after = states[3 * i : 3 * i + 4]
+            # From the beginning of each step on: two more times at small and equal distances
+            spans = [min(SPAN, (told[-1] - t) / 2) for t in told[:-1]]
+            threes = [(t, t + span, t + 2 * span) for t, span in zip(told, spans)]
+            points = sorted({*told, *(t for three in threes for t in three if t < told[-1])})
+            states = adaptive_ode(said, network, x, points, atol, rtol, first)
+            known = dict(zip(points, states))
+            for t, t_next, span, three in zip(told, told[1:], spans, threes):
+                here, then, later = (known.get(time, states[-1]) for time in three)
                 slope = (4 * (then - here) - (later - here)) / (2 * span)
-                yield Moment(t, after, data_of_slope(self.flow.path, slope, here, t))
+                yield Moment(t, known[t_next], data_of_slope(self.flow.path, slope, here, t))
             x = states[-1]
 
 
