@@ -383,8 +383,11 @@ def save_weights(path: Path, weights: Weights) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
 
     def write(temporary):
+        temporary.touch()
+        mode = temporary.stat().st_mode  # which safetensors narrows to the owner
         try:
             safetensors.torch.save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
         except safetensors.SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from None
 
