@@ -31,19 +31,19 @@ import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import find_files
-from page.layout import HOUR, SOLVER, build_page, page_theme
+from page.layout import HOUR, build_page, page_theme
 from page.visitors import ENDPOINT, Gate, Visitors
 from runtime.devices import choose_device, tf32
 from runtime.surroundings import is_installed
 from sampling.flags import add_network_flags, check_flags, network_choice
 from sampling.loading import VAE, build_sampler
-from sampling.options import SamplingOptions
+from sampling.options import OWN, SamplingOptions
 from sampling.sampler import Sampler
 
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "digits"
 DIGITS, DIGITS_VAE = str(EXAMPLE / "dit.safetensors"), str(EXAMPLE / "vae")
 RELEASED = "released"
-OPTIONS = SamplingOptions(sampler=SOLVER)  # until a visitor chooses others
+OPTIONS = SamplingOptions()  # until a visitor chooses others
 MOST_WAITING = 16  # drawings in the queue, of all visitors
 END_SECONDS = 2
 ALL = "everybody who reaches this machine, without a password"
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         check_flags(args)
         device = choose_device(args.device)
         files = find_files(choice, VAE)
-        sampler = build_sampler(choice, files, OPTIONS, device)
-        settings = picture_settings(args, choice, files.vae)
+        sampler = build_sampler(choice, files, OPTIONS, device, quick=True)
+        settings = picture_settings(args, choice, files.vae, sampler)
         serve(sampler, settings, device, (args.host, args.port))
 
 
@@ -199,7 +199,9 @@ def choose_network(args: argparse.Namespace, given: Collection[str]) -> NetworkC
     return choice
 
 
-def picture_settings(args: argparse.Namespace, choice: NetworkChoice, vae: str) -> dict[str, Any]:
+def picture_settings(
+    args: argparse.Namespace, choice: NetworkChoice, vae: str, sampler: Sampler
+) -> dict[str, Any]:
     """What a picture depends on beside a visitor's choices, to be written into it.
 
     Where files lie on this machine is not in it.
@@ -207,7 +209,10 @@ def picture_settings(args: argparse.Namespace, choice: NetworkChoice, vae: str) 
     flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
     names = {"ckpt": Path(choice.ckpt or RELEASED).name, "vae": Path(vae).name}
     chosen = dict.fromkeys(("sampler", "num_sampling_steps", "cfg_scale"))  # come first
-    return flags | names | chosen | OPTIONS.settled()
+    settled = OPTIONS.settled(sampler.process, sampler.sampler)
+    # A solver's own come with a visitor's choice
+    options = {name: value for name, value in settled.items() if name not in OWN}
+    return flags | names | chosen | options
 
 
 # ---- the page ----

@@ -7,7 +7,8 @@
     python count.py --model DiT-Ti/1 --vae examples/digits/vae --image-size 32 --num-classes 10
 
 One row for each network, whose weights are counted and not made:
-  parameters     all of them, the fixed position table too
+  parameters     all of them, the fixed position table too; a flow's last layer has half as many,
+                 for it has no learned variance
   GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them
                  Gflops
   TFLOP          trillions of floating-point operations (2 per multiply-add) of training on one

@@ -5,10 +5,12 @@
     python evaluate.py --samples samples/NAME --reference digits/train \\
         --features examples/digits/classifier
     python evaluate.py --make-reference imagenet/train --image-size 256 --output imagenet256.npz
+    python evaluate.py --likelihood results/NAME --samples imagenet/val
 
 Samples are a folder of images or an .npz with `arr_0`; a reference may also be an .npz with mu and
 sigma, as ADM's are. The scores follow the conventions of ADM's suite, and are printed as JSON, with
-hashes of both sides; what to know about them goes to the error output.
+hashes of both sides; what to know about them goes to the error output. --likelihood reports instead
+how likely images are to a network that has learned a flow, in bits per dimension.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -16,14 +18,25 @@ from runtime.command_line import Parser, door, end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
+from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 import sys
 
 import torch
 
-from evaluation.options import EvaluationOptions
-from evaluation.report import as_text, evaluate, make_reference, write_report
+from checkpoints.choice import IMAGE_SIZE, MODEL, NUM_CLASSES, NetworkChoice
+from data.options import DataOptions
+from evaluation.options import EvaluationOptions, check_common
+from evaluation.report import (
+    LIBRARIES, as_text, evaluate, installed, join_others, make_reference, write_report,
+)  # fmt: skip
+from runtime.team import Team
+
+# Flags that go with --likelihood alone, and others that do not go with it
+OF_LIKELIHOOD = ("vae", "weights", "model", "num_classes", "exact", "seed", "cfg_scale")
+OF_OTHERS = ("reference", "make_reference", "features", "inception_weights")
 
 
 def build_parser() -> Parser:
@@ -31,14 +44,19 @@ def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__, usage=usage)
     sides = parser.add_argument_group("what is compared").add_argument
     sides(
-        "--samples", metavar="PATH", help="folder of images, or .npz with uint8 arr_0 (N, H, W, 3)"
-    )
+        "--samples", metavar="PATH",
+        help="folder of images, or .npz with uint8 arr_0 (N, H, W, 3); with --likelihood a folder "
+        "with one folder of images per class, or one of cached latents",
+    )  # fmt: skip
     sides(
         "--reference", metavar="PATH", help="the same, or .npz with mu, sigma, mu_s, sigma_s, arr_0"
     )
     making = "instead: write such a file, of all images below this folder, to --output"
     sides("--make-reference", metavar="DIR", help=making)
-    cropping = "with --make-reference: crop to this size and convert to RGB, as training does"
+    cropping = (
+        "with --make-reference: crop to this size and convert to RGB, as training does; "
+        f"with --likelihood: as --model (default: {IMAGE_SIZE})"
+    )
     sides("--image-size", type=int, help=cropping)
     sides(
         "--output", metavar="FILE",
@@ -56,6 +74,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     weights = "torch-fidelity's weights-inception-2015-12-05 (default: fetched on first use)"
     features("--inception-weights", metavar="FILE", help=weights)
+    add_likelihood_flags(parser)
     run = parser.add_argument_group("run").add_argument
     run(
         "--batch-size", type=int, default=EvaluationOptions.batch_size,
@@ -69,6 +88,32 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_likelihood_flags(parser: Parser) -> None:
+    """Add the flags that say to which network images are to be likely."""
+    add = parser.add_argument_group("likelihood, instead of scores").add_argument
+    add(
+        "--likelihood", metavar="CKPT",
+        help="bits per dimension of the samples to this checkpoint of a flow: a file, run folder, "
+        "folder with config.json, or OWNER/NAME on the Hugging Face hub",
+    )  # fmt: skip
+    weights = "which of the checkpoint's weights: ema, raw or ema@DECAY (default: %(default)s)"
+    add("--weights", default=NetworkChoice.weights, help=weights)
+    vae = (
+        "ema, mse, a hub id, a local folder, or none for pixels (default: the cached latents' or "
+        f"the pipeline's, else {DataOptions.vae})"
+    )
+    add("--vae", help=vae)
+    bare = "for a checkpoint that does not say it (default: {})"
+    add("--model", help=bare.format(MODEL))
+    add("--num-classes", type=int, help=bare.format(NUM_CLASSES))
+    exact = "the trace itself, for small latents (default: an estimate, by one probe an image)"
+    add("--exact", action="store_true", help=exact)
+    seed = "what is drawn for image i depends on it and on i alone (default: 0)"
+    add("--seed", type=int, help=seed)
+    guidance = "1 alone, none: a likelihood is that of the network without guidance"
+    add("--cfg-scale", type=float, help=guidance)
+
+
 @door("--batch-size or --num-workers")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
@@ -77,7 +122,11 @@ def main(argv: list[str] | None = None) -> None:
         options = EvaluationOptions(
             **{field.name: getattr(args, field.name) for field in fields(EvaluationOptions)}
         )
-        if options.make_reference:
+        check_together(args, given := parser.given(argv))
+        if args.likelihood:
+            if found := likelihood(args, given, options):
+                publish(found, options.output)
+        elif options.make_reference:
             if told := make_reference(options):
                 print(told)
         elif report := evaluate(options):
@@ -89,6 +138,45 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{where}; mend that and give the command again")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def check_together(args: Namespace, given: Collection[str]) -> None:
+    """Raise ValueError for flags that are given and do not go with the others."""
+    strangers = OF_OTHERS if args.likelihood else OF_LIKELIHOOD
+    if wrong := [name for name in strangers if name in given]:
+        what = "does not go with" if args.likelihood else "goes with"
+        raise ValueError(f"`{wrong[0]}` {what} `likelihood`; leave one of them out")
+    if args.likelihood and not args.samples:
+        raise ValueError("`samples` are wanted with `likelihood`: a folder of images or latents")
+
+
+def likelihood(
+    args: Namespace, given: Collection[str], options: EvaluationOptions
+) -> dict | None:
+    """The report on how likely the samples are; None in all processes but the first.
+
+    Raises ValueError for a network, or images, that there is no likelihood of.
+    """
+    # Here, since it takes a second that scores need not wait
+    from sampling.likelihood import LikelihoodOptions, load_measured, report_on
+
+    choice = NetworkChoice(
+        args.likelihood, args.weights, args.vae, args.model, args.image_size, args.num_classes
+    )
+    how = LikelihoodOptions(**{
+        field.name: getattr(args, field.name)
+        for field in fields(LikelihoodOptions)
+        if field.name in given
+    })  # fmt: skip
+    check_common(options)
+    accelerator = join_others(options)
+    with accelerator.local_main_process_first():
+        measured = load_measured(choice, how, accelerator.device)
+    team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+    bits = measured.bits(team)
+    if team.rank:
+        return None
+    return report_on(measured, bits) | {"versions": {name: installed(name) for name in LIBRARIES}}
 
 
 def publish(report: dict, output: Path | str | None) -> None:

@@ -1,8 +1,9 @@
-"""Entry points of torch.hub: the networks, their released weights, and a sampler of digits.
+"""Entry points of torch.hub: the networks, their released weights, and samplers.
 
     network = torch.hub.load("OWNER/REPO", "DiT_S_2")                     # random weights
     network = torch.hub.load("OWNER/REPO", "DiT_XL_2", pretrained=True)   # released, 256 pixels
     sampler = torch.hub.load("FOLDER", "digits_sampler", source="local")  # FOLDER: a checkout
+    sampler = torch.hub.load("OWNER/REPO", "sampler", "my-dit")           # of any checkpoint
 
 A Python process has one module of each name. What is loaded here takes the names in `TAKEN` for the
 rest of the process: if a module of the caller has one of them already, loading raises ImportError,
@@ -31,7 +32,8 @@ _DIGITS = _HERE / "examples" / "digits"
 dependencies = ["torch", "timm", "diffusers", "numpy", "PIL", "safetensors", "tqdm"]
 # What networks and samplers are made of; a network of random weights takes `models` alone.
 TAKEN = (
-    "models", "checkpoints", "conditions", "diffusion", "processes", "runtime", "sampling", "vae",
+    "models", "checkpoints", "conditions", "diffusion", "flow", "processes", "runtime", "sampling",
+    "vae",
 )  # fmt: skip
 
 
@@ -64,15 +66,16 @@ def _released(model: str, **arguments: _Any) -> "DiT":
     from models import DiT_models
     from vae import HUB_SHAPE
 
-    for file, (name, image_size) in RELEASED.items():
+    released = {file: entry for file, entry in RELEASED.items() if entry.model in DiT_models}
+    for file, (name, image_size, _) in released.items():
         with torch.device("meta"):
             config = DiT_models[name](input_size=HUB_SHAPE.side(image_size)).config
         if name == model and config == config | arguments:
             path = download_model(file, _Path(torch.hub.get_dir()) / "checkpoints")
             return load_pretrained(path, config=config)[0]
     known = " and ".join(
-        f"{name} with input_size={HUB_SHAPE.side(image_size)}"
-        for name, image_size in RELEASED.values()
+        f"{entry.model} with input_size={HUB_SHAPE.side(entry.image_size)}"
+        for entry in released.values()
     )
     given = "".join(f" {name}={value!r}" for name, value in arguments.items())
     raise ValueError(
@@ -126,3 +129,16 @@ def digits_sampler(steps: int = 50, cfg_scale: float = 1.5, **options: _Any) -> 
 
         checkpoint, vae = _DIGITS / "dit.safetensors", str(_DIGITS / "vae")
         return load_sampler(checkpoint, vae=vae, steps=steps, cfg_scale=cfg_scale, **options)
+
+
+def sampler(checkpoint: "str | None" = None, **options: _Any) -> "Sampler":
+    """A sampler of a checkpoint, diffusion or flow, as sampling.load_sampler returns it.
+
+    `checkpoint` is what sample.py's --ckpt takes; None: the released weights, with
+    model="SiT-XL/2" those of the flow. Raises ValueError for what does not fit together,
+    ImportError for a module of another project in the way.
+    """
+    with _own_modules(TAKEN):
+        from sampling import load_sampler
+
+        return load_sampler(checkpoint, **options)

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         sampler = build_sampler(choice, files, options, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    used = {"vae": files.vae, "num_sampling_steps": options.step_count, "class_labels": labels}
+    used = options.settled(sampler.process) | {"vae": files.vae, "class_labels": labels}
     try:
         with tf32(args.tf32):
             images, frames = sample(sampler, labels, args.seed, shown)
@@ -133,7 +133,7 @@ def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] |
 
 def sample(
     sampler: Sampler, labels: list[int], seed: int, shown: Collection[int] = ()
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+) -> tuple[np.ndarray, list[tuple[float, np.ndarray]]]:
     """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps
     with the indices in `shown`.
 

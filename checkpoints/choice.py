@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.names import FAMILIES, FLOWS, MODELS
 from checkpoints.weights import weights_choice
 from conditions.labels import CLASSES
 from models import DiT_models
+from processes.flow import FlowProcess
+from processes.gaussian import GaussianProcess
+from processes.table import WORDS
 from runtime.limits import check_numbers
 
 MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000
@@ -20,7 +24,9 @@ class NetworkChoice:
     weights: which of the checkpoint's weights: "ema", "raw" or "ema@DECAY".
     vae: "ema", "mse", a hub id, a local folder, or "none" for pixels.
     model, image_size (pixels), num_classes: needed for a checkpoint that does not say them; they
-        must not contradict one that does.
+        must not contradict one that does. model: one of MODELS.
+    process: a key of processes.table.WORDS, what the network has learned, for a checkpoint that
+        does not say it; None: what the checkpoint says, or the model's name, else "diffusion".
 
     Raises ValueError for values that no checkpoint can have.
     """
@@ -31,20 +37,43 @@ class NetworkChoice:
     model: str | None = None
     image_size: int | None = None
     num_classes: int | None = None
+    process: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", weights_choice(self.weights))
-        if self.model is not None and self.model not in DiT_models:
-            raise ValueError(f"`model` is {self.model}; give one of {', '.join(DiT_models)}")
+        if self.model is not None and self.model not in MODELS:
+            raise ValueError(
+                f"`model` is {self.model}; give one of {', '.join(DiT_models)}, "
+                "or of the same with SiT for DiT, which is a flow"
+            )
+        if self.process is not None and self.process not in WORDS:
+            raise ValueError(f"`process` is {self.process}; give one of {', '.join(WORDS)}")
+        if self.model in FLOWS and self.process not in (None, FlowProcess.word):
+            raise ValueError(
+                f"`model` is {self.model}, which is a flow, and `process` is {self.process}; "
+                f"leave `process` out, or pass `model={FLOWS[self.model]}`"
+            )
         check_numbers(self, num_classes=CLASSES)
 
     def sizes(self) -> tuple[str, int, int]:
-        """(model, image size in pixels, number of classes), by default those of the constants.
+        """(key in DiT_models, image size in pixels, number of classes), by default those of the
+        constants.
 
         The constants are MODEL, IMAGE_SIZE and NUM_CLASSES.
         """
         return (
-            MODEL if self.model is None else self.model,
+            MODELS[self.model or MODEL],
             IMAGE_SIZE if self.image_size is None else self.image_size,
             NUM_CLASSES if self.num_classes is None else self.num_classes,
         )
+
+    @property
+    def learned(self) -> str | None:
+        """The process that is given, by `process` or by the model's name; None for none."""
+        return FlowProcess.word if self.model in FLOWS else self.process
+
+    @property
+    def published(self) -> str:
+        """The name under which a network of this size and process would be published."""
+        family = FAMILIES[self.learned or GaussianProcess.word]
+        return self.sizes()[0].replace("DiT", family, 1)

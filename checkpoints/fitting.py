@@ -1,4 +1,4 @@
-"""Whether weights fit a network, and how those of another size are made to."""
+"""Whether weights fit a network, how those of another size are made to, and what they learned."""
 
 from pathlib import Path
 
@@ -10,8 +10,14 @@ from checkpoints.network_config import Tensors
 from checkpoints.weights import Weights
 from conditions.labels import label_index
 from models import DiT
+from processes.gaussian import GaussianProcess
+from processes.process import Process
+from processes.table import process_of
 from runtime.json_files import read_json
 
+FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
+# What of a process's config decides what t and the network's output mean
+MEANING = ("name", "path", "prediction")
 FLOATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
     torch.float8_e5m2,
@@ -79,19 +85,85 @@ def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
         )
 
 
+def learns_sigma(tensors: Tensors, patch_size: int, channels: int) -> bool:
+    """Whether a state dict has outputs for a variance beside those for so many channels; yes if it
+    has no final layer.
+    """
+    return len(tensors.get(FINAL[1], ())) != patch_size**2 * channels
+
+
+def without_sigma(tensors: Tensors, patch_size: int, channels: int) -> Tensors:
+    """The state dict without the outputs for a variance, which are the second half of each patch
+    element's. One that has other sizes stays as it is.
+    """
+    elements = patch_size**2
+    halves = {
+        name: tensors[name].unflatten(0, (elements, 2 * channels))[:, :channels].flatten(0, 1)
+        for name in FINAL  # (p²·2C, ...) → (p²·C, ...)
+        if name in tensors and len(tensors[name]) == 2 * elements * channels
+    }
+    return tensors | halves
+
+
+def learned_process(network: DiT, weights: Weights, origin: Path | str) -> Process:
+    """The process that a network's weights have learned, as their file says it.
+
+    Raises ValueError, naming `origin`, for settings that the process cannot have.
+    """
+    try:
+        return process_of(network, weights.process)
+    except ValueError as error:
+        raise ValueError(f"{origin}: of its process {str(error).replace('`', '')}") from None
+
+
+def note_of_process(
+    weights: Weights, network: DiT, process: Process, origin: Path | str
+) -> str | None:
+    """What to tell of a network that goes on from these weights with a process, if they have
+    learned another one, or do not say which; None for nothing.
+
+    Raises ValueError as learned_process does.
+    """
+    theirs, ours = learned_process(network, weights, origin).config, process.config
+    if weights.process is None and weights.config is None and ours["name"] != GaussianProcess.name:
+        return (
+            f"{origin} does not say which process it has learned; if that is not {_meaning(ours)}, "
+            "t and the output mean something else there, and the first steps relearn them"
+        )
+    if _meaning(theirs) == _meaning(ours):
+        return None
+    return (
+        f"{origin} has learned another process, {_meaning(theirs)}; this run learns "
+        f"{_meaning(ours)}, in which t and the output mean something else"
+    )
+
+
+def _meaning(config):
+    """The part of a process's config that decides what t and the output mean, in words."""
+    return ", ".join(f"{name} {config[name]}" for name in MEANING if name in config)
+
+
 def adapt(
     weights: Weights, network: DiT, labels: str | dict[int, int], origin: Path | str
 ) -> Tensors:
     """The tensors of Weights, made to fit a network of another image size or other classes.
 
     The network is then trained further. The position table is the network's own, for it is a
-    function of the size. labels: "keep" the label table, for as many classes; "drop" it and keep
-    the network's own, but for the null class; or {index: index in the Weights} of those to take
-    over. Raises ValueError if anything else does not fit.
+    function of the size. Outputs for a variance are dropped if the network has none. labels: "keep"
+    the label table, for as many classes; "drop" it and keep the network's own, but for the null
+    class; or {index: index in the Weights} of those to take over. Raises ValueError if anything
+    else does not fit.
     """
     check_design(network, weights.tensors, origin)
-    own = network.state_dict()
+    own, sizes = network.state_dict(), (network.config["patch_size"], network.in_channels)
+    if network.learn_sigma and not learns_sigma(weights.tensors, *sizes):
+        raise ValueError(
+            f"{origin} has no outputs for a variance, and the network here has them; "
+            "pass `learn_sigma=False`"
+        )
     tensors = weights.tensors | {"pos_embed": own["pos_embed"]}
+    if not network.learn_sigma:
+        tensors = without_sigma(tensors, *sizes)
     theirs = tensors.pop(LABEL_TABLE, None)
     if LABEL_TABLE in own:
         table = own[LABEL_TABLE].clone()

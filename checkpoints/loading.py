@@ -7,13 +7,15 @@ import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import is_diffusers
-from checkpoints.fitting import check_fits, design_of
+from checkpoints.fitting import check_fits, design_of, learned_process, learns_sigma
 from checkpoints.names import local_path, weights_file
 from checkpoints.network_config import arguments_in, check_outline
 from checkpoints.released import download_model, released_name
 from checkpoints.weights import Weights, load_weights
 from conditions.labels import imagenet_names
 from models import DiT, DiT_models
+from processes.process import Process
+from processes.table import WORDS, process_of
 from runtime.json_files import read_json
 from vae import latent_shape
 
@@ -100,7 +102,8 @@ def find_checkpoint(choice: NetworkChoice) -> Path:
     Raises ValueError if there is none.
     """
     if choice.ckpt is None:
-        return download_model(released_name(*choice.sizes()))
+        _, image_size, num_classes = choice.sizes()
+        return download_model(released_name(choice.published, image_size, num_classes))
     return weights_file(local_path(choice.ckpt))
 
 
@@ -133,10 +136,12 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> DiT:
         _check_choice(choice, network, shape, origin)
         return network
     model, image_size, num_classes = choice.sizes()
-    side = shape.side(image_size, DiT_models[model].keywords["patch_size"])
+    patch_size = DiT_models[model].keywords["patch_size"]
     sizes: dict[str, Any] = dict(
-        input_size=side, in_channels=shape.channels, num_classes=num_classes
-    )
+        input_size=shape.side(image_size, patch_size), in_channels=shape.channels,
+        num_classes=num_classes,
+        learn_sigma=learns_sigma(weights.tensors, patch_size, shape.channels),
+    )  # fmt: skip
     with torch.device("meta"):
         config = DiT_models[model](**sizes, block=design_of(weights.tensors)).config
     return network_of(weights._replace(config=config), origin)
@@ -158,6 +163,27 @@ def _check_choice(choice, network, shape, origin):
                 f"`{name}` is {given}, but {origin} is of {there}; leave the argument out, the "
                 "checkpoint says it itself"
             )
+
+
+def process_learned(choice: NetworkChoice, weights: Weights, network: DiT) -> Process:
+    """The process that a chosen network has learned: as its file says, or as the choice does where
+    the file says nothing; else the Gaussian one. A file with a configuration says it, with nothing
+    under `process` the Gaussian one.
+
+    Raises ValueError if the choice contradicts the file, or the file has settings that the process
+    cannot have.
+    """
+    origin, given = choice.ckpt or "the released checkpoint", choice.learned
+    process = learned_process(network, weights, origin)
+    if given in (None, process.word):
+        return process
+    if weights.process is None and weights.config is None:
+        return process_of(network, {"name": WORDS[given].name})
+    name = "process" if choice.process else "model"
+    raise ValueError(
+        f"`{name}` is {getattr(choice, name)}, but {origin} has learned {process.word}; leave the "
+        "argument out, the checkpoint says it itself"
+    )
 
 
 def class_names(choice: NetworkChoice, weights: Weights) -> list[str] | None:

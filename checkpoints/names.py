@@ -1,12 +1,24 @@
-"""What a user calls a checkpoint, a path or a name on the Hugging Face hub, to a local file."""
+"""What users call networks; and what they call a checkpoint, a path or a name on the Hugging Face
+hub, to a local file.
+"""
 
 from contextlib import suppress
 from pathlib import Path
 import re
 
 from checkpoints.files import newest_checkpoint
+from models import DiT_models
+from processes.flow import FlowProcess
+from processes.gaussian import GaussianProcess
 from runtime.disk import check_name
 from runtime.offline import cache_of_the_hub, why_offline
+
+# Process → the family of names under which networks that learned it were published
+FAMILIES = {GaussianProcess.word: "DiT", FlowProcess.word: "SiT"}
+FLOWS = {name.replace("DiT", "SiT", 1): name for name in DiT_models}
+# What a network may be called → its key in DiT_models. One called SiT has learned a flow; one
+# called DiT, either.
+MODELS = {name: name for name in DiT_models} | FLOWS
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
 PRETRAINED_FILES = (

@@ -16,6 +16,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 # Numbers that a network may always have, whatever its file holds; the position table is not in
 # every file
 ROOM = 1 << 26
+MOST = 1 << 53  # of a whole number beside the weights: floats have all of them up to here
 # What else stands in a configuration of ours
 NOT_ARGUMENTS = ("_class_name", "id2label", "process")
 ARGUMENTS = {
@@ -51,6 +52,19 @@ def process_in(config: object) -> dict | None:
 def with_process(arguments: dict, process: dict | None) -> dict:
     """A configuration: DiT's arguments and what is said of the process, if anything is."""
     return arguments | ({} if process is None else {"process": process})
+
+
+def check_plain(said: dict) -> None:
+    """Raise ValueError, naming the key, unless a dict has texts as keys, and as values texts,
+    numbers, true, false or nothing.
+    """
+    for key, value in said.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{shown(key)} is no name; take it out")
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise ValueError(f"{key[:60]} is {shown(value)}; wanted is a number or a text")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"{key[:60]} is {shown(value)}; wanted is one up to {MOST:,}")
 
 
 def check_kind(key: str, value: object, kind: type) -> None:

@@ -1,8 +1,9 @@
-"""Which diffusion process a network was trained with, as its files say it.
+"""Which process a network was trained with, as its files say it.
 
 Networks of other processes have the same tensors as a DiT: SiT and others predict a velocity, EDM's
 a clean image. Sampled, or trained further, as if they predicted the noise of 1,000 steps with
-linear betas, they give images without sense and no error.
+linear betas, they give images without sense and no error. So a file either says its process as this
+project does, or as SiT's train.py does, or it must have no mark of another one.
 """
 
 from argparse import Namespace
@@ -12,10 +13,14 @@ import math
 import re
 from typing import Any
 
+from checkpoints.network_config import check_plain, process_in
+from checkpoints.run_arguments import SIT_ARGUMENTS, flow_of_arguments
 from diffusion import create_diffusion
+from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.table import PROCESSES
 
+UNDERSTOOD = {*SIT_ARGUMENTS, *FlowProcess.settings, "process"}  # by flow_of_arguments
 MOST_ENTRIES = 10_000  # of lists and dicts in one another that are looked at
 NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps", "pred_epsilon", "ddpm"}
 GAUSSIAN = {"gaussian", "ddpm", "iddpm", "diffusion", "gaussian_diffusion", "improved_diffusion"}
@@ -81,14 +86,41 @@ DEEPEST = 4  # of containers in one another
 def check_process(said: object, origin: object) -> None:
     """Raise ValueError if what a file says of its network is of another process than ours.
 
-    `said`, a configuration or something else, is a dict, a Namespace, or a container of them;
-    `origin` is where it stands. Where it names one of PROCESSES other than the Gaussian one, as our
-    files do, that alone counts: the marks below are those of networks that are not Gaussian.
+    `said` and `origin` are as in process_said.
     """
-    entries = list(_entries(said))
-    if any(_own(key, value) in PROCESSES.keys() - {GaussianProcess.name} for key, value in entries):
-        return
-    for key, value in entries:
+    process_said(said, origin)
+
+
+def process_said(said: object, origin: object) -> dict[str, Any] | None:
+    """What a file says of the process that its network has learned, a Process's `config`; None
+    where it says nothing, as files of the Gaussian process may.
+
+    `said`, a configuration or something else, is a dict, a Namespace, or a container of them;
+    `origin` is where it stands. What stands under `process`, in a dict or in the `config` in it,
+    goes first, then the arguments of a run. Where that is one of PROCESSES other than the Gaussian
+    one, it alone counts: the marks below are those of networks that are not Gaussian.
+
+    Raises ValueError for another process than these, or one that is said by no plain values.
+    """
+    top = said if isinstance(said, Mapping) else {}
+    found = (process_in(part) for part in (top.get("config"), top))
+    process = next((one for one in found if one is not None), None)
+    args = _arguments(top)
+    of_arguments = flow_of_arguments(args) if process is None else None
+    try:
+        check_plain(process or of_arguments or {})
+    except ValueError as error:
+        raise ValueError(f"{origin}: of its process {error}") from None
+    if process is not None and process.get("name") in PROCESSES.keys() - {GaussianProcess.name}:
+        return process
+    unknown = {name: value for name, value in args.items() if name not in UNDERSTOOD}
+    _check_marks({**top, "args": unknown} if of_arguments else said, origin)
+    return process or of_arguments
+
+
+def _check_marks(said, origin):
+    """Raise ValueError for an entry that is of another process than the Gaussian one."""
+    for key, value in _entries(said):
         if mark := _mark(key, value):
             raise ValueError(
                 f"{origin} is of another process ({mark}): here a network predicts the noise of "
@@ -99,11 +131,20 @@ def check_process(said: object, origin: object) -> None:
             )
 
 
+def _arguments(top):
+    """The arguments of a run in what a file says; {} for none, or none that are a dict or a
+    Namespace.
+    """
+    args = top.get("args")
+    args = vars(args) if isinstance(args, Namespace) else args
+    return args if isinstance(args, Mapping) else {}
+
+
 def _mark(key, value):
     """How an entry says that it is of another process, or None."""
     if key == "trained_betas" and isinstance(value, list):
         return None if _are_ours(value) else "trained_betas of its own"
-    if (name := _own(key, value)) is not None and name not in PROCESSES:
+    if (name := _own(key, value)) is not None and name != GaussianProcess.name:
         return f"process: {name[:60]}"
     if not isinstance(value, (str, int, float)):
         return None

@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
-from checkpoints.loading import build_network, choose_vae, class_names, find_checkpoint
+from checkpoints.loading import (
+    build_network, choose_vae, class_names, find_checkpoint, process_learned,
+)  # fmt: skip
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.network_config import with_process
 from checkpoints.weights import (
@@ -25,6 +27,7 @@ from checkpoints.weights import (
 from diffusion import create_diffusion
 from models import DiT
 from runtime.disk import check_name, check_writable
+from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
 from runtime.json_files import read_json
@@ -58,9 +61,10 @@ def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "
     weights = load_weights(checkpoint, choice.weights)
     vae = _trained_with(choice, checkpoint, weights)
     network, classes = build_network(choice, weights, vae), class_names(choice, weights)
-    process = process_of(network, weights.process)
+    process = process_learned(choice, weights, network)
     if format == "diffusers":
-        export_diffusers(network, load_vae(vae), output, classes)
+        check_pipeline(process)
+        export_diffusers(network, load_vae(vae), output, classes, process)
     elif format == "hub":
         save_pretrained(network, output, classes, weights.training, vae, process)
     else:
@@ -107,19 +111,31 @@ def save_pretrained(
             json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         # Arguments of the run may be paths that are no UTF-8
-        card = model_card(network, classes, training, vae)
+        card = model_card(network, classes, training, vae, process)
         (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
+def check_pipeline(process: Process) -> None:
+    """Raise ValueError for a process that diffusers' DiTPipeline cannot sample."""
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(
+            f"diffusers' DiTPipeline cannot sample a {process.word}; write a folder for the hub "
+            '(`format="hub"`) or one file (`format="safetensors"`)'
+        )
+
+
 def export_diffusers(
-    network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None
-) -> None:
+    network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None,
+    process: Process | None = None,
+) -> None:  # fmt: skip
     """Write a network and its LatentSpace as a pipeline of diffusers, with a DDIM scheduler.
 
-    The network was trained behind that space. `load_exported` loads it and gives our numbers;
+    The network was trained behind that space. `process` is what it has learned, the Gaussian
+    process unless told otherwise. `load_exported` loads it and gives our numbers;
     DiTPipeline.from_pretrained loads it as well, and is a little off (see there). Raises ValueError
-    for a network or space that diffusers' pipeline cannot have, and as save_pretrained.
+    for a network, process or space that diffusers' pipeline cannot have, and as save_pretrained.
     """
+    check_pipeline(process or process_of(network))
     if not isinstance(space, LatentSpace):
         raise ValueError(
             "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be "
@@ -245,11 +261,16 @@ it is given.
 
 def model_card(
     network: DiT, classes: list[str] | None = None, training: dict | None = None,
-    vae: str | None = None,
+    vae: str | None = None, process: Process | None = None,
 ) -> str:  # fmt: skip
-    """A model card in Markdown, filled with what the network and its checkpoint say."""
+    """A model card in Markdown, filled with what the network and its checkpoint say.
+
+    `process` is as in save_pretrained.
+    """
     config, args = network.config, (training or {}).get("args") or {}
     rows = {key.replace("_", " "): value for key, value in config.items()}
+    if process is not None and not isinstance(process, GaussianProcess):
+        rows["process"] = ", ".join(f"{name} {value}" for name, value in process.config.items())
     if training:
         shown = (
             "model", "image_size", "global_batch_size", "lr", "ema_decay", "mixed_precision",

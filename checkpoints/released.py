@@ -1,10 +1,11 @@
-"""The released DiT-XL/2 checkpoints: their names, and how one is fetched whole."""
+"""The released checkpoints, DiT-XL/2 and SiT-XL/2: their names, and how one is fetched whole."""
 
 from contextlib import suppress
 import errno
 import http.client
 from pathlib import Path
 import time
+from typing import NamedTuple
 import urllib.error
 import urllib.request
 import zipfile
@@ -15,12 +16,26 @@ from tqdm.auto import tqdm
 from checkpoints.weights import load_weights
 from runtime.offline import why_offline
 
-RELEASED = {  # file → the --model and --image-size it is for
-    "DiT-XL-2-256x256.pt": ("DiT-XL/2", 256),
-    "DiT-XL-2-512x512.pt": ("DiT-XL/2", 512),
+BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models"
+SIT_URL = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0"
+
+
+class Released(NamedTuple):
+    """The --model and --image-size that a released file is for, and where it lies."""
+
+    model: str
+    image_size: int
+    address: str
+
+
+RELEASED = {  # by the file's name here
+    "DiT-XL-2-256x256.pt": Released("DiT-XL/2", 256, f"{BASE_URL}/DiT-XL-2-256x256.pt"),
+    "DiT-XL-2-512x512.pt": Released("DiT-XL/2", 512, f"{BASE_URL}/DiT-XL-2-512x512.pt"),
+    "SiT-XL-2-256x256.pt": Released(
+        "SiT-XL/2", 256, f"{SIT_URL}/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
+    ),
 }
 pretrained_models = set(RELEASED)
-BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models"
 FOLDER = "pretrained_models"
 TRIES = 5  # in a row without a single new byte
 PATIENCE = 30  # seconds that a silent server is waited for
@@ -45,17 +60,20 @@ def find_model(model_name: str) -> dict[str, Tensor]:
 def released_name(model: str, image_size: int, num_classes: int) -> str:
     """The released file for these flags. Raises ValueError if none was released."""
     for name, entry in RELEASED.items():
-        if entry == (model, image_size) and num_classes == 1000:
+        if entry[:2] == (model, image_size) and num_classes == 1000:
             return name
-    known = " and ".join(f"{model} at {size}" for model, size in RELEASED.values())
+    known = " and ".join(f"{entry.model} at {entry.image_size}" for entry in RELEASED.values())
     raise ValueError(
         f"no weights were released for {model} at {image_size} pixels with {num_classes} classes "
         f"(only for {known}, 1000 classes); pass `ckpt`"
     )
 
 
-def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str = BASE_URL) -> Path:
-    """The path of a released checkpoint in the folder, fetched if it is not there yet.
+def download_model(
+    model_name: str, folder: Path | str = FOLDER, base_url: str | None = None
+) -> Path:
+    """The path of a released checkpoint in the folder, fetched if it is not there yet: from its
+    address, or from base_url if another server has it under its name.
 
     Any number of processes may ask at once: one fetches, the others wait for it (but on Windows,
     which has no such lock). Raises ValueError for a name that was not released and for a download
@@ -79,7 +97,8 @@ def download_model(model_name: str, folder: Path | str = FOLDER, base_url: str =
     with lock:
         _wait_for(lock)
         if not path.exists():  # another process may have fetched it meanwhile
-            fetch(f"{base_url}/{model_name}", path)
+            address = RELEASED[model_name].address
+            fetch(address if base_url is None else f"{base_url}/{model_name}", path)
     return path
 
 

@@ -25,8 +25,8 @@ from checkpoints.diffusers_format import (
 )  # fmt: skip
 from checkpoints.files import _read_safetensors, read_checkpoint
 from checkpoints.names import PRETRAINED_FILES, weights_file
-from checkpoints.network_config import Tensors, arguments_in, process_in, with_process
-from checkpoints.process_marks import check_process
+from checkpoints.network_config import Tensors, arguments_in, with_process
+from checkpoints.process_marks import check_process, process_said
 from runtime.disk import write_whole
 from runtime.json_files import read_json
 
@@ -87,11 +87,10 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         contents = read_checkpoint(path)
         config, classes = contents.get("config"), contents.get("classes")
         says = {key: value for key, value in contents.items() if key not in WITHOUT_MARKS}
-    check_process(says, path)
+    process = process_said(says, path)
     training = None
     if isinstance(contents.get("args"), dict):
         training = {"step": contents.get("step"), "args": contents["args"]}
-    process = process_in(config)
     try:
         config = arguments_in(config) if isinstance(config, dict) else None
     except ValueError as error:
@@ -203,7 +202,7 @@ def _configured(weights, file):
     """
     config = read_json(file)
     name = config.get("_class_name", OUR_CLASS)
-    check_process(config, file)
+    process = process_said(config, file)
     try:
         if is_diffusers(config):
             theirs, config, pipeline = (
@@ -211,12 +210,15 @@ def _configured(weights, file):
             )  # fmt: skip
             named = names_of(_checked_pipeline(pipeline)) if pipeline.is_file() else None
             return Weights(
-                from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES)
-            )
+                from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES),
+                process=process,
+            )  # fmt: skip
         if name != OUR_CLASS:
             raise ValueError(f"it is of {str(name)[:60]}, not of a DiT")
-        arguments, process = arguments_in(config), process_in(config)
-        return weights._replace(config=arguments, classes=names_of(config), process=process)
+        return weights._replace(
+            config=arguments_in(config), classes=names_of(config),
+            process=process or weights.process,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -381,8 +383,11 @@ def save_weights(path: Path, weights: Weights) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
 
     def write(temporary):
+        temporary.touch()
+        mode = temporary.stat().st_mode  # which safetensors narrows to the owner
         try:
             safetensors.torch.save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
         except safetensors.SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from None
 

@@ -19,14 +19,15 @@ class CachedLatents(Dataset):
     """A folder of cached latents, by (index, flip).
 
     An item is (moments (2, C, h, w): mean and std, label, []). `manifest` is what it says of
-    itself, `hash` a hash of that, checksums included. Raises ValueError if the folder is
-    incomplete, or its parts do not fit together.
+    itself, `hash` a hash of that, checksums included. Errors call the folder by the name of the
+    `argument` that gave it. Raises ValueError if the folder is incomplete, or its parts do not fit
+    together.
     """
 
     notes: tuple[str, ...] = ()
     sample_hash = ""  # `hash` says it all
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, argument: str = "latents") -> None:
         folder = Path(folder)
         try:
             # (N, flips, 2, C, h, w) and (N,)
@@ -39,7 +40,7 @@ class CachedLatents(Dataset):
                 again = "with the same arguments until it ends"
                 advice = f"run extract_latents.py --output {folder} {again}"
             raise ValueError(
-                f"`latents` {folder} holds no complete latents ({error}); {advice}"
+                f"`{argument}` {folder} holds no complete latents ({error}); {advice}"
             ) from None
         self.path = self.moments.filename
         self.labels, self.classes = labels.tolist(), self.manifest["classes"]

@@ -35,7 +35,7 @@ from checkpoints.loading import find_files
 from sampling.flags import (
     add_network_flags, add_process_flags, check_flags, network_choice, sampling_options,
 )  # fmt: skip
-from sampling.loading import build_sampler
+from sampling.loading import QUICK, build_sampler
 from sampling.options import SamplingOptions
 from sampling.speed import prepare
 
@@ -76,8 +76,8 @@ def add_flags(parser, labels, labels_help):
     network.add_argument(
         "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
     )
-    add_process_flags(parser.add_argument_group("process"), cfg_scale=1.5)
-    parser.set_defaults(sampler="dpm++")
+    add_process_flags(parser, cfg_scale=1.5)
+    parser.set_defaults(sampler=QUICK)
     group = parser.add_argument_group("grid")
     group.add_argument(
         "--class-labels", nargs="+", metavar="LABEL", default=labels,
@@ -136,7 +136,7 @@ def filled(args):
 def sampler_of(args, given, options, device):
     """The Sampler of the network that the flags ask for."""
     choice = network_choice(args, given)
-    return build_sampler(choice, find_files(choice, args.vae), options, device)
+    return build_sampler(choice, find_files(choice, args.vae), options, device, quick=True)
 
 
 def interpolation(args, given, device):
@@ -167,7 +167,7 @@ def interpolation(args, given, device):
     texts = [
         [a, *(f"{share:.3g}" for share in shares[1:-1]), b] for a, b in zip(names[::2], names[1::2])
     ]
-    return np.stack(images), texts, vars(args) | {"num_sampling_steps": options.step_count}
+    return np.stack(images), texts, vars(args) | options.settled(sampler.process, sampler.sampler)
 
 
 def between(network, pairs, shares):
@@ -206,7 +206,9 @@ def guidance_sweep(args, given, device):
     rows = torch.tensor(labels, device=device)
     columns = [draw(sampler, args.seed, range(len(labels)), rows) for sampler in samplers]
     texts = [[f"scale {scale:g}: {name}" for scale in args.cfg_scale] for name in names]
-    return np.stack(columns, axis=1), texts, vars(args)
+    settled = variants[0].settled(first.process, first.sampler)
+    guidance = {"cfg_scale": args.cfg_scale, "cfg_interval": args.cfg_interval}
+    return np.stack(columns, axis=1), texts, vars(args) | settled | guidance
 
 
 def classes_of(sampler, given):

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
 from .adaptive import ATOL, RTOL, adaptive_ode
+from .checks import check_names, check_number, check_steps
 from .forms import FORMS, check_form
 from .likelihood import log_likelihood
 from .paths import PATHS, Coefficients
@@ -24,6 +25,7 @@ from .times import shifted
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 EPS = 1e-3  # from an end where a term is infinite
 VP_TRAIN_EPS = 1e-5
+LEAST_EPS = 1e-6  # but 0: float32's rounding near 1 is 6e-8
 
 Network = Callable[..., Tensor]  # called as network(x, t, **model_kwargs)
 
@@ -65,14 +67,16 @@ class Flow:
         """A distance from the ends; None stands for the published one."""
         if eps is None:
             return 0.0 if self.is_open else published
-        number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
-        if not number or not 0 <= eps < 0.5:
-            raise ValueError(f"`{name}` is {eps!r:.60}; it must be at least 0 and below 0.5")
+        check_number(name, eps, "at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5)
         if eps == 0 and not self.is_open:
             raise ValueError(
                 f"`{name}` is 0, and with the path {self.path} and the prediction "
                 f"{self.prediction} a term is infinite at an end; give one above 0, "
                 f"such as {published:g}"
+            )
+        if 0 < eps < LEAST_EPS:
+            raise ValueError(
+                f"`{name}` is {eps:g}, too near to an end for float32; give at least {LEAST_EPS:g}"
             )
         return float(eps)
 
@@ -117,11 +121,11 @@ class Flow:
         check_form(form)
         starts_late = self.path != "vp" and (form == "sbdm" or self.prediction != "velocity")
         start = eps if starts_late else 0.0
-        if not 0 <= last_step_size < 1 - start:
-            raise ValueError(
-                f"`last_step_size` is {last_step_size}; it must be at least 0 and below "
-                f"{1 - start:g}, for the steps begin at t = {start:g}"
-            )
+        check_number(
+            "last_step_size", last_step_size,
+            f"at least 0 and below {1 - start:g}, for the steps begin at t = {start:g}",
+            lambda size: 0 <= size < 1 - start,
+        )  # fmt: skip
         return Interval(start, 1 - (last_step_size or eps))
 
     @property
@@ -145,7 +149,8 @@ class Flow:
         x_t, at = self.q_sample(x_start, t, noise), self._spread(t, x_start)
         out = self._ask(model, x_t, t, model_kwargs)
         if self.prediction == "velocity":
-            error = out - self.velocity_target(x_start, t, noise)
+            target = self.velocity_target(x_start, t, noise)
+            error = out - target
         else:
             error = out - noise if self.prediction == "noise" else at.sigma * out + noise
         mse = _mean(error**2)  # (N,)
@@ -153,7 +158,7 @@ class Flow:
             return {"loss": _mean(self._weight(at) * error**2), "mse": mse}
         if not self.cosine_loss:
             return {"loss": mse, "mse": mse}
-        cosine = _mean(1 - cosine_similarity(out, out - error, dim=1))  # (N,)
+        cosine = _mean(1 - cosine_similarity(out, target, dim=1))  # (N,)
         return {"loss": mse + cosine, "mse": mse, "cosine": cosine}
 
     def velocity(
@@ -234,10 +239,7 @@ class Flow:
         interval = self.interval(True, form, 0.0 if last_step is None else last_step_size)
         if last_step is None:
             return even_times(interval, num_steps, shift)
-        if num_steps < 2:
-            raise ValueError(
-                f"`num_steps` is {num_steps}; an SDE with a last step takes at least 2"
-            )
+        check_steps(num_steps, 2, ", the last step being one of them")
         end = interval.end + last_step_size
         return [*even_times(interval, num_steps - 1, shift), end]
 
@@ -246,11 +248,13 @@ class Flow:
     # ---- inside ----
 
     def _ask(self, model, x, t, model_kwargs):
-        """What the network says of x at t, in x's precision: its first C channels."""
+        """What the network says of x at t, in x's precision: its first C channels.
+
+        It is given x in the precision of its weights, and t in that of t.
+        """
         weights = _weights(model)
-        halved = weights is not None and weights.dtype in (torch.float16, torch.bfloat16)
-        given = x.to(weights.dtype) if halved else x
-        out = model(given, t, **(model_kwargs or {}))
+        taken = x.dtype if weights is None or not weights.is_floating_point() else weights.dtype
+        out = model(x.to(taken), t, **(model_kwargs or {}))
         return out[:, : x.shape[1]].to(x.dtype)
 
     def _at_steps(self, model, model_kwargs):
@@ -279,21 +283,11 @@ class Flow:
 
 def even_times(interval: Interval, num_steps: int, shift: float = 1.0) -> list[float]:
     """The num_steps + 1 times at which steps begin and end, evenly spread but for the shift."""
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` is {num_steps}; it must be at least 1")
+    check_steps(num_steps, 1)
     start, end = interval
     # Both ends are met exactly
     inside = [shifted(i / num_steps, shift) for i in range(1, num_steps)]
     return [start, *(start + (end - start) * share for share in inside), end]
-
-
-def check_names(**given: tuple[str | None, Any]) -> None:
-    """Raise ValueError unless each name is one of those it is given with."""
-    for argument, (name, known) in given.items():
-        if not (name is None or isinstance(name, str)) or name not in known:
-            raise ValueError(
-                f"`{argument}` is {name!r:.60}; choose one of {', '.join(map(str, known))}"
-            )
 
 
 def _weights(model):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_names
 from .paths import Coefficients
 
 
@@ -30,5 +31,4 @@ FORMS: dict[str, Callable[[Tensor, Coefficients, float], Any]] = {
 
 def check_form(form: str) -> None:
     """Raise ValueError unless there is such a form."""
-    if form not in FORMS:
-        raise ValueError(f"`diffusion_form` is {form!r:.60}; choose one of {', '.join(FORMS)}")
+    check_names(diffusion_form=(form, FORMS))

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .forms import FORMS
 from .paths import Coefficients
 from .prediction import Prediction
@@ -159,8 +160,11 @@ def check_finite(
     said: Prediction, times: Sequence[float], method: str, form: str, norm: float
 ) -> None:
     """Raise ValueError if an SDE's steps would meet an infinite term at their first or last time,
-    or noise of no variance.
+    or if there is no such norm.
     """
+    check_number(
+        "diffusion_norm", norm, "at least 0, and finite", lambda norm: 0 <= norm < math.inf
+    )
     start = torch.tensor(times[0], dtype=torch.float64)
     first = said.coefficients(start)
     if not FORMS[form](start, first, norm).isfinite():
@@ -168,8 +172,6 @@ def check_finite(
             f"the diffusion form {form} is infinite at t = {times[0]:g}; give another form, or "
             "`sample_eps=0.001` to begin there"
         )
-    if not 0 <= norm < math.inf:
-        raise ValueError(f"`diffusion_norm` is {norm}; it must be at least 0, and finite")
     end = torch.tensor(times[-1], dtype=torch.float64)
     if method == "heun" and said.coefficients(end).sigma == 0:
         raise ValueError(

@@ -61,20 +61,20 @@ class TimeSampling(NamedTuple):
     @classmethod
     def parse(cls, text: object) -> "TimeSampling":
         """The law that a text names. Raises ValueError if there is none."""
-        name, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
+        name, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
         if name not in LAWS:
             raise ValueError(
                 f"`time_sampling` is {text!r:.60}; give one of {', '.join(LAWS)}, "
                 "with its numbers, if any, as in logit-normal:0,1"
             )
         law = LAWS[name]
-        if not rest:
+        if not colon:
             return cls(name, law.numbers)
         try:
             numbers = tuple(map(float, rest.split(",")))
         except ValueError:
             numbers = ()
-        if len(numbers) != len(law.numbers):
+        if not numbers or len(numbers) != len(law.numbers):
             raise ValueError(
                 f"`time_sampling` is {text:.60}; {name} takes {len(law.numbers)} number(s)"
                 + (f", as in {cls(name, law.numbers)}" if law.numbers else "")
@@ -88,7 +88,8 @@ class TimeSampling(NamedTuple):
         return cls(name, numbers)
 
     def __str__(self) -> str:
-        numbers = ",".join(f"{number:g}" for number in self.numbers)
+        # All digits, for files say a law so
+        numbers = ",".join(repr(number).removesuffix(".0") for number in self.numbers)
         return f"{self.law}:{numbers}" if numbers else self.law
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:

@@ -162,15 +162,16 @@ def read_choices(
         raise ValueError(
             f"The solver is {reprlib.repr(solver)}; it must be one of {', '.join(solvers)}."
         )
-    steps = whole("Steps", steps, 1, solvers[solver].most)
+    steps = whole("Steps", steps, solvers[solver].least, solvers[solver].most)
     guidance = bounded(
         "Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1
     )
     labels = chosen_labels(
         classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes
     )
-    chosen = dict(
-        cfg_scale=guidance, sampler=solver, num_sampling_steps=steps, seed=read_seed(seed),
-        class_labels=labels,
+    chosen: dict[str, Any] = dict(
+        cfg_scale=guidance, sampler=solver, num_sampling_steps=steps
     )  # fmt: skip
-    return replace(base, cfg_scale=guidance, sampler=solver, num_sampling_steps=steps), chosen
+    sampler = replace(base, **chosen, solver_options={})
+    own = solvers[solver].options
+    return sampler, {**own, **chosen, "seed": read_seed(seed), "class_labels": labels}

@@ -16,7 +16,7 @@ from sampling.sampler import Sampler
 if TYPE_CHECKING:
     import gradio  # which is slow to import, and need not be there
 
-SOLVER, GUIDANCE, COUNT = "dpm++", 1.5, 10  # what the page opens with
+GUIDANCE, COUNT = 1.5, 10  # what the page opens with
 HOUR = 3600  # seconds
 HELP = (
     "Several classes take turns: the first image is of the first class, and so on. Image *i* "
@@ -28,7 +28,10 @@ HELP = (
 def build_page(
     sampler: Sampler, settings: dict[str, Any], device: torch.device, visitors: Visitors
 ) -> "gradio.Blocks":
-    """The page, a gradio.Blocks that does not run yet. `settings` as for `answer`."""
+    """The page, a gradio.Blocks that does not run yet.
+
+    It opens with the sampler's solver and steps. `settings` as for `answer`.
+    """
     import gradio as gr
 
     def respond(
@@ -66,7 +69,7 @@ def build_page(
                 )
                 gr.Markdown(
                     f"How the first {STRIP_ROWS} came about: what the network took for the clean "
-                    "image at step t"
+                    "image at time t"
                 )
                 rows = gr.Image(label="Over time", format="png", height=380, **look)
         gr.Markdown(HELP)
@@ -110,10 +113,11 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
         info="1 is none",
     )  # fmt: skip
     solvers = sampler.process.solvers
-    solver = gr.Dropdown(list(solvers), value=SOLVER, label="Solver")
+    solver = gr.Dropdown(list(solvers), value=sampler.sampler, label="Solver")
     steps = gr.Slider(
-        1, max(one.most for one in solvers.values()), solvers[SOLVER].steps, step=1, label="Steps"
-    )
+        1, max(one.most for one in solvers.values()), sampler.num_sampling_steps, step=1,
+        label="Steps",
+    )  # fmt: skip
     seed = gr.Textbox("0", label="Seed", max_lines=1)
     own = json.dumps({name: one.steps for name, one in solvers.items()})
     solver.change(None, solver, steps, js=f"name => ({own})[name]")

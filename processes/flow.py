@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow import TimeSampling, create_flow, shifted
-from flow.adaptive import ATOL, RTOL, adaptive_ode
+from flow.adaptive import ATOL, RTOL, adaptive_ode, check_tolerances
 from flow.flow import Flow, even_times
 from flow.prediction import Prediction
 from flow.solvers import LAST_STEP_SIZE, Moment, check_finite, ode, sde
@@ -21,7 +21,9 @@ from models import DiT
 from processes.process import QUARTERS, Network, NoiseFunction, Solver, StepNetwork
 
 MOST_STEPS = 10_000
-SLOPE = 1 / 64  # of a step, over which dopri5's solution is taken as straight
+# Between the three times from which the slope of dopri5's solution is taken, at most: what the
+# formula of second order leaves out is then of the order of float32's rounding
+SPAN = 1 / 100
 SHIFTS = (1e-3, 1e3)  # the least and the most that a time shift may be
 
 # Of every solver: where steps stay away from ends, and how they are spread. None: as the network
@@ -54,8 +56,9 @@ class FlowProcess:
         "heun": Solver(125, MOST_STEPS, EVERY),
         # The moments at which its solution is told; it chooses its own steps
         "dopri5": Solver(50, MOST_STEPS, EVERY | {"atol": ATOL, "rtol": RTOL}),
-        "sde": Solver(250, MOST_STEPS, SDE),
-        "sde-heun": Solver(125, MOST_STEPS, SDE),
+        # The last of the steps is one of its own kind
+        "sde": Solver(250, MOST_STEPS, SDE, least=2),
+        "sde-heun": Solver(125, MOST_STEPS, SDE, least=2),
     }
     usual: ClassVar[str] = "heun"
     quick: ClassVar[tuple[str, int]] = ("heun", 25)
@@ -169,6 +172,8 @@ class FlowProcess:
         chosen = {**self.solvers[solver].options, **options}
         flow, shift = self._sampled(chosen["sample_eps"]), chosen["time_shift"]
         shift = self.time_shift if shift is None else checked(shift)
+        if "atol" in chosen:
+            check_tolerances(chosen["atol"], chosen["rtol"])
         if "diffusion_form" not in chosen:
             return even_times(flow.interval(), steps, shift)
         form, last = chosen["diffusion_form"], chosen["last_step"]
@@ -195,15 +200,16 @@ class FlowProcess:
         said, count = self.flow.said, len(grid) - 1
         for first, end in pairwise(sorted({0, count, *breaks})):
             told = grid[first : end + 1]
-            # Beside the beginning of each step, a time that is a little later
-            later = [t + SLOPE * (t_next - t) for t, t_next in pairwise(told)]
-            points = [*(t for pair in zip(told, later) for t in pair), told[-1]]
+            # From the beginning of each step on: two more times at small and equal distances
+            spans = [min(SPAN, (told[-1] - t) / 2) for t in told[:-1]]
+            threes = [(t, t + span, t + 2 * span) for t, span in zip(told, spans)]
+            points = sorted({*told, *(t for three in threes for t in three if t < told[-1])})
             states = adaptive_ode(said, network, x, points, atol, rtol, first)
-            for i, (t, t_later) in enumerate(zip(told, later)):
-                here, after = states[2 * i : 2 * i + 2]
-                slope = (after - here) / (t_later - t)
-                predicted = data_of_slope(self.flow.path, slope, here, t)
-                yield Moment(t, states[2 * i + 2], predicted)
+            known = dict(zip(points, states))
+            for t, t_next, span, three in zip(told, told[1:], spans, threes):
+                here, then, later = (known.get(time, states[-1]) for time in three)
+                slope = (4 * (then - here) - (later - here)) / (2 * span)
+                yield Moment(t, known[t_next], data_of_slope(self.flow.path, slope, here, t))
             x = states[-1]
 
 

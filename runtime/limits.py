@@ -47,6 +47,11 @@ RANGES = {
     "batch_size": Range(1, 2**14),
     "cfg_scale": Range(-1000.0, 1000.0),
     "steps_between": Range(0, 1000),
+    "sample_eps": Range(0.0, 0.5),
+    "diffusion_norm": Range(0.0, 1e6),
+    "last_step_size": Range(0.0, 1.0),
+    "atol": Range(1e-15, 1000.0),
+    "rtol": Range(1e-15, 1000.0),
     # both
     "num_workers": Range(0, 1024),
     "workers": Range(1, 1024),

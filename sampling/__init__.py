@@ -11,6 +11,7 @@ __getattr__ = handed_on(
         "conditions.labels": "imagenet_names readable random_labels label_indices label_names",
         "processes.process": "Solver",
         "runtime.disk": "check_writable",
+        "sampling.likelihood": "LikelihoodOptions load_measured",
         "sampling.loading": "load_sampler build_sampler",
         "sampling.many": "sample_many",
         "sampling.options": "SamplingOptions ManyOptions",

@@ -8,17 +8,21 @@ from dataclasses import fields
 from typing import Any
 
 from checkpoints.choice import IMAGE_SIZE, MODEL, NUM_CLASSES, NetworkChoice
+from checkpoints.names import MODELS
 from checkpoints.weights import weights_choice
 from conditions.labels import CLASSES
+from flow.flow import EPS
+from flow.forms import FORMS
 from models import DiT_models
-from processes.gaussian import TRAINED_STEPS
-from processes.table import SOLVERS
+from processes.flow import FlowProcess
+from processes.gaussian import TRAINED_STEPS, GaussianProcess
+from processes.table import SOLVERS, WORDS
 from runtime.limits import check_numbers
-from sampling.options import SamplingOptions, check_seed
+from sampling.options import LAST_STEP_NAMES, SamplingOptions, check_seed
 from sampling.speed import PRECISIONS
 
 # Flags whose defaults count only where the checkpoint does not say it
-CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes")
+CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes", "process")
 
 
 def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
@@ -30,7 +34,7 @@ def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> No
     network.add_argument(
         "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
     )
-    add_process_flags(parser.add_argument_group("process"), cfg_scale)
+    add_process_flags(parser, cfg_scale)
 
 
 def add_network_flags(
@@ -61,8 +65,9 @@ def add_network_flags(
     )
     bare = parser.add_argument_group("network, for checkpoints that do not say")
     bare.add_argument(
-        "--model", choices=DiT_models, default=MODEL, metavar="MODEL",
-        help=f"one of {', '.join(DiT_models)} (default: %(default)s)",
+        "--model", choices=MODELS, default=MODEL, metavar="MODEL",
+        help=f"one of {', '.join(DiT_models)}, or of the same with SiT for DiT, which is "
+        "--process flow (default: %(default)s)",
     )  # fmt: skip
     bare.add_argument(
         "--image-size", type=int, default=IMAGE_SIZE,
@@ -72,22 +77,31 @@ def add_network_flags(
         "--num-classes", type=int, default=NUM_CLASSES,
         help="0 for a network without classes (default: %(default)s)",
     )  # fmt: skip
+    bare.add_argument(
+        "--process", choices=WORDS,
+        help="what it has learned; a flow is SiT's, linear with velocities (default: what "
+        "--model says, or diffusion)",
+    )  # fmt: skip
     return network
 
 
-def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
+def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
     """Add those of them that say how it is sampled."""
+    process = parser.add_argument_group("process")
     process.add_argument(
-        "--sampler", choices=SOLVERS, default=SamplingOptions.sampler,
-        help="ddpm: ancestral sampling; ddim; dpm++: DPM-Solver++(2M); unipc: UniPC of order 2 "
-        "(default: %(default)s)",
+        "--sampler", choices=SOLVERS, default=GaussianProcess.usual,
+        help="of diffusion ddpm: ancestral sampling; ddim; dpm++: DPM-Solver++(2M); unipc: UniPC "
+        "of order 2; of a flow euler, heun, dopri5: the ODE; sde, sde-heun: the SDE by "
+        f"Euler-Maruyama and by Heun (default: %(default)s; of a flow {FlowProcess.usual})",
     )  # fmt: skip
     process.add_argument(
         "--num-sampling-steps",
         "--steps",
         type=int,
-        default=SamplingOptions().step_count,
-        help=f"at most {TRAINED_STEPS}, one less for dpm++ and unipc (default: "
+        default=SOLVERS[GaussianProcess.usual].steps,
+        help=f"of diffusion at most {TRAINED_STEPS}, one less for dpm++ and unipc; heun and "
+        "sde-heun ask the network twice a step; dopri5 chooses its own steps, and tells its "
+        "solution at so many moments (default: "
         f"{', '.join(f'{name} {solver.steps}' for name, solver in SOLVERS.items())})",
     )
     process.add_argument(
@@ -108,8 +122,8 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
         nargs=2,
         default=list(SamplingOptions.cfg_interval),
         metavar=("LO", "HI"),
-        help=f"guide only at steps t with LO <= t/{TRAINED_STEPS} <= HI, 0 being clean and 1 "
-        "noise; elsewhere without "
+        help="guide only at steps whose level, 0 being clean and 1 noise, is from LO to HI: "
+        f"t/{TRAINED_STEPS} in diffusion, 1 - t in a flow; elsewhere without "
         "guidance, on half the batch, at about half the cost (default: 0 1, everywhere)",
     )
     process.add_argument(
@@ -126,6 +140,49 @@ def add_process_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
         help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of "
         "every run, so for many images rather than one picture; results differ by float rounding",
     )
+    add_flow_flags(parser.add_argument_group("process: flow, whose t goes from 0, noise, to 1"))
+
+
+def add_flow_flags(flow: _ArgumentGroup) -> None:
+    """Add the options of a flow's solvers, which are None where they are not given."""
+    add, default = flow.add_argument, FlowProcess.solvers["sde"].options
+    add(
+        "--time-shift", type=float, metavar="SHIFT",
+        help="above 1 more of the steps lie near noise: t/(SHIFT + (1 - SHIFT)t) of even ones; "
+        "Stable Diffusion 3's shift, whose t runs the other way, is the same number (default: as "
+        "the network was trained)",
+    )  # fmt: skip
+    add(
+        "--sample-eps", type=float, metavar="EPS",
+        help="how far steps stay from an end where a term is infinite (default: 0 for a velocity "
+        f"on the paths linear and gvp, else {EPS:g})",
+    )  # fmt: skip
+    add(
+        "--diffusion-form", choices=FORMS,
+        help="of sde and sde-heun: D(t) in dx = (velocity + D score) dt + sqrt(2D) dW, half of "
+        f"the w in SiT's paper (default: {default['diffusion_form']})",
+    )  # fmt: skip
+    add(
+        "--diffusion-norm", type=float, metavar="FACTOR",
+        help=f"of sde and sde-heun: a factor in D (default: {default['diffusion_norm']:g})",
+    )  # fmt: skip
+    add(
+        "--last-step", choices=LAST_STEP_NAMES,
+        help="of sde and sde-heun, without noise: mean, of the SDE; euler, of the ODE; tweedie, to "
+        f"the data that the network predicts; or none (default: {default['last_step']})",
+    )  # fmt: skip
+    add(
+        "--last-step-size", type=float, metavar="H",
+        help="of sde and sde-heun: the last step begins at t = 1 - H "
+        f"(default: {default['last_step_size']:g})",
+    )  # fmt: skip
+    tolerances = FlowProcess.solvers["dopri5"].options
+    for name, error in {"atol": "absolute", "rtol": "relative"}.items():
+        add(
+            f"--{name}", type=float,
+            help=f"of dopri5: the {error} error of a step, of each image by itself (default: "
+            f"{tolerances[name]:g})",
+        )  # fmt: skip
 
 
 def _weights(text):
@@ -163,6 +220,6 @@ def sampling_options(args: Namespace, given: Collection[str], **others: Any) -> 
     SamplingOptions.
     """
     values = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
-    if "num_sampling_steps" not in given:
-        values["num_sampling_steps"] = None  # the sampler's own number, which may not be the flag's
+    for name in {"sampler", "num_sampling_steps"} - set(given):
+        values[name] = None  # the process's own, and the sampler's, which may not be the flag's
     return SamplingOptions(**values | others)

@@ -7,16 +7,18 @@ from typing import Any
 import torch
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.loading import NetworkFiles, build_network, class_names, find_files
+from checkpoints.loading import (
+    NetworkFiles, build_network, class_names, find_files, process_learned,
+)  # fmt: skip
 from checkpoints.weights import load_weights
-from processes.table import process_of
 from runtime.devices import choose_device
-from sampling.options import SamplingOptions
+from sampling.options import OWN, SamplingOptions, solver_options
 from sampling.sampler import Sampler
 from sampling.speed import prepare
 from vae import PixelSpace, load_vae
 
 VAE = "mse"  # for pictures, where nobody names the autoencoder
+QUICK = "dpm++"  # for pictures to look at, where nobody names a solver and the process has this one
 NOT_BY_NAME = {"ckpt", "vae", "num_sampling_steps"}  # fields with parameters of their own
 
 
@@ -55,20 +57,25 @@ def load_sampler(
 
 
 def build_sampler(
-    choice: NetworkChoice, files: NetworkFiles, options: SamplingOptions, device: torch.device
-) -> Sampler:
+    choice: NetworkChoice, files: NetworkFiles, options: SamplingOptions, device: torch.device,
+    quick: bool = False,
+) -> Sampler:  # fmt: skip
     """The Sampler of a chosen network, whose files find_files has found.
+
+    quick: the solver is QUICK, if the process has it, where the options name none.
 
     What can be wrong is found before the autoencoder's weights are loaded. Raises ValueError for a
     checkpoint, autoencoder and options that do not fit together.
     """
     weights = load_weights(files.checkpoint, choice.weights)
     network = build_network(choice, weights, files.vae).to(device)
-    values = options.settled()
-    compiled = values.pop("compile")
+    process = process_learned(choice, weights, network)
+    values = options.settled(process, QUICK if quick and QUICK in process.solvers else None)
+    own, compiled = solver_options(values), values["compile"]
+    plain = {name: value for name, value in values.items() if name not in (*OWN, "compile")}
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
-        process=process_of(network, weights.process), **values,
+        process=process, solver_options=own, **plain,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))

@@ -27,7 +27,8 @@ from runtime.disk import file_hash
 from runtime.json_files import read_json
 from runtime.presence import lock
 from runtime.surroundings import Place
-from sampling.options import ManyOptions, SamplingOptions
+from processes.process import Process
+from sampling.options import OWN, ManyOptions, SamplingOptions
 from vae import vae_hashes
 
 MANIFEST = "manifest.json"
@@ -39,18 +40,20 @@ POLICIES = ("random", "balanced")  # of labels; anything else is a file
 
 
 def recorded_options(
-    files: NetworkFiles, choice: NetworkChoice, options: SamplingOptions, many: ManyOptions,
-    device: str | None, tf32: bool,
+    files: NetworkFiles, choice: NetworkChoice, options: SamplingOptions, process: Process,
+    many: ManyOptions, device: str | None, tf32: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json has under "options": every option of the job, by the name and in the order
-    of sample_ddp.py's flags. The device is the one that is asked for.
+    of sample_ddp.py's flags; of those that some solvers have, the solver's. The device is the one
+    that is asked for.
     """
-    sampling = options.settled()
+    sampling = options.settled(process)
+    own = {name: sampling.pop(name) for name in OWN if name in sampling}
     compiled = sampling.pop("compile")
     network = {"ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae}
     return (
         asdict(many) | network | {"device": device} | sampling
-        | {"tf32": tf32, "compile": compiled}
+        | {"tf32": tf32, "compile": compiled} | own
     )  # fmt: skip
 
 

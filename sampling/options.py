@@ -1,32 +1,55 @@
 """How to sample: the options of every picture, and those of a job of many images."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flow.forms import FORMS
+from flow.solvers import LAST_STEPS
+from processes.gaussian import GaussianProcess
+from processes.process import Process
+from processes.table import KINDS, SOLVERS
 from runtime.limits import RANGES, check_numbers, short
-from processes.table import SOLVERS
-from sampling.sampler import check_steps
+from sampling.sampler import check_options, check_sampler, check_steps
 from sampling.speed import PRECISIONS
+
+# Options that some solvers have; ddim's eta, which is older, is apart. None: the solver's default
+OWN = (
+    "time_shift", "sample_eps", "diffusion_form", "diffusion_norm", "last_step", "last_step_size",
+    "atol", "rtol",
+)  # fmt: skip
+NUMBERS = [name for name in OWN if name not in ("diffusion_form", "last_step")]
+# An SDE's last steps as users name them
+LAST_STEP_NAMES = {"none" if name is None else name: name for name in LAST_STEPS}
+OWN_NOISE = ("ddpm", "sde", "sde-heun")  # solvers that add noise without being told
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How a network is sampled.
 
-    sampler: a key of SOLVERS; num_sampling_steps: how many steps it takes, None for its own number.
+    sampler: a key of SOLVERS, None for the usual one of the network's process; num_sampling_steps:
+    how many steps it takes, None for its own number.
     eta: the noise that ddim adds, from 0, none, to 1, as much as ddpm.
     cfg_scale: guidance, 1 for none; cfg_channels: how many latent channels it is for, or "all";
     cfg_interval: the shares of the noise levels, from 0 (clean) to 1, between which it applies.
     mixed_precision: a key of PRECISIONS, the network's; compile: whether to compile the network.
 
+    The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
+    solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
+    sample_eps: how far from ends with an infinite term the steps stay. atol, rtol: the error that
+    dopri5 allows itself. Of sde and sde-heun: diffusion_form, a key of FORMS, and diffusion_norm,
+    its factor; last_step, a key of LAST_STEP_NAMES, and last_step_size, its length.
+
     A new option is a last field here and of Sampler, a flag in sampling/flags.py, a range in
-    runtime/limits.py, and in many_folder.NEWER what older folders did.
+    runtime/limits.py, and in many_folder.NEWER what older folders did. One of some solvers alone is
+    in their Solver.options, a last field here, in OWN, and a flag.
 
     Raises ValueError for options that make no sense, whatever the checkpoint.
     """
 
-    sampler: str = "ddpm"
+    sampler: str | None = None
     num_sampling_steps: int | None = None
     eta: float = 0.0
     cfg_scale: float = 1.0
@@ -34,36 +57,73 @@ class SamplingOptions:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     mixed_precision: str = "no"
     compile: bool = False
+    time_shift: float | None = None
+    sample_eps: float | None = None
+    diffusion_form: str | None = None
+    diffusion_norm: float | None = None
+    last_step: str | None = None
+    last_step_size: float | None = None
+    atol: float | None = None
+    rtol: float | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
         # One type for each option: sample_many names folders after the options
-        for name in ("eta", "cfg_scale"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("eta", "cfg_scale", *NUMBERS):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "cfg_interval", tuple(map(float, self.cfg_interval)))
         _check_choices(self)
-        if self.num_sampling_steps is not None:
-            check_steps(self.sampler, self.num_sampling_steps)
         _check_eta(self)
         _check_interval(self)
+        _check_last_step(self)
+        if self.sampler is not None:
+            check_options(_given(self), self.sampler)
+        if self.num_sampling_steps is not None:
+            _check_steps(self)
 
-    @property
-    def step_count(self) -> int:
-        """How many steps are taken."""
-        given = self.num_sampling_steps
-        return SOLVERS[self.sampler].steps if given is None else given
+    def settled(self, process: Process, usual: str | None = None) -> dict[str, Any]:
+        """{name: value} of every option for a network of a process: with the solver, the number of
+        steps that are taken, and those of OWN that the solver has.
 
-    def settled(self) -> dict[str, Any]:
-        """{name: value} of every option, with the number of steps that are taken."""
-        return asdict(self) | {"num_sampling_steps": self.step_count}
+        usual: the solver where none is given; None is that of the process. Raises ValueError for a
+        solver that the process does not have, and for options that the solver does not have.
+        """
+        sampler = self.sampler or usual or process.usual
+        check_sampler(sampler, process)
+        solver, steps = process.solvers[sampler], self.num_sampling_steps
+        if steps is None:
+            steps = solver.steps
+        check_steps(sampler, steps, process.solvers)
+        given = _given(self)
+        check_options(given, sampler, process.solvers)
+        defaults = {name: value for name, value in solver.options.items() if name in OWN}
+        values = {name: value for name, value in asdict(self).items() if name not in OWN}
+        return values | {"sampler": sampler, "num_sampling_steps": steps} | defaults | given
+
+
+def solver_options(settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of OWN in what SamplingOptions.settled gives, as a process takes them."""
+    own = {name: settled[name] for name in OWN if name in settled}
+    if "last_step" in own:
+        own["last_step"] = LAST_STEP_NAMES[own["last_step"]]
+    return own
+
+
+def _given(options):
+    """{name: value} of those of OWN that are given."""
+    return {name: value for name in OWN if (value := getattr(options, name)) is not None}
 
 
 def _check_choices(options):
-    for name, known in {"sampler": list(SOLVERS), "mixed_precision": list(PRECISIONS)}.items():
-        if getattr(options, name) not in known:
-            raise ValueError(
-                f"`{name}` is {getattr(options, name)}; give one of {', '.join(known)}"
-            )
+    choices: dict[str, Iterable[str]] = {
+        "sampler": SOLVERS, "mixed_precision": PRECISIONS, "diffusion_form": FORMS,
+        "last_step": LAST_STEP_NAMES,
+    }  # fmt: skip
+    for name, known in choices.items():
+        value = getattr(options, name)
+        if value is not None and value not in [*known]:
+            raise ValueError(f"`{name}` is {value!s:.60}; give one of {', '.join(known)}")
     channels = options.cfg_channels
     if channels != "all" and not (isinstance(channels, int) and channels > 0):
         raise ValueError(
@@ -74,9 +134,24 @@ def _check_choices(options):
 def _check_eta(options):
     if not 0 <= options.eta <= 1:
         raise ValueError(f"`eta` is {options.eta}; it must be from 0 to 1")
-    if options.eta and options.sampler != "ddim":
-        own = "has its own noise" if options.sampler == "ddpm" else "adds none"
-        raise ValueError(f'`eta` {options.eta} is for `sampler="ddim"`; {options.sampler} {own}')
+    sampler = options.sampler or GaussianProcess.usual  # that of a flow does not have it either
+    if options.eta and sampler != "ddim":
+        own = "has its own noise" if sampler in OWN_NOISE else "adds none"
+        raise ValueError(f'`eta` {options.eta} is for `sampler="ddim"`; {sampler} {own}')
+
+
+def _check_last_step(options):
+    if options.last_step == "none" and options.last_step_size is not None:
+        raise ValueError(
+            f"`last_step_size` {options.last_step_size} is for a last step, and "
+            '`last_step="none"` is none; leave `last_step_size` out'
+        )
+
+
+def _check_steps(options):
+    """Raise ValueError if no solver that may be meant takes so many steps."""
+    widest = max((kind.usual for kind in KINDS), key=lambda name: SOLVERS[name].most)
+    check_steps(options.sampler or widest, options.num_sampling_steps)
 
 
 def _check_interval(options):
@@ -85,8 +160,8 @@ def _check_interval(options):
     low, high = options.cfg_interval
     if not 0 <= low <= high <= 1:
         raise ValueError(
-            f"`cfg_interval` is {low} {high}; give two shares of the noise levels, t/1000, with "
-            "0 <= LO <= HI <= 1"
+            f"`cfg_interval` is {low} {high}; give two shares of the noise levels, t/1000 or in a "
+            "flow 1 - t, with 0 <= LO <= HI <= 1"
         )
     if (low, high) != SamplingOptions.cfg_interval and options.cfg_scale == 1:
         raise ValueError(

@@ -152,21 +152,21 @@ def moments(steps: int, path: Path | str) -> list[int]:
     return evenly(steps, GIF_MOMENTS if ending(path) == ".gif" else STRIP_MOMENTS)
 
 
-def strip(frames: list[tuple[int | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:
-    """A PIL image of [(step t, images (N, H, W, 3))] with the images' texts.
+def strip(frames: list[tuple[float | None, np.ndarray]], texts: Sequence[str]) -> Image.Image:
+    """A PIL image of [(time t, images (N, H, W, 3))] with the images' texts.
 
     An image has a row, whose last frame is named.
     """
-    times = [f"t = {t}" for t, _ in frames[:-1]]
+    times = [f"t = {t:.4g}" for t, _ in frames[:-1]]
     rows = np.stack([images for _, images in frames], axis=1)  # (N, moments, H, W, 3)
     below = [text for name in texts for text in [*times, name]]
     return picture(rows.reshape(-1, *rows.shape[2:]), below, per_row=len(frames))
 
 
 def save_trajectory(
-    frames: list[tuple[int | None, np.ndarray]], path: Path | str, texts: Sequence[str]
+    frames: list[tuple[float | None, np.ndarray]], path: Path | str, texts: Sequence[str]
 ) -> None:
-    """Write [(step t, images (N, H, W, 3))] with the images' texts.
+    """Write [(time t, images (N, H, W, 3))] with the images' texts.
 
     A .gif is an animation, another file a strip, an image per row. Raises ValueError as write_file.
     """

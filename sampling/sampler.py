@@ -4,8 +4,9 @@ Shapes: labels (N,), or whatever conditions the network; noise and latents (N, C
 uint8 (N, H, W, 3).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from conditions.condition import condition_of
 from diffusion.gaussian_diffusion import TensorMap, as_taken
 from models import DiT
 from processes.process import Process, Solver, StepNetwork
-from processes.table import SOLVERS, process_of
+from processes.table import KINDS, SOLVERS, process_of
 from sampling.speed import PRECISIONS
 from vae import Space, to_uint8
 
@@ -28,8 +29,9 @@ class Sampler:
 
     `classes` are the class names, None if unknown; `checkpoint` is the file that the network came
     from, if any. `sampler` names a solver of the process, which the network has learned: the
-    Gaussian one unless told otherwise. Guidance is applied at noise levels, 0 clean and 1 noise,
-    inside cfg_interval (Kynkäänniemi et al. 2024).
+    Gaussian one unless told otherwise; `solver_options` are options of that solver beside eta, as
+    the process has them, its defaults in place of those that are left out. Guidance is applied at
+    noise levels, 0 clean and 1 noise, inside cfg_interval (Kynkäänniemi et al. 2024).
 
     Raises ValueError for options that do not fit the network or the process.
     """
@@ -46,10 +48,15 @@ class Sampler:
     checkpoint: Path | None = None
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     process: Process = None  # type: ignore[assignment]  # __post_init__ chooses the Gaussian one
+    solver_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)
+        check_sampler(self.sampler, self.process)
         check_steps(self.sampler, self.num_sampling_steps, self.process.solvers)
+        check_options(self.solver_options, self.sampler, self.process.solvers)
+        if self.solver_options:
+            self.steps()  # refuses values that they cannot have
         self.latent = self.network.latent_shape
         self.condition = condition_of(self.network)
         if self.cfg_scale != 1 and not self.condition.has_null:
@@ -70,15 +77,27 @@ class Sampler:
                 f"{self.sampler}, so nothing would be guided; widen it, or pass `cfg_scale=1`"
             )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The solver's options: eta, where it has that, and solver_options."""
+        known = self.process.solvers[self.sampler].options
+        eta = {"eta": self.eta} if "eta" in known else {}
+        return {**eta, **self.solver_options}
+
     def steps(self) -> list[int] | list[float]:
-        """The times t at which the network is asked, in order."""
-        return self.process.times(self.sampler, self.num_sampling_steps)
+        """The times t at which steps begin, in order."""
+        return self.process.times(self.sampler, self.num_sampling_steps, **self.options)
 
     def guided(self) -> list[bool]:
         """For each of the steps, whether it is guided."""
         low, high = self.cfg_interval
-        levels = self.process.levels(self.sampler, self.num_sampling_steps)
+        levels = self.process.levels(self.sampler, self.num_sampling_steps, **self.options)
         return [self.cfg_scale != 1 and low <= level <= high for level in levels]
+
+    def breaks(self) -> list[int]:
+        """The indices of the steps with which guidance begins or ends."""
+        guided = self.guided() if self.cfg_scale != 1 else []
+        return [i + 1 for i, (before, now) in enumerate(pairwise(guided)) if before != now]
 
     def predictor(self, labels: Tensor) -> StepNetwork:
         """predict(x, t, step) → what the network makes of x (N, C, *space) at t (N,), guided if the
@@ -118,12 +137,10 @@ class Sampler:
         def doubled(x):
             return noise_fn(torch.cat([x, x]))[: len(x)]
 
-        known = self.process.solvers[self.sampler].options
-        options = {name: value for name, value in {"eta": self.eta}.items() if name in known}
         yield from self.process.trajectory(
-            self.predictor(labels), noise, self.sampler, self.num_sampling_steps, **options,
+            self.predictor(labels), noise, self.sampler, self.num_sampling_steps, **self.options,
             noise_fn=noise_fn if self.cfg_scale == 1 else doubled, clip=self.space.clip_denoised,
-            progress=progress,
+            progress=progress, breaks=self.breaks(),
         )  # fmt: skip
 
     def latents(
@@ -132,8 +149,8 @@ class Sampler:
     ) -> Tensor:  # fmt: skip
         """Latents (N, C, *space) for labels (N,) from noise of their shape.
 
-        With guidance, noise_fn draws for a doubled batch. Solvers such as dpm++ and unipc draw
-        nothing.
+        With guidance, noise_fn draws for a doubled batch. Solvers such as dpm++, unipc and heun
+        draw nothing.
         """
         for out in self.trajectory(labels, noise, noise_fn, progress):
             last = out["sample"]
@@ -188,10 +205,37 @@ def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVER
     """Raise ValueError unless there is such a solver and it can take so many steps."""
     if sampler not in solvers:
         raise ValueError(f"`sampler` is {sampler!r}; choose one of {', '.join(solvers)}")
-    most, longest = solvers[sampler].most, max(solver.most for solver in solvers.values())
-    if not 1 <= steps <= most:
-        reason = f"; `sampler={sampler}` takes at most {most}" if 1 <= steps <= longest else ""
-        raise ValueError(f"`num_sampling_steps` is {steps}; it must be from 1 to {most}{reason}")
+    solver, longest = solvers[sampler], max(solver.most for solver in solvers.values())
+    if not solver.least <= steps <= solver.most:
+        bound = f"most {solver.most}" if steps > solver.least else f"least {solver.least}"
+        reason = f"; `sampler={sampler}` takes at {bound}" if 1 <= steps <= longest else ""
+        raise ValueError(
+            f"`num_sampling_steps` is {steps}; it must be from {solver.least} to "
+            f"{solver.most}{reason}"
+        )
+
+
+def check_sampler(sampler: str, process: Process | type[Process]) -> None:
+    """Raise ValueError unless the process has a solver of that name."""
+    if sampler in process.solvers:
+        return
+    of = "".join(f" is one of {kind.word}'s" for kind in KINDS if sampler in kind.solvers)
+    raise ValueError(
+        f"`sampler` {sampler!s:.60}{of or ' is unknown'}; this network has learned the process "
+        f"{process.word}: choose one of {', '.join(process.solvers)}"
+    )
+
+
+def check_options(
+    given: Iterable[str], sampler: str, solvers: Mapping[str, Solver] = SOLVERS
+) -> None:
+    """Raise ValueError for the name of an option that the solver does not have."""
+    for name in given:
+        if name in solvers[sampler].options:
+            continue
+        *others, last = [each for each, solver in SOLVERS.items() if name in solver.options] or [""]
+        known = f"samplers {', '.join(others)} and {last}" if others else f"sampler {last}"
+        raise ValueError(f"`{name}` is for the {known}; `sampler` is {sampler}")
 
 
 class ImageNoise:

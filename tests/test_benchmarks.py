@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from benchmarks import (
-    depth, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading,
-    plot_solvers, process, sampling, sides, solvers, training,
+    depth, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker,
+    loading, plot_solvers, process, sampling, sides, solvers, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
 from conftest import ROOT, small_dit
+from flow import create_flow
 from models import DiT
 from training.state import Recipe, new_state
 
@@ -64,6 +65,7 @@ def test_a_result_is_never_overwritten(results):
     (forward,
      ["--models", "DiT-Ti/8", "--no-compile", "DiT-Ti/8", "--rounds", "2", "--batch-size", "2"]),
     (training, ["--models", "DiT-Ti/8", "--rounds", "2", "--batch-size", "2"]),
+    (flow, ["--models", TINY, "--rounds", "2", "--batch-size", "2"]),
     (loading, ["--images", "16", "--num-workers", "0", "--rounds", "2"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_benchmarks_run_and_say_where(benchmark, flags, results):
@@ -106,6 +108,20 @@ def test_looked_up_tables_give_the_same_steps():
     small, large = (process.Lookup(tables, t, x, spread).betas for spread in (False, True))
     assert small.shape == (2, 1, 1) and large.shape == x.shape and large.is_contiguous()
     assert small.flatten().tolist() == [0.25, 1.0] and torch.equal(large, small.expand_as(x))
+
+
+@pytest.mark.parametrize("method, once", [("euler", 1), ("heun", 2)])
+def test_a_flow_s_steps_are_the_same_with_half_the_calls(method, once):
+    network, process, ends = small_dit(), create_flow(), []
+    x, noise = torch.randn(2, 2, 4, 8, 8).double()
+    for step, calls in ((flow.one_step, once), (flow.twice_asked, 2 * once)):
+        counted = []
+        hook = network.register_forward_pre_hook(lambda *_: counted.append(1))
+        with torch.no_grad():
+            ends.append(step(process, network, torch.tensor([1, 2]), x, noise, method))
+        hook.remove()
+        assert len(counted) == calls
+    assert (ends[0] - ends[1]).abs().max() < 1e-6 < (ends[0] - x).abs().max()
 
 
 def test_step_dependent_depth_leaves_blocks_out_above_the_threshold_only():

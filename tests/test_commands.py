@@ -38,6 +38,7 @@ SHORTER = {
     "--max-steps 400 ": "--max-steps 40 --sample-every 20",
     "examples/digits/train_classifier.py": "--epochs 1",
     "examples/digits/judge.py": "--num-samples 50",
+    "examples/digits/compare_likelihood.py": "--num-digits 3",
 }  # fmt: skip
 # What must be there when a page has been run.
 LEAVES = {

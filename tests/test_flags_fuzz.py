@@ -169,6 +169,7 @@ DOORS = {
         [
             ["--data-path", "images", *TRAINING],
             ["--data-path", "images", *TRAINING, *SCORING],
+            ["--data-path", "images", *TRAINING, "--process", "flow"],
             [
                 "--data-path",
                 "images",

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "data": {"runtime", "vae", "conditions"},
     "evaluation": {"runtime", "data"},
     "sampling": {
-        "runtime", "diffusion", "models", "vae", "processes", "conditions", "checkpoints",
+        "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",
+        "data",
     },
     "training": {
         "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from checkpoints import publish
+from conftest import ROOT, fill_randomly
 import hubconf
 from models import DiT_models
+from processes.flow import FlowProcess
 from test_house import packages
 
 NAMES = [name.replace("-", "_").replace("/", "_") for name in DiT_models]
@@ -45,7 +47,7 @@ texts = [torch.hub.help("owner/repo:main", name, **{ASK!r}) for name in names]
 network = torch.hub.load("owner/repo:main", "DiT_Ti_8", **{ASK!r})
 print(json.dumps([names, texts, network.config]))
 """, TORCH_HOME=str(tmp_path))  # fmt: skip
-    assert sorted(found[0]) == sorted([*NAMES, "digits_sampler"])
+    assert sorted(found[0]) == sorted([*NAMES, "digits_sampler", "sampler"])
     assert all(len(text) > 100 for text in found[1])
     assert found[2] == DiT_models["DiT-Ti/8"]().config
 
@@ -133,6 +135,18 @@ def test_pretrained_asks_for_the_released_file_and_builds_its_network(
 def test_weights_that_were_not_released_are_refused(entry, arguments):
     with pytest.raises(ValueError, match="no weights were released .* only for DiT-XL/2 with"):
         getattr(hubconf, entry)(pretrained=True, **arguments)
+
+
+def test_a_sampler_of_any_checkpoint_knows_its_process(tmp_path):
+    process = FlowProcess("gvp", time_shift=2.0)
+    network = fill_randomly(DiT_models["DiT-Ti/8"](input_size=16, in_channels=3, num_classes=3))
+    publish.save_pretrained(network, tmp_path / "flow", process=process)
+    found, shape = run(tmp_path, """
+sampler = torch.hub.load(REPO, "sampler", "flow", source="local", vae="none", sampler="heun",
+                         steps=2, device="cpu")
+print(json.dumps([sampler.process.config, sampler.images([0, 2]).shape]))
+""")  # fmt: skip
+    assert (found, shape) == (process.config, [2, 16, 16, 3])
 
 
 def test_dependencies_are_all_that_the_modules_import():

@@ -21,7 +21,7 @@ import extract_latents
 from models import DiT, DiT_models
 import sample
 import sample_ddp
-from test_train import fresh_accelerator  # noqa: F401
+from test_train import ASKED, LEARNED, fresh_accelerator  # noqa: F401
 import train
 
 OLD = ROOT / "tests/old_version"
@@ -104,13 +104,15 @@ def test_cached_latents_are_those_that_would_be_made_now(old):
             assert close(cached[i, flip][0], again[i, flip][0], most=0.002)  # they are float16
 
 
-def test_training_reads_the_cached_latents(old):
-    flags = [*TRAIN, "--latents", "latents", "--vae", "vae"]
+@pytest.mark.parametrize("process", ASKED)
+def test_training_reads_the_cached_latents(old, process):
+    flags = [*TRAIN, "--latents", "latents", "--vae", "vae", *ASKED[process]]
     at = flags.index("--data-path")
     del flags[at : at + 2]
     train.main(flags)
     [folder] = (old / "results").glob("001-*")
-    assert rows(folder / "metrics.jsonl")[-1]["step"] == 8
+    last = rows(folder / "metrics.jsonl")[-1]
+    assert last["step"] == 8 and last["loss"] > 0 and {*LEARNED[process].parts} <= {*last}
 
 
 @pytest.mark.parametrize("name", ["pretrained", "pipeline"])

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 import torch
 
 from checkpoints.files import read_checkpoint
-from checkpoints.fitting import adapt, check_design, check_fits, read_label_map
+from checkpoints.fitting import adapt, check_design, check_fits, note_of_process, read_label_map
 from checkpoints.network_config import Tensors
 from checkpoints.process_marks import check_process
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
@@ -237,9 +237,10 @@ def build_state(
         input_size=side, in_channels=space.shape.channels, num_classes=options.num_classes,
         block=options.block, learn_sigma=bool(options.learn_sigma),
     )  # fmt: skip
-    process = process_of(network, options.process_said)
+    process, note = process_of(network, options.process_said), None
     if options.init_from is not None and fresh:
         weights = load_weights(options.init_from)
+        note = note_of_process(weights, network, process, f"`init_from` {options.init_from}")
         network.load_state_dict(initial_tensors(weights, options, network, classes))
     network.grad_checkpointing = options.grad_checkpointing
     recipe = Recipe(
@@ -254,6 +255,7 @@ def build_state(
     else:
         network = network.to(accelerator.device)
         state = new_state(network, recipe, wrap=accelerator.prepare_model, process=process)
+    state.note = note
     if options.compile:
         for block in state.network.blocks:
             block.compile()
@@ -289,10 +291,14 @@ def check_same_classes(options: TrainOptions, classes: list[str] | None, weights
 def take_up(state: TrainState, checkpoint: Path) -> dict:
     """Load a training checkpoint into the state; what it says of the processes that wrote it.
 
-    Raises ValueError if it is no training checkpoint, or of another network.
+    Raises ValueError if it is no training checkpoint, or of another process or network.
     """
     contents, origin = read_checkpoint(checkpoint, mmap=True), f"`resume` {checkpoint}"
     check_whole_run(contents, origin)
+    try:
+        state.check_learned(contents.get("config"))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     contents["emas"] = {
         decay: clean_names(tensors) for decay, tensors in averages(contents).items()
     }

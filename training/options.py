@@ -154,12 +154,13 @@ class TrainOptions:
         """
         kind = WORDS[self.process]
         given = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
-        for name in given.keys() - kind.settings.keys():
-            owners = [word for word, other in WORDS.items() if name in other.settings]
-            raise ValueError(
-                f"`{name}` is a setting of `process={owners[0]}`, and `process` is {self.process}; "
-                f"pass that, or leave `{name}` out"
-            )
+        for name in given:
+            if name not in kind.settings:
+                owner = next(word for word, other in WORDS.items() if name in other.settings)
+                raise ValueError(
+                    f'`{name}` is a setting of `process="{owner}"`, and `process` is '
+                    f"{self.process}; pass that, or leave `{name}` out"
+                )
         for name, value in kind.settled(given).items():
             object.__setattr__(self, name, value)
         if self.learn_sigma is None:

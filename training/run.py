@@ -72,7 +72,7 @@ def introduce(job: Job) -> None:
     """Log what is about to be done."""
     options, classes = job.options, job.dataset.classes or []
     job.log(f"{job.why}; folder {job.folder}")
-    for note in (job.lock.note, lone_task_note(), *job.dataset.notes):
+    for note in (job.lock.note, lone_task_note(), *job.dataset.notes, job.state.note):
         if note:
             job.log(f"note: {note}")
     job.log(f"arguments: {options.recorded()}")

@@ -88,6 +88,7 @@ class TrainState:
     process: Process
     window: Window
     step: int = 0
+    note: str | None = None  # for the log, of the weights that it begins with
     # Skipped because loss or gradient was not finite: in all, and in a row up to now
     bad_steps: int = 0
     bad_in_a_row: int = 0
@@ -129,19 +130,36 @@ class TrainState:
             }
         return unsharded(contents, keep)
 
+    def check_learned(self, config: object) -> None:
+        """Raise ValueError if a checkpoint's `config` is of a network that has learned another
+        process than this one, or the same with other settings.
+        """
+        theirs, ours = process_of(self.network, process_in(config)), self.process
+        instead = "or start a new run from its weights with `init_from`"
+        if theirs.name != ours.name:
+            raise ValueError(
+                f"its network has learned the process {theirs.word}, and `process` is {ours.word}; "
+                f'pass `process="{theirs.word}"`, {instead}'
+            )
+        here = ours.config | {"learn_sigma": self.network.learn_sigma}
+        there = here | theirs.config
+        if isinstance(config, dict):
+            there["learn_sigma"] = config.get("learn_sigma", here["learn_sigma"])
+        if others := [name for name in here if there[name] != here[name]]:
+            learned = ", ".join(f"`{name}` {there[name]}" for name in others)
+            wanted = ", ".join(str(here[name]) for name in others)
+            raise ValueError(
+                f"its network has learned with {learned}, and here is {wanted}; "
+                f"pass the same, {instead}"
+            )
+
     def load_checkpoint(self, contents: dict) -> None:
         """Take up network, averages, optimizer, step and log window from a checkpoint's dict.
 
         The dict's `emas` has every average. The recipe stays as it is. An average of a decay that
-        the checkpoint lacks goes on from its `ema`. Raises ValueError if the process is another
-        one, or the optimizer's part is not of this network.
+        the checkpoint lacks goes on from its `ema`. Raises ValueError if the optimizer's part is
+        not of this network.
         """
-        learned = process_of(self.network, process_in(contents.get("config"))).config
-        if learned != self.process.config:
-            raise ValueError(
-                f"its network has learned the process {learned}, "
-                f"this run's is to learn {self.process.config}"
-            )
         log = checked_log(contents, self.process)
         load_tensors(self.network, contents["model"])
         for decay, ema in self.emas.items():

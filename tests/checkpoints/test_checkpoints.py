@@ -419,6 +419,13 @@ def test_file_cut_short(tmp_path, kind, every):
         )
 
 
+def test_saved_weights_can_be_read_by_whom_other_files_can(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_weights(path, Weights(state_dict(), CONFIG, None))
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_safetensors_cut_short(tmp_path):
     path = tmp_path / "a.safetensors"
     save_weights(path, Weights(state_dict(), CONFIG, None))

@@ -15,13 +15,19 @@ import zipfile
 import pytest
 import torch
 
+from checkpoints.choice import NetworkChoice
+from checkpoints.loading import find_files
 from checkpoints.weights import load_weights
 from checkpoints import released as checkpoints_released
 from checkpoints.released import find_model
 from checkpoints.released import download_model, fetch, released_name
+from conftest import fill_randomly
 from download import main
+from models import DiT_models
+from processes.flow import FlowProcess
+from sampling import load_sampler
 
-NAME, OTHER = "DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"
+NAME, OTHER, FLOW = "DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt", "SiT-XL-2-256x256.pt"
 STATE = {"weight": torch.arange(4000) / 7, "bias": torch.ones(3)}
 
 
@@ -87,7 +93,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.plan, self.always, self.asked = {NAME: FILE, OTHER: FILE}, [], Answer(), []
+        self.files, self.plan, self.always, self.asked = {}, [], Answer(), []
+        self.files = dict.fromkeys((NAME, OTHER, FLOW), FILE)
         self.over = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -165,9 +172,36 @@ def test_folder_is_made(server, tmp_path):
 
 
 def test_where_released_checkpoints_lie():
-    assert checkpoints_released.BASE_URL == "https://dl.fbaipublicfiles.com/DiT/models"
-    assert checkpoints_released.pretrained_models == {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
-    assert download_model.__defaults__ == ("pretrained_models", checkpoints_released.BASE_URL)
+    base = "https://dl.fbaipublicfiles.com/DiT/models"
+    sit = (
+        "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
+        "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
+    )
+    assert checkpoints_released.RELEASED == {
+        NAME: ("DiT-XL/2", 256, f"{base}/{NAME}"), OTHER: ("DiT-XL/2", 512, f"{base}/{OTHER}"),
+        FLOW: ("SiT-XL/2", 256, sit),
+    }  # fmt: skip
+    assert checkpoints_released.pretrained_models == {NAME, OTHER, FLOW}
+    assert download_model.__defaults__ == ("pretrained_models", None)
+
+
+def test_each_file_is_fetched_from_its_own_address(server, tmp_path, monkeypatch):
+    """Also where that is called otherwise there; an interruption is taken up there as well."""
+    path = "/scl/fi/a/SiT-XL-2-256.pt?rlkey=b&dl=0"
+    server.files = {path.removeprefix("/"): FILE, NAME: FILE}
+    places = {FLOW: f"{server.url}{path}", NAME: f"{server.url}/{NAME}"}
+    for name, place in places.items():
+        entry = checkpoints_released.RELEASED[name]._replace(address=place)
+        monkeypatch.setitem(checkpoints_released.RELEASED, name, entry)
+    server.plan = [Answer(cut=5000)]
+    assert download_model(FLOW, tmp_path).read_bytes() == FILE
+    assert [asked for asked, _ in server.asked] == [path, path] and server.ranges[1]
+    assert download_model(NAME, tmp_path).read_bytes() == FILE
+    assert visible(tmp_path) == [NAME, FLOW]
+    server.files[path.removeprefix("/")] = FILE[:9000] + b"x" + FILE[9001:]
+    with pytest.raises(ValueError, match="SiT-XL-2-256.pt.* arrived damaged"):
+        download_model(FLOW, tmp_path / "again")
+    assert visible(tmp_path / "again") == []
 
 
 # ---- interruptions ----
@@ -492,20 +526,25 @@ def test_find_model_that_is_nowhere(server, released, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, name", [(("DiT-XL/2", 256, 1000), NAME), (("DiT-XL/2", 512, 1000), OTHER)]
-)
+    "flags, name",
+    [
+        (("DiT-XL/2", 256, 1000), NAME), (("DiT-XL/2", 512, 1000), OTHER),
+        (("SiT-XL/2", 256, 1000), FLOW),
+    ],
+)  # fmt: skip
 def test_name_of_what_was_released(flags, name):
     assert released_name(*flags) == name
 
 
 @pytest.mark.parametrize(
-    "flags", [("DiT-XL/2", 128, 1000), ("DiT-XL/4", 256, 1000), ("DiT-XL/2", 256, 10)]
-)
+    "flags", [("DiT-XL/2", 128, 1000), ("DiT-XL/4", 256, 1000), ("DiT-XL/2", 256, 10),
+              ("SiT-XL/2", 512, 1000)]
+)  # fmt: skip
 def test_what_was_not_released(flags):
     model, size, classes = flags
     says = (
         f"no weights were released for {model} at {size} pixels with {classes} classes.*"
-        "DiT-XL/2 at 512.*pass `ckpt`"
+        "DiT-XL/2 at 512 and SiT-XL/2 at 256, 1000 classes.; pass `ckpt`"
     )
     with pytest.raises(ValueError, match=says):
         released_name(*flags)
@@ -515,7 +554,7 @@ def test_what_was_not_released(flags):
 
 @pytest.mark.parametrize("models, names", [
     ([], [NAME, OTHER]), ([OTHER], [OTHER]), (["DiT-XL/2"], [NAME, OTHER]),
-    ([OTHER, "DiT-XL/2", OTHER], [OTHER, NAME]),
+    ([OTHER, "DiT-XL/2", OTHER], [OTHER, NAME]), ([FLOW], [FLOW]), (["SiT-XL/2"], [FLOW]),
 ])  # fmt: skip
 def test_door_prints_the_paths(server, released, tmp_path, capsys, models, names):
     main([*models, "--folder", str(tmp_path / "here")])
@@ -568,3 +607,28 @@ def test_disks_without_locks_are_no_hindrance(server, get, monkeypatch, number):
 def test_no_fcntl_is_no_hindrance(server, get, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     assert get().read_bytes() == FILE
+
+
+# ---- who asks for them ----
+
+def test_a_released_flow_is_sampled_as_one(server, released, monkeypatch):
+    """A small one of the same layout: a bare state dict with a variance's outputs."""
+    network = fill_randomly(DiT_models["DiT-Ti/8"](input_size=16, in_channels=3))
+    server.files[FLOW] = checkpoint(network.state_dict())
+    small = checkpoints_released.Released("SiT-Ti/8", 16, "")
+    monkeypatch.setitem(checkpoints_released.RELEASED, FLOW, small)
+    sampler = load_sampler(
+        model="SiT-Ti/8", image_size=16, vae="none", sampler="sde", steps=3, device="cpu"
+    )
+    assert server.asked == [(f"/{FLOW}", None)] and sampler.process.config == FlowProcess().config
+    assert sampler.classes[207] and sampler.images([207, 360]).std() > 0
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({}, NAME), ({"image_size": 512}, OTHER), ({"model": "SiT-XL/2"}, FLOW),
+    ({"process": "flow"}, FLOW), ({"model": "DiT-XL/2", "process": "flow"}, FLOW),
+    ({"process": "diffusion"}, NAME),
+])  # fmt: skip
+def test_without_a_checkpoint_the_released_one_is_fetched(server, released, flags, name):
+    found = find_files(NetworkChoice(**flags), "mse")
+    assert found.checkpoint == released / name and server.asked == [(f"/{name}", None)]

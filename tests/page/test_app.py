@@ -29,8 +29,9 @@ from models import DiT
 from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from conditions.labels import imagenet_names
 from checkpoints.loading import find_files
-from sampling.loading import VAE, build_sampler
-from processes.table import SOLVERS
+from sampling.loading import QUICK, VAE, build_sampler
+from processes.flow import FlowProcess
+from processes.gaussian import GaussianProcess
 from sampling.sampler import Sampler
 from vae import PixelSpace
 from page.visitors import Gate, Visitors
@@ -50,7 +51,7 @@ def arguments(*flags):
 
 def opened(choice):
     """The Sampler that the page opens with."""
-    return build_sampler(choice, find_files(choice, VAE), app.OPTIONS, CPU)
+    return build_sampler(choice, find_files(choice, VAE), app.OPTIONS, CPU, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_page_opens_on_the_digits_from_any_folder_and_for_this_machine_alone(tmp
     args, choice = arguments()
     assert (args.host, args.port) == ("127.0.0.1", 7860)
     sampler = opened(choice)
-    assert sampler.classes == [str(i) for i in range(10)] and sampler.sampler == app.SOLVER
+    assert sampler.classes == [str(i) for i in range(10)] and sampler.sampler == QUICK
     args, choice = arguments("--ckpt", "x.pt")
     assert arguments("--ckpt", "released")[1].ckpt is None
     assert choice.vae is None and VAE == "mse" == args.vae
@@ -301,7 +302,7 @@ def test_a_single_step_has_a_preview_and_a_strip(digits):
 
 
 def test_the_png_has_the_settings_that_were_asked_for(digits):
-    settings = app.picture_settings(*arguments(), str(app.DIGITS_VAE))
+    settings = app.picture_settings(*arguments(), str(app.DIGITS_VAE), digits)
     for answered in drawing.answer(digits, settings, CPU, [7, 2], 3, 2.5, "unipc", STEPS, "11"):
         status, shown, rows, path = answered
         assert (path is None) == (rows is None)
@@ -347,6 +348,56 @@ def test_wrong_choices_are_value_errors(digits):
             next(drawing.answer(digits, {}, CPU, *choices))
 
 
+@pytest.fixture
+def flow(tmp_path):
+    """The Sampler that the page has of a flow of random weights on pixels."""
+    config = {**TINY, "num_classes": 3, "learn_sigma": False}
+    state = fill_randomly(DiT(**config), std=0.3).state_dict()
+    path = tmp_path / "dit.safetensors"
+    save_weights(path, Weights(state, config, None, process=FlowProcess().config))
+    return opened(arguments("--ckpt", str(path), "--vae", "none")[1])
+
+
+@pytest.mark.parametrize("solver", FlowProcess.solvers)
+def test_a_flow_is_drawn_by_its_own_solvers(flow, solver, monkeypatch):
+    assert (flow.sampler, flow.num_sampling_steps) == ("heun", 125)
+    settings, told = app.picture_settings(*arguments(), "none", flow), []
+    monkeypatch.setattr(drawing, "strip", lambda frames, texts: told.append(frames))
+    way = drawing.answer(flow, settings, CPU, [2, 0], 2, 1.5, solver, STEPS, "7")
+    *_, (_, _, _, path) = iter_copied(way)
+    settings = json.loads(path.text["settings"])
+    assert settings["sampler"] == solver and settings["num_sampling_steps"] == STEPS
+    own = FlowProcess.solvers[solver].options
+    assert settings.items() >= own.items()
+    others = {name for one in FlowProcess.solvers.values() for name in one.options} - set(own)
+    # Flags of the page that a solver lacks are not there at all
+    assert not others & settings.keys()
+    sampler = replace(flow, sampler=solver, num_sampling_steps=STEPS, cfg_scale=1.5)
+    assert [t for t, _ in told[0]] == [*sampler.steps()[:-1], None]
+    want = sampler.decode(sampler.numbered_latents(7, range(2), torch.tensor([2, 0])))
+    enlarged = tiles(path, 2)[:, :: LEAST_TILE // 8, :: LEAST_TILE // 8]
+    assert np.array_equal(enlarged, want.numpy())
+
+
+def iter_copied(way):
+    """What `way` yields, the file of its end as an image, before the file is gone."""
+    for status, shown, rows, path in way:
+        if path:
+            path = Image.open(path)
+            path.load()
+        yield status, shown, rows, path
+
+
+def test_what_a_flow_cannot_draw_is_refused(flow, digits):
+    for sampler, solver, steps, message in (
+        (flow, "ddpm", 5, "The solver is 'ddpm'; it must be one of euler, heun, dopri5, sde"),
+        (digits, "heun", 5, "The solver is 'heun'; it must be one of ddpm"),
+        (flow, "sde", 1, "Steps is 1; it must be a whole number from 2 to 10000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drawing.read_choices(sampler, [0], 1, 1.5, solver, steps, "0")
+
+
 # ---- the page without a browser ----
 
 
@@ -370,9 +421,17 @@ def test_controls_for_a_network_with_a_thousand_names(gradio):
     )
     assert controls["Classes"].choices[207] == ("207: golden retriever", 207)
     assert controls["Classes"].value == list(range(0, 1000, 100))
-    assert [name for name, _ in controls["Solver"].choices] == list(SOLVERS)
+    assert [name for name, _ in controls["Solver"].choices] == list(GaussianProcess.solvers)
     assert (controls["Guidance"].minimum, controls["Guidance"].maximum) == (1, 10)
     assert (controls["How many images"].minimum, controls["How many images"].maximum) == (1, 16)
+
+
+def test_the_page_of_a_flow_offers_its_solvers(gradio, flow, digits):
+    controls = shown_controls(flow)
+    assert [name for name, _ in controls["Solver"].choices] == list(FlowProcess.solvers)
+    assert (controls["Solver"].value, controls["Steps"].value) == ("heun", 125)
+    controls = shown_controls(digits)
+    assert (controls["Solver"].value, controls["Steps"].value) == (QUICK, 20)
 
 
 def test_what_a_network_does_not_have_is_not_shown(gradio):

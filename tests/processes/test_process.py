@@ -5,6 +5,7 @@ in the table.
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +35,8 @@ class Straight:
     direction: no steps, no variance, other parts of the loss.
     """
 
-    name, solvers = "straight", {"euler": Solver(10, 100)}
+    name = word = "straight"
+    solvers, usual = {"euler": Solver(10, 100, {"bend": 0.0}, least=2)}, "euler"
     config, parts, told_apart = {"name": "straight", "end": 1.0}, ("loss", "direction"), "direction"
 
     @classmethod
@@ -53,18 +55,23 @@ class Straight:
     def quarter(self, t):
         return (t * 4).long()
 
-    def times(self, solver, steps):
-        return [1 - i / steps for i in range(steps)]
+    def times(self, solver, steps, bend=0.0):
+        if not 0 <= bend < 1:
+            raise ValueError(f"`bend` is {bend}")
+        return [1 - (i / steps) ** (1 + bend) for i in range(steps)]
 
-    def levels(self, solver, steps):
-        return self.times(solver, steps)
+    def levels(self, solver, steps, bend=0.0):
+        return self.times(solver, steps, bend)
 
-    def trajectory(self, network, noise, solver, steps, *, eta, noise_fn, clip, progress):
-        x = noise
-        for i, t in enumerate(self.times(solver, steps)):
+    def trajectory(
+        self, network, noise, solver, steps, *, noise_fn, clip, progress, breaks=(), **options
+    ):
+        x, times = noise, [*self.times(solver, steps, **options), 0.0]
+        self.breaks = list(breaks)
+        for i, (t, t_next) in enumerate(zip(times, times[1:])):
             with torch.no_grad():
                 direction = network(x, torch.full((len(x),), t), i)
-            clean, x = x - t * direction, x - direction / steps
+            clean, x = x - t * direction, x - (t - t_next) * direction
             yield {"t": t, "sample": x, "pred_xstart": clean}
 
 
@@ -198,9 +205,9 @@ def test_another_process_is_told_by_the_checkpoint_and_goes_on(straight, tmp_pat
     again.load_checkpoint(contents)
     assert again.window.sums == state.window.sums and again.step == 3
     gaussian = new_state(network(learn_sigma=False), Recipe())
-    message = "has learned the process .*straight.* is to learn .*gauss"
+    message = "has learned the process straight, and `process` is diffusion"
     with pytest.raises(ValueError, match=message):
-        gaussian.load_checkpoint(contents)
+        gaussian.check_learned(contents["config"])
 
 
 def test_another_process_is_told_by_a_pretrained_folder(straight, tmp_path):
@@ -230,8 +237,17 @@ def test_another_process_is_sampled_with_guidance_inside_an_interval(straight):
     )  # fmt: skip
     images = sampler.images([0, 1, 2], seed=1)
     assert images.shape == (3, 8, 8, 3) and sampler.steps() == [1.0, 0.75, 0.5, 0.25]
-    assert sizes == [(1.0, 3), (0.75, 3), (0.5, 6), (0.25, 3)]
-    with pytest.raises(ValueError, match="`sampler` is 'ddim'; choose one of euler"):
-        replace(sampler, sampler="ddim")
-    with pytest.raises(ValueError, match="`num_sampling_steps` is 101; it must be from 1 to 100"):
-        replace(sampler, num_sampling_steps=101)
+    assert sizes == [(1.0, 3), (0.75, 3), (0.5, 6), (0.25, 3)] and straight.breaks == [2, 3]
+    bent = replace(sampler, solver_options={"bend": 0.5})
+    assert bent.steps()[:3] == [1.0, 0.875, 1 - 0.5**1.5] and bent.steps() != sampler.steps()
+    assert not np.array_equal(bent.images([0, 1, 2], seed=1), images)
+    for changes, message in (
+        ({"sampler": "ddim"}, "`sampler` ddim is one of diffusion's; this network has learned the "
+         "process straight: choose one of euler"),
+        ({"num_sampling_steps": 101}, "`num_sampling_steps` is 101; it must be from 2 to 100"),
+        ({"num_sampling_steps": 1}, "`num_sampling_steps` is 1; it must be from 2 to 100"),
+        ({"solver_options": {"bend": 1.0}}, "`bend` is 1.0"),
+        ({"solver_options": {"atol": 1.0}}, "`atol` is for the sampler dopri5; `sampler` is euler"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            replace(sampler, **changes)

@@ -46,6 +46,11 @@ CONFIG = dict(
     input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10
 )
 NAMES = [f"digit {i}" for i in range(10)]
+# Flags of a flow's solvers, which are not given
+FLOWS = dict.fromkeys([
+    "time_shift", "sample_eps", "diffusion_form", "diffusion_norm", "last_step", "last_step_size",
+    "atol", "rtol",
+])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     ours = dict(
         class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema",
         cfg_channels=3, mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
-        trajectory=None,
+        trajectory=None, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
@@ -92,7 +97,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     )  # fmt: skip
     ours = dict(
         sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no",
-        labels="random", cfg_interval=[0.0, 1.0], compile=False,
+        labels="random", cfg_interval=[0.0, 1.0], compile=False, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]

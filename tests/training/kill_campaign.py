@@ -1,12 +1,13 @@
 """Kill training runs with SIGKILL, give the same command again, and compare the end with that of a
 run left alone.
 
-    python tests/kill_campaign.py --data-path demo/digits/train --output campaign --kills 100
+    python tests/training/kill_campaign.py --data-path demo/digits/train --output campaign
 
 Kills hit from outside at a random moment of a random step, at a random byte of a checkpoint's
 write, and just before and after it gets its name; on one process and on two, from images and from
-cached latents, with two averages, accumulated and clipped gradients. Prints a line per kill and a
-summary; exits with 1 unless all survived. The images are those of examples/digits/make_dataset.py.
+cached latents, of a diffusion and of a flow, with two averages, accumulated and clipped gradients.
+Prints a line per kill and a summary; exits with 1 unless all survived. The images are those of
+examples/digits/make_dataset.py.
 """
 
 import argparse
@@ -35,6 +36,11 @@ RUN = [
     "2e-3", "--ema-decay", "0.9", "0.5", "--grad-accum", "2", "--grad-clip", "0.5", "--num-workers",
     "1", "--device", "cpu", "--log-every", "5", "--ckpt-every", "7", "--resume", "auto",
 ]  # fmt: skip
+FLOW = [
+    *RUN, "--process", "flow", "--path", "gvp", "--time-sampling", "logit-normal:0,1",
+    "--time-shift", "2", "--cosine-loss", "--learn-sigma",
+]  # fmt: skip
+RUNS = {"diffusion": RUN, "flow": FLOW}
 STEPS, SAVES = 40, 6  # of such a run: its steps, and its checkpoints
 RATES = ("images_per_second", "model_flops_per_second", "time")
 TIMEOUT = 120
@@ -248,6 +254,9 @@ def main(argv=None):
     )
     parser.add_argument("--kills", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--process", nargs="+", choices=RUNS, default=list(RUNS), help="(default: all)"
+    )
     args = parser.parse_args(argv)
     if args.output.exists() or not args.data_path.is_dir():
         parser.error(
@@ -255,13 +264,10 @@ def main(argv=None):
         )
     print(json.dumps(machine()), flush=True)
     context, source, survived, steps = launcher(), random.Random(args.seed), 0, []
-    wanted, runs = (
-        {},
-        {
-            "images": RUN,
-            "latents": [*RUN, "--latents", str(cache(args.data_path, args.output / "latents"))],
-        },
-    )
+    latents, wanted, runs = str(cache(args.data_path, args.output / "latents")), {}, {}
+    for process in args.process:
+        runs[f"{process}-images"] = RUNS[process]
+        runs[f"{process}-latents"] = [*RUNS[process], "--latents", latents]
     for kind, processes in itertools.product(runs, (1, 2)):
         folder = args.output / f"alone-{kind}-{processes}"
         end(start(context, args.data_path, folder, processes, run=runs[kind]), 0)

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import ROOT
 import kill_campaign
-from kill_campaign import RUN, STEPS, end, fingerprint, launcher, start, step_reached, survive
+from kill_campaign import RUN, RUNS, STEPS, end, fingerprint, launcher, start, step_reached, survive
 
 sys.path.insert(0, str(ROOT / "examples" / "digits"))
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
@@ -41,15 +41,15 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(context, data, tmp_path_factory):
-    """The fingerprint of a run on so many processes that nobody disturbed."""
+    """The fingerprint of a run of RUNS on so many processes that nobody disturbed."""
     found = {}
 
-    def of(processes):
-        if processes not in found:
-            folder = tmp_path_factory.mktemp(f"alone-{processes}")
-            end(start(context, data, folder, processes), 0)
-            found[processes] = fingerprint(folder)
-        return found[processes]
+    def of(processes, run="diffusion"):
+        if (processes, run) not in found:
+            folder = tmp_path_factory.mktemp(f"alone-{processes}-{run}")
+            end(start(context, data, folder, processes, run=RUNS[run]), 0)
+            found[processes, run] = fingerprint(folder)
+        return found[processes, run]
 
     return of
 
@@ -68,15 +68,24 @@ def test_killed_in_the_middle_of_a_checkpoint(context, data, alone, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_ten_steps(context, data, alone, tmp_path, processes):
+def test_killed_at_ten_steps(context, data, alone, tmp_path, processes, run):
     source = random.Random(processes)
     for step in sorted(source.sample(range(1, STEPS - 1), 10)):
         folder = tmp_path / str(step)
-        started = start(context, data, folder, processes)
+        started = start(context, data, folder, processes, run=RUNS[run])
         assert step <= kill_campaign.kill_at(started, folder, step, source.uniform(0, 0.02)) < STEPS
-        end(start(context, data, folder, processes), 0)
-        assert fingerprint(folder) == alone(processes), f"killed after step {step}"
+        end(start(context, data, folder, processes, run=RUNS[run]), 0)
+        assert fingerprint(folder) == alone(processes, run), f"killed after step {step}"
+
+
+@pytest.mark.long
+def test_a_flow_killed_in_the_middle_of_a_checkpoint(context, data, alone, tmp_path):
+    death = {"at": "byte", "save": 3, "share": 0.5}
+    step, found = survive(context, data, tmp_path, 1, death, random, RUNS["flow"])
+    assert step == 21 and found == alone(1, "flow")
+    assert found != alone(1)
 
 
 @pytest.mark.long

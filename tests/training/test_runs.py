@@ -445,11 +445,14 @@ def test_parts_of_a_checkpoint_that_do_not_belong_together(
     assert re.search(message, capsys.readouterr().err)
 
 
+PARTS = ("data", "network", "process", "recipe")  # of --help, whose flags decide
+
+
 def test_deciding_flags_are_those_that_the_documentation_says():
     groups = {
         group.title: group._group_actions for group in training_flags.build_parser()._action_groups
     }
-    flags = {action.dest for title in ("data", "network", "recipe") for action in groups[title]}
+    flags = {action.dest for title in PARTS for action in groups[title]}
     assert set(DECIDING) == flags - {"epochs", "max_steps", "max_bad_steps"}
 
 

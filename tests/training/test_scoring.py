@@ -26,7 +26,7 @@ from training import scores as training_scores
 from training.flags import read_options
 from kill_campaign import end, launcher, start
 import sample_ddp
-from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
+from test_train import ASKED, QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
 
 SCORES = [
@@ -163,8 +163,9 @@ def test_a_signal_breaks_scoring_off_and_the_restart_takes_it_up(
     assert steps == [row["step"] for row in rows(tmp_path / "alone", "step")] == [2, 3, 4, 5]
 
 
-def test_a_restart_does_not_score_twice(images, square, tmp_path):
-    flags = [*scored(square, "2"), "--ckpt-every", "2", "--resume", "auto"]
+@pytest.mark.parametrize("process", ASKED)
+def test_a_restart_does_not_score_twice(images, square, tmp_path, process):
+    flags = [*scored(square, "2"), "--ckpt-every", "2", "--resume", "auto", *ASKED[process]]
     run(images, tmp_path, "--max-steps", "2", *flags)
     before = rows(tmp_path)
     run(images, tmp_path, "--max-steps", "4", *flags)

@@ -18,7 +18,8 @@ from models import DiT, DiT_models
 import sample
 from training import loop
 from test_runs import rows
-from test_train import QUICK, SIZE, fresh_accelerator, images, pixel_state, run, same  # noqa: F401
+from test_train import ASKED, LEARNED, QUICK, SIZE, pixel_state, run, same
+from test_train import fresh_accelerator, images  # noqa: F401
 import train
 from training.cost import training_flops
 from processes.gaussian import GaussianProcess
@@ -29,18 +30,21 @@ from training.step import draw, train_step
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def batch(n=8, seed=0, step=0):
+each_process = pytest.mark.parametrize("process", LEARNED)
+
+
+def batch(n=8, seed=0, step=0, process="diffusion"):
     """Latents (n, 3, 8, 8), labels and the draws of a step, for pixel_state."""
     return (
         randn(n, 3, 8, 8, seed=seed, dtype=torch.float32), torch.arange(n) % 4,
-        draw(0, step, n, (3, 8, 8), 0.5, GaussianProcess(), "cpu"),
+        draw(0, step, n, (3, 8, 8), 0.5, LEARNED[process], "cpu"),
     )  # fmt: skip
 
 
 def steps(state, count=3):
     """The state after some steps, and the report of the last."""
     for step in range(count):
-        report = train_step(state, *batch(step=step))
+        report = train_step(state, *batch(step=step, process=state.process.word))
     return state, report
 
 
@@ -51,19 +55,22 @@ def parameters_of(network):
 # ---- the recipe ----
 
 
-def test_accumulation_changes_rounding_only():
+@each_process
+def test_accumulation_changes_rounding_only(process):
     (plain, report), (parts, same_report) = (
-        steps(pixel_state(lr=1e-3, grad_accum=n)) for n in (1, 4)
+        steps(pixel_state(process, lr=1e-3, grad_accum=n)) for n in (1, 4)
     )
-    assert not torch.equal(parameters_of(plain.network), parameters_of(pixel_state().network))
+    before = pixel_state(process).network
+    assert not torch.equal(parameters_of(plain.network), parameters_of(before))
     torch.testing.assert_close(
         parameters_of(parts.network), parameters_of(plain.network), rtol=1e-4, atol=2e-5
     )
     assert same_report == pytest.approx(report, rel=1e-4)
 
 
-def test_checkpointing_changes_nothing_and_calls_each_block_twice():
-    plain, again = pixel_state(), pixel_state()
+@each_process
+def test_checkpointing_changes_nothing_and_calls_each_block_twice(process):
+    plain, again = pixel_state(process), pixel_state(process)
     again.network.grad_checkpointing = True
     calls = []
     again.network.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
@@ -112,15 +119,17 @@ def test_weight_decay_is_adamws():
             torch.testing.assert_close(q, p - 1e-2 * 0.5 * start, rtol=1e-4, atol=1e-7)
 
 
-def test_each_decay_has_its_average():
-    state, _ = steps(pixel_state(ema_decay=(0.9, 0.0)))
-    alone, _ = steps(pixel_state(ema_decay=(0.9,)))
+@each_process
+def test_each_decay_has_its_average(process):
+    state, _ = steps(pixel_state(process, ema_decay=(0.9, 0.0)))
+    alone, _ = steps(pixel_state(process, ema_decay=(0.9,)))
     assert torch.equal(parameters_of(state.ema), parameters_of(alone.ema))
     torch.testing.assert_close(parameters_of(state.emas[0.0]), parameters_of(state.network))
 
 
-def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32():
-    state, seen = pixel_state(bf16=True), {}
+@each_process
+def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32(process, monkeypatch):
+    state, seen = pixel_state(process, bf16=True), {}
     state.network.blocks[0].attn.register_forward_hook(
         lambda _, __, out: seen.update(attention=out.dtype)
     )
@@ -128,10 +137,12 @@ def test_bf16_runs_the_network_in_bf16_and_the_rest_in_float32():
         lambda _, __, out: seen.update(norm=out.dtype)
     )
     losses_of = state.process.losses
-    state.process.losses = lambda *args, **kw: seen.update(losses_of(*args, **kw)) or seen
-    train_step(state, *batch())
+    monkeypatch.setattr(
+        state.process, "losses", lambda *args, **kw: seen.update(losses_of(*args, **kw)) or seen
+    )
+    train_step(state, *batch(process=process))
     assert seen["attention"] == torch.bfloat16 and seen["norm"] == torch.float32
-    assert {seen[key].dtype for key in ("loss", "mse", "vb")} == {torch.float32}
+    assert {seen[key].dtype for key in state.process.parts} == {torch.float32}
     assert {p.dtype for p in state.network.parameters()} == {torch.float32}
     assert {v.dtype for moments in state.opt.state.values() for v in moments.values()} == {
         torch.float32
@@ -170,8 +181,9 @@ def test_the_report_is_summed_over_processes():
     assert report["gradient_norm"] == alone["gradient_norm"]
 
 
-def test_one_read_per_step(monkeypatch):
-    state, reads = pixel_state(), []
+@each_process
+def test_one_read_per_step(monkeypatch, process):
+    state, reads = pixel_state(process), []
     steps(state, 1)
     for name in ("item", "tolist", "__bool__", "__float__", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)
@@ -179,7 +191,7 @@ def test_one_read_per_step(monkeypatch):
             torch.Tensor, name,
             lambda self, *a, _o=original, _n=name: reads.append(_n) or _o(self, *a),
         )  # fmt: skip
-    arguments = batch()
+    arguments = batch(process=process)
     train_step(state, *arguments)
     assert reads.count("tolist") == 1 and set(reads) == {"tolist"}
 
@@ -221,12 +233,13 @@ def poisoned(monkeypatch, bad_steps):
     monkeypatch.setattr(loop, "train_step", step)
 
 
-def test_a_bad_step_changes_nothing_and_is_counted():
-    state, _ = steps(pixel_state())
+@each_process
+def test_a_bad_step_changes_nothing_and_is_counted(process):
+    state, _ = steps(pixel_state(process))
     before = [parameters_of(x) for x in (state.network, state.ema)]
     moments = [v.clone() for m in state.opt.state.values() for v in m.values()]
     window = list(state.window.sums)
-    latents, labels, draws = batch()
+    latents, labels, draws = batch(process=process)
     latents[3, 0, 0, 0] = float("inf")
     report = train_step(state, latents, labels, draws)
     assert report["bad"] == 1 and (state.step, state.bad_steps, state.bad_in_a_row) == (4, 1, 1)
@@ -236,7 +249,7 @@ def test_a_bad_step_changes_nothing_and_is_counted():
         for a, b in zip(moments, [v for m in state.opt.state.values() for v in m.values()])
     )
     assert state.window.sums == window and all(p.grad is None for p in state.network.parameters())
-    report = train_step(state, *batch())
+    report = train_step(state, *batch(process=process))
     assert report["bad"] == 0 and (state.bad_steps, state.bad_in_a_row) == (1, 0)
 
 
@@ -346,8 +359,9 @@ def test_a_run_whose_last_step_ruins_the_weights_says_so(images, tmp_path, monke
 # ---- seeing the run ----
 
 
-def test_preview_pictures_do_not_touch_the_run(images, tmp_path):
-    flags = ["--max-steps", "4", "--ckpt-every", "4"]
+@each_process
+def test_preview_pictures_do_not_touch_the_run(images, tmp_path, process):
+    flags = ["--max-steps", "4", "--ckpt-every", "4", *ASKED[process]]
     plain = run(images, tmp_path / "plain", *flags)
     seen = run(images, tmp_path / "seen", *flags, "--sample-every", "2")
     assert same(plain["model"], seen["model"]) and same(plain["ema"], seen["ema"])
@@ -357,17 +371,19 @@ def test_preview_pictures_do_not_touch_the_run(images, tmp_path):
     assert pictures[0].shape == (4 * 18 + 2, 4 * 18 + 2, 3) and not np.array_equal(*pictures)
 
 
-def test_tensorboard_gets_the_metrics(images, tmp_path):
+@each_process
+def test_tensorboard_gets_the_metrics(images, tmp_path, process):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = ["--log-with", "tensorboard", "--log-every", "1"]
+    flags = ["--log-with", "tensorboard", "--log-every", "1", *ASKED[process]]
     run(images, tmp_path, "--max-steps", "3", *flags)
     (tmp_path / "000-DiT-Ti-8" / "checkpoints" / "0000003.pt").unlink()
     run(images, tmp_path, "--max-steps", "4", "--resume", "auto", *flags)
     folder = tmp_path / "000-DiT-Ti-8"
     events = accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
+    third = {"diffusion": "vb", "flow": "cosine"}[process]
     for name in (
-        "loss", "mse", "vb", "gradient_norm", "images_per_second", "model_flops_per_second",
+        "loss", "mse", third, "gradient_norm", "images_per_second", "model_flops_per_second",
         "learning_rate",
     ):  # fmt: skip
         found = {event.step: event.value for event in events.Scalars(name)}
@@ -640,8 +656,9 @@ def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(
 
 
 @pytest.mark.long
-def test_compiled_blocks_learn_what_eager_ones_do(images, tmp_path):
-    flags = ["--max-steps", "4", "--lr", "1e-3"]
+@each_process
+def test_compiled_blocks_learn_what_eager_ones_do(images, tmp_path, process):
+    flags = ["--max-steps", "4", "--lr", "1e-3", *ASKED[process]]
     eager = run(images, tmp_path / "eager", *flags)
     compiled = run(images, tmp_path / "compiled", *flags, "--compile", "--grad-checkpointing")
     assert list(eager["model"]) == list(compiled["model"])

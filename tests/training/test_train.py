@@ -19,6 +19,7 @@ from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoi
 from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
+from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from training import flags as training_flags
 from training import folder_lock
@@ -26,12 +27,23 @@ from training import loop
 from training import run_folder
 import train
 from training.options import TrainOptions
-from training.state import Recipe, new_state
 from training.state import Recipe, Window, new_state
 from training.step import draw, train_step, update_ema
 
 SIZE = 16
 PROCESS = GaussianProcess()
+# What is learned, and the flags that ask for it
+LEARNED = {
+    "diffusion": PROCESS,
+    "flow": FlowProcess(path="gvp", time_sampling="logit-normal:0,1", cosine_loss=True),
+}  # fmt: skip
+ASKED = {
+    "diffusion": [],
+    "flow": [
+        "--process", "flow", "--path", "gvp", "--time-sampling", "logit-normal:0,1",
+        "--cosine-loss",
+    ],
+}  # fmt: skip
 QUICK = [
     "--model", "DiT-Ti/8", "--image-size", str(SIZE), "--vae", "none", "--num-classes", "3",
     "--global-batch-size", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--lr",
@@ -84,6 +96,8 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         grad_checkpointing=False, compile=False, tf32=True, fsdp=False, ckpt_minutes=None,
         keep_last=None, on_save_error="stop", sample_every=None, log_with=None, eval_every=None,
         eval_samples=10_000, eval_reference=None, eval_features="inception", block="adaln_zero",
+        learn_sigma=None, process="diffusion", path=None, prediction=None, loss_weight=None,
+        time_sampling=None, time_shift=None, cosine_loss=None, train_eps=None,
     )  # fmt: skip
     assert args == wild | ours
 
@@ -173,13 +187,16 @@ def test_two_processes_learn_what_one_does(images, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-4) and len(losses[0]) == 2
 
 
-@pytest.mark.parametrize("resume", ["auto", "PATH"])
-def test_resumed_run_ends_as_one_that_was_not_interrupted(images, tmp_path, resume):
-    whole = run(images, tmp_path / "whole", "--max-steps", "6")
-    run(images, tmp_path / "parts", "--max-steps", "3")
+@pytest.mark.parametrize("resume, process", [
+    ("auto", "diffusion"), ("PATH", "diffusion"), ("auto", "flow"),
+])  # fmt: skip
+def test_resumed_run_ends_as_one_that_was_not_interrupted(images, tmp_path, resume, process):
+    flags = ASKED[process]
+    whole = run(images, tmp_path / "whole", "--max-steps", "6", *flags)
+    run(images, tmp_path / "parts", "--max-steps", "3", *flags)
     folder = tmp_path / "parts" / "000-DiT-Ti-8"
     resumed = run(
-        images, tmp_path / "parts", "--max-steps", "6", "--resume",
+        images, tmp_path / "parts", "--max-steps", "6", *flags, "--resume",
         resume.replace("PATH", str(folder)),
     )  # fmt: skip
     assert [p.name for p in (tmp_path / "parts").iterdir()] == [folder.name]
@@ -406,7 +423,8 @@ def test_batch_that_processes_cannot_share(images, tmp_path):
     assert 'train.py", line' not in done.stderr
 
 
-def pixel_state(**recipe):
+def pixel_state(process="diffusion", **recipe):
+    learned = LEARNED[process]
     network = fill_randomly(
         DiT(
             input_size=8,
@@ -416,19 +434,22 @@ def pixel_state(**recipe):
             depth=1,
             num_heads=2,
             num_classes=4,
+            learn_sigma=learned.learns_sigma,
         )
     )
-    return new_state(network, Recipe(**{"lr": 1e-2, "ema_decay": (0.9,)} | recipe))
+    recipe = {"lr": 1e-2, "ema_decay": (0.9,)} | recipe
+    return new_state(network, Recipe(**recipe), process=learned)
 
 
-def test_draws_of_all_processes_are_those_of_one():
-    whole = draw(3, 7, 8, (3, 4, 4), 0.5, PROCESS, "cpu")
-    shares = [draw(3, 7, 8, (3, 4, 4), 0.5, PROCESS, "cpu", rank, 4) for rank in range(4)]
+@pytest.mark.parametrize("process", LEARNED.values(), ids=LEARNED)
+def test_draws_of_all_processes_are_those_of_one(process):
+    whole = draw(3, 7, 8, (3, 4, 4), 0.5, process, "cpu")
+    shares = [draw(3, 7, 8, (3, 4, 4), 0.5, process, "cpu", rank, 4) for rank in range(4)]
     for i, values in enumerate(whole):
         assert torch.equal(values, torch.cat([share[i] for share in shares]))
     assert not torch.equal(whole.vae_noise, whole.noise)
     other = [
-        draw(seed, step, 8, (3, 4, 4), 0.5, PROCESS, "cpu").noise for seed, step in ((3, 8), (4, 7))
+        draw(seed, step, 8, (3, 4, 4), 0.5, process, "cpu").noise for seed, step in ((3, 8), (4, 7))
     ]
     assert not any(torch.equal(whole.noise, noise) for noise in other)
 
