@@ -32,7 +32,7 @@ from models import DiT
 from patches import CLASSES
 from processes.table import PROCESSES, process_of
 from records import FlowPoint
-from sampling.sampler import ImageNoise, Sampler
+from sampling.sampler import Sampler
 from studies import Study, run_door
 from training.state import new_state
 from trial import cost_of, judged, recipe_of, train
@@ -165,18 +165,11 @@ def drawing(plan, network, process, way, calls):
     """
     sampler = Sampler(
         network, load_vae("none"), None, calls // way.calls, way.solver, process=process,
-        mixed_precision="bf16" if plan.bf16 else "no",
+        solver_options=way.options, mixed_precision="bf16" if plan.bf16 else "no",
     )  # fmt: skip
 
     def draw(indices, labels):
-        noise_fn = ImageNoise(0, indices, labels.device)
-        noise = noise_fn(torch.empty(len(labels), *sampler.latent, device=labels.device))
-        steps = process.trajectory(
-            sampler.predictor(labels), noise, way.solver, calls // way.calls, noise_fn=noise_fn,
-            clip=sampler.space.clip_denoised, progress=False, **way.options,
-        )  # fmt: skip
-        *_, last = steps
-        return sampler.decode(last["sample"]).permute(0, 3, 1, 2)
+        return sampler.decode(sampler.numbered_latents(0, indices, labels)).permute(0, 3, 1, 2)
 
     return draw
 
