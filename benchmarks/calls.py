@@ -146,34 +146,30 @@ def rows(found):
 
 
 def draw(found, path):
-    """Write the figure: mean of the seeds, and each seed as a thin line, for each solver."""
+    """Write the figure: for each seed a panel with a line for each solver."""
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "calls"  # equal numbers, equal file
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    points = {}
+    lines = {}
     for name, solver, _ in settings():
-        got = [found[f"{name}, seed {seed}"] for seed in SEEDS]
-        points.setdefault((solver.network, solver.sampler), []).append(got)
-    for i, ((network, sampler), curve) in enumerate(points.items()):
-        calls = [sum(one["calls"] for one in got) / len(got) for got in curve]
-        means = [sum(one["distance"] for one in got) / len(got) for got in curve]
-        style = dict(color=f"C{i}", linestyle="--" if network == "diffusion" else "-")
-        axes.plot(calls, means, MARKERS[sampler], **style, label=f"{network}: {sampler}")
-        for x, got in zip(calls, curve):
-            ends = [one["distance"] for one in got]
-            axes.plot([x, x], [min(ends), max(ends)], "-", color=style["color"], linewidth=1)
-    axes.set(
-        xscale="log", yscale="log", xlabel="calls of the network",
-        ylabel="Fréchet distance, 1,000 samples",
-        title="Digits without guidance: mean of two seeds, and their range",
-    )  # fmt: skip
-    axes.set_xticks([*CALLS, 100], [*map(str, CALLS), "100"])
-    axes.minorticks_off()
-    axes.legend(ncols=2, fontsize=8)
+        lines.setdefault((solver.network, solver.sampler), []).append(name)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(SEEDS), sharex=True)
+    for axes, seed in zip(panels, SEEDS):
+        for i, ((network, sampler), names) in enumerate(lines.items()):
+            got = [found[f"{name}, seed {seed}"] for name in names]
+            axes.plot(
+                [one["calls"] for one in got], [one["distance"] for one in got], MARKERS[sampler],
+                color=f"C{i}", linestyle="--" if network == "diffusion" else "-",
+                label=f"{network}: {sampler}" if seed == SEEDS[0] else None,
+            )  # fmt: skip
+        axes.set(xscale="log", xlabel="calls of the network", title=f"seed {seed}")
+        axes.set_xticks(CALLS, map(str, CALLS))
+        axes.minorticks_off()
+    panels[0].set_ylabel("Fréchet distance, 1,000 samples")
+    figure.legend(loc="outside right")
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 

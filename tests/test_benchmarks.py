@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks import (
-    depth, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training, gpu_worker,
-    loading, plot_solvers, process, sampling, sides, solvers, training,
+    calls, depth, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training,
+    gpu_worker, loading, plot_solvers, process, sampling, sides, solvers, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -157,6 +157,29 @@ def test_the_figure_and_table_of_solvers_are_of_the_committed_numbers(tmp_path):
     assert (
         "\n".join(plot_solvers.rows(scores, times)) in (ROOT / "docs" / "sampling.md").read_text()
     )
+
+
+def test_the_figure_and_table_of_calls_are_of_the_committed_numbers(tmp_path):
+    found = json.loads(calls.SCORES.read_text())["scores"]
+    calls.draw(found, tmp_path / "calls.svg")
+    assert (tmp_path / "calls.svg").read_text() == (ROOT / "docs" / "calls.svg").read_text()
+    assert "\n".join(calls.rows(found)) in (ROOT / "docs" / "flow.md").read_text()
+
+
+def test_what_is_not_scored_yet_is(tmp_path, monkeypatch):
+    """One setting of each network; the other solver's score stays as it was."""
+    chosen = [solver for solver in calls.SOLVERS if solver.sampler in ("ddim", "heun")]
+    monkeypatch.setattr(calls, "SOLVERS", chosen)
+    monkeypatch.setattr(calls, "CALLS", (2,))
+    monkeypatch.setattr(calls, "SEEDS", (0,))
+    monkeypatch.setattr(calls, "TOLERANCES", ())
+    path = tmp_path / "scores.json"
+    known = {"diffusion: ddim, 2 calls, seed 0": {"distance": 1.0, "calls": 2.0}}
+    path.write_text(json.dumps({"samples": 60, "runs": [], "scores": known}))
+    calls.main(["scores", "--samples", "60", "--output", str(path)])
+    found = json.loads(path.read_text())["scores"]
+    assert found.keys() == {*known, "flow: heun, 2 calls, seed 0"}
+    assert found.items() >= known.items() and found["flow: heun, 2 calls, seed 0"]["calls"] == 2
 
 
 def test_every_setting_is_scored_on_2000_samples():
