@@ -158,7 +158,7 @@ def likelihood(
     Raises ValueError for a network, or images, that there is no likelihood of.
     """
     # Here, since it takes a second that scores need not wait
-    from sampling.likelihood import LikelihoodOptions, load_measured, report_on
+    from evaluation.likelihood import LikelihoodOptions, load_measured, report_on
 
     choice = NetworkChoice(
         args.likelihood, args.weights, args.vae, args.model, args.image_size, args.num_classes

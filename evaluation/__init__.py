@@ -1,4 +1,4 @@
-"""How near a set of images is to another. It knows no network that made them."""
+"""How near a set of images is to another, and how likely images are to a flow."""
 
 from runtime.handing_on import handed_on
 
@@ -7,6 +7,7 @@ __getattr__ = handed_on(
     __name__,
     {
         "evaluation.features": "Extractor Rows load_extractor",
+        "evaluation.likelihood": "LikelihoodOptions load_measured",
         "evaluation.metrics": "Moments Statistics Summary frechet_distance inception_score "
         "precision_and_recall score",
         "evaluation.options": "EvaluationOptions",

@@ -15,7 +15,8 @@ from models import DiT
 from sampling.pictures import (
     GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
 )  # fmt: skip
-from sampling.sampler import ImageNoise, Sampler
+from processes.noise import ImageNoise
+from sampling.sampler import Sampler
 
 MOST_GUIDANCE, MOST_IMAGES = 10.0, 16
 STRIP_ROWS = 4  # of sixteen images at 512 pixels a strip would have 34 million pixels

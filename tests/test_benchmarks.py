@@ -114,13 +114,13 @@ def test_looked_up_tables_give_the_same_steps():
 def test_a_flow_s_steps_are_the_same_with_half_the_calls(method, once):
     network, process, ends = small_dit(), create_flow(), []
     x, noise = torch.randn(2, 2, 4, 8, 8).double()
-    for step, calls in ((flow.one_step, once), (flow.twice_asked, 2 * once)):
+    for step, wanted in ((flow.one_step, once), (flow.twice_asked, 2 * once)):
         counted = []
         hook = network.register_forward_pre_hook(lambda *_: counted.append(1))
         with torch.no_grad():
             ends.append(step(process, network, torch.tensor([1, 2]), x, noise, method))
         hook.remove()
-        assert len(counted) == calls
+        assert len(counted) == wanted
     assert (ends[0] - ends[1]).abs().max() < 1e-6 < (ends[0] - x).abs().max()
 
 

@@ -258,7 +258,10 @@ DOORS = {
         },
     ),
     "study": Door(
-        "study", [["--output", "study", "--device", "cpu"]], {"study.run_study": nothing}
+        "study", [["--output", "study", "--device", "cpu"]], {"studies.run_job": nothing}
+    ),
+    "flow_study": Door(
+        "flow_study", [["--output", "flows", "--device", "cpu"]], {"studies.run_job": nothing}
     ),
     "plot": Door(
         "plot",

@@ -12,8 +12,8 @@ import torch
 
 from conftest import ROOT
 from models import DiT
+from processes.noise import ImageNoise
 from processes.table import process_of
-from sampling.sampler import ImageNoise
 
 pytest.importorskip(
     "sklearn", reason="the photographs come with scikit-learn: pip install .[digits]"

@@ -32,10 +32,11 @@ MAY_IMPORT = {
     "conditions": {"runtime", "models"},
     "checkpoints": {"runtime", "diffusion", "models", "vae", "processes", "conditions"},
     "data": {"runtime", "vae", "conditions"},
-    "evaluation": {"runtime", "data"},
+    "evaluation": {
+        "runtime", "flow", "models", "vae", "processes", "conditions", "checkpoints", "data",
+    },
     "sampling": {
         "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",
-        "data",
     },
     "training": {
         "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",

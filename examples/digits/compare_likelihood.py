@@ -27,8 +27,8 @@ import torch
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import load_pretrained
 from diffusion import create_diffusion
-from sampling.likelihood import LEVELS, LikelihoodOptions, load_measured
-from sampling.sampler import ImageNoise
+from evaluation.likelihood import LEVELS, LikelihoodOptions, load_measured
+from processes.noise import ImageNoise
 
 HERE = Path(__file__).resolve().parent
 WIDTH = math.log2(2 / LEVELS)  # of a grey level

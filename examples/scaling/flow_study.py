@@ -33,7 +33,7 @@ from patches import CLASSES
 from processes.table import PROCESSES, process_of
 from records import FlowPoint
 from sampling.sampler import Sampler
-from studies import Study, run_door
+from studies import Study, parser_of, run_door
 from training.state import new_state
 from trial import cost_of, judged, recipe_of, train
 from vae import load_vae
@@ -174,9 +174,16 @@ def drawing(plan, network, process, way, calls):
     return draw
 
 
+STUDY = Study(__file__, PRESETS, TOLD, FlowPoint, list_points, run_point)
+
+
+def build_parser():
+    return parser_of(STUDY, __doc__)
+
+
 @door("--workers", resumes=True)
 def main(argv=None):
-    run_door(Study(__file__, PRESETS, TOLD, FlowPoint, list_points, run_point), __doc__, argv)
+    run_door(STUDY, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,8 @@ class Job(NamedTuple):
         return self.study.presets[self.preset]
 
 
-def run_door(study, description, argv):
-    """The main of a study's script, within its `door`."""
-    parser = build_parser(study, description)
+def run_door(study, parser, argv):
+    """The main of a study's script, within its `door`; the parser is one of parser_of."""
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()
     with FolderLock() as lock:
@@ -94,7 +93,8 @@ def run_door(study, description, argv):
             torch.set_num_threads(threads)
 
 
-def build_parser(study, description):
+def parser_of(study, description):
+    """The parser of a study's script."""
     parser = Parser(study.script, description=description)
     parser.add_argument(
         "--output", required=True, type=Path,

@@ -30,7 +30,7 @@ from models import BLOCKS, DiT
 from patches import CLASSES
 from records import Point
 from sampling.sampler import Sampler
-from studies import Study, run_door
+from studies import Study, parser_of, run_door
 from training.cost import training_flops
 from training.state import new_state
 from trial import cost_of, judged, recipe_of, save_samples, train
@@ -161,9 +161,16 @@ def draw_images(plan, network, steps, indices, labels):
     return sampler.decode(sampler.numbered_latents(0, indices, labels)).permute(0, 3, 1, 2)
 
 
+STUDY = Study(__file__, PRESETS, TOLD, Point, list_points, run_point)
+
+
+def build_parser():
+    return parser_of(STUDY, __doc__)
+
+
 @door("--workers", resumes=True)
 def main(argv=None):
-    run_door(Study(__file__, PRESETS, TOLD, Point, list_points, run_point), __doc__, argv)
+    run_door(STUDY, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ INTERRUPTIBLE = [
     "download.py", "count.py", "app.py", "examples/grids.py", "examples/plot_run.py",
     "examples/digits/judge.py", "examples/digits/make_dataset.py", "examples/digits/plot_scores.py",
     "examples/digits/train_vae.py", "examples/digits/train_classifier.py",
+    "examples/digits/compare_likelihood.py",
     "examples/scaling/study.py", "examples/scaling/plot.py", "examples/scaling/flow_study.py",
     "examples/scaling/flow_plot.py",
 ]  # fmt: skip

@@ -23,7 +23,8 @@ from processes.flow import FlowProcess
 import sample
 import sample_ddp
 from sampling import SamplingOptions, load_sampler, pictures
-from sampling.sampler import ImageNoise, Sampler
+from processes.noise import ImageNoise
+from sampling.sampler import Sampler
 from training.scores import preview
 from vae import PixelSpace
 

@@ -38,7 +38,8 @@ from conditions.labels import label_indices, random_labels, readable
 from runtime.disk import check_writable
 from sampling.loading import load_sampler
 from sampling.options import ManyOptions
-from sampling.sampler import ImageNoise, Sampler
+from processes.noise import ImageNoise
+from sampling.sampler import Sampler
 from runtime.surroundings import Place
 from vae import PixelSpace, load_vae, to_uint8
 
@@ -48,8 +49,8 @@ CONFIG = dict(
 NAMES = [f"digit {i}" for i in range(10)]
 # Flags of a flow's solvers, which are not given
 FLOWS = dict.fromkeys([
-    "time_shift", "sample_eps", "diffusion_form", "diffusion_norm", "last_step", "last_step_size",
-    "atol", "rtol",
+    "process", "time_shift", "sample_eps", "diffusion_form", "diffusion_norm", "last_step",
+    "last_step_size", "atol", "rtol",
 ])  # fmt: skip
 
 

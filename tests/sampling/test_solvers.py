@@ -19,7 +19,8 @@ import sample
 from sampling import loading
 from sampling import speed
 import sample_ddp
-from sampling.sampler import ImageNoise, Sampler
+from processes.noise import ImageNoise
+from sampling.sampler import Sampler
 from sampling.speed import prepare
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import find_files

@@ -1,4 +1,4 @@
-"""evaluate.py --likelihood and sampling.likelihood: bits per dimension of images under a flow."""
+"""evaluate.py --likelihood and evaluation.likelihood: bits per dimension of images under a flow."""
 
 import json
 import math
@@ -16,7 +16,7 @@ import evaluate
 import extract_latents
 from models import DiT
 from runtime.team import Team
-from sampling.likelihood import LikelihoodOptions, labels_of, load_measured
+from evaluation.likelihood import LikelihoodOptions, labels_of, load_measured
 from vae import from_uint8, load_vae
 
 SMALL = dict(patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)

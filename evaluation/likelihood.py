@@ -28,7 +28,7 @@ from processes.flow import FlowProcess
 from processes.process import NoiseFunction, Process
 from runtime.limits import check_numbers
 from runtime.team import Team
-from sampling.sampler import ImageNoise
+from processes.noise import ImageNoise
 from vae import LatentShape, LatentSpace, PixelSpace, Space, from_uint8, latent_shape, load_vae
 
 LEVELS = 255  # steps between grey levels, which lie on [-1, 1]
