@@ -174,16 +174,17 @@ def drawing(plan, network, process, way, calls):
     return draw
 
 
-STUDY = Study(__file__, PRESETS, TOLD, FlowPoint, list_points, run_point)
+def this_study():
+    return Study(__file__, PRESETS, TOLD, FlowPoint, list_points, run_point)
 
 
 def build_parser():
-    return parser_of(STUDY, __doc__)
+    return parser_of(this_study(), __doc__)
 
 
 @door("--workers", resumes=True)
 def main(argv=None):
-    run_door(STUDY, build_parser(), argv)
+    run_door(this_study(), build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -161,16 +161,17 @@ def draw_images(plan, network, steps, indices, labels):
     return sampler.decode(sampler.numbered_latents(0, indices, labels)).permute(0, 3, 1, 2)
 
 
-STUDY = Study(__file__, PRESETS, TOLD, Point, list_points, run_point)
+def this_study():
+    return Study(__file__, PRESETS, TOLD, Point, list_points, run_point)
 
 
 def build_parser():
-    return parser_of(STUDY, __doc__)
+    return parser_of(this_study(), __doc__)
 
 
 @door("--workers", resumes=True)
 def main(argv=None):
-    run_door(STUDY, build_parser(), argv)
+    run_door(this_study(), build_parser(), argv)
 
 
 if __name__ == "__main__":
