@@ -25,10 +25,10 @@ from data.options import DataOptions
 from flow.likelihood import ATOL, RTOL, bits_per_dim, check_exact
 from models import DiT
 from processes.flow import FlowProcess
+from processes.noise import ImageNoise
 from processes.process import NoiseFunction, Process
 from runtime.limits import check_numbers
 from runtime.team import Team
-from processes.noise import ImageNoise
 from vae import LatentShape, LatentSpace, PixelSpace, Space, from_uint8, latent_shape, load_vae
 
 LEVELS = 255  # steps between grey levels, which lie on [-1, 1]

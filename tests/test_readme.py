@@ -230,3 +230,11 @@ def test_every_extra_can_be_installed():
         assert done.returncode == 0 and "does not provide the extra" not in done.stderr, (
             f"{extra}\n{done.stderr}"
         )
+
+
+def test_python_in_the_page_on_flows_runs():
+    (block,) = python_blocks(ROOT / "docs" / "flow.md")
+    names = {}
+    exec(block, names)
+    assert {name: loss.shape for name, loss in names["losses"].items()} == {"loss": (2,), "mse": (2,)}
+    assert names["samples"].shape == (2, 4, 32, 32) and not names["samples"].requires_grad

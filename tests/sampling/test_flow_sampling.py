@@ -20,10 +20,10 @@ from checkpoints.weights import Weights, save_weights
 from conftest import ROOT, fill_randomly, randn
 from models import DiT
 from processes.flow import FlowProcess
+from processes.noise import ImageNoise
 import sample
 import sample_ddp
 from sampling import SamplingOptions, load_sampler, pictures
-from processes.noise import ImageNoise
 from sampling.sampler import Sampler
 from training.scores import preview
 from vae import PixelSpace
@@ -254,6 +254,30 @@ def test_the_list_of_operations_sees_copies():
         with Operations() as log:
             x * torch.tensor(2.0, dtype=torch.float64)
         assert not between_devices(log.ran)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", CALLS)
+def test_steps_on_a_gpu_wait_for_nothing(solver):
+    sampler = of(solver, 4, network().cuda(), cfg_scale=2.0, cfg_interval=(0.2, 0.6))
+    x, labels = torch.randn(4, 3, 4, 4, device="cuda"), torch.zeros(4, dtype=torch.long).cuda()
+    sampler.latents(labels, x)  # what is made once may be copied
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = sampler.latents(labels, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_dopri5_on_a_gpu_comes_to_the_end_of_a_cpu():
+    x, labels = torch.randn(4, 3, 4, 4), torch.zeros(4, dtype=torch.long)
+    options = {"atol": 1e-6, "rtol": 1e-6}
+    net = network()
+    want = of("dopri5", net=net, solver_options=options).latents(labels, x)
+    found = of("dopri5", net=net.cuda(), solver_options=options).latents(labels.cuda(), x.cuda())
+    assert (found.cpu() - want).abs().max() < 1e-3
 
 
 # ---- the doors ----
