@@ -29,13 +29,18 @@ from vae import from_uint8, load_vae, to_uint8  # noqa: E402
 SETTINGS = dict(vae=str(EXAMPLE / "vae"), steps=50, cfg_scale=1.5, device="cpu")
 
 
-def judged(ckpt, count):
-    sampler = load_sampler(ckpt, **SETTINGS)
+def judged(ckpt, count, **changes):
+    sampler = load_sampler(ckpt, **SETTINGS | changes)
     return judge.judge(*judge.sample_digits(sampler, count, seed=0, device=torch.device("cpu")))
 
 
-def test_committed_weights_draw_the_digits_asked_for_varied_and_new():
-    found = judged(EXAMPLE / "dit.safetensors", 300)
+@pytest.mark.parametrize(
+    "ckpt, changes",
+    [("dit.safetensors", {}), ("flow.safetensors", {"sampler": "heun", "steps": 10})],
+    ids=["diffusion", "flow"],
+)
+def test_committed_weights_draw_the_digits_asked_for_varied_and_new(ckpt, changes):
+    found = judged(EXAMPLE / ckpt, 300, **changes)
     print(json.dumps(found, indent=1))
     assert found["accuracy of the classifier on held-out digits"] >= 0.98
     assert found["agreement with the asked-for class"] >= 0.99
