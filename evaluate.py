@@ -32,10 +32,13 @@ from evaluation.options import EvaluationOptions, check_common
 from evaluation.report import (
     LIBRARIES, as_text, evaluate, installed, join_others, make_reference, write_report,
 )  # fmt: skip
+from processes.table import WORDS
 from runtime.team import Team
 
 # Flags that go with --likelihood alone, and others that do not go with it
-OF_LIKELIHOOD = ("vae", "weights", "model", "num_classes", "exact", "seed", "cfg_scale")
+OF_LIKELIHOOD = (
+    "vae", "weights", "model", "num_classes", "process", "exact", "seed", "cfg_scale",
+)  # fmt: skip
 OF_OTHERS = ("reference", "make_reference", "features", "inception_weights")
 
 
@@ -106,6 +109,7 @@ def add_likelihood_flags(parser: Parser) -> None:
     bare = "for a checkpoint that does not say it (default: {})"
     add("--model", help=bare.format(MODEL))
     add("--num-classes", type=int, help=bare.format(NUM_CLASSES))
+    add("--process", choices=WORDS, help=bare.format("what --model says, or diffusion"))
     exact = "the trace itself, for small latents (default: an estimate, by one probe an image)"
     add("--exact", action="store_true", help=exact)
     seed = "what is drawn for image i depends on it and on i alone (default: 0)"
@@ -161,8 +165,9 @@ def likelihood(
     from evaluation.likelihood import LikelihoodOptions, load_measured, report_on
 
     choice = NetworkChoice(
-        args.likelihood, args.weights, args.vae, args.model, args.image_size, args.num_classes
-    )
+        args.likelihood, args.weights, args.vae, args.model, args.image_size, args.num_classes,
+        args.process,
+    )  # fmt: skip
     how = LikelihoodOptions(**{
         field.name: getattr(args, field.name)
         for field in fields(LikelihoodOptions)

@@ -3,10 +3,10 @@
     python -m benchmarks.calls scores      # 1,000 samples of each setting, two seeds; an hour
     python -m benchmarks.calls plot        # docs/calls.svg and the table of docs/flow.md
 
-The two networks are those of examples/digits, equal in size and trained for as many steps on the
-same digits. A score is the Fréchet distance to the 1,437 training digits in the features of
-examples/digits/classifier, without guidance. Image i of a seed has the same label and the same
-first noise everywhere. A call is one evaluation of the network on the whole batch; dopri5's are
+The two networks are those of examples/digits, equal but for outputs of a variance, and trained for
+as many steps on the same digits. A score is the Fréchet distance to the 1,437 training digits in
+the features of examples/digits/classifier, without guidance. Image i of a seed has the same label
+and the same first noise everywhere. A call is one evaluation of the network on the whole batch; dopri5's are
 those of the sample that needs most. What `scores` finds in its file it does not do again: for
 scores of your own give --output, and that file to `plot` with --scores.
 """
@@ -14,6 +14,7 @@ scores of your own give --output, and that file to `plot` with --scores.
 import argparse
 import json
 from pathlib import Path
+import re
 import sys
 from typing import NamedTuple
 
@@ -141,7 +142,8 @@ def rows(found):
         told = ", ".join(f"{one['distance']:.3f}" for one in got)
         calls = sum(one["calls"] for one in got) / len(got)
         mean = sum(one["distance"] for one in got) / len(got)
-        lines.append(f"| {name.rpartition(', ')[0]} | {calls:g} | {told} | {mean:.3f} |")
+        solver = re.sub(r", [0-9]+ calls$", "", name)
+        lines.append(f"| {solver} | {calls:g} | {told} | {mean:.3f} |")
     return lines
 
 

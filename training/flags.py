@@ -76,7 +76,8 @@ def add_data_flags(add: Add) -> None:
 
 def add_network_flags(add: Add) -> None:
     names = ", ".join(DiT_models)
-    add("--model", metavar="MODEL", help=f"{names} (default: %(default)s)")
+    models = f"{names}; SiT's are these with --process flow (default: %(default)s)"
+    add("--model", metavar="MODEL", help=models)
     add("--block", help="how t and y reach the tokens (default: %(default)s)")
     add(
         "--vae",
@@ -110,7 +111,8 @@ def add_process_flags(add: Add) -> None:
     add("--loss-weight", help="of a score or the noise as the prediction (default: none)")
     sampling = (
         "how t is drawn: uniform, logit-normal:MEAN,STD, mode:SCALE or cosmap; a mean above 0 "
-        "leans to data, as one below 0 does in Stable Diffusion 3 (default: uniform)"
+        "leans to data, as one below 0 does in Stable Diffusion 3; logit-normal alone is 0,1, mode "
+        "1.29 (default: uniform)"
     )
     add("--time-sampling", metavar="LAW", help=sampling)
     shifting = (
@@ -121,8 +123,8 @@ def add_process_flags(add: Add) -> None:
     cosine = "also learn the velocity's direction: add 1 - its cosine, as LightningDiT"
     add("--cosine-loss", action="store_true", help=cosine)
     eps = (
-        "how far from the ends t stays (default: 0 for velocities on linear and gvp, "
-        "1e-3 for other predictions, 1e-5 on vp)"
+        "how far from the ends t stays (default: 1e-5 on vp; on linear and gvp 0 for velocities, "
+        "else 1e-3)"
     )
     add("--train-eps", type=float, metavar="EPS", help=eps)
 
