@@ -260,7 +260,7 @@ class DiT(nn.Module):
     """Predicts the noise in a latent and, with learn_sigma, the variance of p(x_{t-1} | x_t).
 
     `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with
-    y=None. `process` is what a checkpoint's config says that it learned, and changes nothing here.
+    y=None. `process` is what a checkpoint's config says that it learned: kept, it changes nothing.
     `config` holds all other arguments: DiT(**model.config) builds the same network.
     Raises ValueError for sizes that do not fit together.
     """
@@ -281,6 +281,7 @@ class DiT(nn.Module):
         check_sizes(**self.config)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.process = process
         self.grad_checkpointing = False  # True saves memory: the backward pass runs blocks again
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.design = BLOCKS[block]

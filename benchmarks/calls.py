@@ -6,9 +6,9 @@
 The two networks are those of examples/digits, equal but for outputs of a variance, and trained for
 as many steps on the same digits. A score is the Fréchet distance to the 1,437 training digits in
 the features of examples/digits/classifier, without guidance. Image i of a seed has the same label
-and the same first noise everywhere. A call is one evaluation of the network on the whole batch; dopri5's are
-those of the sample that needs most. What `scores` finds in its file it does not do again: for
-scores of your own give --output, and that file to `plot` with --scores.
+and the same first noise everywhere. A call is one evaluation of the network on the whole batch;
+dopri5's are those of the sample that needs most. What `scores` finds in its file it does not do
+again: for scores of your own give --output, and that file to `plot` with --scores.
 """
 
 import argparse

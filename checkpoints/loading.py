@@ -39,6 +39,7 @@ def network_of(weights: Weights, origin: Path | str) -> DiT:
         ) from None
     check_fits(network, weights.tensors, origin)
     network.load_state_dict(weights.tensors, assign=True)
+    network.process = weights.process
     return network.float().eval().requires_grad_(False)
 
 

@@ -105,6 +105,8 @@ def process_said(said: object, origin: object) -> dict[str, Any] | None:
     top = said if isinstance(said, Mapping) else {}
     found = (process_in(part) for part in (top.get("config"), top))
     process = next((one for one in found if one is not None), None)
+    if process is None and isinstance(top.get("process"), (bool, int, float)):
+        raise ValueError(f"{origin}: its process is {top['process']}; wanted is a dict with a name")
     args = _arguments(top)
     of_arguments = flow_of_arguments(args) if process is None else None
     try:

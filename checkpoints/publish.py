@@ -95,12 +95,13 @@ def save_pretrained(
     """Write a network as a pretrained folder: weights, config.json and model card.
 
     For the card: training, the {"step", "args"} of its run, and vae, the name of its autoencoder.
-    `process` is what the network has learned, the Gaussian process unless told otherwise.
-    Raises ValueError if the folder has files already, or cannot be written.
+    `process` is what the network has learned; None for what it was loaded with, else the Gaussian
+    process. Raises ValueError if the folder has files already, or cannot be written.
     """
     check_classes(classes, network.config, "the network")
     check_readable(classes)
-    said = (process or process_of(network)).config
+    process = process or process_of(network)
+    said = process.config
     with whole_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
         weights = Weights(tensors, network.config, classes, process=said)

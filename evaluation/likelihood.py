@@ -176,8 +176,8 @@ def checked(process: Process, origin: object) -> FlowProcess:
     if not isinstance(process, FlowProcess):
         raise ValueError(
             f"`likelihood` {origin} has learned {type(process).word}, and a likelihood is that of "
-            "a flow; give a checkpoint of one (`process=flow` if it is one and does not say so), or "
-            "call GaussianDiffusion.calc_bpd_loop for a bound"
+            "a flow; give a checkpoint of one, with `process=flow` if it does not say so, or call "
+            "GaussianDiffusion.calc_bpd_loop for a bound"
         )
     return process
 

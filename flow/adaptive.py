@@ -15,7 +15,7 @@ from .prediction import Prediction
 from .solvers import Network
 
 ATOL, RTOL = 1e-6, 1e-3
-MOST_STEPS = 10_000  # of one sample
+MOST_STEPS = 2_000  # of one sample: some tens are usual
 # A step is at most so much longer than the one before. The first steps are short, their error is
 # hardly above rounding, and it would decide what is longer: rounding differs from batch to batch.
 MOST_GROWTH = 3.0
@@ -52,7 +52,8 @@ def solve(
     if status == torchode.Status.REACHED_MAX_STEPS.value:
         raise ValueError(
             f"dopri5 is not at the end after {MOST_STEPS} steps with `atol={atol:g}` and "
-            f"`rtol={rtol:g}`; take larger tolerances, or heun"
+            f"`rtol={rtol:g}`, its values being too large or changing too fast; take larger "
+            "tolerances, less guidance, or heun"
         )
     if status:
         raise ValueError(

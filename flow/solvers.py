@@ -176,5 +176,5 @@ def check_finite(
     if method == "heun" and said.coefficients(end).sigma == 0:
         raise ValueError(
             "the score is infinite at t = 1, where the last of these steps of Heun asks for it; "
-            "give `last_step_size` above 0 and a `last_step`, or `sample_eps=0.001`"
+            "give `last_step_size` above 0 and a `last_step`"
         )

@@ -175,6 +175,11 @@ class FlowProcess:
         if "atol" in chosen:
             check_tolerances(chosen["atol"], chosen["rtol"])
         if "diffusion_form" not in chosen:
+            if chosen["sample_eps"] is not None and flow.is_open:
+                raise ValueError(
+                    f"`sample_eps` {chosen['sample_eps']:g} changes nothing of {solver} for a "
+                    f"velocity on the path {flow.path}, of which no term is infinite; leave it out"
+                )
             return even_times(flow.interval(), steps, shift)
         form, last = chosen["diffusion_form"], chosen["last_step"]
         grid = flow.sde_times(steps, form, last, chosen["last_step_size"], shift)
@@ -200,8 +205,10 @@ class FlowProcess:
         said, count = self.flow.said, len(grid) - 1
         for first, end in pairwise(sorted({0, count, *breaks})):
             told = grid[first : end + 1]
-            # From the beginning of each step on: two more times at small and equal distances
-            spans = [min(SPAN, (told[-1] - t) / 2) for t in told[:-1]]
+            # From the beginning of each step on: two more times at small and equal distances, which
+            # are smaller beside a term that is infinite at t = 0
+            near = [t / 4 if t and self.flow.sample_eps else SPAN for t in told]
+            spans = [min(SPAN, one, (told[-1] - t) / 2) for t, one in zip(told[:-1], near)]
             threes = [(t, t + span, t + 2 * span) for t, span in zip(told, spans)]
             points = sorted({*told, *(t for three in threes for t in three if t < told[-1])})
             states = adaptive_ode(said, network, x, points, atol, rtol, first)

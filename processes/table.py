@@ -25,10 +25,11 @@ SETTINGS: tuple[str, ...] = tuple(name for kind in KINDS for name in kind.settin
 def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
     """The process that a network has learned, or is to learn.
 
-    `said` is what its file says under `process`, a Process's `config`; None, as in files that say
-    nothing, is the Gaussian process. Raises ValueError for a process that is not in PROCESSES, and
-    for settings that it cannot have.
+    `said` is what its file says under `process`, a Process's `config`; None is what the network was
+    loaded with, and the Gaussian process where that is nothing, as in files that say nothing.
+    Raises ValueError for a process that is not in PROCESSES, and for settings that it cannot have.
     """
+    said = network.process if said is None else said
     said = {"name": GaussianProcess.name} if said is None else said
     kind = PROCESSES.get(str(said.get("name")))
     if kind is None:

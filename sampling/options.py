@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,13 @@ class SamplingOptions:
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self)
         # One type for each option: sample_many names folders after the options
-        for name in ("eta", "cfg_scale", *NUMBERS):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
+        for name, value in _given(self).items():
+            if name in NUMBERS:
+                object.__setattr__(self, name, _number(name, value))
+        check_numbers(self)
+        for name in ("eta", "cfg_scale"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "cfg_interval", tuple(map(float, self.cfg_interval)))
         _check_choices(self)
         _check_eta(self)
@@ -108,6 +111,13 @@ def solver_options(settled: Mapping[str, Any]) -> dict[str, Any]:
     if "last_step" in own:
         own["last_step"] = LAST_STEP_NAMES[own["last_step"]]
     return own
+
+
+def _number(name, value):
+    """A number as a float. Raises ValueError, naming the argument, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"`{name}` is {value!r:.60}; give a number")
+    return float(value)
 
 
 def _given(options):

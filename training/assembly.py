@@ -323,7 +323,8 @@ def check_whole_run(contents: dict, origin: str) -> None:
     lacking = [key for key, kind in kinds.items() if not isinstance(contents.get(key), kind)]
     if lacking or isinstance(contents["step"], bool) or contents["step"] < 0:
         raise ValueError(
-            f"{origin}: its {', '.join(lacking) or 'step'} is no checkpoint's of train.py"
+            f"{origin}: its {', '.join(lacking) or 'step'} is no checkpoint's of train.py; "
+            "a new run starts from such weights with `init_from`"
         )
     check_process({name: contents.get(name) for name in ("args", "config", "process")}, origin)
     weights = (contents["model"], contents["ema"], *averages(contents).values())

@@ -163,6 +163,8 @@ class TrainOptions:
                 )
         for name, value in kind.settled(given).items():
             object.__setattr__(self, name, value)
+        if self.learn_sigma not in (None, True, False):
+            raise ValueError(f"`learn_sigma` is {self.learn_sigma!r:.60}; it is true or false")
         if self.learn_sigma is None:
             object.__setattr__(self, "learn_sigma", kind.learns_sigma)
 

@@ -146,8 +146,9 @@ class TrainState:
         if isinstance(config, dict):
             there["learn_sigma"] = config.get("learn_sigma", here["learn_sigma"])
         if others := [name for name in here if there[name] != here[name]]:
-            learned = ", ".join(f"`{name}` {there[name]}" for name in others)
-            wanted = ", ".join(str(here[name]) for name in others)
+            learned, wanted = (
+                ", ".join(_told(name, config[name]) for name in others) for config in (there, here)
+            )
             raise ValueError(
                 f"its network has learned with {learned}, and here is {wanted}; "
                 f"pass the same, {instead}"
@@ -227,6 +228,13 @@ class TrainState:
                     f"its step is {step}, of which {step - good} were skipped, but its optimizer "
                     f"has counted {counted:.0f}; these are parts of different checkpoints"
                 )
+
+
+def _told(name, value):
+    """A setting of a process for a message."""
+    if isinstance(value, bool):
+        return f"`{name}`" if value else f"no `{name}`"
+    return f"`{name}` {value}"
 
 
 def _as_number(value):

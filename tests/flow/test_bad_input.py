@@ -63,7 +63,7 @@ def sde(flow=None, **options):
 
 HEUN_AT_DATA = (
     "the score is infinite at t = 1, where the last of these steps of Heun asks for it; give "
-    "`last_step_size` above 0 and a `last_step`, or `sample_eps=0.001`"
+    "`last_step_size` above 0 and a `last_step`"
 )
 
 

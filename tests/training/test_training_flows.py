@@ -292,10 +292,10 @@ def test_a_process_is_not_taken_for_another(images, tmp_path, capsys):
         ("diffusion", FLOW, "has learned the process diffusion, and --process is flow; pass "
          "--process diffusion, or start a new run from its weights with --init-from"),
         ("flow", [], "has learned the process flow, and --process is diffusion; pass"),
-        ("flow", gvp, "has learned with --path linear, --time-shift 1.0, and here is gvp, 3.0; "
-         "pass the same, or"),
-        ("flow", [*FLOW, "--learn-sigma"], "learned with --learn-sigma False, and here is True"),
-        ("flow", [*FLOW, "--cosine-loss"], "learned with --cosine-loss False, and here is True"),
+        ("flow", gvp, "learned with --path linear, --time-shift 1.0, and here is --path gvp, "
+         "--time-shift 3.0; pass the same, or"),
+        ("flow", [*FLOW, "--learn-sigma"], "with no --learn-sigma, and here is --learn-sigma"),
+        ("flow", [*FLOW, "--cosine-loss"], "with no --cosine-loss, and here is --cosine-loss"),
     ):  # fmt: skip
         path = str(tmp_path / name / "000-DiT-Ti-8")
         with pytest.raises(SystemExit) as stopped:
