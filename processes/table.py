@@ -29,7 +29,7 @@ def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
     loaded with, and the Gaussian process where that is nothing, as in files that say nothing.
     Raises ValueError for a process that is not in PROCESSES, and for settings that it cannot have.
     """
-    said = network.process if said is None else said
+    said = getattr(network, "process", None) if said is None else said
     said = {"name": GaussianProcess.name} if said is None else said
     kind = PROCESSES.get(str(said.get("name")))
     if kind is None:
