@@ -13,12 +13,15 @@ from checkpoints import loading, publish
 from checkpoints.choice import NetworkChoice
 from checkpoints.files import save_checkpoint
 from checkpoints.fitting import adapt, note_of_process
-from checkpoints.weights import Weights, load_weights
+from checkpoints.loading import load_pretrained
+from checkpoints.publish import save_pretrained
+from checkpoints.weights import Weights, load_weights, save_weights
 from conftest import fill_randomly, randn
 import export
 from models import DiT, DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
+from processes.table import process_of
 import sample
 from sampling import load_sampler
 import train
@@ -357,3 +360,24 @@ def test_training_starts_a_flow_from_sits_checkpoint_and_notes_another_process(t
     train.main(flags)
     noted = "--init-from .*a.pt has learned another process, name flow, path gvp, prediction noise"
     assert re.search(f"note: {noted}; this run learns name gaussian", capsys.readouterr().out)
+
+
+def test_a_loaded_flow_is_saved_again_as_a_flow(tmp_path):
+    """Nobody has to say it twice: load_pretrained and save_pretrained hand it on."""
+    config = dict(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    net = fill_randomly(DiT(**config, learn_sigma=False), std=0.3)
+    process = FlowProcess("gvp", time_shift=3.0)
+    save_pretrained(net, tmp_path / "a", process=process)
+    loaded, _ = load_pretrained(tmp_path / "a")
+    save_pretrained(loaded, tmp_path / "b")
+    assert load_weights(tmp_path / "b").process == process.config
+    assert process_of(loaded).config == process.config
+
+
+@pytest.mark.parametrize("said", [3, True])
+def test_a_process_that_is_a_number_is_refused(said, tmp_path):
+    config = dict(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "process": said}))
+    save_weights(tmp_path / "model.safetensors", Weights(DiT(**config).state_dict(), None, None))
+    with pytest.raises(ValueError, match=f"its process is {said}; wanted is a dict with a name"):
+        load_weights(tmp_path)

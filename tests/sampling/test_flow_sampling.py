@@ -511,3 +511,13 @@ def test_grids_are_drawn_of_a_flow(tmp_path, flow, given, solver):
         assert (settings["sampler"], settings["num_sampling_steps"]) == (solver, 3)
         assert settings["cfg_scale"] == ([1.0, 3.0] if few else 1.5)
         assert settings["diffusion_norm"] == (0.5 if given else None)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dopri5"])
+def test_a_distance_that_would_change_nothing_is_refused(solver):
+    message = f"`sample_eps` 0.1 changes nothing of {solver} for a velocity on the path linear"
+    with pytest.raises(ValueError, match=message):
+        of(solver, solver_options={"sample_eps": 0.1})
+    of(solver, process=FlowProcess("vp"), solver_options={"sample_eps": 0.1})
+    with pytest.raises(ValueError, match="`atol` is 'x'; give a number"):
+        SamplingOptions(sampler="dopri5", atol="x")

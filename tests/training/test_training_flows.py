@@ -237,6 +237,8 @@ def test_python_is_told_in_its_own_words():
     )
     with pytest.raises(ValueError, match="`cosine_loss` is 1; it is true or false"):
         TrainOptions(data_path="x", process="flow", cosine_loss=1)
+    with pytest.raises(ValueError, match="`learn_sigma` is 'no'; it is true or false"):
+        TrainOptions(data_path="x", process="flow", learn_sigma="no")
 
 
 def recorded(*flags):
