@@ -117,7 +117,7 @@ class Flow:
         if not sde:
             if self.is_open:
                 return Interval(0.0, 1.0)
-            return Interval(0.0 if self.path == "vp" else eps, 1 - eps)
+            return self._inside(eps)
         check_form(form)
         starts_late = self.path != "vp" and (form == "sbdm" or self.prediction != "velocity")
         start = eps if starts_late else 0.0
@@ -131,7 +131,10 @@ class Flow:
     @property
     def train_interval(self) -> Interval:
         """The times between which a network is trained."""
-        eps = self.train_eps
+        return self._inside(self.train_eps)
+
+    def _inside(self, eps: float) -> Interval:
+        """All times but those nearer than eps to an end where a term is infinite."""
         return Interval(0.0 if self.path == "vp" else eps, 1 - eps)
 
     # ---- what the network says ----
@@ -187,8 +190,8 @@ class Flow:
         """Samples (N, C, *space) by the probability flow ODE, dx = velocity dt.
 
         method: "euler", one call of the network a step; "heun", the explicit trapezoid, two; or
-        "dopri5", which chooses the steps of each sample by atol and rtol, and takes no more notice
-        of num_steps than that they must be a number. Raises ValueError for what there is not.
+        "dopri5", which chooses the steps of each sample by atol and rtol, whatever num_steps is.
+        Raises ValueError for what there is not.
         """
         check_names(method=(method, (*ODE_STEPS, "dopri5")))
         x = self._start(model, shape, noise, device)

@@ -38,8 +38,3 @@ def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
             f"known are {', '.join(PROCESSES)}"
         )
     return kind.of(network, said)
-
-
-def process_with_solver(solver: str) -> type[Process]:
-    """The process that has a solver of SOLVERS."""
-    return next(kind for kind in KINDS if solver in kind.solvers)
