@@ -119,15 +119,15 @@ def test_killed_again_and_again(context, data, alone, tmp_path):
     assert fingerprint(tmp_path) == alone(1)
 
 
-def torchrun(data, folder, steps=STEPS):
+ENDLESS = ["--max-steps", "100000", "--keep-last", "2"]
+
+
+def torchrun(data, folder, more=()):
     """The command under torchrun, in a process group of its own; its output goes to
-    folder/torchrun.txt.
+    folder/torchrun.txt. `more` are further flags.
     """
     folder.mkdir(exist_ok=True)
-    flags = [
-        "--data-path", str(data), "--results-dir", str(folder / "results"), *RUN, "--max-steps",
-        str(steps),
-    ]  # fmt: skip
+    flags = ["--data-path", str(data), "--results-dir", str(folder / "results"), *RUN, *more]
     with open(folder / "torchrun.txt", "a") as output:
         return subprocess.Popen(
             [*TORCHRUN, "train.py", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -174,12 +174,12 @@ def test_torchrun_killed_with_its_whole_group(data, alone, tmp_path):
 
 @pytest.mark.long
 def test_torchrun_killed_alone_leaves_workers_that_hold_the_folder(data, tmp_path):
-    process = torchrun(data, tmp_path, steps=100_000)
+    process = torchrun(data, tmp_path, ENDLESS)
     wait_for(tmp_path, "saved", process)
     launcher, *workers = with_workers(process)
     process.kill()
     process.wait()
-    assert torchrun(data, tmp_path, steps=100_000).wait(120) != 0
+    assert torchrun(data, tmp_path, ENDLESS).wait(120) != 0
     text = (tmp_path / "torchrun.txt").read_text()
     holder = re.search(r"is being written by process (\d+) on (\S+);", text)
     assert (
@@ -188,7 +188,7 @@ def test_torchrun_killed_alone_leaves_workers_that_hold_the_folder(data, tmp_pat
         and holder[2] == os.uname().nodename
     ), text
     kill_all(workers)
-    later = torchrun(data, tmp_path, steps=100_000)
+    later = torchrun(data, tmp_path, ENDLESS)
     wait_for(tmp_path, "going on from", later)
     kill_all(with_workers(later))
     later.wait()
