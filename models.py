@@ -1,28 +1,41 @@
 """DiT, the network of Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
 
-All of it, in reading order: modulation, embedders, block designs, final layers, DiT, sizes.
+All of it, in reading order: modulation, embedders, block designs, final layers, DiT, sizes. What a
+DiT may have instead of the paper's parts is in layers/.
 
 Shapes: N batch, C latent channels, (H, W) latent height and width, P patch size, D width,
 T = (H/P)·(W/P) tokens. Two designs take the embeddings of t and y as two tokens. A network without
 classes embeds t alone, so it has one such token instead of two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.layers import Mlp, PatchEmbed
-from timm.layers.attention import Attention
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from layers.attention import CrossAttention
+from layers.layout import ALONE, Layout
+from layers.packing import Packed
+from layers.parts import DEFAULTS, PAPERS, Parts
+from layers.placement import Placement
+from layers.positions import POSITIONS
+from layers.sizes import check_choice, check_sizes, grid_of, plain_size, sides
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) times 1 + scale, plus shift; both are (N, D), the same for every token."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return modulated(x, shift.unsqueeze(1), scale.unsqueeze(1))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The same with shift and scale (N, 1, D), or (N, T, D): a token's own."""
+    return x * (1 + scale) + shift
 
 
 class TimestepEmbedder(nn.Module):
@@ -89,28 +102,32 @@ class Modulation(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Tokens x (N, T, D) → (N, T, D) by attention and an MLP, with a LayerNorm before each.
+    """Tokens x (R, L, D) → (R, L, D) by attention and an MLP, with a norm before each.
 
-    The designs share this; each adds its way for the condition c to reach the tokens.
+    The designs share this; each adds its way for the condition c to reach the tokens. Rows hold an
+    image each, (N, T, D), unless a Layout says otherwise.
     """
     own_norms = False  # whether LayerNorms have weights, as in any ViT; else adaLN supplies them
     vectors = 0  # how many vectors (N, D) a block's own regression makes of c
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, parts: Parts = PAPERS
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=self.own_norms)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=self.own_norms)
-        gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        self.norm1 = parts.make_norm(hidden_size, self.own_norms)
+        self.attn = parts.make_attention(hidden_size, num_heads)
+        self.norm2 = parts.make_norm(hidden_size, self.own_norms)
+        self.mlp = parts.make_mlp(hidden_size, int(hidden_size * mlp_ratio))
         if self.vectors:
             self.adaLN_modulation = Modulation(hidden_size, self.vectors)
 
-    def gated(self, x: Tensor, vectors: Tensor) -> Tensor:
+    def gated(self, x: Tensor, vectors: Tensor, layout: Layout) -> Tensor:
         """x past attention and MLP, each with shift, scale and gate from the vectors (N, 6·D)."""
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
-        x = x + attn_gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
-        return x + mlp_gate.unsqueeze(1) * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = layout.spread(
+            vectors).chunk(6, dim=-1)  # (N, 1, D) each
+        seen = modulated(self.norm1(x), attn_shift, attn_scale)
+        x = x + attn_gate * self.attn(seen, **layout.attention)
+        return x + mlp_gate * self.mlp(modulated(self.norm2(x), mlp_shift, mlp_scale))
 
 
 class DiTBlock(Block):
@@ -120,19 +137,20 @@ class DiTBlock(Block):
     """
     vectors = 6
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.gated(x, self.adaLN_modulation(c))  # c (N, D)
+    def forward(self, x: Tensor, c: Tensor, layout: Layout = ALONE) -> Tensor:
+        return self.gated(x, self.adaLN_modulation(c), layout)  # c (N, D)
 
 
 class AdaLNBlock(Block):
     """adaLN: c gives shift and scale, twice, but no gates. It starts as a ViT block does."""
     vectors = 4
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        vectors = self.adaLN_modulation(c)  # (N, D) → (N, 4·D)
-        attn_shift, attn_scale, mlp_shift, mlp_scale = vectors.chunk(4, dim=1)
-        x = x + self.attn(modulate(self.norm1(x), attn_shift, attn_scale))
-        return x + self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+    def forward(self, x: Tensor, c: Tensor, layout: Layout = ALONE) -> Tensor:
+        vectors = layout.spread(self.adaLN_modulation(c))  # (N, D) → (N, 1, 4·D)
+        attn_shift, attn_scale, mlp_shift, mlp_scale = vectors.chunk(4, dim=-1)
+        seen = modulated(self.norm1(x), attn_shift, attn_scale)
+        x = x + self.attn(seen, **layout.attention)
+        return x + self.mlp(modulated(self.norm2(x), mlp_shift, mlp_scale))
 
 
 class AdaLNSingleBlock(Block):
@@ -141,44 +159,27 @@ class AdaLNSingleBlock(Block):
     DiT regresses them. A block adds a table of its own, and starts as the identity.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(hidden_size, num_heads, mlp_ratio)
+    def __init__(self, hidden_size: int, *others: Any) -> None:
+        super().__init__(hidden_size, *others)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.gated(x, c + self.scale_shift_table.flatten())  # c (N, 6·D)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention to another sequence (Vaswani et al. 2017, 3.2), laid out as timm's."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and a sequence c (N, K, D) → (N, T, D)."""
-        keys, values = self.kv(c).chunk(2, dim=-1)  # (N, K, D) each
-        parts = (self.q(x), keys, values)  # and below (N, heads, T or K, D / heads) each
-        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
-        out = nn.functional.scaled_dot_product_attention(*heads)  # (N, heads, T, D / heads)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
+    def forward(self, x: Tensor, c: Tensor, layout: Layout = ALONE) -> Tensor:
+        return self.gated(x, c + self.scale_shift_table.flatten(), layout)  # c (N, 6·D)
 
 
 class CrossAttentionBlock(Block):
     """Cross-attention: after self-attention the tokens attend to the embeddings of t and y."""
     own_norms = True
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, parts: Parts = PAPERS
+    ) -> None:
+        super().__init__(hidden_size, num_heads, mlp_ratio, parts)
+        self.norm_cross = parts.make_norm(hidden_size)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, c: Tensor, layout: Layout = ALONE) -> Tensor:
+        x = x + self.attn(self.norm1(x), **layout.attention)
         x = x + self.cross_attn(self.norm_cross(x), c)  # c (N, 2, D)
         return x + self.mlp(self.norm2(x))
 
@@ -187,8 +188,8 @@ class InContextBlock(Block):
     """In-context conditioning: a plain ViT block. Embeddings of t and y are two of its tokens."""
     own_norms = True
 
-    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        x = x + self.attn(self.norm1(x))  # x (N, T + 2, D) has what c would tell
+    def forward(self, x: Tensor, c: Tensor | None, layout: Layout = ALONE) -> Tensor:
+        x = x + self.attn(self.norm1(x), **layout.attention)  # x has what c would tell
         return x + self.mlp(self.norm2(x))
 
 
@@ -196,24 +197,26 @@ class FinalLayer(nn.Module):
     """The last adaLN (shift and scale, no gate) and the linear map from a token to its patch."""
     own_norms, vectors = False, 2  # as in Block
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, parts: Parts = PAPERS
+    ) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=self.own_norms)
+        self.norm_final = parts.make_norm(hidden_size, self.own_norms)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
         if self.vectors:
             self.adaLN_modulation = Modulation(hidden_size, self.vectors)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, layout: Layout = ALONE) -> Tensor:
         """Tokens x (N, T, D) and condition c (N, D) → patches (N, T, P·P·C_out)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = layout.spread(self.adaLN_modulation(c)).chunk(2, dim=-1)
+        return self.linear(modulated(self.norm_final(x), shift, scale))
 
 
 class ViTFinalLayer(FinalLayer):
     """The last LayerNorm, with its own weights, and the linear map: for designs without adaLN."""
     own_norms, vectors = True, 0
 
-    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None, layout: Layout = ALONE) -> Tensor:
         """Tokens x (N, T, D) → patches (N, T, P·P·C_out); c is not looked at."""
         return self.linear(self.norm_final(x))
 
@@ -259,17 +262,22 @@ BLOCKS = {
 class DiT(nn.Module):
     """Predicts the noise in a latent and, with learn_sigma, the variance of p(x_{t-1} | x_t).
 
-    `block` names a design of BLOCKS. num_classes=0 makes an unconditional network, called with
-    y=None. `process` is what a checkpoint's config says that it learned: kept, it changes nothing.
-    `config` holds all other arguments: DiT(**model.config) builds the same network.
-    Raises ValueError for sizes that do not fit together.
+    `input_size` is the latents' side, or (height, width): the grid of tokens that it is trained on.
+    It takes others too, their tokens placed as `extrapolation` says, a name of EXTRAPOLATIONS.
+    `block` names a design of BLOCKS, `positions`, `norm` and `mlp` rows of POSITIONS, NORMS and
+    MLPS; qk_norm normalises queries and keys. num_classes=0 makes an unconditional network, called
+    with y=None. `process` is what a checkpoint's config says that it learned: kept, it changes
+    nothing. `config` holds all other arguments, the last five where they are not the defaults:
+    DiT(**model.config) builds the same network. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
-        self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
+        self, input_size: int | Sequence[int] = 32, patch_size: int = 2, in_channels: int = 4,
         hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
         class_dropout_prob: float = 0.1, num_classes: int = 1000, learn_sigma: bool = True,
-        block: str = "adaln_zero", process: dict | None = None,
+        block: str = "adaln_zero", process: dict | None = None, positions: str = "table",
+        norm: str = "layer", mlp: str = "gelu", qk_norm: bool = False,
+        extrapolation: str = "interpolate",
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = dict(
@@ -278,25 +286,32 @@ class DiT(nn.Module):
             class_dropout_prob=class_dropout_prob, num_classes=num_classes,
             learn_sigma=learn_sigma, block=block,
         )  # fmt: skip
-        check_sizes(**self.config)
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        parts = Parts(positions, norm, mlp, qk_norm)
+        others = parts._asdict() | {"extrapolation": extrapolation}
+        check_choice("block", block, BLOCKS)
+        check_sizes(**self.config, **others)
+        self.config["input_size"] = self.input_size = plain_size(input_size)
+        self.config |= {name: value for name, value in others.items() if value != DEFAULTS[name]}
+        self.patch_size, self.in_channels = patch_size, in_channels
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
-        self.process = process
+        self.process, self.extrapolation = process, extrapolation
+        self.positions, self.design = POSITIONS[positions], BLOCKS[block]
         self.grad_checkpointing = False  # True saves memory: the backward pass runs blocks again
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.design = BLOCKS[block]
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size)  # of any grid
         self.t_embedder = TimestepEmbedder(hidden_size)
         label_table = partial(LabelEmbedder, num_classes, hidden_size, class_dropout_prob)
         self.y_embedder = label_table() if num_classes else None
-        num_tokens = (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
+        table = torch.zeros(1, math.prod(self.grid), hidden_size)
+        has_table = self.positions.has_table
+        self.pos_embed = nn.Parameter(table, requires_grad=False) if has_table else None
         shared = self.design.shared_vectors
         self.shared_modulation = Modulation(hidden_size, shared) if shared else nn.Identity()
-        block_of_design = partial(self.design.block, hidden_size, num_heads, mlp_ratio)
+        block_of_design = partial(self.design.block, hidden_size, num_heads, mlp_ratio, parts)
         self.blocks = nn.ModuleList(block_of_design() for _ in range(depth))
-        self.final_layer = self.design.final_layer(hidden_size, patch_size, self.out_channels)
+        last = hidden_size, patch_size, self.out_channels, parts
+        self.final_layer = self.design.final_layer(*last)
         self.initialize_weights()
 
     @property
@@ -306,8 +321,14 @@ class DiT(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one sample, (C, H, W)."""
-        return self.in_channels, self.input_size, self.input_size
+        """The shape of one sample that the network was trained on, (C, H, W)."""
+        return self.in_channels, *sides(self.input_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of such a sample."""
+        rows, columns = (side // self.patch_size for side in sides(self.input_size))
+        return rows, columns
 
     def initialize_weights(self) -> None:
         """Fill every parameter; afterwards the output is 0.
@@ -321,7 +342,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
         patch_to_token = self.x_embedder.proj
         nn.init.xavier_uniform_(patch_to_token.weight.flatten(1))  # as a Linear (D, C·P·P)
@@ -335,17 +356,10 @@ class DiT(nn.Module):
             if any(part in name for part in at_zero):
                 nn.init.zeros_(parameter)
 
-        if not self.pos_embed.is_meta:  # it has no memory to fill, and the table can take seconds
-            side = self.input_size // self.patch_size
-            table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], side)
+        # On "meta" it has no memory to fill, and the table can take seconds
+        if self.pos_embed is not None and not self.pos_embed.is_meta:
+            table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.grid)
             self.pos_embed.data.copy_(torch.from_numpy(table))
-
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches (N, T, P·P·C_out) → (N, C_out, H, W): tokens row by row, channels innermost."""
-        n, p, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(n, side, side, p, p, self.out_channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
-        return x.reshape(n, self.out_channels, side * p, side * p)  # (N, C_out, H, W)
 
     def embed_conditions(self, t: Tensor, y: Tensor | None, drop: Tensor | None) -> list[Tensor]:
         """Embeddings (N, D) of t and, with classes, y. ValueError for a y missing or needless."""
@@ -355,29 +369,62 @@ class DiT(nn.Module):
         of_t = self.t_embedder(t)
         return [of_t, self.y_embedder(y, self.training, drop)] if self.y_embedder else [of_t]
 
+    def tokens(self, x: Tensor | Packed) -> tuple[Tensor, Layout]:
+        """Tokens (N, T, D) of latents, or (R, L, D) of packed ones, with their positions added; and
+        their Layout. Raises ValueError for latents that do not fit.
+        """
+        head = self.config["hidden_size"] // self.config["num_heads"]
+        placement = Placement(self.positions, self.grid, head, self.extrapolation)
+        if isinstance(x, Packed):
+            if self.design.condition is not summed:
+                raise ValueError(f"blocks of {self.config['block']} do not take packed images")
+            tokens = self.x_embedder(x.tokens.flatten(0, 1)).view(*x.image.shape, -1)  # (R, L, D)
+            return placement.in_rows(tokens, x, self.pos_embed)
+        grid = grid_of(x.shape, self.in_channels, self.patch_size)
+        return placement.in_images(self.x_embedder(x), grid, self.pos_embed)
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Patches (N, T, P·P·C_out) → (N, C_out, H, W): tokens row by row, channels innermost; grid
+        is their rows and columns, None for the trained ones.
+        """
+        n, p, (rows, columns) = x.shape[0], self.patch_size, grid or self.grid
+        x = x.reshape(n, rows, columns, p, p, self.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
+        return x.reshape(n, self.out_channels, rows * p, columns * p)  # (N, C_out, H, W)
+
+    def images(self, patches: Tensor, like: Tensor | Packed) -> Tensor:
+        """Patches (N, T, P·P·C_out) as latents (N, C_out, H, W), or packed, (R, L, C_out, P, P)."""
+        p = self.patch_size
+        if isinstance(like, Packed):  # (R, L, C_out, P, P)
+            return patches.unflatten(-1, (p, p, -1)).permute(0, 1, 4, 2, 3)
+        return self.unpatchify(patches, (like.shape[2] // p, like.shape[3] // p))
+
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor | Packed, t: Tensor, y: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Noisy latents x (N, C, H, W), steps t (N,), labels y (N,) → (N, C_out, H, W).
 
         The output is the predicted noise and, with learn_sigma, C more channels: the fraction v in
         [-1, 1] (not enforced) between the two bounds of the log variance. A label whose entry in
-        force_drop_ids (N,) is 1 is dropped. Raises ValueError for an x of another shape.
+        force_drop_ids (N,) is 1 is dropped. H and W are any that patches fill; N packed latents
+        come back as patches (R, L, C_out, P, P). Raises ValueError for an x of another shape.
         """
-        if x.shape[1:] != self.latent_shape:
-            sizes = ", ".join(map(str, self.latent_shape))
-            raise ValueError(f"x has shape {tuple(x.shape)}, the network takes (N, {sizes})")
         embeddings = self.embed_conditions(t, y, force_drop_ids)
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        x, c = self.design.condition(x, embeddings)
+        tokens, layout = self.tokens(x)  # (N, T, D)
+        count = tokens.shape[1]
+        tokens, c = self.design.condition(tokens, embeddings)
+        layout = layout.appended(tokens.shape[1] - count)
         given = self.shared_modulation(c)  # c itself, but (N, 6·D) in adaln_single
         for block in self.blocks:
             if self.grad_checkpointing and self.training:  # a block draws nothing: no random state
-                x = checkpoint(block, x, given, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(
+                    block, tokens, given, layout, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x, given)
-        x = x[:, : self.pos_embed.shape[1]]  # (N, T, D), without what in_context appended
-        return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
+                tokens = block(tokens, given, layout)
+        tokens = tokens[:, :count]  # (N, T, D), without what in_context appended
+        return self.images(self.final_layer(tokens, c, layout), x)  # (N, C_out, H, W)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | str = 3
@@ -408,58 +455,10 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
 
 
-# The least and the most that a DiT takes. The most is far beyond every network that exists: a
-# damaged configuration, or a slip of the keyboard, ends in a message and does not fill the memory.
-MOST_CLASSES, MOST_RATIO = 10**6, 1024
-MOST_IN_TABLE = 2**28  # numbers in the position table, which is made in float64: 2 GiB
-WHOLE_NUMBERS = {
-    "input_size": (1, 2**14), "patch_size": (1, 2**10), "in_channels": (1, 2**12),
-    "hidden_size": (1, 2**16), "depth": (1, 2**10), "num_heads": (1, 2**12),
-    "num_classes": (0, MOST_CLASSES),
-}  # fmt: skip
+def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | Sequence[int]) -> np.ndarray:
+    """The frozen position table, a float64 array (T, embed_dim), tokens row by row.
 
-
-def check_sizes(
-    class_dropout_prob: float, mlp_ratio: float, learn_sigma: bool, block: str, **whole: Any
-) -> None:
-    """Raise ValueError for arguments of DiT of the wrong kind, out of bounds or that do not fit."""
-    if not isinstance(block, str) or block not in BLOCKS:
-        raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}")
-    for name, (least, most) in WHOLE_NUMBERS.items():
-        value = whole[name]
-        if not hasattr(value, "__index__") or isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r:.60}; it must be a whole number")
-        if not least <= value <= most:
-            bound = f"least {least}" if value < least else f"most {most}"
-            advice = "" if least else "; give the number of classes, or 0 for none"
-            raise ValueError(f"{name} is {value}; it must be at {bound}{advice}")
-    side, patch, width = whole["input_size"], whole["patch_size"], whole["hidden_size"]
-    heads, in_table = whole["num_heads"], (side // patch) ** 2 * width
-    if side % patch:
-        sizes = f"input_size {side} is not a multiple of patch_size {patch}"
-        raise ValueError(f"{sizes}; choose one that is")
-    if width % heads or width % 4:
-        raise ValueError(f"hidden_size {width} must be a multiple of num_heads ({heads}) and of 4")
-    if in_table > MOST_IN_TABLE:
-        sizes = f"input_size {side} with patch_size {patch} and hidden_size {width}"
-        wanted = f"it may have {MOST_IN_TABLE:,}: lower input_size, or take larger patches"
-        raise ValueError(f"{sizes} makes a position table of {in_table:,} numbers; {wanted}")
-    if not is_number(mlp_ratio) or not 0 < mlp_ratio <= MOST_RATIO:
-        raise ValueError(f"mlp_ratio is {mlp_ratio!r}; it must be above 0 and at most {MOST_RATIO}")
-    drop = class_dropout_prob
-    if not is_number(drop) or not 0 <= drop <= 1:
-        raise ValueError(f"class_dropout_prob is {drop!r}; it is a probability, 0 to 1")
-    if learn_sigma not in (True, False):
-        raise ValueError(f"learn_sigma is {learn_sigma!r}; it is true or false")
-
-
-def is_number(value: object) -> bool:
-    """Whether an argument of DiT is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int) -> np.ndarray:
-    """The frozen position table, a float64 array (grid_size², embed_dim), tokens row by row.
+    grid_size is (rows, columns), or the side of a square.
 
     The first half of the columns encodes the token's column in the grid, the second half its row.
     Each half holds sines and then cosines at frequencies 10000^(-i/(embed_dim/4)) (Vaswani et al.
@@ -468,12 +467,13 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int) -> np.ndarray:
     if embed_dim % 4:
         why = "a sine and a cosine for each of two axes need a multiple of 4"
         raise ValueError(f"embed_dim is {embed_dim}; {why}")
+    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     quarter = embed_dim // 4
     frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
-    angles = np.outer(np.arange(grid_size), frequencies)  # (side, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
-    by_column = np.tile(axis, (grid_size, 1))  # (T, D/2)
-    by_row = np.repeat(axis, grid_size, axis=0)  # (T, D/2)
+    angles = np.outer(np.arange(max(rows, columns)), frequencies)  # (longer side, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (longer side, D/2)
+    by_column = np.tile(axis[:columns], (rows, 1))  # (T, D/2)
+    by_row = np.repeat(axis[:rows], columns, axis=0)  # (T, D/2)
     return np.concatenate([by_column, by_row], axis=1)  # (T, D)
 
 

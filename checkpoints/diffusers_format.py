@@ -9,7 +9,8 @@ configuration of the network that it came from is kept under OWN.
 import torch
 
 from checkpoints.network_config import Tensors, arguments_in, check_kind, check_outline, shown
-from models import check_sizes, get_2d_sincos_pos_embed
+from layers.sizes import check_sizes
+from models import get_2d_sincos_pos_embed
 
 # The second in folders older than the first
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from layers.parts import DEFAULTS
 from models import DiT
 
 Tensors = dict[str, torch.Tensor]  # a state dict
@@ -25,7 +26,7 @@ ARGUMENTS = {
     if name not in NOT_ARGUMENTS
 }
 # Arguments that files of earlier versions lack, at what they meant there
-LATER = {"block": "adaln_zero"}
+LATER = {"block": "adaln_zero", **DEFAULTS}
 
 
 def arguments_in(config: dict) -> dict:

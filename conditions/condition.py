@@ -9,8 +9,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models import DiT
-
 Keywords = dict[str, Tensor]  # of the network's forward pass
 
 
@@ -38,6 +36,15 @@ class Condition(Protocol):
 
         Raises ValueError without such a value.
         """
+
+
+class Labelled(Protocol):
+    """What is looked at in a network that takes labels."""
+
+    num_classes: int
+
+    @property
+    def null_label(self) -> int | None: ...
 
 
 class LabelCondition(NamedTuple):
@@ -78,6 +85,6 @@ class LabelCondition(NamedTuple):
         return {"y": torch.cat([values, torch.full_like(values, self.null_label)])}  # (2N,)
 
 
-def condition_of(network: DiT) -> Condition:
+def condition_of(network: Labelled) -> Condition:
     """What a network is conditioned on."""
     return LabelCondition(network.num_classes, network.null_label)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import MOST_CLASSES
+from layers.sizes import MOST_CLASSES
 from runtime.limits import Range
 
 # How many classes a network may have

@@ -17,8 +17,7 @@ from flow.adaptive import ATOL, RTOL, adaptive_ode, check_tolerances
 from flow.flow import Flow, even_times
 from flow.prediction import Prediction
 from flow.solvers import LAST_STEP_SIZE, Moment, check_finite, ode, sde
-from models import DiT
-from processes.process import QUARTERS, Network, NoiseFunction, Solver, StepNetwork
+from processes.process import Learner, Network, NoiseFunction, QUARTERS, Solver, StepNetwork
 
 MOST_STEPS = 10_000
 # Between the three times from which the slope of dopri5's solution is taken, at most: what the
@@ -85,7 +84,7 @@ class FlowProcess:
         return {name: config[name] for name in cls.settings}
 
     @classmethod
-    def of(cls, network: DiT, said: Mapping[str, Any]) -> "FlowProcess":
+    def of(cls, network: Learner, said: Mapping[str, Any]) -> "FlowProcess":
         """The flow with these settings, the defaults in place of those that are not said.
 
         Raises ValueError for settings that it cannot have.

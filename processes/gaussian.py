@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusion import SpacedDiffusion, create_diffusion
-from models import DiT
-from processes.process import QUARTERS, Network, NoiseFunction, Solver, StepNetwork
+from processes.process import Learner, Network, NoiseFunction, QUARTERS, Solver, StepNetwork
 
 TRAINED_STEPS = 1000
 SCHEDULE = "linear"
@@ -74,7 +73,7 @@ class GaussianProcess:
         return {}
 
     @classmethod
-    def of(cls, network: DiT, said: Mapping[str, Any]) -> "GaussianProcess":
+    def of(cls, network: Learner, said: Mapping[str, Any]) -> "GaussianProcess":
         """The process of a network, whose learn_sigma is the process's.
 
         Raises ValueError for settings that are not of `config`.

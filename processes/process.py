@@ -14,8 +14,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models import DiT
-
 QUARTERS = 4  # of the noise levels, for which one part of the loss is also told apart
 
 Network = Callable[[Tensor, Tensor], Tensor]  # called as network(x_t, t)
@@ -29,6 +27,13 @@ class StepNetwork(Protocol):
         """What the network makes of x (N, C, *space) at times t (N,); `step` is the index among the
         trajectory's steps, a Python number, so that nobody has to read t back from a GPU.
         """
+
+
+class Learner(Protocol):
+    """What a process looks at in the network that learns it."""
+
+    in_channels: int
+    learn_sigma: bool
 
 
 class Solver(NamedTuple):
@@ -72,7 +77,7 @@ class Process(Protocol):
         """
 
     @classmethod
-    def of(cls, network: DiT, said: Mapping[str, Any]) -> "Process":
+    def of(cls, network: Learner, said: Mapping[str, Any]) -> "Process":
         """The process of a network, with the settings that `said`, a `config` in a file, has.
 
         Raises ValueError for settings that the process cannot have.

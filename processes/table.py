@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from models import DiT
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
-from processes.process import Process, Solver
+from processes.process import Learner, Process, Solver
 
 PROCESSES: dict[str, type[Process]] = {
     GaussianProcess.name: GaussianProcess, FlowProcess.name: FlowProcess,
@@ -22,7 +21,7 @@ SOLVERS: dict[str, Solver] = {
 SETTINGS: tuple[str, ...] = tuple(name for kind in KINDS for name in kind.settings)
 
 
-def process_of(network: DiT, said: Mapping[str, Any] | None = None) -> Process:
+def process_of(network: Learner, said: Mapping[str, Any] | None = None) -> Process:
     """The process that a network has learned, or is to learn.
 
     `said` is what its file says under `process`, a Process's `config`; None is what the network was

@@ -26,21 +26,25 @@ MAY_IMPORT = {
     "runtime": set(),
     "diffusion": set(),
     "flow": set(),
-    "models": set(),
+    "layers": set(),
+    "models": {"layers"},
     "vae": {"runtime"},
-    "processes": {"runtime", "diffusion", "flow", "models"},
-    "conditions": {"runtime", "models"},
-    "checkpoints": {"runtime", "diffusion", "models", "vae", "processes", "conditions"},
+    "processes": {"runtime", "diffusion", "flow"},
+    "conditions": {"runtime", "layers"},
+    "checkpoints": {
+        "runtime", "diffusion", "layers", "models", "vae", "processes", "conditions",
+    },
     "data": {"runtime", "vae", "conditions"},
     "evaluation": {
         "runtime", "flow", "models", "vae", "processes", "conditions", "checkpoints", "data",
     },
     "sampling": {
-        "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",
+        "runtime", "diffusion", "flow", "layers", "models", "vae", "processes", "conditions",
+        "checkpoints",
     },
     "training": {
-        "runtime", "diffusion", "flow", "models", "vae", "processes", "conditions", "checkpoints",
-        "data", "evaluation", "sampling",
+        "runtime", "diffusion", "flow", "layers", "models", "vae", "processes", "conditions",
+        "checkpoints", "data", "evaluation", "sampling",
     },
     "page": {"runtime", "models", "processes", "conditions", "checkpoints", "sampling"},
 }  # fmt: skip
@@ -64,7 +68,10 @@ HOMES = {
         "runtime/team.py", "training/assembly.py", "training/records.py",
         "evaluation/report.py",
     },
-    "timm": {"models.py", "conditions/labels.py", "evaluation/features.py"},
+    "timm": {
+        "models.py", "layers/parts.py", "layers/positions.py", "conditions/labels.py",
+        "evaluation/features.py",
+    },
     "torchvision": {"conditions/labels.py", "data/listing.py", "training/records.py"},
     "huggingface_hub": {"checkpoints/names.py", "runtime/offline.py"},
     "torchode": {"flow/adaptive.py"},
@@ -249,8 +256,9 @@ def test_diffusion_knows_torch_and_numpy_only(path):
     assert packages(path, top_level_only=True) <= known  # tqdm where progress is asked for
 
 
-def test_models_know_torch_numpy_and_timm_only():
-    assert packages(ROOT / "models.py") <= {"torch", "numpy", "timm"} | sys.stdlib_module_names
+def test_models_know_torch_numpy_timm_and_layers_only():
+    known = {"torch", "numpy", "timm", "layers"} | sys.stdlib_module_names
+    assert packages(ROOT / "models.py") <= known
 
 
 @pytest.mark.parametrize("library", HOMES)

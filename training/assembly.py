@@ -21,6 +21,7 @@ from data.opening import open_source
 from data.options import DataOptions
 from data.source import Source
 from evaluation.features import load_extractor
+from layers.parts import DEFAULTS as PARTS
 from models import DiT, DiT_models
 from processes.table import process_of
 from runtime.limits import check_memory
@@ -236,6 +237,7 @@ def build_state(
     network = DiT_models[options.model](
         input_size=side, in_channels=space.shape.channels, num_classes=options.num_classes,
         block=options.block, learn_sigma=bool(options.learn_sigma),
+        **{name: getattr(options, name) for name in PARTS},
     )  # fmt: skip
     process, note = process_of(network, options.process_said), None
     if options.init_from is not None and fresh:

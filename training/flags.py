@@ -80,6 +80,21 @@ def add_network_flags(add: Add) -> None:
     add("--model", metavar="MODEL", help=models)
     add("--block", help="how t and y reach the tokens (default: %(default)s)")
     add(
+        "--positions",
+        help="how tokens know where they are: a table that is added to them, rotated queries and "
+        "keys (RoPE), or both (default: %(default)s)",
+    )  # fmt: skip
+    add("--norm", help="LayerNorm or RMSNorm (default: %(default)s)")
+    add("--mlp", help="GELU, or SwiGLU with as many parameters (default: %(default)s)")
+    qk_norm = "normalise the queries and keys of each head (default: off)"
+    add("--qk-norm", action="store_true", help=qk_norm)
+    add(
+        "--extrapolation",
+        help="positions of tokens in images of another size than --image-size: interpolated "
+        "within the known ones, extended beyond these, a crop of their middle, or ntk, which "
+        "extends and slows rotations down (default: %(default)s)",
+    )  # fmt: skip
+    add(
         "--vae",
         help="ema, mse, a hub id, a local folder, or none for pixels (default: %(default)s)",
     )  # fmt: skip

@@ -17,6 +17,7 @@ from evaluation.metrics import SCORED
 from flow.flow import LOSS_WEIGHTS
 from flow.paths import PATHS as FLOW_PATHS
 from flow.prediction import PREDICTIONS
+from layers.parts import DEFAULTS as PARTS, NAMES
 from models import BLOCKS, DiT_models
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
@@ -28,7 +29,7 @@ DECIDING = (
     "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size",
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
     "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
-    *SETTINGS, "learn_sigma",
+    *SETTINGS, "learn_sigma", *PARTS,
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -51,7 +52,7 @@ CHOICES: dict[str, Collection[str]] = {
     "model": DiT_models, "block": BLOCKS, "mixed_precision": ["no", "bf16"],
     "on_save_error": ["stop", "continue"], "log_with": ["tensorboard", "wandb"],
     "device": ["cpu", "cuda", "mps"], "process": WORDS, "path": FLOW_PATHS,
-    "prediction": PREDICTIONS, "loss_weight": [word for word in LOSS_WEIGHTS if word],
+    "prediction": PREDICTIONS, "loss_weight": [word for word in LOSS_WEIGHTS if word], **NAMES,
 }  # fmt: skip
 
 
@@ -74,6 +75,11 @@ class TrainOptions:
     # network
     model: str = "DiT-XL/2"
     block: str = "adaln_zero"
+    positions: str = PARTS["positions"]
+    norm: str = PARTS["norm"]
+    mlp: str = PARTS["mlp"]
+    qk_norm: bool = PARTS["qk_norm"]
+    extrapolation: str = PARTS["extrapolation"]
     vae: str = DataOptions.vae
     init_from: Path | str | None = None
     init_labels: str = "keep"

@@ -24,7 +24,8 @@ import extract_latents
 from runtime import limits
 from training import flags as training_flags
 from runtime.limits import check_memory, check_numbers
-from models import DiT, MOST_CLASSES
+from layers.sizes import MOST_CLASSES
+from models import DiT
 import sample
 import train
 

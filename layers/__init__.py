@@ -1,0 +1,1 @@
+"""What a transformer is built of beyond timm's layers: positions, norms, MLPs, packing."""

@@ -1,0 +1,151 @@
+"""Where a token is in its image: sines and cosines that are added to it, or rotate it.
+
+Both are made for the grid of tokens that the network sees. Where that is not the grid that it was
+trained on, an Extrapolation says which coordinates its tokens have. Shapes: `index` and `grid` are
+(..., 2), a token's row and column, and how many rows and columns its image has; `trained` is the
+trained grid, a tuple (rows, columns).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from timm.layers.attention import Attention, AttentionRope
+from torch import Tensor, nn
+
+BASE = 10000.0  # of all wavelengths: the longest is 2π times this (Vaswani et al. 2017, 3.5)
+
+
+class Positions(NamedTuple):
+    """How a network knows where tokens are: by a table that is added, by rotating queries and keys
+    in each attention, or by both.
+    """
+
+    has_table: bool
+    rotates: bool
+
+    @property
+    def attention(self) -> Callable[..., nn.Module]:
+        """The class of attention that this takes; both kinds name their parameters alike."""
+        return _rotating_attention if self.rotates else Attention
+
+
+def _rotating_attention(*sizes, **options):
+    return AttentionRope(*sizes, num_prefix_tokens=0, **options)
+
+
+POSITIONS = {
+    "table": Positions(True, False), "rope": Positions(False, True),
+    "table+rope": Positions(True, True),
+}  # fmt: skip
+
+
+class Extrapolation(NamedTuple):
+    """Which coordinates the tokens of a grid have that is not the trained one, on each axis apart.
+
+    coordinate(i, n, trained) is that of the tokens i (...) of n (...) in a row or column, where the
+    network was trained with `trained`; stretch(n, trained) (...) is how much longer the longest
+    wavelength of a rotation is to be.
+    """
+
+    coordinate: Callable[[Tensor, Tensor, int], Tensor]
+    stretch: Callable[[Tensor, int], Tensor]
+
+
+def _counted(i, n, trained):
+    return i
+
+
+def _spread(i, n, trained):
+    return i * trained / n
+
+
+def _central(i, n, trained):
+    return i + (trained - n) / 2
+
+
+def _unstretched(n, trained):
+    return torch.ones_like(n)
+
+
+def _stretched(n, trained):
+    return (n / trained).clamp(min=1)
+
+
+# interpolate: tokens lie closer, or further apart, and span what the trained grid spans.
+# extend: they are counted from 0, on beyond the trained grid. crop: they are the middle of the
+# trained grid. ntk: counted from 0, rotations being slowed so that the slowest turns as far over
+# the grid as over the trained one (NTK-aware scaling, bloc97 2023); a table is interpolated.
+EXTRAPOLATIONS = {
+    "interpolate": Extrapolation(_spread, _unstretched),
+    "extend": Extrapolation(_counted, _unstretched),
+    "crop": Extrapolation(_central, _unstretched),
+    "ntk": Extrapolation(_counted, _stretched),
+}
+OF_A_TABLE = EXTRAPOLATIONS | {"ntk": EXTRAPOLATIONS["interpolate"]}
+
+
+def grid_index(rows: int, columns: int, device: torch.device | str = "cpu") -> Tensor:
+    """Row and column of each token of a grid, (T, 2), tokens row by row."""
+    axes = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    return torch.cartesian_prod(*axes).reshape(-1, 2)  # (T, 2), also of a single token
+
+
+def check_grid(extrapolation: str, grid: tuple[int, int], trained: tuple[int, int]) -> None:
+    """Raise ValueError for a grid that the extrapolation has no coordinates for."""
+    if extrapolation == "crop" and any(side > most for side, most in zip(grid, trained)):
+        raise ValueError(
+            f"a grid of {grid[0]} x {grid[1]} tokens is beyond the position table of "
+            f'{trained[0]} x {trained[1]}, of which `extrapolation="crop"` takes the middle; pass '
+            f"another: {', '.join(name for name in EXTRAPOLATIONS if name != 'crop')}"
+        )
+
+
+def table(
+    index: Tensor, grid: Tensor, trained: tuple[int, int], width: int, extrapolation: str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """What is added to tokens with this index in images of this grid, (..., width).
+
+    Of the trained grid itself it is models.get_2d_sincos_pos_embed, up to rounding.
+    """
+    angles = _angles(index, grid, trained, width // 4, OF_A_TABLE[extrapolation], dtype)
+    halves = [torch.cat([of.sin(), of.cos()], dim=-1) for of in reversed(angles)]  # columns first
+    return torch.cat(halves, dim=-1)  # (..., D)
+
+
+def rotation(
+    index: Tensor, grid: Tensor, trained: tuple[int, int], width: int, extrapolation: str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Sines and then cosines (..., 2·width) by which timm's attention rotates the queries and keys,
+    of `width` numbers each, of tokens with this index in images of this grid.
+
+    A rotation turns pairs of neighbouring numbers, the first half of them by the token's row, the
+    second by its column (Su et al. 2021, once per axis).
+    """
+    angles = _angles(index, grid, trained, width // 4, EXTRAPOLATIONS[extrapolation], dtype)
+    of_pairs = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)  # (..., width)
+    return torch.cat([of_pairs.sin(), of_pairs.cos()], dim=-1)  # (..., 2·width)
+
+
+def _angles(index, grid, trained, count, extrapolation, dtype):
+    """[of rows, of columns]: coordinates times `count` frequencies, (..., count) each.
+
+    Frequencies are BASE^(-k/count), and where the extrapolation stretches by s, smaller by a factor
+    s^(k/(count - 1)): the last one by s.
+    """
+    k = torch.arange(count, dtype=dtype, device=index.device)
+    frequencies, angles = BASE ** (-k / count), []
+    for i, n, side in zip(index.to(dtype).unbind(-1), grid.to(dtype).unbind(-1), trained):
+        stretch = extrapolation.stretch(n, side).unsqueeze(-1) ** (-k / max(1, count - 1))
+        where = extrapolation.coordinate(i, n, side).unsqueeze(-1)  # (..., 1)
+        angles.append(where * frequencies * stretch)  # (..., count)
+    return angles
+
+
+def unturned(rope: Tensor, more: int) -> Tensor:
+    """A rotation (T, 2·width), and after it so many tokens that are not turned."""
+    still = torch.zeros(more, rope.shape[-1], dtype=rope.dtype, device=rope.device)
+    still[:, rope.shape[-1] // 2 :] = 1  # cosines
+    return torch.cat([rope, still])  # (T + more, 2·width)

@@ -1,0 +1,122 @@
+"""What sizes a DiT may have, and the grids of tokens that they make."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from layers.parts import DEFAULTS, NAMES
+from layers.positions import POSITIONS, Positions
+
+# The least and the most that a DiT takes. The most is far beyond every network that exists: a
+# damaged configuration, or a slip of the keyboard, ends in a message and does not fill the memory.
+MOST_CLASSES, MOST_RATIO = 10**6, 1024
+MOST_IN_TABLE = 2**28  # numbers in the position table, which is made in float64: 2 GiB
+WHOLE_NUMBERS = {
+    "input_size": (1, 2**14), "patch_size": (1, 2**10), "in_channels": (1, 2**12),
+    "hidden_size": (1, 2**16), "depth": (1, 2**10), "num_heads": (1, 2**12),
+    "num_classes": (0, MOST_CLASSES),
+}  # fmt: skip
+
+
+def plain_size(input_size: int | Sequence[int]) -> int | list[int]:
+    """The side of a square, or [height, width], as a configuration has it."""
+    if isinstance(input_size, Sequence):
+        height, width = map(int, input_size)
+        return height if height == width else [height, width]
+    return input_size
+
+
+def sides(input_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    height, width = input_size if isinstance(input_size, Sequence) else (input_size, input_size)
+    return height, width
+
+
+def grid_of(shape: Sequence[int], channels: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens of latents of a shape (N, C, H, W).
+
+    Raises ValueError for another number of channels, and for sides that patches do not fill.
+    """
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(
+            f"x has shape {tuple(shape)}, the network takes (N, {channels}, height, width)"
+        )
+    height, width = shape[2:]
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"x has shape {tuple(shape)}, whose height and width patches of {patch_size} do not "
+            f"fill; the network takes (N, {channels}, height, width), multiples of {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r:.60}; choose one of {', '.join(choices)}")
+
+
+def check_sizes(
+    input_size: int | Sequence[int], class_dropout_prob: float, mlp_ratio: float,
+    learn_sigma: bool, positions: str = "table", qk_norm: bool = False, **others: Any,
+) -> None:  # fmt: skip
+    """Raise ValueError for arguments of DiT of the wrong kind, out of bounds or that do not fit."""
+    for name, rows in NAMES.items():
+        check_choice(name, {"positions": positions, **others}.get(name, DEFAULTS[name]), rows)
+    if isinstance(input_size, Sequence) and len(input_size) != 2:
+        raise ValueError(
+            f"input_size is {input_size!r:.60}; it must be a whole number, or a height and a width"
+        )
+    height, width = sides(input_size)
+    check_whole({"input_size": height, **others})
+    check_whole({"input_size": width, **others})
+    check_fit(height, width, POSITIONS[positions], **others)
+    if not is_number(mlp_ratio) or not 0 < mlp_ratio <= MOST_RATIO:
+        raise ValueError(f"mlp_ratio is {mlp_ratio!r}; it must be above 0 and at most {MOST_RATIO}")
+    drop = class_dropout_prob
+    if not is_number(drop) or not 0 <= drop <= 1:
+        raise ValueError(f"class_dropout_prob is {drop!r}; it is a probability, 0 to 1")
+    for name, value in {"learn_sigma": learn_sigma, "qk_norm": qk_norm}.items():
+        if value not in (True, False):
+            raise ValueError(f"{name} is {value!r:.60}; it is true or false")
+
+
+def check_whole(whole: Mapping[str, Any]) -> None:
+    """Raise ValueError unless arguments of WHOLE_NUMBERS are whole numbers in their bounds."""
+    for name, (least, most) in WHOLE_NUMBERS.items():
+        value = whole[name]
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r:.60}; it must be a whole number")
+        if not least <= value <= most:
+            bound = f"least {least}" if value < least else f"most {most}"
+            advice = "" if least else "; give the number of classes, or 0 for none"
+            raise ValueError(f"{name} is {value}; it must be at {bound}{advice}")
+
+
+def check_fit(
+    height: int, width: int, positions: Positions, patch_size: int, hidden_size: int,
+    num_heads: int, **_: Any,
+) -> None:  # fmt: skip
+    """Raise ValueError for sizes of a DiT that do not fit together."""
+    named = f"input_size {height if height == width else [height, width]}"
+    if height % patch_size or width % patch_size:
+        sizes = f"{named} is not a multiple of patch_size {patch_size}"
+        raise ValueError(f"{sizes}; choose one that is")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(
+            f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4"
+        )
+    if positions.rotates and hidden_size // num_heads % 4:
+        raise ValueError(
+            f"hidden_size {hidden_size} gives each of num_heads {num_heads} "
+            f"{hidden_size // num_heads} numbers; positions that rotate them need a multiple of 4"
+        )
+    in_table = (height // patch_size) * (width // patch_size) * hidden_size
+    if in_table > MOST_IN_TABLE:
+        sizes = f"{named} with patch_size {patch_size} and hidden_size {hidden_size}"
+        wanted = f"it may have {MOST_IN_TABLE:,}: lower input_size, or take larger patches"
+        raise ValueError(f"{sizes} makes a position table of {in_table:,} numbers; {wanted}")
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument of DiT is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
