@@ -33,10 +33,10 @@ KINDS = {
 
 
 class BlockTracer(fx.Tracer):
-    """Traces a block down to its own modules, and `modulate` as one step."""
+    """Traces a block down to its own modules, and `modulated` as one step."""
 
     def __init__(self):
-        super().__init__(autowrap_functions=(models.modulate,))
+        super().__init__(autowrap_functions=(models.modulated,))
 
     def is_leaf_module(self, module, name):
         return True
@@ -53,8 +53,13 @@ def trace(block):
         network(
             torch.zeros(BATCH, 4, 32, 32), torch.zeros(BATCH), torch.zeros(BATCH, dtype=torch.long)
         )
-        module = fx.GraphModule(network.blocks[0], BlockTracer().trace(network.blocks[0]))
-        ShapeProp(module).propagate(*given)
+        tokens, condition, layout = given
+        graph = BlockTracer().trace(network.blocks[0], concrete_args={"layout": layout})
+        for node in reversed(graph.nodes):  # what is left of the layout, which changes nothing here
+            if not node.users and node.op != "output":
+                graph.erase_node(node)
+        module = fx.GraphModule(network.blocks[0], graph)
+        ShapeProp(module).propagate(tokens, condition)
     return module
 
 
@@ -97,7 +102,9 @@ def label(node, module):
             "c": "six vectors of shared_modulation" if shared else "condition c",
         }
         return names[node.target], shape_of(node)
-    formulas = {models.modulate: "· (1 + scale) + shift", operator.mul: "· gate", operator.add: "+"}
+    formulas = {
+        models.modulated: "· (1 + scale) + shift", operator.mul: "· gate", operator.add: "+",
+    }  # fmt: skip
     return formulas[node.target], shape_of(node)
 
 
