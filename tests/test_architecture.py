@@ -60,6 +60,18 @@ def test_the_table_of_designs():
         )
 
 
+def test_the_table_of_parts():
+    """Under each argument what it makes of XL/2's parameters."""
+    part = {"positions": "rope", "norm": "rms", "mlp": "swiglu", "qk_norm": True}
+    rows = {row[0].strip("`"): row[2] for row in cells("`[a-z_]+`") if row[0].strip("`") in part}
+    assert rows.keys() == part.keys()
+    with torch.device("meta"):
+        for name, value in part.items():
+            network = DiT_models["DiT-XL/2"](**{name: value})
+            count = sum(parameter.numel() for parameter in network.parameters())
+            assert rows[name].split()[-1] == f"{count:,}"
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_figures_are_those_that_the_code_draws(block):
     assert (ROOT / "docs" / f"block-{block}.svg").read_text(encoding="utf-8") == draw_blocks.draw(
