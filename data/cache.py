@@ -26,6 +26,7 @@ class CachedLatents(Dataset):
 
     notes: tuple[str, ...] = ()
     sample_hash = ""  # `hash` says it all
+    sizes = None
 
     def __init__(self, folder: Path | str, argument: str = "latents") -> None:
         folder = Path(folder)
