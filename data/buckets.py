@@ -4,6 +4,7 @@ A bucket is all images that are brought to one size, (height, width).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,9 @@ class BucketBatches(StepBatches):
     another epoch. Raises ValueError if no bucket has as many images as a batch takes.
     """
 
-    def __init__(self, sizes: Sequence[Size], global_batch_size: int, *others, **more) -> None:
+    def __init__(
+        self, sizes: Sequence[Size], global_batch_size: int, *others: Any, **more: Any
+    ) -> None:
         self.buckets = list(in_buckets(sizes).values())
         super().__init__(len(sizes), global_batch_size, *others, **more)
 

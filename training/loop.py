@@ -101,8 +101,7 @@ def one_step(
         state.network.config["class_dropout_prob"], state.process, device,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    make = ragged_latents if isinstance(batch, Ragged) else to_latents
-    latents = make(job.space, batch, draws.vae_noise)  # (n, C, h, w), or n of (C, h, w)
+    latents = all_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w), or n of (C, h, w)
     old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes
     reduce = partial(accelerator.reduce, reduction="sum")
     return train_step(state, latents, labels, draws, reduce, bool(signals.received), old)
@@ -190,11 +189,13 @@ def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
     return space.draw(mean, std, first_numbers(noise, mean.shape[1:]))
 
 
-def ragged_latents(space: Space, batch: Ragged, noise: Tensor) -> list[Tensor]:
-    """The same of images or moments of several shapes: n scaled latents (C, h, w).
+def all_latents(space: Space, batch: Tensor | Ragged, noise: Tensor) -> Tensor | list[Tensor]:
+    """As to_latents; of images or moments of several shapes n scaled latents (C, h, w).
 
     Those of one shape are encoded together.
     """
+    if isinstance(batch, Tensor):
+        return to_latents(space, batch, noise)
     parts = batch.parts()
     latents = list(parts)
     for shape in dict.fromkeys(batch.shapes):

@@ -1,6 +1,6 @@
 """The losses of images of their own sizes, packed into rows of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 
 import torch
@@ -20,7 +20,7 @@ def first_numbers(noise: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def packed_losses(
-    process: Process, network: Callable[[Packed, Tensor], Tensor], latents: Sequence[Tensor],
+    process: Process, network: Callable[[Packed, Tensor], Tensor], latents: Iterable[Tensor],
     t: Tensor, noise: Tensor, patch_size: int, length: int,
 ) -> dict[str, Tensor]:  # fmt: skip
     """{name: (n,)} for each part of a process's loss, as process.losses has them of images that are

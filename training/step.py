@@ -73,7 +73,7 @@ def train_step(
     sums = torch.zeros(len(state.window.summed), device=device)
     per_part = -(-share // state.recipe.grad_accum)
     of_samples = latents, labels, draws.t, draws.drop, draws.noise
-    parts = [
+    parts: list[Any] = [
         [values[start : start + per_part] for values in of_samples]
         for start in range(0, share, per_part)
     ]
