@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 import hashlib
+import math
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,9 +21,12 @@ from data.buckets import bucket_steps, in_buckets
 from data.listing import check_outside
 from data.opening import open_source
 from data.options import DataOptions
+from data.shapes import SQUARE
 from data.source import Source
 from evaluation.features import load_extractor
 from layers.parts import DEFAULTS as PARTS
+from layers.positions import check_grid
+from layers.sizes import sides
 from models import DiT, DiT_models
 from processes.table import process_of
 from runtime.limits import check_memory
@@ -169,6 +173,11 @@ def load_data(options: TrainOptions, accelerator: Accelerator) -> tuple[Source, 
     """
     chosen = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
     source = open_source(DataOptions(**chosen), partial(once, accelerator))
+    if options.sizes != SQUARE and source.sizes is None:
+        flag = "aspect_buckets" if options.aspect_buckets else "pack"
+        raise ValueError(
+            f"`{flag}` is for images of many sizes, and those here all have one; leave `{flag}` out"
+        )
     return source, Data(source.hash, source.sample_hash)
 
 
@@ -192,14 +201,19 @@ def last_step_of(options: TrainOptions, source: Source) -> int:
 
 def check_shapes(options: TrainOptions, source: Source, space: Space) -> None:
     """Raise ValueError for images of sizes of their own that the options cannot train on."""
+    if options.sizes == SQUARE:
+        return
     unit = space.shape.ratio * options.patch_size
+    trained = sides(options.image_size)
     for height, width in set(source.sizes or ()):
-        if height % unit or width % unit or height * width > options.image_size**2:
+        if height % unit or width % unit or height * width > math.prod(trained):
             raise ValueError(
                 f"an image of {height}x{width} is not made of whole tokens of {unit}x{unit} "
                 f"pixels, or larger than `image_size` {options.image_size} squared; "
                 "choose another `model` or `image_size`"
             )
+        known = trained[0] // unit, trained[1] // unit
+        check_grid(options.extrapolation, (height // unit, width // unit), known)
     if options.pack is not None:
         check_room(source.sizes or (), unit, options.pack)
 

@@ -75,7 +75,9 @@ def warm_up_together(job: Job) -> None:
     processes, device = job.accelerator.num_processes, job.accelerator.device
     if processes > 1:
         share = job.options.global_batch_size // processes // job.options.grad_accum
-        latent = job.state.network.latent_shape
+        latent, side = job.state.network.latent_shape, job.state.network.patch_size
+        if job.options.pack is not None:  # a row need not have room for a square
+            latent = latent[0], side, side
         warm_up(job.state, torch.zeros(share, *latent, device=device))
 
 

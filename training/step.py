@@ -124,7 +124,7 @@ def backward(
     process, condition = state.process, condition_of(state.network).dropped(labels, drop)
 
     def predict(x, t):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=state.recipe.bf16):
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=state.recipe.bf16):
             return state.model(x, t, **condition).float()  # x: latents, or Packed
 
     losses = losses_of(state, predict, latents, t, noise)
