@@ -123,6 +123,7 @@ def test_a_step_in_a_bucket_takes_the_first_numbers_of_its_noise():
     assert torch.equal(parameters_of(first), parameters_of(second))
 
 
+@pytest.mark.long
 def test_compiled_blocks_take_rows_that_come_in_any_number():
     network = small_dit(positions="rope")
     images = [randn(4, 2 * h, 2 * w, seed=i) for i, (h, w) in enumerate(GRIDS)]
@@ -152,7 +153,7 @@ def test_operations_are_the_mean_over_images_each_by_itself():
 SHAPED = [*QUICK, "--model", "DiT-Ti/4", "--lr", "1e-3"]
 KINDS = {
     "buckets": ["--aspect-buckets"],
-    "packed": ["--pack", "20", "--positions", "rope", "--process", "flow", "--cosine-loss"],
+    "packed": ["--pack", "20", "--positions", "rope", "--process", "flow"],
 }
 SHAPES = [(20, 12), (16, 16), (12, 20), (40, 24), (10, 8), (30, 90), (16, 17)]
 
@@ -208,7 +209,7 @@ def test_two_processes_learn_what_one_does(shaped, tmp_path, kind, more):
             torch.testing.assert_close(found[part][key], tensor, rtol=1e-3, atol=5e-4)
     both = rows(folder), rows(tmp_path / "alone" / "000-DiT-Ti-4")
     for ours, theirs in zip(*both, strict=True):
-        for key in ("loss", "mse", "mse_q2", "gradient_norm"):
+        for key in ("loss", "mse", "gradient_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
 
 
