@@ -7,6 +7,7 @@ __getattr__ = handed_on(
     __name__,
     {
         "data.batches": "collate stack StepBatches steps_per_epoch",
+        "data.buckets": "BucketBatches",
         "data.cache": "CachedLatents open_cache check_labels find_damage",
         "data.cache_format": "check_manifest",
         "data.cache_writer": "cache_latents",

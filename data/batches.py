@@ -1,6 +1,8 @@
 """Which samples a step sees, and how they become a batch."""
 
 from collections.abc import Iterable, Iterator
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +21,40 @@ def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor, list[BadI
     """(images or moments (n, ...), labels (n,), bad images met). If one image could not be read
     and none stands in for it, images is None.
     """
+    return _collated(items, stack)
+
+
+class Ragged(NamedTuple):
+    """Images or moments of several shapes: all their numbers, one after another, in `flat`."""
+
+    flat: Tensor
+    shapes: list[tuple[int, ...]]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Ragged":
+        """The same on a device."""
+        return self._replace(flat=self.flat.to(device, non_blocking=non_blocking))
+
+    def parts(self) -> list[Tensor]:
+        """Each of them, in order."""
+        parts = self.flat.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(*shape) for part, shape in zip(parts, self.shapes)]
+
+
+def collate_ragged(
+    items: list[TrainingItem],
+) -> tuple[Ragged | None, Tensor, list[BadImage]]:
+    """As `collate`, of images or moments that have shapes of their own."""
+    return _collated(items, _ragged)
+
+
+def _ragged(tensors):
+    flat = torch.cat([one.flatten() for one in tensors])
+    return Ragged(stack([flat])[0], [tuple(one.shape) for one in tensors])
+
+
+def _collated(items, join):
     images, labels, bad = zip(*items)
-    batch = None if any(image is None for image in images) else stack(images)
+    batch = None if any(image is None for image in images) else join(images)
     return (
         batch, stack([torch.tensor(label) for label in labels]),
         [one for several in bad for one in several],
@@ -53,10 +87,10 @@ class StepBatches(Sampler):
         rank: int = 0, world_size: int = 1, flip: bool = True,
     ) -> None:  # fmt: skip
         self.num_images, self.batch, self.seed = num_images, global_batch_size, seed
-        self.steps_per_epoch = steps_per_epoch(num_images, global_batch_size)
+        self.steps_per_epoch = self.count_steps()
         self.start, self.stop, self.flip = start, stop, flip
         self.ordered_epoch: int | None = None  # the epoch that was asked for last
-        self.order = np.empty(0, np.int64)  # its permutation
+        self.order = np.empty(0, np.int64)  # its images, batch after batch
         share = global_batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
 
@@ -74,9 +108,17 @@ class StepBatches(Sampler):
         """Which images the global batch of a step holds, an int64 array (global_batch_size,)."""
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.ordered_epoch:
-            self.order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.num_images)
+            self.order = self.order_of(np.random.default_rng([self.seed, 0, epoch]))
             self.ordered_epoch = epoch
         return self.order[i * self.batch : (i + 1) * self.batch]
+
+    def count_steps(self) -> int:
+        """Steps of an epoch. Raises ValueError if there is none."""
+        return steps_per_epoch(self.num_images, self.batch)
+
+    def order_of(self, generator: np.random.Generator) -> np.ndarray:
+        """The images of an epoch, whole batches and what is left over, drawn from its generator."""
+        return generator.permutation(self.num_images)
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:

@@ -1,6 +1,7 @@
 """Reading a folder of cached latents, which cache_writer.py wrote: as a source, and to find damage.
 """
 
+from collections.abc import Sequence
 import hashlib
 from pathlib import Path
 import zlib
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from data.cache_format import LABELS, MANIFEST, MOMENTS, check_manifest, moments_shape
+from data.shapes import Size
 from data.source import TrainingItem
 from runtime.json_files import read_json
 
@@ -26,6 +28,7 @@ class CachedLatents(Dataset):
 
     notes: tuple[str, ...] = ()
     sample_hash = ""  # `hash` says it all
+    sizes: Sequence[Size] | None = None
 
     def __init__(self, folder: Path | str, argument: str = "latents") -> None:
         folder = Path(folder)

@@ -1,6 +1,7 @@
-"""A file to an image: opening, colours, the centre crop, and the data set of a Listing."""
+"""A file to an image: opening, colours, the central crop, and the data set of a Listing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 import math
 from pathlib import Path
@@ -12,34 +13,51 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.listing import Listing
+from data.shapes import Size
 from data.source import BadImage, TrainingItem
 
 BACKGROUND = "white"  # behind what is transparent
 # Of a resized image; a strip that would have more is cropped first
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
 MOST_TEXT = 2**26  # bytes of text in a PNG file that are passed over; Pillow refuses one of 1 MB
+HEADERS_AT_ONCE = 16  # a disk on a network answers after a while
 MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather than an image broken
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
-    """The central square of a PIL image, as a PIL image of image_size × image_size.
+    """The central square of a PIL image, as a PIL image of image_size × image_size."""
+    return cover(pil_image, (image_size, image_size))
 
-    As in ADM, the image is halved with a box filter while its short side is at least twice the
-    target, then scaled bicubically. A strip so long that it would have more than MOST_PIXELS then
+
+def cover(pil_image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A PIL image scaled until it covers a size, (height, width) in pixels, and cropped centrally.
+
+    As in ADM, the image is halved with a box filter while it then still covers the size, and
+    scaled bicubically after that. A strip so long that it would have more than MOST_PIXELS then
     is cropped before it is scaled.
     """
-    while min(pil_image.size) >= 2 * image_size:
+    target = size[1], size[0]  # as PIL has them: width first
+    while all(side >= 2 * wanted for side, wanted in zip(pil_image.size, target)):
         pil_image = pil_image.resize([side // 2 for side in pil_image.size], Image.Resampling.BOX)
-    short = min(pil_image.size)
-    scale = image_size / short
+    scale = max(wanted / side for side, wanted in zip(pil_image.size, target))
     if scale**2 * math.prod(pil_image.size) > MOST_PIXELS:
-        left, top = ((side - short) // 2 for side in pil_image.size)
-        pil_image = pil_image.crop((left, top, left + short, top + short))
-    pil_image = pil_image.resize(
-        [round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC
-    )
-    left, top = ((side - image_size) // 2 for side in pil_image.size)
-    return pil_image.crop((left, top, left + image_size, top + image_size))
+        pil_image = _central(pil_image, _smallest_cover(pil_image.size, target))
+    scaled = [round(side * scale) for side in pil_image.size]
+    return _central(pil_image.resize(scaled, Image.Resampling.BICUBIC), target)
+
+
+def _smallest_cover(sides, target):
+    """(width, height) of the smallest box in an image that covers a target when it is scaled."""
+    (width, height), (wide, high) = sides, target
+    if width * high <= height * wide:  # the width decides how far the image is scaled
+        return width, -(-width * high // wide)
+    return -(-height * wide // high), height
+
+
+def _central(image, sides):
+    """The central box of an image, (width, height)."""
+    left, top = ((side - wanted) // 2 for side, wanted in zip(image.size, sides))
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 
 @contextmanager
@@ -48,13 +66,35 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
 
     Raises what Pillow raises, of many kinds.
     """
+    with _long_texts(), Image.open(path) as image:
+        yield image
+
+
+@contextmanager
+def _long_texts():
+    """Have Pillow pass over MOST_TEXT of text in a PNG file."""
     before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT
     try:
-        with Image.open(path) as image:
-            yield image
+        yield
     finally:
         PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
+def sizes_in_headers(paths: Sequence[Path | str]) -> list[tuple[Size | None, str]]:
+    """(height and width, "") of each of these images as its header has them, or (None, why it
+    cannot be read). Several are read at a time.
+    """
+    with _long_texts(), ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        return list(pool.map(_size_in_header, paths))
+
+
+def _size_in_header(path):
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1], ""
+    except Exception as error:  # of as many kinds as Pillow's decoders raise
+        return None, str(error) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -90,14 +130,16 @@ def _eight_bits(image):
     return Image.fromarray(grey)
 
 
-def read_pixels(path: Path | str, image_size: int | None = None) -> np.ndarray:
-    """The pixels of an image file, uint8 (H, W, 3), cropped to image_size in RGB as training sees
-    them. With None the image is read as it is: (H, W, 3) if it is RGB.
+def read_pixels(path: Path | str, image_size: int | Size | None = None) -> np.ndarray:
+    """The pixels of an image file, uint8 (H, W, 3), cropped to image_size, a side or (height,
+    width), in RGB as training sees them. With None the image is read as it is: (H, W, 3) if it is
+    RGB.
 
     Raises what Pillow raises, of many kinds.
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with open_image(path) as image:
-        cropped = center_crop_arr(to_rgb(image), image_size) if image_size else image
+        cropped = cover(to_rgb(image), size) if size else image
         return np.array(cropped)  # (H, W, 3)
 
 
@@ -109,15 +151,17 @@ def channels_first(pixels: np.ndarray) -> Tensor:
 class ImageDataset(Dataset):
     """Images of a Listing by (index, flip), as (uint8 (3, S, S), label, bad images met).
 
-    An unreadable file is reported rather than raised: with skip_bad the next readable image stands
-    in for it, else the image is None.
+    With `sizes`, (height, width) of each, the images are brought to these: (3, height, width). An
+    unreadable file is reported rather than raised: with skip_bad the next readable image stands in
+    for it, in its size, else the image is None.
     """
 
     def __init__(
         self, listing: Listing, image_size: int, skip_bad: bool = False,
-        hashes: tuple[str, str] = ("", ""),
+        hashes: tuple[str, str] = ("", ""), sizes: Sequence[Size] | None = None,
     ) -> None:  # fmt: skip
         self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad
+        self.sizes = sizes
         self.classes, self.notes = listing.classes, listing.notes
         self.hash, self.sample_hash = hashes  # of names and labels, and of some files
 
@@ -126,20 +170,22 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> TrainingItem:
         index, flip = key
+        size = self.image_size if self.sizes is None else self.sizes[index]
         bad: list[BadImage] = []
         for i in range(min(len(self), MOST_UNREADABLE)):
             at = (index + i) % len(self)
             try:
-                return self._read(self.listing.paths[at], flip), self.listing.labels[at], bad
+                return _read(self.listing.paths[at], size, flip), self.listing.labels[at], bad
             except Exception as error:  # Pillow's decoders raise many kinds for broken files
                 bad.append(BadImage(self.listing.paths[at], str(error) or type(error).__name__))
             if not self.skip_bad:
                 break
         return None, 0, bad
 
-    def _read(self, path, flip):
-        pixels = read_pixels(path, self.image_size)  # (S, S, 3)
-        return channels_first(pixels[:, ::-1] if flip else pixels)  # (3, S, S)
+
+def _read(path, size, flip):
+    pixels = read_pixels(path, size)  # (H, W, 3)
+    return channels_first(pixels[:, ::-1] if flip else pixels)  # (3, H, W)
 
 
 def unreadable(bad: list[BadImage], skip_bad: bool) -> str:

@@ -6,15 +6,17 @@ there in DECIDING, PATHS and UNRECORDED, and a flag in training/flags.py.
 """
 
 from collections.abc import Callable
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from data.cache import CachedLatents
-from data.images import ImageDataset
+from data.images import ImageDataset, sizes_in_headers, unreadable
 from data.listing import Listing, list_images, sample_hash
 from data.options import DataOptions
-from data.source import Source
-from vae import vae_hashes
+from data.shapes import SQUARE, Size, size_for
+from data.source import BadImage, Source
+from vae import latent_shape, vae_hashes
 
 # call(function, *args) returns function(*args); among several processes the first one may do it
 # for all.
@@ -40,11 +42,36 @@ def open_source(options: DataOptions, call: Call = call_here) -> Source:
 
 
 def open_images(options: DataOptions, call: Call) -> ImageDataset:
-    """The images below `data_path`, cropped to `image_size`."""
+    """The images below `data_path`, cropped to `image_size`, or to what is nearest to their aspect.
+    """
     listing = listed(options, call)
     assert listing is not None  # for this source is chosen by its data_path
-    hashes = listing.hash(options.data_path or ""), call(sample_hash, listing.paths)
-    return ImageDataset(listing, options.image_size, options.skip_bad_images, hashes)
+    sizes = call(planned_sizes, options, listing.paths) if options.sizes != SQUARE else None
+    names = listing.hash(options.data_path or "")
+    if sizes:  # they decide which images share a batch
+        names = hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
+    hashes = names, call(sample_hash, listing.paths)
+    return ImageDataset(listing, options.image_size, options.skip_bad_images, hashes, sizes)
+
+
+def planned_sizes(options: DataOptions, paths: list[str]) -> list[Size]:
+    """The size that each image is brought to, by what its header says.
+
+    That of an unreadable one, which another stands in for, is a square. Raises ValueError where
+    none may.
+    """
+    fitted = size_for(options.sizes, options.image_size, pixels_of_token(options))
+    square, sizes = (options.image_size, options.image_size), []
+    for path, (size, why) in zip(paths, sizes_in_headers(paths), strict=True):
+        if size is None and not options.skip_bad_images:
+            raise ValueError(unreadable([BadImage(path, why)], skip_bad=False))
+        sizes.append(fitted(size) if size else square)
+    return sizes
+
+
+def pixels_of_token(options: DataOptions) -> int:
+    """How many pixels a token has along each side."""
+    return latent_shape(options.vae).ratio * options.patch_size
 
 
 def open_latents(options: DataOptions, call: Call) -> CachedLatents:

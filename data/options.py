@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.shapes import SQUARE
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -15,6 +17,8 @@ class DataOptions:
     flip: bool = True  # whether mirror images are asked for
     skip_bad_images: bool = False  # whether the next image stands in for an unreadable one
     vae: str = "ema"  # the autoencoder, which cached latents must come from
+    sizes: str = SQUARE  # or "buckets" or "own": images keep their aspect (data/shapes.py)
+    patch_size: int = 2  # of the network; with the autoencoder's ratio, the pixels of a token
 
 
 @dataclass(frozen=True)

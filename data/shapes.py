@@ -3,30 +3,28 @@
 A size is (height, width) in pixels. Sides are multiples of a unit, the pixels of a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 import math
 
 Size = tuple[int, int]
 
+SQUARE = "square"  # all images have one size, which nobody has to ask for
 MOST_ASPECT = 2.0  # of buckets: from twice as high as wide to twice as wide as high
 
 
 def bucket_sizes(image_size: int, unit: int) -> list[Size]:
-    """The buckets for images of at most image_size² pixels: for each height from 1/√MOST_ASPECT to
-    √MOST_ASPECT times image_size the greatest width that fits, from high to wide.
+    """The buckets for images of at most image_size² pixels, from high to wide: for each short side
+    from about image_size/√MOST_ASPECT on the longest side that fits, lying and standing.
 
     Raises ValueError if the unit does not go into image_size.
     """
     check_unit(image_size, unit)
-    side, limit = image_size // unit, math.sqrt(MOST_ASPECT)
-    heights = range(math.floor(side * limit), math.ceil(side / limit) - 1, -1)
-    sizes = [(height, side**2 // height) for height in heights if height]
-    inside = [
-        (height, width)
-        for height, width in sizes
-        if 1 / MOST_ASPECT <= height / width <= MOST_ASPECT
-    ]
-    return [(height * unit, width * unit) for height, width in inside]
+    side = image_size // unit
+    shorts = range(max(1, round(side / math.sqrt(MOST_ASPECT))), side)
+    longs = [min(side**2 // short, math.floor(MOST_ASPECT * short)) for short in shorts]
+    wide = [(short * unit, long * unit) for short, long in zip(shorts, longs)]  # widest first
+    return [size[::-1] for size in wide] + [(image_size, image_size)] + wide[::-1]
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
@@ -39,8 +37,8 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
 
 
 def own_size(size: Size, image_size: int, unit: int) -> Size:
-    """The size that an image is brought to which keeps its aspect: at most image_size² pixels, no
-    larger than it is where that is possible, sides being multiples of the unit.
+    """The size that an image is brought to which keeps its aspect: at most image_size² pixels, not
+    enlarged beyond the rounding of its sides to multiples of the unit, of which each has one.
 
     Raises ValueError if the unit does not go into image_size.
     """
@@ -54,6 +52,28 @@ def own_size(size: Size, image_size: int, unit: int) -> Size:
         else:
             width -= 1
     return height * unit, width * unit
+
+
+def size_for(kind: str, image_size: int, unit: int) -> Callable[[Size], Size]:
+    """A function from an image's size to the one that it is brought to, by a name of SIZES.
+
+    Raises ValueError for another name, or if the unit does not go into image_size.
+    """
+    if kind not in SIZES:
+        raise ValueError(f"`sizes` is {kind}; choose from {', '.join([SQUARE, *SIZES])}")
+    check_unit(image_size, unit)
+    return cache(SIZES[kind](image_size, unit))
+
+
+def _bucketed(image_size, unit):
+    buckets = bucket_sizes(image_size, unit)
+    return lambda size: buckets[nearest_bucket(size, buckets)]
+
+
+SIZES: dict[str, Callable[[int, int], Callable[[Size], Size]]] = {
+    "buckets": _bucketed,
+    "own": lambda image_size, unit: partial(own_size, image_size=image_size, unit=unit),
+}
 
 
 def check_unit(image_size: int, unit: int) -> None:

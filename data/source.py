@@ -1,8 +1,11 @@
 """What training asks of a source of images or latents, whatever keeps them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from data.shapes import Size
 
 
 class BadImage(NamedTuple):
@@ -20,10 +23,10 @@ TrainingItem = tuple[Tensor | None, int, list[BadImage]]
 class Source(Protocol):
     """What training learns from: it has a length, and a TrainingItem for each (index, flip).
 
-    Pixels are uint8 (3, S, S). Moments are (2, C, h, w): mean and standard deviation of latents.
-    The source crops and mirrors, and refuses labels of num_classes or more when it is made; with
-    num_classes=0 every label is 0. Workers of a loader get a copy by pickle: leave out what is only
-    mapped or open, as CachedLatents does.
+    Pixels are uint8 (3, height, width). Moments are (2, C, h, w): mean and standard deviation of
+    latents. All have one size, unless there are `sizes`. The source crops and mirrors, and refuses
+    labels of num_classes or more when it is made; with num_classes=0 every label is 0. Workers of a
+    loader get a copy by pickle: leave out what is only mapped or open, as CachedLatents does.
     """
 
     # Names in index order; numbers as texts where classes have no names; None without classes
@@ -35,6 +38,9 @@ class Source(Protocol):
     # Of the bytes of some files. A source that lies elsewhere now is the same with both hashes the
     # same; "" means that `hash` is made of all the contents (only for `latents` so far).
     sample_hash: str
+    # Height and width in pixels of each image as it is returned, for training on many sizes (and
+    # then `hash` tells them, too); None if all have one size.
+    sizes: Sequence[Size] | None
 
     def __len__(self) -> int: ...
 

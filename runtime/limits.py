@@ -32,6 +32,7 @@ RANGES = {
     "max_bad_steps": Range(1, COUNTS),
     "global_batch_size": Range(1, 2**20),
     "grad_accum": Range(1, 2**20),
+    "pack": Range(1, 2**16),
     "log_every": Range(1, COUNTS),
     "ckpt_every": Range(1, COUNTS),
     "sample_every": Range(1, COUNTS),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 import hashlib
+import math
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,20 +17,25 @@ from checkpoints.network_config import Tensors
 from checkpoints.process_marks import check_process
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
 from data.batches import steps_per_epoch
+from data.buckets import bucket_steps, in_buckets
 from data.listing import check_outside
 from data.opening import open_source
 from data.options import DataOptions
+from data.shapes import SQUARE
 from data.source import Source
 from evaluation.features import load_extractor
 from layers.parts import DEFAULTS as PARTS
+from layers.positions import check_grid
+from layers.sizes import sides
 from models import DiT, DiT_models
 from processes.table import process_of
 from runtime.limits import check_memory
 from runtime.surroundings import Place, check_accelerate, is_installed, own_place
 from runtime.team import Team, make_accelerator, once
-from training.cost import training_flops
+from training.cost import flops_per_image
 from training.folder_lock import FolderLock
 from training.options import TrainOptions
+from training.packed import check_room
 from training.run_folder import Start, find_start, new_folder
 from training.run_log import RunEnded, RunLog
 from training.run_record import Data, run_id
@@ -52,7 +58,7 @@ class Job:
     why: str  # for the log: where the run starts, and for what reason
     folder: Path
     lock: FolderLock
-    flops: int  # of training on one image
+    flops: float  # of training on one image, on average
     resumed: dict  # what the checkpoint says of the processes that wrote it; empty for none
     judge: Judge | None  # of eval_every
     log: RunLog
@@ -71,8 +77,9 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
     accelerator = join_processes(options)
     dataset, data = load_data(options, accelerator)
     data = with_label_map(data, options)
-    last_step = last_step_of(options, len(dataset))
+    last_step = last_step_of(options, dataset)
     space = load_space(options, accelerator, dataset)
+    check_shapes(options, dataset, space)
     start: Start = once(accelerator, find_start, options, data, lock)
     fresh = start.checkpoint is None
     state = build_state(options, space, accelerator, dataset.classes, fresh)
@@ -88,7 +95,7 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
     log = RunLog(folder, accelerator.is_main_process, state.step, last_step, worded)
     if options.log_with:
         start_tracker(options, accelerator, folder, state.step)
-    flops = training_flops(state.network.config)
+    flops = flops_per_image(state.network.config, dataset.sizes, space.shape)
     return Job(
         options, accelerator, state, space, dataset, last_step, start.why, folder, lock, flops,
         resumed, judge, log,
@@ -103,8 +110,7 @@ def join_processes(options: TrainOptions) -> Accelerator:
     """
     check_surroundings(options)
     if options.latents is None:
-        patch_size = DiT_models[options.model].keywords["patch_size"]
-        latent_shape(options.vae).side(options.image_size, patch_size)
+        latent_shape(options.vae).side(options.image_size, options.patch_size)
     check_accelerate(mixed_precision=options.mixed_precision, grad_accum=options.grad_accum)
     place = own_place()
     accelerator = make_accelerator(
@@ -167,6 +173,11 @@ def load_data(options: TrainOptions, accelerator: Accelerator) -> tuple[Source, 
     """
     chosen = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
     source = open_source(DataOptions(**chosen), partial(once, accelerator))
+    if options.sizes != SQUARE and source.sizes is None:
+        flag = "aspect_buckets" if options.aspect_buckets else "pack"
+        raise ValueError(
+            f"`{flag}` is for images of many sizes, and those here all have one; leave `{flag}` out"
+        )
     return source, Data(source.hash, source.sample_hash)
 
 
@@ -178,10 +189,33 @@ def with_label_map(data: Data, options: TrainOptions) -> Data:
     return data._replace(names=f"{data.names} {hashlib.sha256(path.read_bytes()).hexdigest()}")
 
 
-def last_step_of(options: TrainOptions, samples: int) -> int:
-    """The number of steps after which a run on so many samples ends."""
-    epochs = options.epochs * steps_per_epoch(samples, options.global_batch_size)
-    return min(epochs, options.max_steps or epochs)
+def last_step_of(options: TrainOptions, source: Source) -> int:
+    """The number of steps after which a run on a source ends."""
+    if options.aspect_buckets:
+        counts = [len(images) for images in in_buckets(source.sizes or []).values()]
+        epoch = bucket_steps(counts, options.global_batch_size)
+    else:
+        epoch = steps_per_epoch(len(source), options.global_batch_size)
+    return min(options.epochs * epoch, options.max_steps or options.epochs * epoch)
+
+
+def check_shapes(options: TrainOptions, source: Source, space: Space) -> None:
+    """Raise ValueError for images of sizes of their own that the options cannot train on."""
+    if options.sizes == SQUARE:
+        return
+    unit = space.shape.ratio * options.patch_size
+    trained = sides(options.image_size)
+    for height, width in set(source.sizes or ()):
+        if height % unit or width % unit or height * width > math.prod(trained):
+            raise ValueError(
+                f"an image of {height}x{width} is not made of whole tokens of {unit}x{unit} "
+                f"pixels, or larger than `image_size` {options.image_size} squared; "
+                "choose another `model` or `image_size`"
+            )
+        known = trained[0] // unit, trained[1] // unit
+        check_grid(options.extrapolation, (height // unit, width // unit), known)
+    if options.pack is not None:
+        check_room(source.sizes or (), unit, options.pack)
 
 
 def check_left(options: TrainOptions, step: int, last_step: int) -> None:
@@ -233,7 +267,7 @@ def build_state(
     Raises ValueError if sizes, or init_from, do not fit.
     """
     torch.manual_seed(options.global_seed)
-    side = space.shape.side(options.image_size, DiT_models[options.model].keywords["patch_size"])
+    side = space.shape.side(options.image_size, options.patch_size)
     network = DiT_models[options.model](
         input_size=side, in_channels=space.shape.channels, num_classes=options.num_classes,
         block=options.block, learn_sigma=bool(options.learn_sigma),
@@ -247,7 +281,7 @@ def build_state(
     network.grad_checkpointing = options.grad_checkpointing
     recipe = Recipe(
         options.lr, options.warmup_steps, options.weight_decay, options.ema_decay,
-        options.grad_clip, options.grad_accum, options.mixed_precision == "bf16",
+        options.grad_clip, options.grad_accum, options.mixed_precision == "bf16", options.pack,
     )  # fmt: skip
     if options.fsdp:
         shard = partial(

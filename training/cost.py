@@ -1,5 +1,6 @@
 """What a network costs: parameters, operations and memory, counted on tensors without contents."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import DiT
+from vae import LatentShape
 
 TRAINING_BYTES = 4 * 5  # of a parameter in float32: weight, gradient, two moments, average
 
@@ -68,8 +70,9 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def training_flops(config: dict) -> int:
-    """Floating-point operations (2 per multiply-add) that training on one latent takes.
+def training_flops(config: dict, space: tuple[int, ...] | None = None) -> int:
+    """Floating-point operations (2 per multiply-add) that training on one latent takes, (C, *space)
+    or the network's own.
 
     The forward pass is counted, and twice as much for the backward pass. Counted on the network
     with this configuration; what gradient checkpointing computes again is not in it.
@@ -77,5 +80,24 @@ def training_flops(config: dict) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = DiT(**config)
         labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
-        network(torch.zeros(1, *network.latent_shape), torch.zeros(1), labels)
+        shape = (network.in_channels, *space) if space else network.latent_shape
+        network(torch.zeros(1, *shape), torch.zeros(1), labels)
     return 3 * counter.get_total_flops()
+
+
+def flops_per_image(
+    config: dict, sizes: Sequence[tuple[int, int]] | None, shape: LatentShape
+) -> float:
+    """training_flops, their mean over images of these heights and widths in pixels, each alone in
+    its row; those of the network's own size for None.
+    """
+    if sizes is None:
+        return training_flops(config)
+    # Of T tokens they are a + b·T + c·T², which three counts tell
+    side, config = config["patch_size"], config | {"extrapolation": "interpolate"}  # of any grid
+    few, more, many = (training_flops(config, (side, n * side)) for n in (1, 2, 3))
+    square = (many - 2 * more + few) / 2
+    linear = more - few - 3 * square
+    tokens = [height * width // (shape.ratio * side) ** 2 for height, width in sizes]
+    mean, of_squares = (sum(n**power for n in tokens) / len(tokens) for power in (1, 2))
+    return few - linear - square + linear * mean + square * of_squares

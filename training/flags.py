@@ -72,6 +72,16 @@ def add_data_flags(add: Add) -> None:
     )  # fmt: skip
     skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
     add("--skip-bad-images", action="store_true", help=skipping)
+    buckets = (
+        "images keep their aspect: each is brought to the nearest of some sizes of about "
+        "--image-size squared pixels, and the images of a step have one size"
+    )
+    add("--aspect-buckets", action="store_true", help=buckets)
+    packing = (
+        "images keep their aspect, and those below --image-size squared pixels their size; "
+        "several share a row of LENGTH tokens"
+    )
+    add("--pack", type=int, metavar="LENGTH", help=packing)
 
 
 def add_network_flags(add: Add) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import StepBatches
+from data.batches import Ragged, StepBatches, collate, collate_ragged
+from data.buckets import BucketBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
 from runtime.team import once
@@ -17,6 +18,7 @@ from training.records import (
     Skipped, evaluation_due, is_sound, log_window, save, save_preview, save_scores,
 )  # fmt: skip
 from training.run_log import Meter, StopSignals, has_row
+from training.packed import first_numbers
 from training.step import draw, train_step, warm_up
 from vae import LatentSpace, Space, from_uint8
 
@@ -34,7 +36,8 @@ def train(job: Job, signals: StopSignals) -> None:
             if not save_scores(job, signals):  # it was stopped here the last time as well
                 return job.log("stopped while scoring; nothing is lost")
     pinned = job.accelerator.device.type == "cuda"
-    loader = make_loader(job.dataset, batches, job.options.num_workers, pin_memory=pinned)
+    join = collate if job.options.pack is None else collate_ragged
+    loader = make_loader(job.dataset, batches, job.options.num_workers, pinned, join)
     with closing(read(loader, partial(wait_on, job, signals))) as loaded:
         for batch, labels, bad in loaded:
             check_batch(job, batch, bad)
@@ -58,10 +61,13 @@ def train(job: Job, signals: StopSignals) -> None:
 def batches_left(job: Job) -> StepBatches:
     """The batches of this process, from the step that the run is at to its last."""
     options, accelerator = job.options, job.accelerator
-    return StepBatches(
-        len(job.dataset), options.global_batch_size, options.global_seed, job.state.step,
-        job.last_step, accelerator.process_index, accelerator.num_processes, options.flip,
+    others = (
+        options.global_batch_size, options.global_seed, job.state.step, job.last_step,
+        accelerator.process_index, accelerator.num_processes, options.flip,
     )  # fmt: skip
+    if options.aspect_buckets:
+        return BucketBatches(job.dataset.sizes or [], *others)
+    return StepBatches(len(job.dataset), *others)
 
 
 def warm_up_together(job: Job) -> None:
@@ -69,7 +75,9 @@ def warm_up_together(job: Job) -> None:
     processes, device = job.accelerator.num_processes, job.accelerator.device
     if processes > 1:
         share = job.options.global_batch_size // processes // job.options.grad_accum
-        latent = job.state.network.latent_shape
+        latent, side = job.state.network.latent_shape, job.state.network.patch_size
+        if job.options.pack is not None:  # a row need not have room for a square
+            latent = latent[0], side, side
         warm_up(job.state, torch.zeros(share, *latent, device=device))
 
 
@@ -81,7 +89,7 @@ def scores_missing(job: Job) -> bool:
 
 
 def one_step(
-    job: Job, batch: Tensor, labels: Tensor, signals: StopSignals, meter: Meter
+    job: Job, batch: Tensor | Ragged, labels: Tensor, signals: StopSignals, meter: Meter
 ) -> dict[str, float]:
     """train_step's report of a step on this process's share of a batch.
 
@@ -89,13 +97,13 @@ def one_step(
     """
     options, accelerator, state = job.options, job.accelerator, job.state
     device, minutes = accelerator.device, options.ckpt_minutes
-    batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
+    batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     draws = draw(
         options.global_seed, state.step, options.global_batch_size, state.network.latent_shape,
         state.network.config["class_dropout_prob"], state.process, device,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    latents = to_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w)
+    latents = all_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w), or n of (C, h, w)
     old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes
     reduce = partial(accelerator.reduce, reduction="sum")
     return train_step(state, latents, labels, draws, reduce, bool(signals.received), old)
@@ -164,22 +172,40 @@ def keep_records(
     return stop
 
 
-def check_batch(job: Job, batch: Tensor | None, bad: list[BadImage]) -> None:
+def check_batch(job: Job, batch: Tensor | Ragged | None, bad: list[BadImage]) -> None:
     """End the run, naming the file, if an image could not be read and none may stand in for it."""
     if batch is None or (bad and not job.options.skip_bad_images):
         job.end(unreadable(bad, job.options.skip_bad_images))
 
 
 def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
-    """Scaled latents (n, C, h, w), drawn with noise, from images or moments.
+    """Scaled latents (n, C, h, w), drawn with the first numbers of noise, from images or moments.
 
-    Images are uint8 (n, 3, S, S), moments (n, 2, C, h, w).
+    Images are uint8 (n, 3, H, W), moments (n, 2, C, h, w).
     """
     if batch.dtype == torch.uint8:
-        return space.encode(from_uint8(batch), noise)
+        shape = space.shape.latent(*batch.shape[2:])
+        return space.encode(from_uint8(batch), first_numbers(noise, shape))
     assert isinstance(space, LatentSpace)  # TrainOptions refuses pixels with latents
     mean, std = batch.float().unbind(dim=1)
-    return space.draw(mean, std, noise)
+    return space.draw(mean, std, first_numbers(noise, mean.shape[1:]))
+
+
+def all_latents(space: Space, batch: Tensor | Ragged, noise: Tensor) -> Tensor | list[Tensor]:
+    """As to_latents; of images or moments of several shapes n scaled latents (C, h, w).
+
+    Those of one shape are encoded together.
+    """
+    if isinstance(batch, Tensor):
+        return to_latents(space, batch, noise)
+    parts = batch.parts()
+    latents = list(parts)
+    for shape in dict.fromkeys(batch.shapes):
+        alike = [i for i, other in enumerate(batch.shapes) if other == shape]
+        made = to_latents(space, torch.stack([parts[i] for i in alike]), noise[alike])
+        for i, latent in zip(alike, made):
+            latents[i] = latent  # (C, h, w)
+    return latents
 
 
 def guard(job: Job, indices: np.ndarray) -> None:

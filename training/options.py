@@ -13,12 +13,13 @@ from checkpoints.network_config import LATER
 from conditions.labels import CLASSES
 from data.opening import SOURCES
 from data.options import DataOptions
+from data.shapes import SQUARE
 from evaluation.metrics import SCORED
 from flow.flow import LOSS_WEIGHTS
 from flow.paths import PATHS as FLOW_PATHS
 from flow.prediction import PREDICTIONS
 from layers.parts import DEFAULTS as PARTS, NAMES
-from models import BLOCKS, DiT_models
+from models import BLOCKS, DiT_models, summed
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.limits import check_numbers
@@ -29,7 +30,7 @@ DECIDING = (
     "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size",
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
     "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
-    *SETTINGS, "learn_sigma", *PARTS,
+    *SETTINGS, "learn_sigma", *PARTS, "aspect_buckets", "pack",
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -44,7 +45,7 @@ PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
 # here, or older runs cannot go on
 UNRECORDED = {
     **LATER, "process": GaussianProcess.word, **dict.fromkeys(SETTINGS),
-    "learn_sigma": GaussianProcess.learns_sigma,
+    "learn_sigma": GaussianProcess.learns_sigma, "aspect_buckets": False, "pack": None,
 }  # fmt: skip
 
 # Option → what it may be, where that is a few words
@@ -72,6 +73,8 @@ class TrainOptions:
     num_classes: int = DataOptions.num_classes
     flip: bool = DataOptions.flip
     skip_bad_images: bool = DataOptions.skip_bad_images
+    aspect_buckets: bool = False
+    pack: int | None = None
     # network
     model: str = "DiT-XL/2"
     block: str = "adaln_zero"
@@ -141,6 +144,16 @@ class TrainOptions:
         self._settle_process()
 
     @property
+    def sizes(self) -> str:
+        """Which sizes images are brought to, as DataOptions has it."""
+        return "buckets" if self.aspect_buckets else SQUARE if self.pack is None else "own"
+
+    @property
+    def patch_size(self) -> int:
+        """The network's."""
+        return DiT_models[self.model].keywords["patch_size"]
+
+    @property
     def process_said(self) -> dict[str, Any]:
         """What files say of the process that is to be learned, a Process's `config`."""
         kind = WORDS[self.process]
@@ -208,6 +221,23 @@ class TrainOptions:
             raise ValueError(
                 '`latents` with `vae="none"`: pixels have no latents to cache; '
                 "give `data_path` alone"
+            )
+        self._check_shapes()
+
+    def _check_shapes(self):
+        """Raise ValueError for options that do not train on images of their own shape together."""
+        if self.pack is None:
+            return
+        if self.aspect_buckets:
+            raise ValueError(
+                "`aspect_buckets` and `pack` both say how images of many shapes share a batch; "
+                "give one of them"
+            )
+        if BLOCKS[self.block].condition is not summed:
+            known = [name for name, design in BLOCKS.items() if design.condition is summed]
+            raise ValueError(
+                f"`block` {self.block} does not take packed images; choose from "
+                f"{', '.join(known)}, or pass `aspect_buckets=True` instead of `pack`"
             )
 
 

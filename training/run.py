@@ -5,10 +5,12 @@ from pathlib import Path
 import signal
 from typing import NoReturn
 
+from data import buckets
 from data.loader import LoaderFailed, explained
 from runtime.command_line import reason, why_lost
 from runtime.devices import tf32
 from runtime.surroundings import lone_task_note
+from training import packed
 from training.assembly import Job, assemble
 from training.folder_lock import FolderLock
 from training.loop import train
@@ -85,8 +87,17 @@ def introduce(job: Job) -> None:
         f"{options.model}, {options.block}: {size:,} parameters, {len(job.dataset):,} "
         f"images{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
     )
-    for line in notes_on_start(job, classes):
+    for line in (*notes_on_shapes(job), *notes_on_start(job, classes)):
         job.log(line)
+
+
+def notes_on_shapes(job: Job) -> Iterator[str]:
+    """Lines about images of their own shape: how many there are of which."""
+    options, sizes = job.options, job.dataset.sizes or []
+    if options.aspect_buckets:
+        yield from buckets.told(sizes, options.global_batch_size)
+    if options.pack is not None:
+        yield packed.told(sizes, job.space.shape.ratio * options.patch_size, options.pack)
 
 
 def notes_on_start(job: Job, classes: list[str]) -> Iterator[str]:

@@ -22,7 +22,8 @@ FLAGS = ("stop", "save", "bad")
 class Recipe(NamedTuple):
     """How a network learns: AdamW's arguments, the averages' decays, limits and precision.
 
-    The first decay is the main one.
+    The first decay is the main one. `pack` is how many tokens a row of packed images has; None:
+    they are not packed.
     """
 
     lr: float = 1e-4
@@ -32,6 +33,7 @@ class Recipe(NamedTuple):
     grad_clip: float | None = None
     grad_accum: int = 1
     bf16: bool = False
+    pack: int | None = None
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0.

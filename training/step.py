@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from conditions.condition import condition_of
 from processes.process import QUARTERS, Process
+from training.packed import first_numbers, packed_losses
 from training.sharding import own_part, whole
 from training.state import FLAGS, TrainState
 
@@ -55,28 +56,27 @@ def draw(
 
 
 def train_step(
-    state: TrainState, latents: Tensor, labels: Tensor, draws: Draws,
+    state: TrainState, latents: Tensor | list[Tensor], labels: Tensor, draws: Draws,
     reduce: Callable[[Tensor], Tensor] = lambda values: values, stop: bool = False,
     save: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """One step of AdamW on this process's latents (n, C, *space) and their conditions, labels (n,),
-    and one of the moving averages.
+    """One step of AdamW on this process's latents (n, C, *space), or a list of (C, h, w) to be
+    packed, and their conditions, labels (n,), and one of the moving averages. Latents smaller than
+    the draws' noise take its first numbers.
 
     reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite,
     every one leaves weights, averages and optimizer as they are. Returns the report, a dict of
     floats under FLAGS, the window's `summed` and "gradient_norm", equal in every process: "bad" is
     above 0 for such a step, "stop" and "save" where any process passed it.
     """
-    share = len(latents)
-    sums = torch.zeros(len(state.window.summed), device=latents.device)
-    parts = list(
-        zip(
-            *(
-                values.chunk(state.recipe.grad_accum)
-                for values in (latents, labels, draws.t, draws.drop, draws.noise)
-            )
-        )
-    )
+    share, device = len(latents), labels.device
+    sums = torch.zeros(len(state.window.summed), device=device)
+    per_part = -(-share // state.recipe.grad_accum)
+    of_samples = latents, labels, draws.t, draws.drop, draws.noise
+    parts: list[Any] = [
+        [values[start : start + per_part] for values in of_samples]
+        for start in range(0, share, per_part)
+    ]
     for i, part in enumerate(parts):
         with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
             sums += backward(state, share, *part)
@@ -85,7 +85,7 @@ def train_step(
             [p.grad for p in state.network.parameters() if p.grad is not None]
         )
     )
-    flags = torch.zeros(len(FLAGS), device=latents.device)
+    flags = torch.zeros(len(FLAGS), device=device)
     if stop:
         flags[0].fill_(1)
     if save:
@@ -114,8 +114,8 @@ def train_step(
 
 
 def backward(
-    state: TrainState, share: int, latents: Tensor, labels: Tensor, t: Tensor, drop: Tensor,
-    noise: Tensor,
+    state: TrainState, share: int, latents: Tensor | list[Tensor], labels: Tensor, t: Tensor,
+    drop: Tensor, noise: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add the gradient of a part of a process's share to the network's.
 
@@ -124,16 +124,29 @@ def backward(
     process, condition = state.process, condition_of(state.network).dropped(labels, drop)
 
     def predict(x, t):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=state.recipe.bf16):
-            return state.model(x, t, **condition).float()
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=state.recipe.bf16):
+            return state.model(x, t, **condition).float()  # x: latents, or Packed
 
-    losses = process.losses(predict, latents, t, noise)
+    losses = losses_of(state, predict, latents, t, noise)
     (losses["loss"].sum() / share).backward()
     told_apart = losses[process.told_apart].detach()  # (n,)
     quarter = torch.nn.functional.one_hot(process.quarter(t), QUARTERS)
     quarter = quarter.to(told_apart.dtype)  # (n, QUARTERS)
     totals = torch.stack([losses[name].detach().sum() for name in process.parts])
     return torch.cat([totals, told_apart @ quarter, quarter.sum(dim=0)])  # (S,)
+
+
+def losses_of(
+    state: TrainState, network: Callable[..., Tensor], latents: Tensor | list[Tensor], t: Tensor,
+    noise: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The parts of the loss, {name: (n,)}, of latents of one shape, or packed ones."""
+    if state.recipe.pack is not None:
+        return packed_losses(
+            state.process, network, latents, t, noise, state.network.patch_size, state.recipe.pack
+        )
+    assert isinstance(latents, Tensor)
+    return state.process.losses(network, latents, t, first_numbers(noise, latents.shape[1:]))
 
 
 def warm_up(state: TrainState, latents: Tensor) -> None:

@@ -41,6 +41,10 @@ FLOW = [
     "--time-shift", "2", "--cosine-loss", "--learn-sigma",
 ]  # fmt: skip
 RUNS = {"diffusion": RUN, "flow": FLOW}
+# On images of their own shape
+SHAPED = {
+    "buckets": [*RUN, "--aspect-buckets"], "packed": [*FLOW, "--pack", "20", "--positions", "rope"],
+}  # fmt: skip
 STEPS, SAVES = 40, 6  # of such a run: its steps, and its checkpoints
 RATES = ("images_per_second", "model_flops_per_second", "time")
 TIMEOUT = 120

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import time
 
+from PIL import Image
 import psutil
 import pytest
 
 from conftest import ROOT
 import kill_campaign
-from kill_campaign import RUN, RUNS, STEPS, end, fingerprint, launcher, start, step_reached, survive
+from kill_campaign import (
+    RUN, RUNS, SHAPED, STEPS, end, fingerprint, launcher, start, step_reached, survive,
+)  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "examples" / "digits"))
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
@@ -37,6 +40,17 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     make_dataset.main(["--output", str(folder)])
     return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def shaped(data, tmp_path_factory):
+    """A part of the digits, standing, square and lying ones, large and small."""
+    folder = tmp_path_factory.mktemp("shaped")
+    for i, path in enumerate(sorted(data.rglob("*.png"))[::4]):
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        size = [(32, 32), (21, 34), (70, 48), (16, 24)][i % 4]
+        Image.open(path).resize(size).save(folder / path.parent.name / path.name)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +100,18 @@ def test_a_flow_killed_in_the_middle_of_a_checkpoint(context, data, alone, tmp_p
     step, found = survive(context, data, tmp_path, 1, death, random, RUNS["flow"])
     assert step == 21 and found == alone(1, "flow")
     assert found != alone(1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run, processes", [("buckets", 1), ("packed", 2)])
+def test_killed_on_images_of_their_own_shape(context, shaped, tmp_path, run, processes):
+    """From outside, and in the middle of a checkpoint."""
+    of = context, shaped
+    end(start(*of, tmp_path / "alone", processes, run=SHAPED[run]), 0)
+    for name, death in {"out": None, "in": {"at": "byte", "save": 3, "share": 0.5}}.items():
+        folder, source = tmp_path / name, random.Random(time.time_ns())
+        step, found = survive(*of, folder, processes, death, source, SHAPED[run])
+        assert found == fingerprint(tmp_path / "alone"), f"killed after step {step}"
 
 
 @pytest.mark.long
