@@ -13,7 +13,7 @@ from typing import Any
 from data.cache import CachedLatents
 from data.images import ImageDataset, sizes_in_headers, unreadable
 from data.listing import Listing, list_images, sample_hash
-from data.options import DataOptions
+from data.options import CacheOptions, DataOptions
 from data.shapes import SQUARE, Size, size_for
 from data.source import BadImage, Source
 from vae import latent_shape, vae_hashes
@@ -21,6 +21,13 @@ from vae import latent_shape, vae_hashes
 # call(function, *args) returns function(*args); among several processes the first one may do it
 # for all.
 Call = Callable[..., Any]
+
+
+# What latents' `sizes` may be → the options of training that take such latents
+TRAINED_WITH = {
+    SQUARE: "neither `aspect_buckets` nor `pack`", "buckets": "`aspect_buckets=True`",
+    "own": "`pack`",
+}  # fmt: skip
 
 
 def call_here(function: Callable, *args: Any) -> Any:
@@ -54,7 +61,7 @@ def open_images(options: DataOptions, call: Call) -> ImageDataset:
     return ImageDataset(listing, options.image_size, options.skip_bad_images, hashes, sizes)
 
 
-def planned_sizes(options: DataOptions, paths: list[str]) -> list[Size]:
+def planned_sizes(options: DataOptions | CacheOptions, paths: list[str]) -> list[Size]:
     """The size that each image is brought to, by what its header says.
 
     That of an unreadable one, which another stands in for, is a square. Raises ValueError where
@@ -69,7 +76,7 @@ def planned_sizes(options: DataOptions, paths: list[str]) -> list[Size]:
     return sizes
 
 
-def pixels_of_token(options: DataOptions) -> int:
+def pixels_of_token(options: DataOptions | CacheOptions) -> int:
     """How many pixels a token has along each side."""
     return latent_shape(options.vae).ratio * options.patch_size
 
@@ -96,6 +103,11 @@ def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None
     if options.image_size != manifest["image_size"]:
         theirs = manifest["image_size"]
         wrong.append(f"`image_size` is {options.image_size}, the latents' {theirs}")
+    if options.sizes != cached.kind:
+        wrong.append(
+            f"the latents have `sizes={cached.kind}`, which are trained on with "
+            f"{TRAINED_WITH[cached.kind]}"
+        )
     if not is_same_autoencoder(options.vae, manifest):
         wrong.append(f"`vae` is {options.vae}, the latents' {manifest['vae']}")
     if options.num_classes and classes is None:
