@@ -23,13 +23,6 @@ from vae import latent_shape, vae_hashes
 Call = Callable[..., Any]
 
 
-# What latents' `sizes` may be → the options of training that take such latents
-TRAINED_WITH = {
-    SQUARE: "neither `aspect_buckets` nor `pack`", "buckets": "`aspect_buckets=True`",
-    "own": "`pack`",
-}  # fmt: skip
-
-
 def call_here(function: Callable, *args: Any) -> Any:
     """What the function returns for these arguments."""
     return function(*args)
@@ -104,10 +97,7 @@ def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None
         theirs = manifest["image_size"]
         wrong.append(f"`image_size` is {options.image_size}, the latents' {theirs}")
     if options.sizes != cached.kind:
-        wrong.append(
-            f"the latents have `sizes={cached.kind}`, which are trained on with "
-            f"{TRAINED_WITH[cached.kind]}"
-        )
+        wrong.append(FOR_TRAINING[cached.kind])
     if not is_same_autoencoder(options.vae, manifest):
         wrong.append(f"`vae` is {options.vae}, the latents' {manifest['vae']}")
     if options.num_classes and classes is None:
@@ -142,6 +132,13 @@ def absolute_if_there(name: str) -> str:
     except (OSError, ValueError):  # no path that this file system can have
         return name
 
+
+# What `sizes` of cached latents may be → what they are for, in words
+FOR_TRAINING = {
+    SQUARE: "the latents are squares, for training with neither `aspect_buckets` nor `pack`",
+    "buckets": "the latents are in buckets, for training with `aspect_buckets=True`",
+    "own": "the latents have sizes of their own, for training with `pack`",
+}
 
 # Field of DataOptions → what opens the source that it names. The first one that is given counts.
 SOURCES: dict[str, Callable[[DataOptions, Call], Source]] = {
