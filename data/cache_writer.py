@@ -168,7 +168,7 @@ def begin_folder(
     if place.rank:
         wait_for_plan(folder, place)
     elif not (folder / PLAN).exists():
-        make_folder(folder, plan, shapes_of())
+        make_folder(folder, plan, shapes_of)
     check_same_plan(folder, plan)
     plan, shapes = with_shapes(folder, plan)
     path = folder / MOMENTS
@@ -205,13 +205,14 @@ def wait_for_plan(folder: Path, place: Place) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def make_folder(folder: Path, plan: dict, shapes: np.ndarray | None) -> None:
+def make_folder(folder: Path, plan: dict, shapes_of: Shapes) -> None:
     """Make the folder, shapes.npy if there are any, an array to fill and, last, its plan.
 
-    Raises ValueError if something else is there, or the disk refuses.
+    Raises ValueError if something else is there, a header cannot be read, or the disk refuses.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CHUNKS).exists():
         raise ValueError(f"`output` {folder} holds something else; give a new folder")
+    shapes = shapes_of()
     try:
         (folder / CHUNKS).mkdir(parents=True, exist_ok=True)
         if shapes is not None:

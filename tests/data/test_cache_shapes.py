@@ -232,6 +232,16 @@ def test_a_mistake_gets_one_message(mixed, tmp_path, vae, capsys, flags, message
     assert not (tmp_path / "o").exists()
 
 
+def test_a_foreign_folder_is_refused_before_headers_are_read(
+    mixed, tmp_path, vae, capsys, monkeypatch
+):
+    monkeypatch.setattr(cache_writer, "planned_sizes", lambda *_: pytest.fail("read"))
+    (tmp_path / "letter").write_text("mine")
+    with pytest.raises(SystemExit):
+        extract(mixed, tmp_path, vae, "--sizes", "own")
+    assert "holds something else; give a new folder" in capsys.readouterr().err
+
+
 def test_unreadable_images(mixed, tmp_path, vae, capsys):
     broken = shutil.copytree(mixed, tmp_path / "broken")
     paths = list_images(broken, 3).paths
