@@ -7,8 +7,9 @@
 What is cached is the mean and standard deviation of the VAE's posterior, of each image and its
 mirror image: training draws afresh from it each time. moments.npy is one array (images, 1 or 2
 flips, 2, C, h, w), labels.npy one of (images,); manifest.json says what they are, with a checksum
-per chunk of images, and appears when all is done. The same command goes on where it stopped; the
-result is the same on any number of processes.
+per chunk of images, and appears when all is done. With --sizes images keep their shape: moments.npy
+is then one row of numbers, and shapes.npy (images, 2) has h and w of each. The same command goes on
+where it stopped; the result is the same on any number of processes.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -23,6 +24,7 @@ from data.cache import find_damage
 from data.cache_format import DTYPES
 from data.cache_writer import fill_cache, plan_cache
 from data.options import CacheOptions
+from data.shapes import SIZES, SQUARE
 
 
 def build_parser() -> Parser:
@@ -37,6 +39,17 @@ def build_parser() -> Parser:
     data(
         "--image-size", type=int, default=CacheOptions.image_size,
         help="pixels along each side, after the crop (default: %(default)s)",
+    )  # fmt: skip
+    data(
+        "--sizes", choices=(SQUARE, *SIZES), default=CacheOptions.sizes,
+        help="what images are brought to: squares; the bucket nearest to their shape, for train.py "
+        "--aspect-buckets; or a size of their own, for train.py --pack. All have at most "
+        "--image-size squared pixels (default: %(default)s)",
+    )  # fmt: skip
+    data(
+        "--patch-size", type=int, default=CacheOptions.patch_size, metavar="P",
+        help="of the networks to train: sides of buckets and of own sizes are multiples of P "
+        "latents (default: %(default)s)",
     )  # fmt: skip
     data(
         "--num-classes", type=int, default=CacheOptions.num_classes,

@@ -1,7 +1,6 @@
 """Reading a folder of cached latents, which cache_writer.py wrote: as a source, and to find damage.
 """
 
-from collections.abc import Sequence
 import hashlib
 from pathlib import Path
 import zlib
@@ -11,8 +10,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from data.cache_format import LABELS, MANIFEST, MOMENTS, check_manifest, moments_shape
-from data.shapes import Size
+from data.cache_format import (
+    LABELS, MANIFEST, MOMENTS, SHAPES, Extents, check_manifest, check_shapes, keeps_shapes,
+    moments_shape, sizes_of,
+)  # fmt: skip
 from data.source import TrainingItem
 from runtime.json_files import read_json
 
@@ -21,20 +22,21 @@ class CachedLatents(Dataset):
     """A folder of cached latents, by (index, flip).
 
     An item is (moments (2, C, h, w): mean and std, label, []). `manifest` is what it says of
-    itself, `hash` a hash of that, checksums included. Errors call the folder by the name of the
-    `argument` that gave it. Raises ValueError if the folder is incomplete, or its parts do not fit
-    together.
+    itself, `hash` a hash of that, checksums included. `kind` is how images were brought to their
+    `sizes`, (height, width) in pixels, by a name of SIZES; both are of images that keep their
+    shape, and otherwise "square" and None. Errors call the folder by the name of the `argument`
+    that gave it. Raises ValueError if the folder is incomplete, or its parts do not fit together.
     """
 
     notes: tuple[str, ...] = ()
     sample_hash = ""  # `hash` says it all
-    sizes: Sequence[Size] | None = None
 
     def __init__(self, folder: Path | str, argument: str = "latents") -> None:
         folder = Path(folder)
         try:
-            # (N, flips, 2, C, h, w) and (N,)
+            # (N, flips, 2, C, h, w), or all their numbers, and (N,)
             self.manifest, self.moments, labels = open_cache(folder)
+            self._find_images(folder)
             check_labels(self.manifest, labels)
             self.hash = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         except (OSError, ValueError) as error:
@@ -47,40 +49,77 @@ class CachedLatents(Dataset):
             ) from None
         self.path = self.moments.filename
         self.labels, self.classes = labels.tolist(), self.manifest["classes"]
+        self.kind, self.sizes = sizes_of(self.manifest), self._sizes()
+
+    def _sizes(self):
+        """Height and width of each image in pixels; None for squares."""
+        if not keeps_shapes(self.manifest):
+            return None
+        pixels = self.extents.shapes * self.manifest["ratio"]  # (N, 2)
+        return [(height, width) for height, width in pixels.tolist()]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     # A worker process maps the file itself rather than being sent what is in it
     def __getstate__(self) -> dict:
-        return vars(self) | {"moments": None}
+        return vars(self) | dict.fromkeys(("moments", "extents", "numbers"))
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, moments=np.load(state["path"], mmap_mode="r"))
+        self._find_images(Path(state["path"]).parent)
+
+    def _find_images(self, folder):
+        self.extents = extents_of(folder, self.manifest)
+        self.numbers = np.asarray(self.moments).reshape(-1)  # a view of what is mapped
 
     def __getitem__(self, key: tuple[int, bool]) -> TrainingItem:
         index, flip = key
-        moments = torch.from_numpy(np.array(self.moments[index, int(flip)]))  # (2, C, h, w)
-        return moments, self.labels[index], []
+        index += len(self) if index < 0 else 0
+        stored = self.numbers[self.extents.of(index, index + 1)]
+        moments = stored.reshape(self.extents.shape(index))[int(flip)]  # (2, C, h, w)
+        return torch.from_numpy(np.array(moments)), self.labels[index], []
 
 
 def open_cache(folder: Path) -> tuple[dict, np.memmap, np.ndarray]:
     """(manifest, moments (N, flips, 2, C, h, w), labels (N,)) of a finished cache.
 
-    The arrays are read when they are used. Raises ValueError if one is missing, or they do not fit
-    together.
+    Where images keep their shape the moments are one row, in which `extents_of` finds those of an
+    image. The arrays are read when they are used. Raises ValueError if one is missing, or they do
+    not fit together.
     """
     manifest = read_json(folder / MANIFEST)
     check_manifest(manifest)
     moments, labels = (map_array(folder, name) for name in (MOMENTS, LABELS))
-    wanted = moments_shape(manifest)
+    wanted = moments_shape(manifest, read_shapes(folder, manifest))
     if moments.shape != wanted or moments.dtype not in (np.float16, np.float32):
         raise ValueError(
             f"{MOMENTS} is {moments.dtype} {moments.shape}, its manifest says {wanted}"
         )
-    if labels.shape != wanted[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{LABELS} is {labels.dtype} {labels.shape} for {wanted[0]:,} images")
+    images = manifest["images"]
+    if labels.shape != (images,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"{LABELS} is {labels.dtype} {labels.shape} for {images:,} images")
     return manifest, moments, labels
+
+
+def extents_of(folder: Path, manifest: dict) -> Extents:
+    """Where the moments of each image of a finished cache lie.
+
+    Raises ValueError if shapes.npy is damaged.
+    """
+    return Extents(manifest, read_shapes(folder, manifest))
+
+
+def read_shapes(folder: Path, manifest: dict) -> np.ndarray | None:
+    """Heights and widths (N, 2) of a cache's latents, by its manifest or plan; None for squares.
+
+    Raises ValueError if shapes.npy is damaged.
+    """
+    if not keeps_shapes(manifest):
+        return None
+    shapes = map_array(folder, SHAPES)
+    check_shapes(manifest, shapes)
+    return np.array(shapes)
 
 
 def map_array(folder: Path, name: str) -> np.memmap:
@@ -115,16 +154,16 @@ def find_damage(folder: Path | str, argument: str = "folder") -> list[str]:
             f"`{argument}` {folder} holds no finished latents ({error}); give a folder that "
             "`output` made"
         ) from None
-    sums, chunk = checksums(manifest)
-    if chunk < 1 or len(sums) != -(-len(moments) // chunk):
+    (sums, chunk), images = checksums(manifest), len(labels)
+    if chunk < 1 or len(sums) != -(-images // chunk):
         raise ValueError(
             f"`{argument}` {folder}: {MANIFEST} has no checksums; give a folder that `output` made"
         )
-    wrong = []
+    wrong, extents, numbers = [], extents_of(folder, manifest), moments.reshape(-1)
     for number, crc32 in enumerate(tqdm(sums, unit="chunk", disable=None)):
         first = number * chunk
-        if zlib.crc32(moments[first : first + chunk].tobytes()) != crc32:
-            last = min(first + chunk, len(moments)) - 1
+        if zlib.crc32(numbers[extents.of(first, first + chunk)].tobytes()) != crc32:
+            last = min(first + chunk, images) - 1
             wrong.append(f"{MOMENTS} is damaged in images {first} to {last}")
     if zlib.crc32(labels.tobytes()) != manifest.get("labels_crc32"):
         wrong.append(f"{LABELS} is damaged")

@@ -1,7 +1,9 @@
 """How a folder of cached latents is laid out: what its writer and its readers agree on.
 
 moments.npy is one array (images, flips, 2, C, h, w): mean and standard deviation of the latents of
-each image and, with `flip`, of its mirror image. labels.npy is (images,). manifest.json says what
+each image and, with `flip`, of its mirror image. Where images keep their shape (`sizes` is not
+"square"), it is one row of numbers: an image's (flips, 2, C, h, w) follow those of the image before
+it, and shapes.npy (images, 2) has h and w of each. labels.npy is (images,). manifest.json says what
 they are, and appears when all is done. Until then plan.json says what they will be, and
 chunks/NNNNNNN.json is the note of a chunk of images that is written.
 """
@@ -9,8 +11,14 @@ chunks/NNNNNNN.json is the note of a chunk of images that is written.
 import math
 from pathlib import Path
 from typing import Any
+import zlib
+
+import numpy as np
+
+from data.shapes import SIZES, SQUARE
 
 MANIFEST, PLAN, MOMENTS, LABELS = "manifest.json", "plan.json", "moments.npy", "labels.npy"
+SHAPES = "shapes.npy"  # where images keep their shape
 CHUNKS = "chunks"  # the folder of notes
 DTYPES = ("float16", "float32")  # of moments.npy
 # What a manifest must say of the arrays, and of the autoencoder: name → (kind, least).
@@ -20,15 +28,72 @@ ENTRIES: dict[str, tuple[type | tuple[type, ...], float]] = {
     "shift": ((int, float), -math.inf), "vae": (str, 0), "vae_sha256": (dict, 0),
     "files_sha256": (str, 0),
 }  # fmt: skip
+# The same, where images keep their shape
+OWN_ENTRIES: dict[str, tuple[type, float]] = {
+    "image_size": (int, 1), "unit": (int, 1), "shapes_crc32": (int, 0),
+}  # fmt: skip
 
 
-def moments_shape(manifest: dict[str, Any]) -> tuple[int, ...]:
-    """The shape (images, flips, 2, C, h, w) of moments.npy that a manifest or plan describes."""
-    return (manifest["images"], 1 + manifest["flip"], *manifest["shape"])
+class Extents:
+    """Where the moments of each image lie in moments.npy, whose numbers count as one row.
+
+    `shapes` (N, 2) are heights and widths of latents; None for squares, all of which are as the
+    manifest says. `starts` (N + 1,) is where each image's begin, and where the last one's end.
+    """
+
+    def __init__(self, manifest: dict[str, Any], shapes: np.ndarray | None = None) -> None:
+        self.flips, self.channels = 1 + manifest["flip"], manifest["channels"]
+        if shapes is None:
+            shapes = np.broadcast_to(manifest["shape"][2:], (manifest["images"], 2))
+        self.shapes = shapes
+        numbers = shapes.prod(axis=1, dtype=np.int64) * (self.flips * 2 * self.channels)
+        self.starts = np.concatenate([[0], numbers.cumsum()])  # (N + 1,)
+
+    def of(self, first: int, stop: int) -> slice:
+        """The numbers of images first to stop - 1, or to the last one there is."""
+        return slice(self.starts[first], self.starts[min(stop, len(self.shapes))])
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """The shape (flips, 2, C, h, w) of an image's moments."""
+        return (self.flips, 2, self.channels, *self.shapes[index].tolist())
+
+
+def keeps_shapes(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest or plan is of images that keep their shape. Older ones do not say."""
+    return sizes_of(manifest) != SQUARE
+
+
+def sizes_of(manifest: dict[str, Any]) -> str:
+    """The entry `sizes` of a manifest or plan, which squares do not have."""
+    return manifest.get("sizes", SQUARE)
+
+
+def moments_shape(manifest: dict[str, Any], shapes: np.ndarray | None = None) -> tuple[int, ...]:
+    """The shape of moments.npy that a manifest or plan describes: (images, flips, 2, C, h, w), or
+    (numbers,) where images keep their `shapes`.
+    """
+    if shapes is None:
+        return (manifest["images"], 1 + manifest["flip"], *manifest["shape"])
+    latents = int(shapes.prod(axis=1, dtype=np.int64).sum())
+    return (latents * (1 + manifest["flip"]) * 2 * manifest["channels"],)
+
+
+def check_shapes(manifest: dict[str, Any], shapes: np.ndarray) -> None:
+    """Raise ValueError unless shapes.npy, heights and widths of latents, is what a manifest or plan
+    tells of.
+    """
+    if shapes.shape != (manifest["images"], 2) or shapes.dtype.kind not in "iu":
+        raise ValueError(
+            f"{SHAPES} is {shapes.dtype} {shapes.shape} for {manifest['images']:,} images"
+        )
+    if zlib.crc32(shapes.tobytes()) != manifest["shapes_crc32"]:
+        raise ValueError(f"{SHAPES} is damaged")
 
 
 def latent_moments_shape(latent: tuple[int, ...]) -> list[int]:
-    """The entry `shape` of a manifest: [2, C, *space] for the moments of one image."""
+    """The entry `shape` of a manifest: [2, C, *space] for the moments of one image. Images that
+    keep their shape have [2, C] in common.
+    """
     return [2, *latent]
 
 
@@ -42,7 +107,11 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
     Every entry must be of the right kind.
     """
-    for name, (kind, least) in ENTRIES.items():
+    sizes = sizes_of(manifest)
+    if sizes not in (SQUARE, *SIZES):
+        raise ValueError(f"{MANIFEST} has {str(sizes)[:60]!r} for sizes")
+    own = keeps_shapes(manifest)
+    for name, (kind, least) in (ENTRIES | OWN_ENTRIES if own else ENTRIES).items():
         value = manifest.get(name)
         wrong_kind = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         if wrong_kind or (isinstance(value, (int, float)) and not least <= value < math.inf):
@@ -53,8 +122,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     ):
         raise ValueError(f"{MANIFEST} has classes that are no list of names")
     side = manifest["image_size"] // manifest["ratio"]
-    fits = manifest["shape"] == latent_moments_shape((manifest["channels"], side, side))
-    if not manifest["scale"] or not fits:
+    latent = (manifest["channels"], *(() if own else (side, side)))
+    if not manifest["scale"] or manifest["shape"] != latent_moments_shape(latent):
         raise ValueError(
             f"{MANIFEST} has a shape, image_size, channels, ratio and scale that do not fit "
             "together"

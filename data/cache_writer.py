@@ -4,10 +4,13 @@ The same options go on where the work stopped. The result is the same on any num
 """
 
 from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 import errno
+from functools import partial
 from io import BytesIO
 import json
+import math
 import os
 from pathlib import Path
 import time
@@ -21,14 +24,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from conditions.labels import CLASSES
+from data.batches import Ragged, collate_ragged
+from data.cache import read_shapes
 from data.cache_format import (
-    CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, chunk_note, latent_moments_shape,
-    moments_shape,
+    CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents, chunk_note,
+    keeps_shapes, latent_moments_shape, moments_shape,
 )  # fmt: skip
 from data.images import ImageDataset, unreadable
 from data.listing import Listing, check_outside, list_images
 from data.loader import make_loader, read
+from data.opening import pixels_of_token, planned_sizes
 from data.options import CacheOptions
+from data.shapes import SQUARE, size_for
 from runtime.devices import process_device, tf32
 from runtime.disk import write_whole
 from runtime.json_files import read_json
@@ -49,6 +56,7 @@ class PlannedCache:
     options: CacheOptions
     folder: Path
     plan: dict  # what decides the content, as plan.json and the manifest have it
+    shapes: np.ndarray | None  # heights and widths (N, 2) of latents of images that keep theirs
     listing: Listing
     space: LatentSpace
     device: torch.device
@@ -84,8 +92,8 @@ def plan_cache(options: CacheOptions) -> PlannedCache:
     if folder.resolve() != Path(options.data_path).resolve():
         check_outside(options.data_path, "output", folder)
     plan = make_plan(options, listing, space)
-    begin_folder(folder, plan, place)
-    return PlannedCache(options, folder, plan, listing, space, device, place)
+    plan, shapes = begin_folder(folder, plan, place, partial(plan_shapes, options, listing))
+    return PlannedCache(options, folder, plan, shapes, listing, space, device, place)
 
 
 def check_options(options: CacheOptions) -> None:
@@ -101,6 +109,8 @@ def check_options(options: CacheOptions) -> None:
             "`vae=none`: pixels have no latents to cache; train on the images themselves"
         )
     latent_shape(options.vae).side(options.image_size)
+    if options.sizes != SQUARE:
+        size_for(options.sizes, options.image_size, pixels_of_token(options))
 
 
 def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> dict:
@@ -117,26 +127,68 @@ def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> di
         "ratio": space.shape.ratio, "scale": space.scale, "shift": space.shift,
         "classes": listing.classes, "skip_bad_images": options.skip_bad_images,
         "files_sha256": listing.hash(options.data_path), "chunk": CHUNK,
+    } | own_entries(options, latent)  # fmt: skip
+
+
+def own_entries(options: CacheOptions, latent: tuple[int, ...]) -> dict:
+    """What a plan says otherwise, or more, of images that keep their shape."""
+    if options.sizes == SQUARE:
+        return {}
+    return {
+        "shape": latent_moments_shape(latent[:1]), "sizes": options.sizes,
+        "unit": pixels_of_token(options),
     }  # fmt: skip
+
+
+def plan_shapes(options: CacheOptions, listing: Listing) -> np.ndarray | None:
+    """Heights and widths (N, 2) of latents by the images' headers; None for squares.
+
+    Raises ValueError if a header cannot be read.
+    """
+    if options.sizes == SQUARE:
+        return None
+    sizes = planned_sizes(options, listing.paths)
+    return np.array(sizes, np.int32) // latent_shape(options.vae).ratio  # (N, 2)
 
 
 # ---- the folder ----
 
+# What gives the shapes of latents of a cache to be made, which takes a while
+Shapes = Callable[[], np.ndarray | None]
 
-def begin_folder(folder: Path, plan: dict, place: Place) -> None:
-    """Make the folder with its plan and an array to fill, in the first process.
 
-    The others wait for it. Raises ValueError if it holds latents of another plan, or cannot be
-    made.
+def begin_folder(
+    folder: Path, plan: dict, place: Place, shapes_of: Shapes
+) -> tuple[dict, np.ndarray | None]:
+    """Make the folder with its plan and an array to fill, in the first process; the others wait.
+
+    Returns the plan, and the shapes of latents if images keep theirs. Raises ValueError if the
+    folder holds latents of another plan, or cannot be made.
     """
     if place.rank:
         wait_for_plan(folder, place)
     elif not (folder / PLAN).exists():
-        make_folder(folder, plan)
+        make_folder(folder, plan, shapes_of)
     check_same_plan(folder, plan)
+    plan, shapes = with_shapes(folder, plan)
     path = folder / MOMENTS
-    if not path.exists() or path.stat().st_size != array_layout(plan)[1]:
+    if not path.exists() or path.stat().st_size != array_layout(plan, shapes)[1]:
         raise ValueError(f"{path} has lost its length; remove the folder and make it again")
+    return plan, shapes
+
+
+def with_shapes(folder: Path, plan: dict) -> tuple[dict, np.ndarray | None]:
+    """A plan with what a folder's says of its shapes.npy, and these shapes (N, 2).
+
+    Squares have none: (the plan, None). Raises ValueError if shapes.npy is damaged.
+    """
+    if not keeps_shapes(plan):
+        return plan, None
+    plan = plan | {"shapes_crc32": read_json(folder / PLAN).get("shapes_crc32")}
+    try:
+        return plan, read_shapes(folder, plan)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; remove the folder and make it again") from None
 
 
 def wait_for_plan(folder: Path, place: Place) -> None:
@@ -153,16 +205,20 @@ def wait_for_plan(folder: Path, place: Place) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def make_folder(folder: Path, plan: dict) -> None:
-    """Make the folder, an array to fill and, last, its plan.
+def make_folder(folder: Path, plan: dict, shapes_of: Shapes) -> None:
+    """Make the folder, shapes.npy if there are any, an array to fill and, last, its plan.
 
-    Raises ValueError if something else is there, or the disk refuses.
+    Raises ValueError if something else is there, a header cannot be read, or the disk refuses.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CHUNKS).exists():
         raise ValueError(f"`output` {folder} holds something else; give a new folder")
+    shapes = shapes_of()
     try:
         (folder / CHUNKS).mkdir(parents=True, exist_ok=True)
-        make_array(folder / MOMENTS, plan)
+        if shapes is not None:
+            write_array(folder / SHAPES, shapes)
+            plan = plan | {"shapes_crc32": zlib.crc32(shapes.tobytes())}
+        make_array(folder / MOMENTS, plan, shapes)
         write_json(folder / PLAN, plan)
     except OSError as error:
         raise ValueError(
@@ -176,7 +232,9 @@ def check_same_plan(folder: Path, plan: dict) -> None:
     An autoencoder with equal files may have another name.
     """
     wanted, found = json.loads(json.dumps(plan)), read_json(folder / PLAN)
-    others = [name for name in wanted if found.get(name) != wanted[name]]
+    # `sizes` stands in no plan of squares
+    names = dict.fromkeys([*wanted, "sizes"])
+    others = [name for name in names if found.get(name) != wanted.get(name)]
     if wanted["vae_sha256"] and "vae" in others:
         others.remove("vae")
     if others:
@@ -191,23 +249,32 @@ def write_json(path: Path, contents: dict, indent: int | None = 1) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def array_layout(plan: dict) -> tuple[bytes, int, int]:
-    """(header, size of the file, bytes of an image) of moments.npy."""
-    shape, dtype = moments_shape(plan), np.dtype(plan["dtype"])
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file, whole or not at all. Raises OSError if the disk refuses."""
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    write_whole(path, write)
+
+
+def array_layout(plan: dict, shapes: np.ndarray | None) -> tuple[bytes, int]:
+    """(header, size of the file) of moments.npy."""
+    shape, dtype = moments_shape(plan, shapes), np.dtype(plan["dtype"])
     header = BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": dtype.str, "fortran_order": False, "shape": shape}
     )
-    row = int(np.prod(shape[1:])) * dtype.itemsize
-    return header.getvalue(), len(header.getvalue()) + plan["images"] * row, row
+    return header.getvalue(), len(header.getvalue()) + math.prod(shape) * dtype.itemsize
 
 
-def make_array(path: Path, plan: dict) -> None:
+def make_array(path: Path, plan: dict, shapes: np.ndarray | None) -> None:
     """Write an .npy file of the right size, empty as yet.
 
     The disk space is taken at once where the system can do that.
     """
-    header, size, _ = array_layout(plan)
+    header, size = array_layout(plan, shapes)
     with open(path, "wb") as file:
         file.write(header)
         file.flush()
@@ -242,7 +309,8 @@ def encode_share(planned: PlannedCache) -> None:
     """
     plan, options, folder = planned.plan, planned.options, planned.folder
     starts = missing_chunks(planned)
-    header, _, row = array_layout(plan)
+    header, _ = array_layout(plan, planned.shapes)
+    starts_in_file = Extents(plan, planned.shapes).starts * np.dtype(plan["dtype"]).itemsize
     progress = tqdm(starts, unit="chunk", disable=None if planned.place.rank == 0 else True)
     with (
         open(folder / MOMENTS, "r+b") as file,
@@ -252,7 +320,7 @@ def encode_share(planned: PlannedCache) -> None:
             if images is None or (bad and not options.skip_bad_images):
                 raise ValueError(unreadable(bad, options.skip_bad_images))
             content = encode(planned, images, start).tobytes()
-            write_durably(file, len(header) + start * row, content)
+            write_durably(file, len(header) + int(starts_in_file[start]), content)
             # Only now, when the data are safely there
             note = {
                 "crc32": zlib.crc32(content), "labels": labels[:: 1 + plan["flip"]].tolist(),
@@ -274,27 +342,44 @@ def chunk_loader(planned: PlannedCache, starts: list[int]) -> DataLoader:
         [(i, bool(flip)) for i in range(start, min(start + CHUNK, count)) for flip in flips]
         for start in starts
     ]
-    options = planned.options
-    dataset = ImageDataset(planned.listing, options.image_size, options.skip_bad_images)
+    options, sizes = planned.options, None
+    if planned.shapes is not None:
+        sizes = (planned.shapes * planned.plan["ratio"]).tolist()
+    dataset = ImageDataset(
+        planned.listing, options.image_size, options.skip_bad_images, sizes=sizes
+    )
     pin_memory = planned.device.type == "cuda"
-    return make_loader(dataset, keys, options.num_workers, pin_memory=pin_memory)
+    return make_loader(dataset, keys, options.num_workers, pin_memory, collate_ragged)
 
 
-def encode(planned: PlannedCache, images: Tensor, start: int) -> np.ndarray:
-    """The moments (n·flips, 2, C, h, w) of images uint8 (n·flips, 3, S, S), as they are stored.
+def encode(planned: PlannedCache, images: Ragged, start: int) -> np.ndarray:
+    """The moments of images uint8 (3, H, W) as they are stored, in one row of numbers.
 
-    Raises ValueError, naming the first image, `start`, if the cache's kind of number is too small.
+    Images of one size are encoded together. Raises ValueError, naming the first image, `start`, if
+    the cache's kind of number is too small.
     """
-    dtype = planned.plan["dtype"]
-    mean_and_std = planned.space.moments(from_uint8(images.to(planned.device)))
-    moments = torch.stack(mean_and_std, dim=1)  # (n·flips, 2, C, h, w)
-    stored = moments.cpu().numpy().astype(dtype)
+    dtype, parts = planned.plan["dtype"], images.to(planned.device).parts()
+    rows: dict[int, Tensor] = {}
+    for numbers in alike(parts):
+        batch = torch.stack([parts[number] for number in numbers])  # (n, 3, H, W)
+        mean_and_std = planned.space.moments(from_uint8(batch))
+        moments = torch.stack(mean_and_std, dim=1)  # (n, 2, C, h, w)
+        rows |= zip(numbers, moments.flatten(1))
+    stored = torch.cat([rows[number] for number in range(len(parts))]).cpu().numpy().astype(dtype)
     if not np.isfinite(stored).all():
         raise ValueError(
             f"images {start} and following have latents beyond {dtype}; pass "
             "`latents_dtype=float32`"
         )
     return stored
+
+
+def alike(parts: list[Tensor]) -> list[list[int]]:
+    """The numbers of the parts that have one shape, for each shape there is."""
+    groups: dict[torch.Size, list[int]] = {}
+    for number, part in enumerate(parts):
+        groups.setdefault(part.shape, []).append(number)
+    return list(groups.values())
 
 
 def write_durably(file: BinaryIO, offset: int, content: bytes) -> None:
@@ -325,12 +410,7 @@ def finish(folder: Path, plan: dict, presence: Presence) -> None:
     for image in bad:
         print(f"skipped unreadable image {image}")
     labels = np.array([label for chunk in chunks for label in chunk["labels"]])  # (images,)
-
-    def write_labels(temporary):
-        with open(temporary, "wb") as file:
-            np.save(file, labels)
-
-    write_whole(folder / LABELS, write_labels)
+    write_array(folder / LABELS, labels)
     sums = {
         "bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes()),
         "crc32": [chunk["crc32"] for chunk in chunks],

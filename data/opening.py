@@ -13,7 +13,7 @@ from typing import Any
 from data.cache import CachedLatents
 from data.images import ImageDataset, sizes_in_headers, unreadable
 from data.listing import Listing, list_images, sample_hash
-from data.options import DataOptions
+from data.options import CacheOptions, DataOptions
 from data.shapes import SQUARE, Size, size_for
 from data.source import BadImage, Source
 from vae import latent_shape, vae_hashes
@@ -54,7 +54,7 @@ def open_images(options: DataOptions, call: Call) -> ImageDataset:
     return ImageDataset(listing, options.image_size, options.skip_bad_images, hashes, sizes)
 
 
-def planned_sizes(options: DataOptions, paths: list[str]) -> list[Size]:
+def planned_sizes(options: DataOptions | CacheOptions, paths: list[str]) -> list[Size]:
     """The size that each image is brought to, by what its header says.
 
     That of an unreadable one, which another stands in for, is a square. Raises ValueError where
@@ -69,7 +69,7 @@ def planned_sizes(options: DataOptions, paths: list[str]) -> list[Size]:
     return sizes
 
 
-def pixels_of_token(options: DataOptions) -> int:
+def pixels_of_token(options: DataOptions | CacheOptions) -> int:
     """How many pixels a token has along each side."""
     return latent_shape(options.vae).ratio * options.patch_size
 
@@ -96,6 +96,8 @@ def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None
     if options.image_size != manifest["image_size"]:
         theirs = manifest["image_size"]
         wrong.append(f"`image_size` is {options.image_size}, the latents' {theirs}")
+    if options.sizes != cached.kind:
+        wrong.append(FOR_TRAINING[cached.kind])
     if not is_same_autoencoder(options.vae, manifest):
         wrong.append(f"`vae` is {options.vae}, the latents' {manifest['vae']}")
     if options.num_classes and classes is None:
@@ -130,6 +132,13 @@ def absolute_if_there(name: str) -> str:
     except (OSError, ValueError):  # no path that this file system can have
         return name
 
+
+# What `sizes` of cached latents may be → what they are for, in words
+FOR_TRAINING = {
+    SQUARE: "the latents are squares, for training with neither `aspect_buckets` nor `pack`",
+    "buckets": "the latents are in buckets, for training with `aspect_buckets=True`",
+    "own": "the latents have sizes of their own, for training with `pack`",
+}
 
 # Field of DataOptions → what opens the source that it names. The first one that is given counts.
 SOURCES: dict[str, Callable[[DataOptions, Call], Source]] = {

@@ -32,6 +32,8 @@ class CacheOptions:
     flip: bool = DataOptions.flip  # whether mirror images are cached as well
     skip_bad_images: bool = DataOptions.skip_bad_images
     vae: str = DataOptions.vae  # "ema", "mse", a hub id, or a local folder
+    sizes: str = DataOptions.sizes  # or "buckets" or "own": images keep their shape
+    patch_size: int = DataOptions.patch_size  # of networks to train, where images keep their shape
     latents_dtype: str = "float16"  # or "float32"
     tf32: bool = True  # whether NVIDIA GPUs may use TF32
     num_workers: int = 4  # loader processes of each process

@@ -24,6 +24,7 @@ class Range(NamedTuple):
 # passes overflows. The range of num_classes is conditions.labels.CLASSES.
 RANGES = {
     "image_size": Range(1, IMAGE_SIZE),
+    "patch_size": Range(1, 2**10),
     # training
     "epochs": Range(1, COUNTS),
     "max_steps": Range(1, COUNTS),
