@@ -95,8 +95,8 @@ SCORED_BY = {"gaussian": ("ddim", "ddpm"), "flow": ("euler", "sde, w = sigma")}
 class LadderPlan(NamedTuple):
     """A preset: the fields of study.py's Plan, for networks of `size` (depth, width, heads).
 
-    Samples are drawn with so many `calls` of the network, those of the other sizes `grids`, (height,
-    width), with grid_calls.
+    Samples are drawn with so many `calls` of the network, those of the other sizes `grids`, each
+    (height, width), with grid_calls.
     """
 
     image_size: int
