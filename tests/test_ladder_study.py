@@ -206,6 +206,7 @@ def test_committed_numbers_are_of_the_plan_and_the_networks():
             network = DiT(**ladder_study.config_of(plan, rung))
         assert row["parameters"] == sum(p.numel() for p in network.parameters())
         assert row["images"] == own.batch_size * own.scored_at[-1]
+    assert sum(row["cpu_seconds"] for row in rows) < 2 * 60 * 60  # an hour on two cores
 
 
 def test_the_page_has_the_committed_numbers():
