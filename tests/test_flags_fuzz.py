@@ -263,6 +263,9 @@ DOORS = {
     "flow_study": Door(
         "flow_study", [["--output", "flows", "--device", "cpu"]], {"studies.run_job": nothing}
     ),
+    "ladder_study": Door(
+        "ladder_study", [["--output", "ladder", "--device", "cpu"]], {"studies.run_job": nothing}
+    ),
     "plot": Door(
         "plot",
         [["--output", "figures"]],

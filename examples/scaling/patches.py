@@ -13,6 +13,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from layers.sizes import sides
 from vae import from_uint8
 
 ROWS, COLUMNS = 2, 3  # of regions in a photograph
@@ -40,8 +41,10 @@ def draw_patches(count, size, reduction, *seed):
     """(patches, labels), on the CPU: classes drawn uniformly, then the place of each within its
     region.
 
-    seed: numbers that decide them, the first of which says what they are for.
+    size: a side, or (height, width). seed: numbers that decide them, the first of which says what
+    they are for.
     """
+    tall, wide = sides(size)
     word = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
     generator = torch.Generator().manual_seed(word)
     photos = photographs(reduction)  # (2, H, W)
@@ -49,13 +52,12 @@ def draw_patches(count, size, reduction, *seed):
     labels = torch.randint(CLASSES, (count,), generator=generator)
     photo, region = labels // (ROWS * COLUMNS), labels % (ROWS * COLUMNS)
     top = region // COLUMNS * height + torch.randint(
-        height - size + 1, (count,), generator=generator
+        height - tall + 1, (count,), generator=generator
     )
-    left = region % COLUMNS * width + torch.randint(width - size + 1, (count,), generator=generator)
-    within = torch.arange(size)
-    rows, columns = top[:, None] + within, left[:, None] + within  # (N, S) each
-    patches = photos[photo[:, None, None], rows[:, :, None], columns[:, None, :]]  # (N, S, S)
-    return patches.unsqueeze(1), labels  # (N, 1, S, S)
+    left = region % COLUMNS * width + torch.randint(width - wide + 1, (count,), generator=generator)
+    rows, columns = top[:, None] + torch.arange(tall), left[:, None] + torch.arange(wide)
+    patches = photos[photo[:, None, None], rows[:, :, None], columns[:, None, :]]  # (N, H, W)
+    return patches.unsqueeze(1), labels  # (N, 1, H, W)
 
 
 class Classifier(nn.Module):

@@ -1,5 +1,6 @@
 """The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line
-for each network. A network is named by a Point in study.py, by a FlowPoint in flow_study.py.
+for each network. A network is named by a Point in study.py, by a FlowPoint in flow_study.py, by a
+LadderPoint in ladder_study.py.
 """
 
 import json
@@ -26,6 +27,16 @@ class FlowPoint(NamedTuple):
 
     def __str__(self):
         return f"{self.variant}, seed {self.seed}"
+
+
+class LadderPoint(NamedTuple):
+    """One network of a study of a ladder: its rung, and its seed."""
+
+    rung: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.rung}, seed {self.seed}"
 
 
 def read_about(folder, kind=Point):

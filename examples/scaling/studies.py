@@ -33,7 +33,8 @@ class Study(NamedTuple):
 
     `point` is the NamedTuple that names a network; list_points(plan) lists them all in the order in
     which they begin; run_point(plan, point, judge, device, folder) returns a line of points.jsonl,
-    a dict with the fields of the point, "curve" and "seconds".
+    a dict with the fields of the point, "curve" and "seconds". tell(plan, judge, device) is what
+    else study.json says of the plan's patches.
     """
 
     script: str
@@ -42,6 +43,7 @@ class Study(NamedTuple):
     point: type
     list_points: Callable
     run_point: Callable
+    tell: Callable = lambda plan, judge, device: {}
 
 
 class Job(NamedTuple):
@@ -125,6 +127,7 @@ def open_folder(job):
             )
         print("training the classifier that scores", flush=True)
         judge, told = make_judge(plan, device)
+        told |= job.study.tell(plan, judge, device)
         save_real(plan, folder / "samples" / "real.png")
         save_judge(judge, folder / "judge.pt")
         points = {"points": [list(point) for point in job.study.list_points(plan)]}

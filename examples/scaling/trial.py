@@ -85,9 +85,9 @@ def recipe_of(plan):
     return Recipe(lr=plan.lr, ema_decay=(plan.ema_decay,), bf16=plan.bf16)
 
 
-def train(plan, state, seed, device):
-    """Train a new TrainState on its device; yields, after each of the steps to be scored at, the
-    mean squared error over the steps since the last of them.
+def train(plan, state, seed, device, encode=from_uint8):
+    """Train a new TrainState on its device, on what `encode` makes of patches; yields, after each
+    of the steps to be scored at, the mean squared error over the steps since the last of them.
 
     Raises ValueError if a loss or gradient is not finite.
     """
@@ -102,7 +102,7 @@ def train(plan, state, seed, device):
             seed, state.step, plan.batch_size, network.latent_shape, dropout_prob,
             state.process, device,
         )  # fmt: skip
-        if train_step(state, from_uint8(patches), labels, draws)["bad"]:
+        if train_step(state, encode(patches), labels, draws)["bad"]:
             raise ValueError(
                 f"the loss or gradient of step {state.step} is not finite; lower the plan's lr"
             )

@@ -36,7 +36,8 @@ INTERRUPTIBLE = [
     "examples/digits/train_vae.py", "examples/digits/train_classifier.py",
     "examples/digits/compare_likelihood.py",
     "examples/scaling/study.py", "examples/scaling/plot.py", "examples/scaling/flow_study.py",
-    "examples/scaling/flow_plot.py",
+    "examples/scaling/flow_plot.py", "examples/scaling/ladder_study.py",
+    "examples/scaling/ladder_plot.py",
 ]  # fmt: skip
 
 
