@@ -133,7 +133,8 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
     except (ValueError, KeyError, TypeError) as error:  # of the hub's, not looked at before
         raise ValueError(_cannot_load(name, error)) from error
     autoencoder = autoencoder.to(device).eval().requires_grad_(False)
-    return LatentSpace(_shape_of(config), *_normalisation(config), autoencoder)
+    scale, shift = _normalisation(config)
+    return LatentSpace(_shape_of(config), scale, shift, autoencoder)
 
 
 @contextmanager

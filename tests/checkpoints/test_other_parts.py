@@ -203,7 +203,7 @@ def test_rectangles_that_a_file_cannot_mean(size, message):
 
 
 @pytest.mark.parametrize("theirs, mine, message", [
-    ({}, dict(positions="rope"), 'positions table, the network here rope; pass `positions="table"`'),
+    ({}, dict(positions="rope"), 'table, the network here rope; pass `positions="table"`'),
     (dict(positions="table+rope"), {}, 'pass `positions="table+rope"`'),
     (dict(norm="rms"), {}, 'norm rms, the network here layer; pass `norm="rms"`'),
     ({}, dict(mlp="swiglu"), 'mlp gelu, the network here swiglu; pass `mlp="gelu"`'),

@@ -1,4 +1,5 @@
-"""Images of many sizes packed in rows: equal to each alone, and nothing learned from empty places."""
+"""Images of many sizes packed in rows: equal to each alone; nothing is learned from empty places.
+"""
 
 import pytest
 import torch

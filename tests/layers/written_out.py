@@ -1,5 +1,5 @@
-"""A network with rotated queries and keys, RMSNorm, SwiGLU and normalised queries and keys, from its
-formulas alone and LightningDiT's names of tensors, in float64: for comparison.
+"""A network with rotated, and normalised, queries and keys, RMSNorm and SwiGLU, from its formulas
+alone and LightningDiT's names of tensors, in float64: for comparison.
 """
 
 import math
@@ -72,8 +72,10 @@ def condition(weights, t, y):
     frequencies = torch.exp(-math.log(10000) * torch.arange(128).float() / 128)
     angles = t.float()[:, None] * frequencies
     waves = torch.cat([angles.cos(), angles.sin()], dim=1).double()
-    hidden = silu(linear(waves, weights["t_embedder.mlp.0.weight"], weights["t_embedder.mlp.0.bias"]))
-    of_t = linear(hidden, weights["t_embedder.mlp.2.weight"], weights["t_embedder.mlp.2.bias"])
+    first, second = (
+        (weights[f"t_embedder.mlp.{i}.weight"], weights[f"t_embedder.mlp.{i}.bias"]) for i in (0, 2)
+    )
+    of_t = linear(silu(linear(waves, *first)), *second)
     return of_t + weights["y_embedder.embedding_table.weight"][y]
 
 
@@ -83,7 +85,8 @@ def network(tensors, heads, x, t, y, absolute=False):
     """
     weights = {name: tensor.double() for name, tensor in tensors.items()}
     proj = weights["x_embedder.proj.weight"]
-    p, (rows, columns) = proj.shape[-1], (x.shape[2] // proj.shape[-1], x.shape[3] // proj.shape[-1])
+    p = proj.shape[-1]
+    rows, columns = x.shape[2] // p, x.shape[3] // p
     patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     tokens = linear(patches, proj.flatten(1), weights["x_embedder.proj.bias"])  # (N, T, D)
     if absolute:
