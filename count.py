@@ -3,6 +3,7 @@
     python count.py        # the paper's sizes, and ours, at 256 pixels
     python count.py --model DiT-XL/2 --image-size 512
     python count.py --model DiT-L/2 --block adaln_zero adaln cross_attention in_context adaln_single
+    python count.py --model DiT-XL/2 --positions rope --norm rms --mlp swiglu
     python count.py --model DiT-XL/2 DiT-L/2 --mixed-precision bf16 --grad-checkpointing
     python count.py --model DiT-Ti/1 --vae examples/digits/vae --image-size 32 --num-classes 10
 
@@ -32,6 +33,7 @@ from argparse import Namespace
 
 import torch
 
+from layers.parts import DEFAULTS as PARTS, NAMES, PAPERS
 from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
 from training.cost import Cost, count
@@ -53,6 +55,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--block", nargs="+", choices=BLOCKS, default=[TrainOptions.block], help=blocks
     )
+    for name, choices in NAMES.items():
+        if name != "extrapolation":  # which costs nothing
+            parser.add_argument(
+                f"--{name}", choices=choices, default=PARTS[name],
+                help="as train.py has it (default: %(default)s)",
+            )  # fmt: skip
+    parser.add_argument("--qk-norm", action="store_true", help="as train.py has it (default: off)")
     parser.add_argument(
         "--image-size", type=int, default=TrainOptions.image_size,
         help="in pixels (default: %(default)s)",
@@ -107,6 +116,7 @@ def described(args: Namespace) -> list[tuple[str, dict]]:
         for name in args.model
     }
     shared = {"in_channels": shape.channels, "num_classes": args.num_classes}
+    shared |= {name: getattr(args, name) for name in PAPERS._fields}
     return [
         (name, {"input_size": sides[name], **shared, "block": block})
         for name in args.model

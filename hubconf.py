@@ -30,10 +30,10 @@ _HERE = _Path(__file__).resolve().parent
 _DIGITS = _HERE / "examples" / "digits"
 
 dependencies = ["torch", "timm", "diffusers", "numpy", "PIL", "safetensors", "tqdm"]
-# What networks and samplers are made of; a network of random weights takes `models` alone.
+# What networks and samplers are made of; a network of random weights takes the first two alone.
 TAKEN = (
-    "models", "checkpoints", "conditions", "diffusion", "flow", "processes", "runtime", "sampling",
-    "vae",
+    "layers", "models", "checkpoints", "conditions", "diffusion", "flow", "processes", "runtime",
+    "sampling", "vae",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _entry(model: str) -> _Callable[..., "DiT"]:
     """The entry point of a network that `models.DiT_models` calls `model`."""
 
     def load(pretrained: bool = False, input_size: int = 32, **arguments: _Any) -> "DiT":
-        with _own_modules(TAKEN if pretrained else ("models",)):
+        with _own_modules(TAKEN if pretrained else TAKEN[:2]):
             from models import DiT_models
 
             arguments["input_size"] = input_size
@@ -109,7 +109,7 @@ def _entry(model: str) -> _Callable[..., "DiT"]:
     return load
 
 
-with _own_modules(("models",)):
+with _own_modules(TAKEN[:2]):
     from models import DiT_models as _DiT_models
 
 globals().update({entry.__name__: entry for entry in map(_entry, _DiT_models)})

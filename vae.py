@@ -1,11 +1,12 @@
 """Pixels ↔ latents: the autoencoder that a DiT works behind, and everything that is known about it.
 
-Scale factor, downsampling ratio and channels are read from the autoencoder's own configuration;
-nothing else in the project holds a copy of them. Shapes: images (N, 3, H, W) in [-1, 1], latents
-(N, C, H/ratio, W/ratio).
+Scale factor, shift, downsampling ratio and channels are read from the autoencoder's own
+configuration; nothing else in the project holds a copy of them. Shapes: images (N, 3, H, W) in
+[-1, 1], latents (N, C, H/ratio, W/ratio).
 """
 
 import codecs
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 import hashlib
 import json
@@ -71,6 +72,8 @@ SIZES = ("latent_channels", "in_channels", "out_channels", "layers_per_block", "
 # Of an autoencoder; no known one comes near
 MOST_LEVELS, MOST_CHANNELS, MOST_LAYERS = 8, 16_384, 64
 
+STATISTICS = ("latents_mean", "latents_std")  # of each channel, where latents are normalised
+
 # What one call of the autoencoder sees: 8 images of 256 px, 2 of 512 px
 PIXELS_AT_ONCE = 8 * 256 * 256
 
@@ -129,10 +132,9 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> "Space":
         config = _checked(autoencoder.config)
     except (ValueError, KeyError, TypeError) as error:  # of the hub's, not looked at before
         raise ValueError(_cannot_load(name, error)) from error
-    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
-    return LatentSpace(
-        _shape_of(config), scale, shift, autoencoder.to(device).eval().requires_grad_(False)
-    )
+    autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+    scale, shift = _normalisation(config)
+    return LatentSpace(_shape_of(config), scale, shift, autoencoder)
 
 
 @contextmanager
@@ -199,11 +201,8 @@ def _checked(config):
     Raises ValueError for another.
     """
     kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL" or config.get("latents_mean") or config.get("latents_std"):
-        raise ValueError(
-            "an AutoencoderKL with one scale factor for all channels is wanted, this is another "
-            f"{kind}"
-        )
+    if kind != "AutoencoderKL":
+        raise ValueError(f"an AutoencoderKL is wanted, this is another {kind}")
     if config.get("quantization_config"):
         raise ValueError(
             "its weights are quantized, by quantization_config; give one in floating point"
@@ -227,15 +226,57 @@ def _checked(config):
         )
     for key, other in {"scaling_factor": 1.0, "shift_factor": 0.0}.items():
         value = other if config.get(key) is None else config[key]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-        ):
+        if not _is_number(value):
             raise ValueError(f"in config.json {key} is no number")
         if key == "scaling_factor" and value <= 0:
             raise ValueError(f"in config.json scaling_factor is {value}; it must be above 0")
+    _check_statistics(config)
     return config
+
+
+def _is_number(value):
+    kind = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return kind and math.isfinite(value)
+
+
+def _check_statistics(config):
+    """Raise ValueError unless a configuration has no mean and deviation of latents, or both of
+    each channel.
+    """
+    given = {key: config.get(key) for key in STATISTICS if config.get(key) is not None}
+    if not given:
+        return
+    if len(given) < len(STATISTICS):
+        raise ValueError(
+            f"config.json has {next(iter(given))} alone; {' and '.join(STATISTICS)} go together"
+        )
+    channels = config["latent_channels"]
+    for key, values in given.items():
+        if not isinstance(values, (list, tuple)) or len(values) != channels:
+            count = f"{len(values)} entries" if isinstance(values, (list, tuple)) else "no list"
+            raise ValueError(f"in config.json {key} has {count}; wanted is one number for each of "
+                             f"{channels} latent_channels")  # fmt: skip
+        if not all(_is_number(value) for value in values):
+            raise ValueError(f"in config.json {key} has an entry that is no number")
+    if min(given["latents_std"]) <= 0:
+        least = min(given["latents_std"])
+        raise ValueError(f"in config.json latents_std has {least}; deviations must be above 0")
+    if config.get("shift_factor"):
+        raise ValueError(
+            f"config.json has shift_factor {config['shift_factor']} and latents_mean; take out the "
+            "one that is not subtracted"
+        )
+
+
+def _normalisation(config):
+    """(scale, shift) of a checked configuration: numbers, or a list with one for each channel.
+
+    With statistics z = (latent - latents_mean) / latents_std · scaling_factor, as in diffusers.
+    """
+    scale = config["scaling_factor"]
+    if config.get("latents_std") is None:
+        return scale, config.get("shift_factor") or 0.0
+    return [scale / std for std in config["latents_std"]], list(config["latents_mean"])
 
 
 def _shape_of(config):
@@ -245,15 +286,15 @@ def _shape_of(config):
 class LatentSpace:
     """A diffusers AutoencoderKL as an encoder and decoder of scaled latents.
 
-    Scaled latents are z = (latent - shift)·scale. Without the autoencoder, the space still draws
-    from moments that were computed before.
+    Scaled latents are z = (latent - shift)·scale; each of the two is a number, or one for each
+    channel. Without the autoencoder, the space still draws from moments that were computed before.
     """
 
     clip_denoised = False  # latents have no range to clip predictions to
 
     def __init__(
-        self, shape: LatentShape, scale: float, shift: float = 0.0,
-        autoencoder: AutoencoderKL | None = None,
+        self, shape: LatentShape, scale: float | Sequence[float],
+        shift: float | Sequence[float] = 0.0, autoencoder: AutoencoderKL | None = None,
     ) -> None:  # fmt: skip
         self.shape, self.scale, self.shift, self.autoencoder = shape, scale, shift, autoencoder
 
@@ -271,7 +312,8 @@ class LatentSpace:
 
     def draw(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A scaled latent (N, C, h, w) from the posterior with these moments."""
-        return (mean + std * noise - self.shift) * self.scale
+        latent = mean + std * noise
+        return (latent - _of_channels(self.shift, latent)) * _of_channels(self.scale, latent)
 
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] and normal noise → scaled latents, both (N, C, h, w)."""
@@ -284,13 +326,18 @@ class LatentSpace:
         A fixed number of pixels is decoded at a time.
         """
         assert self.autoencoder is not None
-        latents = latents / self.scale + self.shift
+        latents = latents / _of_channels(self.scale, latents) + _of_channels(self.shift, latents)
         return torch.cat(
             [
                 self.autoencoder.decode(part).sample
                 for part in latents.split(_chunk(latents, self.shape.ratio))
             ]
         )
+
+
+def _of_channels(value, latents):
+    """A number as it is; one for each channel as (C, 1, 1), in the kind and place of latents."""
+    return value if isinstance(value, (int, float)) else latents.new_tensor(value).view(-1, 1, 1)
 
 
 class PixelSpace:

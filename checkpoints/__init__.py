@@ -10,7 +10,8 @@ __getattr__ = handed_on(
         "checkpoints.files":
             "read_checkpoint check_whole save_checkpoint checkpoint_path list_checkpoints "
             "newest_checkpoint newest_whole_checkpoint prune_checkpoints",
-        "checkpoints.fitting": "check_fits design_of check_design adapt read_label_map",
+        "checkpoints.fitting": "check_fits check_design adapt read_label_map",
+        "checkpoints.outline": "design_of",
         "checkpoints.loading":
             "network_of load_pretrained import_diffusers find_files find_checkpoint choose_vae "
             "build_network class_names",

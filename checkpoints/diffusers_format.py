@@ -9,6 +9,7 @@ configuration of the network that it came from is kept under OWN.
 import torch
 
 from checkpoints.network_config import Tensors, arguments_in, check_kind, check_outline, shown
+from layers.parts import DEFAULTS
 from layers.sizes import check_sizes
 from models import get_2d_sincos_pos_embed
 
@@ -68,6 +69,8 @@ def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
     reasons = {
         f"its blocks are of the design {c['block']}": c["block"] != "adaln_zero",
         f"its mlp_ratio is {c['mlp_ratio']}": c["mlp_ratio"] != 4,
+        f"its latents are {c['input_size']}": isinstance(c["input_size"], list),
+        **{f"its {name} is {c[name]}": True for name in DEFAULTS if name in c},
         "it has no classes": not c["num_classes"],
         f"it has {c['num_classes']} classes, and label {null_label} stands for none there": c[
             "num_classes"
@@ -80,8 +83,9 @@ def config_to_diffusers(config: dict, null_label: int = NULL_LABEL) -> dict:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"diffusers' DiT cannot be this network: {reason}; wanted are adaln_zero, "
-                f"mlp_ratio 4 and 1 to {null_label} classes with label dropout"
+                f"diffusers' DiT cannot be this network: {reason}; wanted are adaln_zero, the "
+                f"paper's parts, square latents, mlp_ratio 4 and 1 to {null_label} classes with "
+                "label dropout"
             )
     return {
         "num_attention_heads": c["num_heads"],

@@ -7,15 +7,16 @@ from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors
+from checkpoints.outline import FINAL, POSITION_TABLE, design_of, learns_sigma, parts_of
 from checkpoints.weights import Weights
 from conditions.labels import label_index
+from layers.parts import DEFAULTS, PAPERS
 from models import DiT
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
 from runtime.json_files import read_json
 
-FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
 # What of a process's config decides what t and the network's output mean
 MEANING = ("name", "path", "prediction")
 FLOATS = (
@@ -51,31 +52,13 @@ def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None
         )
 
 
-def design_of(tensors: Tensors) -> str:
-    """The block design, a key of models.BLOCKS, of the network whose state dict this is."""
-    first = {
-        name.removeprefix("blocks.0."): value
-        for name, value in tensors.items()
-        if name.startswith("blocks.0.")
-    }
-    if "scale_shift_table" in first:
-        return "adaln_single"
-    if "cross_attn.q.weight" in first:
-        return "cross_attention"
-    if "norm1.weight" in first:
-        return "in_context"
-    regression = first.get("adaLN_modulation.1.weight")
-    return (
-        "adaln"
-        if regression is not None and len(regression) == 4 * regression.shape[-1]
-        else "adaln_zero"
-    )
+def check_design(
+    network: DiT, tensors: Tensors, origin: Path | str, config: object = None
+) -> None:
+    """Raise ValueError if a state dict has blocks of another design, or of other parts, than the
+    network.
 
-
-def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
-    """Raise ValueError if a state dict has blocks of another design than the network.
-
-    `tensors` is the state dict, `origin` the file that it comes from.
+    `tensors` is the state dict, `config` DiT's arguments where its file, `origin`, has them.
     """
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
@@ -83,13 +66,21 @@ def check_design(network: DiT, tensors: Tensors, origin: Path | str) -> None:
             f"{origin} has blocks of the design {theirs}, the network here {ours}; pass "
             f'`block="{theirs}"`'
         )
+    wanted, found = DEFAULTS | network.config, parts_of(tensors)
+    if isinstance(config, dict):
+        found["positions"] = config.get("positions", PAPERS.positions)
+    elif found["positions"] == PAPERS.positions and network.positions.has_table:
+        found["positions"] = wanted["positions"]  # the tensors do not tell which
+    for name, there in found.items():
+        if there != wanted[name]:
+            raise ValueError(
+                f"{origin} has {name} {there}, the network here {wanted[name]}; pass "
+                f"`{name}={there if isinstance(there, bool) else _quoted(there)}`"
+            )
 
 
-def learns_sigma(tensors: Tensors, patch_size: int, channels: int) -> bool:
-    """Whether a state dict has outputs for a variance beside those for so many channels; yes if it
-    has no final layer.
-    """
-    return len(tensors.get(FINAL[1], ())) != patch_size**2 * channels
+def _quoted(text):
+    return f'"{text}"'
 
 
 def without_sigma(tensors: Tensors, patch_size: int, channels: int) -> Tensors:
@@ -154,14 +145,14 @@ def adapt(
     class; or {index: index in the Weights} of those to take over. Raises ValueError if anything
     else does not fit.
     """
-    check_design(network, weights.tensors, origin)
+    check_design(network, weights.tensors, origin, weights.config)
     own, sizes = network.state_dict(), (network.config["patch_size"], network.in_channels)
     if network.learn_sigma and not learns_sigma(weights.tensors, *sizes):
         raise ValueError(
             f"{origin} has no outputs for a variance, and the network here has them; "
             "pass `learn_sigma=False`"
         )
-    tensors = weights.tensors | {"pos_embed": own["pos_embed"]}
+    tensors = weights.tensors | {name: own[name] for name in own if name == POSITION_TABLE}
     if not network.learn_sigma:
         tensors = without_sigma(tensors, *sizes)
     theirs = tensors.pop(LABEL_TABLE, None)

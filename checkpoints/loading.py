@@ -7,9 +7,10 @@ import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import is_diffusers
-from checkpoints.fitting import check_fits, design_of, learned_process, learns_sigma
+from checkpoints.fitting import check_fits, learned_process
 from checkpoints.names import local_path, weights_file
 from checkpoints.network_config import arguments_in, check_outline
+from checkpoints.outline import design_of, learns_sigma, parts_of
 from checkpoints.released import download_model, released_name
 from checkpoints.weights import Weights, load_weights
 from conditions.labels import imagenet_names
@@ -144,7 +145,8 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> DiT:
         learn_sigma=learns_sigma(weights.tensors, patch_size, shape.channels),
     )  # fmt: skip
     with torch.device("meta"):
-        config = DiT_models[model](**sizes, block=design_of(weights.tensors)).config
+        parts = {"block": design_of(weights.tensors), **parts_of(weights.tensors)}
+        config = DiT_models[model](**sizes, **parts).config
     return network_of(weights._replace(config=config), origin)
 
 

@@ -37,8 +37,9 @@ def arguments_in(config: dict) -> dict:
     """
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
-        if key in ARGUMENTS:
-            check_kind(key, value, type(ARGUMENTS[key]))
+        sides = value if key == "input_size" and isinstance(value, list) else [value]
+        for side in sides if key in ARGUMENTS else ():
+            check_kind(key, side, type(ARGUMENTS[key]))
     return arguments
 
 
@@ -100,7 +101,9 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     """
     full, blocks = ARGUMENTS | config, len(tensors)
     room = max(ROOM, sum(tensor.numel() for tensor in tensors.values()))
-    hidden, tokens = full["hidden_size"], (full["input_size"] // max(1, full["patch_size"])) ** 2
+    hidden, size = full["hidden_size"], full["input_size"]
+    sides = size if isinstance(size, list) else [size, size]  # how many, DiT says
+    tokens = math.prod(side // max(1, full["patch_size"]) for side in sides)
     asked = {
         "hidden_size": hidden, "input_size": tokens * hidden, "patch_size": full["patch_size"] ** 2,
         "in_channels": full["in_channels"], "num_classes": full["num_classes"] * hidden,

@@ -80,6 +80,12 @@ CLASS = re.compile("SiT|FlowMatch|RectifiedFlow|EDM|LCM|Consistency|CMStochastic
 TEXT_OF_ARGUMENTS = (
     "args", "config", "cfg", "hparams", "opt", "options", "params", "command", "argv",
 )  # fmt: skip
+# Key of a configuration → how LightningDiT's says the flow that it learns.
+LIGHTNING = {
+    "path_type": re.compile(r"linear$", re.IGNORECASE),
+    "prediction": re.compile(r"velocity$", re.IGNORECASE),
+    **dict.fromkeys(NAMES, re.compile("LightningDiT")),
+}
 DEEPEST = 4  # of containers in one another
 
 
@@ -91,14 +97,18 @@ def check_process(said: object, origin: object) -> None:
     process_said(said, origin)
 
 
-def process_said(said: object, origin: object) -> dict[str, Any] | None:
+def process_said(
+    said: object, origin: object, of_tensors: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
     """What a file says of the process that its network has learned, a Process's `config`; None
     where it says nothing, as files of the Gaussian process may.
 
     `said`, a configuration or something else, is a dict, a Namespace, or a container of them;
     `origin` is where it stands. What stands under `process`, in a dict or in the `config` in it,
     goes first, then the arguments of a run. Where that is one of PROCESSES other than the Gaussian
-    one, it alone counts: the marks below are those of networks that are not Gaussian.
+    one, it alone counts: the marks below are those of networks that are not Gaussian. `of_tensors`
+    is what the names of the tensors say, LightningDiT's flow: it counts where nothing else is said,
+    and words for it are no marks of another.
 
     Raises ValueError for another process than these, or one that is said by no plain values.
     """
@@ -116,14 +126,19 @@ def process_said(said: object, origin: object) -> dict[str, Any] | None:
     if process is not None and process.get("name") in PROCESSES.keys() - {GaussianProcess.name}:
         return process
     unknown = {name: value for name, value in args.items() if name not in UNDERSTOOD}
-    _check_marks({**top, "args": unknown} if of_arguments else said, origin)
-    return process or of_arguments
+    left = {**top, "args": unknown} if of_arguments else said
+    _check_marks(left, origin, LIGHTNING if of_tensors else {})
+    return process or of_arguments or of_tensors
 
 
-def _check_marks(said, origin):
-    """Raise ValueError for an entry that is of another process than the Gaussian one."""
+def _check_marks(said, origin, allowed):
+    """Raise ValueError for an entry that is of another process than the Gaussian one, and whose
+    text under this key is not `allowed`.
+    """
     for key, value in _entries(said):
         if mark := _mark(key, value):
+            if key in allowed and allowed[key].match(str(value)):
+                continue
             raise ValueError(
                 f"{origin} is of another process ({mark}): here a network predicts the noise of "
                 "1,000 steps with linear betas, "

@@ -142,6 +142,11 @@ def export_diffusers(
             "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be "
             "exported"
         )
+    if not isinstance(space.scale, (int, float)):
+        raise ValueError(
+            "the autoencoder's latents are normalised in each channel (latents_mean and "
+            "latents_std), which diffusers' pipeline leaves out"
+        )
     if space.shift:
         raise ValueError(
             f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline "

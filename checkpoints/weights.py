@@ -24,6 +24,7 @@ from checkpoints.diffusers_format import (
     OWN_CLASSES, config_from_diffusers, from_diffusers, is_diffusers,
 )  # fmt: skip
 from checkpoints.files import _read_safetensors, read_checkpoint
+from checkpoints.lightning_format import LEARNED, from_lightning, is_lightning
 from checkpoints.names import PRETRAINED_FILES, weights_file
 from checkpoints.network_config import Tensors, arguments_in, with_process
 from checkpoints.process_marks import check_process, process_said
@@ -87,15 +88,20 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
         contents = read_checkpoint(path)
         config, classes = contents.get("config"), contents.get("classes")
         says = {key: value for key, value in contents.items() if key not in WITHOUT_MARKS}
-    process = process_said(says, path)
+    tensors = _chosen(contents, which, path)
+    foreign = is_lightning(tensors)
+    process = process_said(says, path, LEARNED if foreign else None)
     training = None
     if isinstance(contents.get("args"), dict):
         training = {"step": contents.get("step"), "args": contents["args"]}
     try:
+        if foreign:
+            tensors, config = from_lightning(tensors)
         config = arguments_in(config) if isinstance(config, dict) else None
     except ValueError as error:
-        raise ValueError(f"{path}: in its configuration {error}") from None
-    weights = Weights(_chosen(contents, which, path), config, classes, training, process)
+        of = "" if foreign else "in its configuration "
+        raise ValueError(f"{path}: {of}{error}") from None
+    weights = Weights(tensors, config, classes, training, process)
     beside = path.with_name("config.json")
     is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
     if is_pretrained and config is None and beside.is_file():

@@ -24,10 +24,10 @@ DTYPES = ("float16", "float32")  # of moments.npy
 # What a manifest must say of the arrays, and of the autoencoder: name → (kind, least).
 ENTRIES: dict[str, tuple[type | tuple[type, ...], float]] = {
     "images": (int, 1), "flip": (bool, 0), "shape": (list, 0), "image_size": (int, 1),
-    "channels": (int, 1), "ratio": (int, 1), "scale": ((int, float), -math.inf),
-    "shift": ((int, float), -math.inf), "vae": (str, 0), "vae_sha256": (dict, 0),
+    "channels": (int, 1), "ratio": (int, 1), "vae": (str, 0), "vae_sha256": (dict, 0),
     "files_sha256": (str, 0),
 }  # fmt: skip
+NORMALISATION = ("scale", "shift")  # a number each, or a list with one for each channel
 # The same, where images keep their shape
 OWN_ENTRIES: dict[str, tuple[type, float]] = {
     "image_size": (int, 1), "unit": (int, 1), "shapes_crc32": (int, 0),
@@ -116,6 +116,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         wrong_kind = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         if wrong_kind or (isinstance(value, (int, float)) and not least <= value < math.inf):
             raise ValueError(f"{MANIFEST} has {str(value)[:60]!r} for {name}")
+    for name in NORMALISATION:
+        _check_normalisation(name, manifest.get(name), manifest["channels"])
     classes = manifest.get("classes")
     if classes is not None and not (
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -123,8 +125,17 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"{MANIFEST} has classes that are no list of names")
     side = manifest["image_size"] // manifest["ratio"]
     latent = (manifest["channels"], *(() if own else (side, side)))
-    if not manifest["scale"] or manifest["shape"] != latent_moments_shape(latent):
+    if manifest["shape"] != latent_moments_shape(latent):
         raise ValueError(
-            f"{MANIFEST} has a shape, image_size, channels, ratio and scale that do not fit "
-            "together"
+            f"{MANIFEST} has a shape, image_size, channels and ratio that do not fit together"
         )
+
+
+def _check_normalisation(name, value, channels):
+    """Raise ValueError, naming the entry, unless it is a number, or a list of one per channel."""
+    numbers = value if isinstance(value, list) and len(value) == channels else [value]
+    kinds = [isinstance(number, (int, float)) and type(number) is not bool for number in numbers]
+    if not all(kinds) or not all(-math.inf < number < math.inf for number in numbers):
+        raise ValueError(f"{MANIFEST} has {str(value)[:60]!r} for {name}")
+    if name == "scale" and not all(numbers):
+        raise ValueError(f"{MANIFEST} has {str(value)[:60]!r} for scale; no scale is 0")

@@ -35,7 +35,7 @@ class Placement(NamedTuple):
         check_grid(self.extrapolation, grid, self.trained)
         index = grid_index(*grid, device=tokens.device)  # (T, 2)
         of = (index[-1] + 1).expand(index.shape)  # (T, 2)
-        added = trained_table if known else self.added(index, of, tokens)
+        added = trained_table if known else self.added(index, of, tokens, trained_table)
         return _with(tokens, added), ALONE.rotated(self.rope(index, of, tokens))
 
     def in_rows(
@@ -44,7 +44,7 @@ class Placement(NamedTuple):
         """Tokens (R, L, D) of packed images with their positions added, and their Layout."""
         of = packed.place, packed.grid, tokens
         layout = Layout({"attn_mask": packed.attn_mask}, packed.image)
-        added = self.added(*of)
+        added = self.added(*of, trained_table)
         if added is not None and trained_table is not None:
             # On the trained grid these very numbers, which are rounded otherwise
             rows, columns = self.trained
@@ -54,12 +54,17 @@ class Placement(NamedTuple):
             added = torch.where(known.unsqueeze(-1), entries, added)
         return _with(tokens, added), layout.rotated(self.rope(*of))
 
-    def added(self, index: Tensor, grid: Tensor, tokens: Tensor) -> Tensor | None:
-        """What is added to tokens (..., D) with this index in this grid; None for nothing."""
-        if not self.positions.has_table:
+    def added(
+        self, index: Tensor, grid: Tensor, tokens: Tensor, trained_table: Tensor | None
+    ) -> Tensor | None:
+        """What is added to tokens (..., D) with this index in this grid, of the trained table's
+        kind of number; None for nothing.
+        """
+        if trained_table is None:
             return None
         where = index, grid, self.trained
-        return table(*where, tokens.shape[-1], self.extrapolation, _exact(tokens))
+        found = table(*where, tokens.shape[-1], self.extrapolation, _exact(tokens))  # (..., D)
+        return found.to(trained_table.dtype)
 
     def rope(self, index: Tensor, grid: Tensor, tokens: Tensor) -> Tensor | None:
         """How they are rotated, (..., 2·head); None for not at all."""
@@ -69,7 +74,7 @@ class Placement(NamedTuple):
 
 
 def _with(tokens, added):
-    return tokens if added is None else tokens + added.to(tokens.dtype)
+    return tokens if added is None else tokens + added  # under autocast, float32
 
 
 def _exact(tokens):

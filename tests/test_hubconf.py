@@ -52,21 +52,21 @@ print(json.dumps([names, texts, network.config]))
     assert found[2] == DiT_models["DiT-Ti/8"]().config
 
 
-def test_a_network_takes_its_arguments_and_one_name(tmp_path):
-    """A network of random weights imports `models` alone, and leaves sys.path as it was."""
+def test_a_network_takes_its_arguments_and_two_names(tmp_path):
+    """A network of random weights imports `models` and `layers`, and leaves sys.path as it was."""
     config, same_path, taken = run(tmp_path, """
 before = list(sys.path)
 network = torch.hub.load(REPO, "DiT_XL_8", source="local", input_size=16, num_classes=0, depth=1)
 output = network(torch.zeros(1, 4, 16, 16), torch.zeros(1))
 assert output.shape == (1, 8, 16, 16)
 files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
-taken = [name for name, file in files.items()
-         if file.startswith(REPO + "/") and not file.startswith(REPO + "/.venv/")]
-print(json.dumps([network.config, sys.path == before, taken]))
+taken = {name.partition(".")[0] for name, file in files.items()
+         if file.startswith(REPO + "/") and not file.startswith(REPO + "/.venv/")}
+print(json.dumps([network.config, sys.path == before, sorted(taken)]))
 """)  # fmt: skip
     expected = {"input_size": 16, "patch_size": 8, "depth": 1, "num_classes": 0}
     assert config | expected == config
-    assert same_path and set(taken) <= {"models", "hubconf"}
+    assert same_path and set(taken) <= {"models", "layers", "hubconf"}
 
 
 def test_digits_beside_modules_of_the_caller_that_have_the_names_of_wings(tmp_path):
@@ -92,7 +92,9 @@ print(json.dumps([images.shape, str(images.dtype), [data.OWN, training.OWN], sor
     assert taken == sorted(hubconf.TAKEN)
 
 
-@pytest.mark.parametrize("entry, name", [("DiT_Ti_8", "models"), ("digits_sampler", "sampling")])
+@pytest.mark.parametrize("entry, name", [
+    ("DiT_Ti_8", "models"), ("DiT_Ti_8", "layers"), ("digits_sampler", "sampling"),
+])  # fmt: skip
 def test_a_module_of_the_caller_in_the_way_is_named(tmp_path, entry, name):
     (tmp_path / f"{name}.py").write_text("OWN = True", encoding="utf-8")
     said, own = run(tmp_path, f"""

@@ -2,8 +2,12 @@
 and its errors.
 """
 import json
+from pathlib import Path
+import re
 import shutil
+from types import SimpleNamespace
 
+import diffusers
 from diffusers import AutoencoderKL, UNet2DModel, VQModel
 import huggingface_hub.constants
 import pytest
@@ -454,3 +458,84 @@ def test_hub_that_cannot_be_reached(monkeypatch, error):
     with pytest.raises(ValueError, match=rf"cannot load VAE 'ema' \({reason}\); give") as caught:
         load_vae("ema")
     assert "\n" not in str(caught.value) and caught.value.__cause__ is error
+
+
+# ---- latents that are normalised in each channel ----
+
+MEAN, STD = [0.3, -1.2, 0.0, 2.5], [0.7, 2.0, 1.1, 0.05]
+STATISTICS = {"latents_mean": MEAN, "latents_std": STD}
+
+
+@pytest.fixture(scope="module")
+def normalised(tmp_path_factory):
+    """A folder of an autoencoder with four channels, statistics of each and a scale factor."""
+    folder = tmp_path_factory.mktemp("normalised")
+    save_tiny(folder, (4, 4), 0.13025, None, latent_channels=4)
+    config = json.loads((folder / "config.json").read_text()) | STATISTICS
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def diffusers_formula(target, start, vae, **tensors):
+    """What a pipeline of diffusers computes in its line `target = start...`. The line is read: the
+    pipeline itself needs packages that are not installed.
+    """
+    file = "pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl_img2img.py"
+    text = (Path(diffusers.__file__).parent / file).read_text(encoding="utf-8")
+    [line] = re.findall(rf"^ *{target} = ({re.escape(start)}.*)$", text, re.MULTILINE)
+    statistics = {
+        name: torch.tensor(values).view(1, -1, 1, 1) for name, values in STATISTICS.items()
+    }
+    return eval(line, {"self": SimpleNamespace(vae=vae), **statistics, **tensors})
+
+
+def test_latents_are_normalised_in_each_channel_as_in_diffusers(normalised):
+    space, x = load_vae(str(normalised)), images(2)
+    noise = randn(2, 4, 8, 8, dtype=torch.float32)
+    mean, std = space.moments(x)
+    expected = diffusers_formula(
+        "init_latents", "(init_latents", space.autoencoder, init_latents=mean + std * noise
+    )
+    torch.testing.assert_close(space.encode(x, noise), expected)
+    for c in range(4):
+        by_hand = (mean[:, c] + std[:, c] * noise[:, c] - MEAN[c]) / STD[c] * 0.13025
+        torch.testing.assert_close(expected[:, c], by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_decoding_takes_the_normalisation_back(normalised):
+    space, latents = load_vae(str(normalised)), randn(3, 4, 4, 4, dtype=torch.float32)
+    own = diffusers_formula("latents", "latents * latents_std", space.autoencoder, latents=latents)
+    with torch.no_grad():
+        expected = space.autoencoder.decode(own).sample
+    torch.testing.assert_close(space.decode(latents), expected)
+
+
+@pytest.mark.parametrize("widths, channels, shift, shape", [
+    ((4, 4, 4, 4), 16, 0.0609, LatentShape(16, 8)),  # as SD3's and Flux's
+    ((4, 4, 4, 4, 4), 32, None, LatentShape(32, 16)),  # as LightningDiT's
+])  # fmt: skip
+def test_more_channels_and_levels(tmp_path, widths, channels, shift, shape):
+    folder = str(save_tiny(tmp_path / "vae", widths, 1.5305, shift, channels))
+    space, x = load_vae(folder), images(2, 32, 48)
+    assert latent_shape(folder) == space.shape == shape
+    noise = randn(2, channels, 32 // shape.ratio, 48 // shape.ratio, dtype=torch.float32)
+    with torch.no_grad():
+        posterior = space.autoencoder.encode(x).latent_dist
+    expected = (posterior.mean + posterior.std * noise - (shift or 0)) * 1.5305
+    torch.testing.assert_close(space.encode(x, noise), expected)
+    assert space.decode(expected).shape == x.shape
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"latents_mean": None}, "latents_std alone; latents_mean and latents_std go together"),
+    ({"latents_std": STD[:3]}, "latents_std has 3 entries; wanted is one number for each of 4"),
+    ({"latents_std": 0.5}, "latents_std has no list"),
+    ({"latents_std": [1, 1, 0, 1]}, "latents_std has 0; deviations must be above 0"),
+    ({"latents_mean": [1, "2", 3, 4]}, "latents_mean has an entry that is no number"),
+    ({"shift_factor": 0.1}, "has shift_factor 0.1 and latents_mean"),
+])  # fmt: skip
+@pytest.mark.parametrize("call", [latent_shape, load_vae])
+def test_statistics_that_cannot_be(normalised, tmp_path, change, says, call):
+    folder = edited(normalised, tmp_path / "vae", **change)
+    with pytest.raises(ValueError, match=rf"cannot load VAE '{folder}' .*{says}"):
+        call(str(folder))

@@ -340,7 +340,7 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
     }
     for part in ("model", "ema"):
         contents[part] = clean_names(contents[part])
-    check_design(state.network, contents["model"], origin)
+    check_design(state.network, contents["model"], origin, contents.get("config"))
     for tensors in (contents["model"], contents["ema"], *contents["emas"].values()):
         check_fits(state.network, tensors, checkpoint)
     try:

@@ -34,6 +34,8 @@ from test_runs import without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
 from processes.gaussian import GaussianProcess
+from training.assembly import load_space
+from training.options import TrainOptions
 from training.state import Window
 from vae import from_uint8, load_vae
 
@@ -134,6 +136,33 @@ def test_cached_moments_are_the_autoencoders(images, tmp_path, vae, dtype, toler
     assert len(manifest["crc32"]) == 3 and manifest["files_sha256"] == listing.hash(images)
 
 
+def test_training_draws_from_a_cache_as_from_an_autoencoder_with_statistics(
+    images, tmp_path, vae
+):
+    """latents_mean and latents_std are in the manifest, and a run normalises by them."""
+    named = Path(shutil.copytree(vae, tmp_path / "vae"))
+    statistics = {"latents_mean": [0.1, -0.2, 0.0, 3.0], "latents_std": [2.0, 0.5, 1.0, 4.0]}
+    config = json.loads((named / "config.json").read_text()) | statistics
+    (named / "config.json").write_text(json.dumps(config))
+    folder = extract(images, tmp_path / "latents", str(named), "--latents-dtype", "float32")
+    cached, whole = CachedLatents(folder), load_vae(str(named))
+    assert cached.manifest["scale"] == [0.25, 1.0, 0.5, 0.125]
+    assert cached.manifest["shift"] == statistics["latents_mean"]
+    options = TrainOptions(data_path=None, latents=folder, vae=str(named), image_size=16)
+    space = load_space(options, None, cached)
+    assert space.autoencoder is None and space.shape == whole.shape
+    noise = torch.ones(1, 4, 8, 8)
+    mean, std = cached[3, False][0].unsqueeze(1)  # (1, C, h, w) each
+    drawn = space.draw(mean, std, noise)
+    expected = whole.draw(mean, std, noise)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
+    by_hand = [
+        (mean[0, c] + std[0, c] - m) / s / 2
+        for c, (m, s) in enumerate(zip(*statistics.values()))
+    ]
+    torch.testing.assert_close(drawn[0], torch.stack(by_hand), rtol=1e-5, atol=1e-6)
+
+
 def test_two_processes_write_what_one_does_and_again_changes_nothing(
     images, tmp_path, vae, monkeypatch
 ):
@@ -226,7 +255,8 @@ def test_verify_finds_what_changed(images, tmp_path, vae, capsys):
     dict(classes=5), dict(classes=["a"]), dict(scale="x"), dict(scale=0), dict(scale=float("nan")),
     dict(ratio=0), dict(ratio=10**9), dict(channels=10**9), dict(images=13), dict(images=10**30),
     dict(flip=False), dict(flip="yes"), dict(shape=[2]), dict(shape=None), dict(image_size=True),
-    dict(vae=None), dict(vae_sha256=[]), dict(shift="0"),
+    dict(vae=None), dict(vae_sha256=[]), dict(shift="0"), dict(scale=[1.0] * 3),
+    dict(scale=[1.0, 0.0, 1.0, 1.0]), dict(shift=[0.0, None, 0.0, 0.0]),
 ])  # fmt: skip
 def test_nonsense_in_a_manifest(images, tmp_path, vae, changes, capsys):
     folder = extract(images, tmp_path / "latents", vae)

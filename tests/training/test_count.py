@@ -53,6 +53,22 @@ def test_other_sizes_of_images(capsys):
     assert row[2] == f"{sum(p.numel() for p in network.parameters()):,}"
 
 
+def test_other_parts_cost_what_arithmetic_says(capsys):
+    """At XL/2 a SwiGLU has 3·D·3072 weights and as many multiply-adds, as the MLP has 2·D·4608."""
+    d, depth, tokens, hidden = 1152, 28, 256, 3072
+    flags = ["--model", "DiT-XL/2", "--num-classes", "1000"]
+    (plain,), (other,) = printed(capsys, *flags), printed(
+        capsys, *flags, "--positions", "rope", "--norm", "rms", "--mlp", "swiglu", "--qk-norm"
+    )
+    count_of = [int(row[2].replace(",", "")) for row in (plain, other)]
+    biases = depth * (2 * hidden - 4 * d)
+    norms = (2 * depth + 1) * d + depth * 2 * d // 16
+    assert count_of[1] - count_of[0] == biases + norms - tokens * d
+    assert other[3] == plain[3]
+    (both,) = printed(capsys, *flags, "--positions", "table+rope")
+    assert both[2:4] == plain[2:4]
+
+
 def test_one_row_for_each_model_and_block(capsys):
     rows = printed(capsys, "--model", "DiT-Ti/8", "DiT-Ti/4", "--block", "adaln", "in_context")
     assert [row[:2] for row in rows] == [

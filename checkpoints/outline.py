@@ -1,0 +1,55 @@
+"""What the names and shapes of a state dict say of its network."""
+
+from typing import Any
+
+from checkpoints.network_config import Tensors
+from layers.parts import PAPERS
+
+FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
+POSITION_TABLE = "pos_embed"
+FIRST_BLOCK = "blocks.0."
+
+
+def first_block(tensors: Tensors) -> Tensors:
+    """The tensors of a state dict's first block, by their names within it."""
+    return {
+        name.removeprefix(FIRST_BLOCK): value
+        for name, value in tensors.items()
+        if name.startswith(FIRST_BLOCK)
+    }
+
+
+def design_of(tensors: Tensors) -> str:
+    """The block design, a key of models.BLOCKS, of the network whose state dict this is."""
+    first = first_block(tensors)
+    if "scale_shift_table" in first:
+        return "adaln_single"
+    if "cross_attn.q.weight" in first:
+        return "cross_attention"
+    regression = first.get("adaLN_modulation.1.weight")
+    if regression is not None:
+        return "adaln" if len(regression) == 4 * regression.shape[-1] else "adaln_zero"
+    return "in_context" if "norm1.weight" in first else "adaln_zero"
+
+
+def parts_of(tensors: Tensors) -> dict[str, Any]:
+    """Positions, norm, MLP and qk_norm of the network whose state dict this is, as DiT takes them.
+
+    A table that is there is taken as all that tells positions: "table+rope" has no other tensors.
+    """
+    first = first_block(tensors)
+    into, out = first.get("mlp.fc1.weight"), first.get("mlp.fc2.weight")
+    gated = into is not None and out is not None and len(into) == 2 * out.shape[-1]
+    return {
+        "positions": PAPERS.positions if POSITION_TABLE in tensors else "rope",
+        "norm": "rms" if "norm1.weight" in first and "norm1.bias" not in first else PAPERS.norm,
+        "mlp": "swiglu" if gated else PAPERS.mlp,
+        "qk_norm": "attn.q_norm.weight" in first,
+    }
+
+
+def learns_sigma(tensors: Tensors, patch_size: int, channels: int) -> bool:
+    """Whether a state dict has outputs for a variance beside those for so many channels; yes if it
+    has no final layer.
+    """
+    return len(tensors.get(FINAL[1], ())) != patch_size**2 * channels
