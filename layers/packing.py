@@ -17,13 +17,15 @@ EMPTY = -1  # in `image`: a token of no image
 class Packed(NamedTuple):
     """Images in rows of tokens. `tokens` (R, L, C, P, P) are their patches, 0 where a row is empty;
     `image` (R, L) the number of each token's image, EMPTY without one; `place` and `grid`
-    (R, L, 2) its row and column and its image's rows and columns; `images` how many there are.
+    (R, L, 2) its row and column and its image's rows and columns. `full` (M,) are the places, of
+    all R·L, that have a token, in order; `images` says how many images there are.
     """
 
     tokens: Tensor
     image: Tensor
     place: Tensor
     grid: Tensor
+    full: Tensor
     images: int
 
     @property
@@ -31,28 +33,24 @@ class Packed(NamedTuple):
         """Whether a token attends to another, (R, 1, L, L): one of the same image."""
         return (self.image[:, None, :, None] == self.image[:, None, None, :])  # (R, 1, L, L)
 
-    @property
-    def full(self) -> Tensor:
-        """Whether a place has a token, (R, L)."""
-        return self.image != EMPTY
-
-    def per_token(self, values: Tensor) -> Tensor:
-        """What images have, (N, ...), for their tokens: (M, ...), M tokens in all, in the order of
-        tokens[full].
-        """
-        return values[self.image[self.full]]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean (N,) over each image's tokens of values (M,) in the order of tokens[full]."""
-        of = self.image[self.full]
-        counts = torch.bincount(of, minlength=self.images).to(values.dtype)
-        return values.new_zeros(self.images).index_add(0, of, values) / counts
+    def taken(self, values: Tensor) -> Tensor:
+        """Of values (R, L, ...) those of places that have a token: (M, ...)."""
+        return values.flatten(0, 1).index_select(0, self.full)  # (M, ...)
 
     def placed(self, values: Tensor) -> Tensor:
-        """Values (M, ...) in the order of tokens[full] in their places (R, L, ...), 0 elsewhere."""
-        rows = values.new_zeros(*self.image.shape, *values.shape[1:])
-        rows[self.full] = values
-        return rows
+        """Values (M, ...) in their places (R, L, ...), with 0 elsewhere."""
+        rows = values.new_zeros(self.image.numel(), *values.shape[1:])  # (R·L, ...)
+        return rows.index_copy(0, self.full, values).unflatten(0, self.image.shape)  # (R, L, ...)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """What images have, (N, ...), for their tokens: (M, ...)."""
+        return values[self.taken(self.image)]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean (N,) over each image's tokens of values (M,)."""
+        of, none = self.taken(self.image), values.new_zeros(self.images)
+        counts = none.index_add(0, of, torch.ones_like(values))
+        return none.index_add(0, of, values) / counts
 
     def unpacked(self, patches: Tensor) -> list[Tensor]:
         """The images (C, h, w) that patches (R, L, C, P, P) are of."""
@@ -117,10 +115,10 @@ def pack(images: Sequence[Tensor], side: int, length: int) -> Packed:
             here = row, slice(start, start := start + grids[number][0] * grids[number][1])
             image_of[here], place[here] = number, grid_index(*grids[number])
             grid[here] = torch.tensor(grids[number])
-    tokens = images[0].new_zeros(*image_of.shape, images[0].shape[0], side, side)
     ordered = [patches_of(images[number], side) for numbers in rows for number in numbers]
-    tokens[(image_of != EMPTY).to(device)] = torch.cat(ordered)
-    image_of, place, grid = (
-        part.to(device, non_blocking=True) for part in (image_of, place, grid)
+    full = (image_of.flatten() != EMPTY).nonzero().flatten()  # (M,)
+    image_of, place, grid, full = (
+        part.to(device, non_blocking=True) for part in (image_of, place, grid, full)
     )
-    return Packed(tokens, image_of, place, grid, len(images))
+    packed = Packed(images[0], image_of, place, grid, full, len(images))
+    return packed._replace(tokens=packed.placed(torch.cat(ordered)))

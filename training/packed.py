@@ -35,21 +35,20 @@ def packed_losses(
         for latent, own in zip(latents, noise)
     ]
     packed = pack(both, patch_size, length)
-    full = packed.full  # (R, L)
-    x_start, eps = packed.tokens[full].chunk(2, dim=1)  # (M, C, P, P) each
+    x_start, eps = packed.taken(packed.tokens).chunk(2, dim=1)  # (M, C, P, P) each
     first = first_tokens(packed)
 
     def of_tokens(x, t):
         """What the network makes of tokens x (M, C, P, P) at times t (M,): (M, C_out, P, P)."""
-        return network(packed._replace(tokens=packed.placed(x)), t[first])[full]
+        return packed.taken(network(packed._replace(tokens=packed.placed(x)), t[first]))
 
     losses = process.losses(of_tokens, x_start, packed.per_token(t), eps)  # (M,) each
     return {name: packed.mean(values) for name, values in losses.items()}
 
 
 def first_tokens(packed: Packed) -> Tensor:
-    """The place (n,) of each image's first token in the order of tokens[full]."""
-    of = packed.image[packed.full]  # (M,)
+    """The place (n,) of each image's first token among all M."""
+    of = packed.taken(packed.image)  # (M,)
     places = torch.arange(len(of), device=of.device)
     return of.new_full((packed.images,), len(of)).scatter_reduce(0, of, places, "amin")
 

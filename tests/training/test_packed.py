@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_those_of_each_image_alone(process, positions):
 
 def test_first_tokens_and_first_numbers():
     packed = pack([randn(1, 2 * h, 2 * w, seed=i) for i, (h, w) in enumerate(GRIDS)], 2, 20)
-    numbers = packed.image[packed.full].tolist()
+    numbers = packed.taken(packed.image).tolist()
     assert first_tokens(packed).tolist() == [numbers.index(i) for i in range(6)]
     noise = randn(2, 3, 4, 4)
     assert first_numbers(noise, (3, 4, 4)) is noise

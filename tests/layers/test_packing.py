@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import SMALL, fill_randomly, randn
-from layers.packing import EMPTY, pack, rows_for
+from layers.packing import EMPTY, EMPTY, pack, rows_for
 from models import DiT
 
 SHAPES = [(8, 8), (4, 12), (12, 4), (2, 2), (6, 10), (10, 6)]  # of images; tokens 16 12 12 1 15 15
@@ -39,7 +39,7 @@ def gradients(model, loss):
 def test_packed_is_each_image_alone_in_outputs_and_gradients(block, options):
     model, (images, t, y) = built(block=block, **options), batch()
     packed = pack(images, 2, LENGTH)
-    assert len(packed.tokens) < len(images) and not packed.full.all()
+    assert len(packed.tokens) < len(images) and (packed.image == EMPTY).any()
     out = packed.unpacked(model(packed, t, y))
     alone = [model(image[None], t[i : i + 1], y[i : i + 1])[0] for i, image in enumerate(images)]
     for ours, expected in zip(out, alone, strict=True):
@@ -58,10 +58,10 @@ def test_empty_places_change_nothing(options):
     model, (images, t, y) = built(**options), batch()
     packed = pack(images, 2, LENGTH)
     noise = randn(*packed.tokens.shape, seed=9) * 100
-    empty = ~packed.full[:, :, None, None, None]
+    empty = (packed.image == EMPTY)[:, :, None, None, None]
     filled = packed._replace(tokens=torch.where(empty, noise, packed.tokens))
     assert not torch.equal(filled.tokens, packed.tokens)
-    outs = [model(part, t, y)[packed.full] for part in (packed, filled)]
+    outs = [packed.taken(model(part, t, y)) for part in (packed, filled)]
     assert torch.equal(*outs)
     first, second = (
         gradients(model, packed.mean(out.square().mean(dim=(1, 2, 3))).sum()) for out in outs
@@ -75,7 +75,7 @@ def test_per_token_mean_and_placed_undo_one_another():
     assert spread.shape == (71,)
     torch.testing.assert_close(packed.mean(spread), values)
     placed = packed.placed(spread)
-    assert placed.shape == packed.image.shape and torch.equal(placed[packed.full], spread)
+    assert placed.shape == packed.image.shape and torch.equal(packed.taken(placed), spread)
     assert not placed[packed.image == EMPTY].any()
 
 
