@@ -1,4 +1,4 @@
-"""A file to an image: opening, colours, the centre crop, and the data set of a Listing."""
+"""A file to an image: opening, colours, the central crop, and the data set of a Listing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,24 +22,39 @@ MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather th
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
-    """The central square of a PIL image, as a PIL image of image_size × image_size.
+    """The central square of a PIL image, as a PIL image of image_size × image_size."""
+    return cover(pil_image, (image_size, image_size))
 
-    As in ADM, the image is halved with a box filter while its short side is at least twice the
-    target, then scaled bicubically. A strip so long that it would have more than MOST_PIXELS then
+
+def cover(pil_image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A PIL image scaled until it covers a size, (height, width) in pixels, and cropped centrally.
+
+    As in ADM, the image is halved with a box filter while it then still covers the size, and
+    scaled bicubically after that. A strip so long that it would have more than MOST_PIXELS then
     is cropped before it is scaled.
     """
-    while min(pil_image.size) >= 2 * image_size:
+    target = size[1], size[0]  # as PIL has them: width first
+    while all(side >= 2 * wanted for side, wanted in zip(pil_image.size, target)):
         pil_image = pil_image.resize([side // 2 for side in pil_image.size], Image.Resampling.BOX)
-    short = min(pil_image.size)
-    scale = image_size / short
+    scale = max(wanted / side for side, wanted in zip(pil_image.size, target))
     if scale**2 * math.prod(pil_image.size) > MOST_PIXELS:
-        left, top = ((side - short) // 2 for side in pil_image.size)
-        pil_image = pil_image.crop((left, top, left + short, top + short))
-    pil_image = pil_image.resize(
-        [round(side * scale) for side in pil_image.size], Image.Resampling.BICUBIC
-    )
-    left, top = ((side - image_size) // 2 for side in pil_image.size)
-    return pil_image.crop((left, top, left + image_size, top + image_size))
+        pil_image = _central(pil_image, _smallest_cover(pil_image.size, target))
+    scaled = [round(side * scale) for side in pil_image.size]
+    return _central(pil_image.resize(scaled, Image.Resampling.BICUBIC), target)
+
+
+def _smallest_cover(sides, target):
+    """(width, height) of the smallest box in an image that covers a target when it is scaled."""
+    (width, height), (wide, high) = sides, target
+    if width * high <= height * wide:  # the width decides how far the image is scaled
+        return width, -(-width * high // wide)
+    return -(-height * wide // high), height
+
+
+def _central(image, sides):
+    """The central box of an image, (width, height)."""
+    left, top = ((side - wanted) // 2 for side, wanted in zip(image.size, sides))
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 at which step.
 """
 import collections
+from fractions import Fraction
 from functools import partial
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from data import images as data_images
 from data import listing as data_listing
 from data import loader
 from data.batches import StepBatches, collate, steps_per_epoch
-from data.images import ImageDataset, center_crop_arr
+from data.images import ImageDataset, center_crop_arr, cover
 from data.listing import Listing, list_images
 from data.loader import LoaderFailed, make_loader
 
@@ -59,21 +60,21 @@ def halve(array, axis):
 
 
 def crop_in_numbers(array, size):
-    """The centre crop as its description has it, in float64 and without PIL: (height, width, 3) →
-    (size, size, 3).
+    """The centre crop as its description has it, in float64 and without PIL: (H, W, 3) →
+    (height, width, 3) for a size (height, width).
     """
-    picture = array.astype(np.float64)
-    while picture.shape[0] >= 2 * size and picture.shape[1] >= 2 * size:
+    picture, (height, width) = array.astype(np.float64), size
+    while picture.shape[0] >= 2 * height and picture.shape[1] >= 2 * width:
         picture = halve(halve(picture, 0), 1)
-    height, width = picture.shape[:2]
-    if height <= width:
-        scaled = (size, round(width * size / height))
+    rows, columns = picture.shape[:2]
+    if Fraction(height, rows) >= Fraction(width, columns):
+        scaled = (height, round(columns * height / rows))
     else:
-        scaled = (round(height * size / width), size)
+        scaled = (round(rows * width / columns), width)
     batch = torch.from_numpy(picture).permute(2, 0, 1)[None]
     batch = F.interpolate(batch, scaled, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    return batch[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return batch[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("width, height, size", [
@@ -87,7 +88,30 @@ def test_centre_crop_is_halved_scaled_and_cut(width, height, size):
     cropped = np.array(center_crop_arr(Image.fromarray(picture), size))
     assert cropped.shape == (size, size, 3) and cropped.dtype == np.uint8
     # PIL rounds to whole levels after each pass; another filter, size or place is 10 and more away
-    np.testing.assert_allclose(cropped, crop_in_numbers(picture, size), atol=2.5, rtol=0)
+    expected = crop_in_numbers(picture, (size, size))
+    np.testing.assert_allclose(cropped, expected, atol=2.5, rtol=0)
+
+
+@pytest.mark.parametrize("width, height, size", [
+    (64, 64, (32, 64)), (64, 64, (64, 32)), (128, 128, (16, 32)), (100, 40, (24, 48)),
+    (40, 100, (24, 48)), (31, 50, (16, 8)), (10, 13, (16, 24)), (256, 160, (32, 64)),
+    (7, 1000, (4, 2)), (1, 9, (8, 4)), (300, 260, (200, 256)),
+])  # fmt: skip
+def test_an_image_covers_a_rectangle(width, height, size):
+    picture = noise_picture(width, height)
+    covering = np.array(cover(Image.fromarray(picture), size))
+    assert covering.shape == (*size, 3) and covering.dtype == np.uint8
+    np.testing.assert_allclose(covering, crop_in_numbers(picture, size), atol=2.5, rtol=0)
+
+
+@pytest.mark.parametrize("most_pixels", [2**40, 300])
+def test_nothing_from_outside_an_image_covers_a_size(monkeypatch, most_pixels):
+    """A white image stays white: PIL's crop would add black."""
+    monkeypatch.setattr(data_images, "MOST_PIXELS", most_pixels)
+    draw = np.random.default_rng(0)
+    for width, height, wide, high in draw.integers(1, 80, (300, 4)):
+        covering = cover(Image.new("L", (width, height), 255), (high, wide))
+        assert covering.size == (wide, high) and covering.getextrema() == (255, 255)
 
 
 @pytest.mark.parametrize("side", [31, 32, 33, 63, 64, 65, 127, 128, 129, 500])
