@@ -33,6 +33,7 @@ from argparse import Namespace
 import torch
 
 from models import BLOCKS, DiT, DiT_models
+from runtime.image_size import read_size
 from runtime.limits import check_numbers
 from training.cost import Cost, count
 from training.options import TrainOptions
@@ -54,8 +55,8 @@ def build_parser() -> Parser:
         "--block", nargs="+", choices=BLOCKS, default=[TrainOptions.block], help=blocks
     )
     parser.add_argument(
-        "--image-size", type=int, default=TrainOptions.image_size,
-        help="in pixels (default: %(default)s)",
+        "--image-size", type=read_size, default=TrainOptions.image_size,
+        help="in pixels: a number, or HEIGHTxWIDTH (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--num-classes", type=int, default=TrainOptions.num_classes,
@@ -102,13 +103,13 @@ def described(args: Namespace) -> list[tuple[str, dict]]:
     Raises ValueError for an image size that does not fit one of them.
     """
     shape = latent_shape(args.vae)
-    sides = {
-        name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"])
+    sizes = {
+        name: shape.size(args.image_size, DiT_models[name].keywords["patch_size"])
         for name in args.model
     }
     shared = {"in_channels": shape.channels, "num_classes": args.num_classes}
     return [
-        (name, {"input_size": sides[name], **shared, "block": block})
+        (name, {"input_size": sizes[name], **shared, "block": block})
         for name in args.model
         for block in args.block
     ]

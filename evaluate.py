@@ -33,6 +33,7 @@ from evaluation.report import (
     LIBRARIES, as_text, evaluate, installed, join_others, make_reference, write_report,
 )  # fmt: skip
 from processes.table import WORDS
+from runtime.image_size import read_size
 from runtime.team import Team
 
 # Flags that go with --likelihood alone, and others that do not go with it
@@ -57,10 +58,10 @@ def build_parser() -> Parser:
     making = "instead: write such a file, of all images below this folder, to --output"
     sides("--make-reference", metavar="DIR", help=making)
     cropping = (
-        "with --make-reference: crop to this size and convert to RGB, as training does; "
-        f"with --likelihood: as --model (default: {IMAGE_SIZE})"
+        "with --make-reference: crop to this size, a number or HEIGHTxWIDTH, and convert to RGB, "
+        f"as training does; with --likelihood: as --model (default: {IMAGE_SIZE})"
     )
-    sides("--image-size", type=int, help=cropping)
+    sides("--image-size", type=read_size, help=cropping)
     sides(
         "--output", metavar="FILE",
         help="where to write the JSON as well, or the reference; must not exist",

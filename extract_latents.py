@@ -23,6 +23,7 @@ from data.cache import find_damage
 from data.cache_format import DTYPES
 from data.cache_writer import fill_cache, plan_cache
 from data.options import CacheOptions
+from runtime.image_size import read_size
 
 
 def build_parser() -> Parser:
@@ -35,8 +36,8 @@ def build_parser() -> Parser:
         help="instead, compare the checksums of such a folder, and report",
     )  # fmt: skip
     data(
-        "--image-size", type=int, default=CacheOptions.image_size,
-        help="pixels along each side, after the crop (default: %(default)s)",
+        "--image-size", type=read_size, default=CacheOptions.image_size,
+        help="pixels along each side, or HEIGHTxWIDTH, after the crop (default: %(default)s)",
     )  # fmt: skip
     data(
         "--num-classes", type=int, default=CacheOptions.num_classes,

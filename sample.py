@@ -80,13 +80,15 @@ def main(argv: list[str] | None = None) -> None:
         sampler = build_sampler(choice, files, options, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    used = options.settled(sampler.process) | {"vae": files.vae, "class_labels": labels}
+    used = options.settled(sampler.process) | {
+        "vae": files.vae, "class_labels": labels, "image_size": sampler.image_size,
+    }  # fmt: skip
     try:
         with tf32(args.tf32):
             images, frames = sample(sampler, labels, args.seed, shown)
         texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
         save(picture(images, texts), args.output, vars(args) | used)
-        size = f"{images.shape[2]}x{images.shape[1]}"
+        size = f"{images.shape[1]}x{images.shape[2]}"  # height x width, as --image-size
         print(f"wrote {args.output}: {len(images)} images of {size} pixels")
         if args.trajectory:
             save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)

@@ -161,7 +161,7 @@ def adapt(
             f"{origin} has no outputs for a variance, and the network here has them; "
             "pass `learn_sigma=False`"
         )
-    tensors = weights.tensors | {"pos_embed": own["pos_embed"]}
+    tensors = weights.tensors | {name: own[name] for name in own if name == "pos_embed"}
     if not network.learn_sigma:
         tensors = without_sigma(tensors, *sizes)
     theirs = tensors.pop(LABEL_TABLE, None)

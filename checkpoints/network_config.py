@@ -10,6 +10,7 @@ import math
 import torch
 
 from layers.parts import DEFAULTS
+from layers.sizes import sides
 from models import DiT
 
 Tensors = dict[str, torch.Tensor]  # a state dict
@@ -37,8 +38,10 @@ def arguments_in(config: dict) -> dict:
     """
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
-        if key in ARGUMENTS:
-            check_kind(key, value, type(ARGUMENTS[key]))
+        rectangle = key == "input_size" and isinstance(value, list) and len(value) == 2
+        for one in value if rectangle else [value]:
+            if key in ARGUMENTS:
+                check_kind(key, one, type(ARGUMENTS[key]))
     return arguments
 
 
@@ -100,7 +103,8 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     """
     full, blocks = ARGUMENTS | config, len(tensors)
     room = max(ROOM, sum(tensor.numel() for tensor in tensors.values()))
-    hidden, tokens = full["hidden_size"], (full["input_size"] // max(1, full["patch_size"])) ** 2
+    rows, columns = (side // max(1, full["patch_size"]) for side in sides(full["input_size"]))
+    hidden, tokens = full["hidden_size"], rows * columns
     asked = {
         "hidden_size": hidden, "input_size": tokens * hidden, "patch_size": full["patch_size"] ** 2,
         "in_channels": full["in_channels"], "num_classes": full["num_classes"] * hidden,

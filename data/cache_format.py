@@ -10,12 +10,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from runtime.image_size import settled, sides
+
 MANIFEST, PLAN, MOMENTS, LABELS = "manifest.json", "plan.json", "moments.npy", "labels.npy"
 CHUNKS = "chunks"  # the folder of notes
 DTYPES = ("float16", "float32")  # of moments.npy
 # What a manifest must say of the arrays, and of the autoencoder: name → (kind, least).
 ENTRIES: dict[str, tuple[type | tuple[type, ...], float]] = {
-    "images": (int, 1), "flip": (bool, 0), "shape": (list, 0), "image_size": (int, 1),
+    "images": (int, 1), "flip": (bool, 0), "shape": (list, 0), "image_size": ((int, list), 1),
     "channels": (int, 1), "ratio": (int, 1), "scale": ((int, float), -math.inf),
     "shift": ((int, float), -math.inf), "vae": (str, 0), "vae_sha256": (dict, 0),
     "files_sha256": (str, 0),
@@ -52,8 +54,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     ):
         raise ValueError(f"{MANIFEST} has classes that are no list of names")
-    side = manifest["image_size"] // manifest["ratio"]
-    fits = manifest["shape"] == latent_moments_shape((manifest["channels"], side, side))
+    latent = [side // manifest["ratio"] for side in sides(settled(manifest["image_size"]))]
+    fits = manifest["shape"] == latent_moments_shape((manifest["channels"], *latent))
     if not manifest["scale"] or not fits:
         raise ValueError(
             f"{MANIFEST} has a shape, image_size, channels, ratio and scale that do not fit "

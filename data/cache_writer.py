@@ -31,6 +31,7 @@ from data.loader import make_loader, read
 from data.options import CacheOptions
 from runtime.devices import process_device, tf32
 from runtime.disk import write_whole
+from runtime.image_size import sides
 from runtime.json_files import read_json
 from runtime.limits import check_memory, check_numbers
 from runtime.presence import Presence
@@ -100,7 +101,7 @@ def check_options(options: CacheOptions) -> None:
         raise ValueError(
             "`vae=none`: pixels have no latents to cache; train on the images themselves"
         )
-    latent_shape(options.vae).side(options.image_size)
+    latent_shape(options.vae).size(options.image_size)
 
 
 def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> dict:
@@ -108,7 +109,7 @@ def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> di
 
     plan.json has it until that is there.
     """
-    latent = space.shape.latent(options.image_size, options.image_size)
+    latent = space.shape.latent(*sides(options.image_size))
     return {
         "images": len(listing.paths), "flip": options.flip,
         "shape": latent_moments_shape(latent),
@@ -281,7 +282,7 @@ def chunk_loader(planned: PlannedCache, starts: list[int]) -> DataLoader:
 
 
 def encode(planned: PlannedCache, images: Tensor, start: int) -> np.ndarray:
-    """The moments (n·flips, 2, C, h, w) of images uint8 (n·flips, 3, S, S), as they are stored.
+    """The moments (n·flips, 2, C, h, w) of images uint8 (n·flips, 3, H, W), as they are stored.
 
     Raises ValueError, naming the first image, `start`, if the cache's kind of number is too small.
     """

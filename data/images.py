@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from data.listing import Listing
 from data.source import BadImage, TrainingItem
+from runtime.image_size import ImageSize, sides
 
 BACKGROUND = "white"  # behind what is transparent
 # Of a resized image; a strip that would have more is cropped first
@@ -105,14 +106,14 @@ def _eight_bits(image):
     return Image.fromarray(grey)
 
 
-def read_pixels(path: Path | str, image_size: int | None = None) -> np.ndarray:
+def read_pixels(path: Path | str, image_size: ImageSize | None = None) -> np.ndarray:
     """The pixels of an image file, uint8 (H, W, 3), cropped to image_size in RGB as training sees
     them. With None the image is read as it is: (H, W, 3) if it is RGB.
 
     Raises what Pillow raises, of many kinds.
     """
     with open_image(path) as image:
-        cropped = center_crop_arr(to_rgb(image), image_size) if image_size else image
+        cropped = cover(to_rgb(image), sides(image_size)) if image_size else image
         return np.array(cropped)  # (H, W, 3)
 
 
@@ -122,14 +123,14 @@ def channels_first(pixels: np.ndarray) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Images of a Listing by (index, flip), as (uint8 (3, S, S), label, bad images met).
+    """Images of a Listing by (index, flip), as (uint8 (3, H, W), label, bad images met).
 
     An unreadable file is reported rather than raised: with skip_bad the next readable image stands
     in for it, else the image is None.
     """
 
     def __init__(
-        self, listing: Listing, image_size: int, skip_bad: bool = False,
+        self, listing: Listing, image_size: ImageSize, skip_bad: bool = False,
         hashes: tuple[str, str] = ("", ""),
     ) -> None:  # fmt: skip
         self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad
@@ -153,8 +154,8 @@ class ImageDataset(Dataset):
         return None, 0, bad
 
     def _read(self, path, flip):
-        pixels = read_pixels(path, self.image_size)  # (S, S, 3)
-        return channels_first(pixels[:, ::-1] if flip else pixels)  # (3, S, S)
+        pixels = read_pixels(path, self.image_size)  # (H, W, 3)
+        return channels_first(pixels[:, ::-1] if flip else pixels)  # (3, H, W)
 
 
 def unreadable(bad: list[BadImage], skip_bad: bool) -> str:

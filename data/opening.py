@@ -14,6 +14,7 @@ from data.images import ImageDataset
 from data.listing import Listing, list_images, sample_hash
 from data.options import DataOptions
 from data.source import Source
+from runtime.image_size import settled, written
 from vae import vae_hashes
 
 # call(function, *args) returns function(*args); among several processes the first one may do it
@@ -66,9 +67,10 @@ def listed(options: DataOptions, call: Call) -> Listing | None:
 def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None) -> list[str]:
     """What of cached latents does not fit the options, or the images of a listing, in words."""
     manifest, classes, wrong = cached.manifest, cached.classes, []
-    if options.image_size != manifest["image_size"]:
-        theirs = manifest["image_size"]
-        wrong.append(f"`image_size` is {options.image_size}, the latents' {theirs}")
+    theirs = settled(manifest["image_size"])
+    if options.image_size != theirs:
+        ours = written(options.image_size)
+        wrong.append(f"`image_size` is {ours}, the latents' {written(theirs)}")
     if not is_same_autoencoder(options.vae, manifest):
         wrong.append(f"`vae` is {options.vae}, the latents' {manifest['vae']}")
     if options.num_classes and classes is None:
