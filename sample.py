@@ -6,8 +6,9 @@
     python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
       --class-labels 3 1 4 --trajectory 314.gif
 
-A checkpoint of this project says itself how its network is built; for others --model, --image-size
-and --num-classes do.
+A checkpoint of this project says itself how its network is built; for others --model and
+--num-classes do. --image-size 384 or 256x384, HEIGHTxWIDTH, asks for other pictures than the
+network was trained on.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, reason
@@ -61,7 +62,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door("the number of --class-labels")
+@door("--image-size or the number of --class-labels")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)

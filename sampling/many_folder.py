@@ -53,7 +53,7 @@ def recorded_options(
     other_size = sampler.latent != sampler.network.latent_shape
     network = {
         "ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae,
-        "device": device, "image_size": sampler.image_size if other_size else None,
+        "image_size": sampler.image_size if other_size else None, "device": device,
     }  # fmt: skip
     return asdict(many) | network | sampling | {"tf32": tf32} | last | own
 
