@@ -85,8 +85,8 @@ class Extractor:
             groups.setdefault(image.shape, []).append(number)
         parts = [self(torch.stack([images[i] for i in group])) for group in groups.values()]
         place = torch.tensor([i for group in groups.values() for i in group]).argsort()  # (n,)
-        rows = [None if of[0] is None else torch.cat(of)[place] for of in zip(*parts)]
-        return Rows(*rows)._replace(spatial=None)
+        rows = Rows._make(None if of[0] is None else torch.cat(of)[place] for of in zip(*parts))
+        return rows._replace(spatial=None)
 
     def dimensions(
         self, size: tuple[int, int], device: torch.device | str

@@ -232,6 +232,6 @@ def make_reference(options: EvaluationOptions) -> str | None:
 def pixels_of(images: ImageSet, i: int) -> np.ndarray:
     """The pixels uint8 (H, W, 3) of an image. Raises ValueError if it cannot be read."""
     image, reason = images[i]
-    if image is None:
+    if not isinstance(image, torch.Tensor):
         raise ValueError(reason)
     return image.numpy().transpose(1, 2, 0)  # (H, W, 3)
