@@ -23,7 +23,7 @@ One row for each network, whose weights are counted and not made:
                  that come and go, and the autoencoder, are not in it
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -33,7 +33,6 @@ from argparse import Namespace
 import torch
 
 from models import BLOCKS, DiT, DiT_models
-from runtime.image_size import read_size
 from runtime.limits import check_numbers
 from training.cost import Cost, count
 from training.options import TrainOptions

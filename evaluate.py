@@ -13,7 +13,7 @@ hashes of both sides; what to know about them goes to the error output. --likeli
 how likely images are to a network that has learned a flow, in bits per dimension.
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -33,7 +33,6 @@ from evaluation.report import (
     LIBRARIES, as_text, evaluate, installed, join_others, make_reference, write_report,
 )  # fmt: skip
 from processes.table import WORDS
-from runtime.image_size import read_size
 from runtime.team import Team
 
 # Flags that go with --likelihood alone, and others that do not go with it

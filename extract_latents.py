@@ -11,7 +11,7 @@ per chunk of images, and appears when all is done. The same command goes on wher
 result is the same on any number of processes.
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -23,7 +23,6 @@ from data.cache import find_damage
 from data.cache_format import DTYPES
 from data.cache_writer import fill_cache, plan_cache
 from data.options import CacheOptions
-from runtime.image_size import read_size
 
 
 def build_parser() -> Parser:

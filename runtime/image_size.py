@@ -3,19 +3,17 @@
 A command line has it as 256 or as 256x384, HEIGHTxWIDTH, and JSON as 256 or as [256, 384].
 """
 
-from argparse import ArgumentTypeError
-
 ImageSize = int | tuple[int, int]
 LONGEST_SIZE = 40  # characters of what is no size that a message shows
 
 
-def read_size(text: str) -> ImageSize:
-    """The size that a word of a command line is. Raises ArgumentTypeError if it is none."""
+def size_in(text: str) -> ImageSize:
+    """The size that a word of a command line is. Raises ValueError if it is none."""
     height, times, width = text.partition("x")
     try:
         return settled((int(height), int(width)) if times else int(text))
     except ValueError:
-        raise ArgumentTypeError(
+        raise ValueError(
             f"{text[:LONGEST_SIZE]!r} is no size; give pixels, such as 256, or HEIGHTxWIDTH, such "
             "as 256x384"
         ) from None

@@ -18,7 +18,7 @@ from models import DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import TRAINED_STEPS, GaussianProcess
 from processes.table import SOLVERS, WORDS
-from runtime.image_size import read_size
+from runtime.command_line import read_size
 from runtime.limits import check_numbers
 from sampling.options import LAST_STEP_NAMES, SamplingOptions, check_seed
 from sampling.speed import PRECISIONS
@@ -143,13 +143,18 @@ def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
         help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of "
         "every run, so for many images rather than one picture; results differ by float rounding",
     )
+    add_size_flags(process)
+    add_flow_flags(parser.add_argument_group("process: flow, whose t goes from 0, noise, to 1"))
+
+
+def add_size_flags(process: _ArgumentGroup) -> None:
+    """Add the option of pictures of another size, which is None where it is not given."""
     process.add_argument(
         "--extrapolation", choices=EXTRAPOLATIONS,
         help="where tokens are in pictures of another size than the network was trained on: "
         "interpolate: spread within its positions; extend: beyond them; crop: in their middle; "
         "ntk: extend, with slower rotations (default: as the network says, else interpolate)",
     )  # fmt: skip
-    add_flow_flags(parser.add_argument_group("process: flow, whose t goes from 0, noise, to 1"))
 
 
 def add_flow_flags(flow: _ArgumentGroup) -> None:

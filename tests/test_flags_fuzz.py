@@ -35,7 +35,7 @@ EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
 sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling")]
 
-from runtime.image_size import read_size  # noqa: E402
+from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
 
 SECONDS = 5  # of computing that a case may take

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from models import DiT_models
-from runtime.command_line import Parser
-from runtime.image_size import read_size
+from runtime.command_line import Parser, read_size
 from training.options import CHOICES, TrainOptions, defaults
 
 Add = Callable[..., None]  # adds a flag, as an argparse.ArgumentParser's add_argument

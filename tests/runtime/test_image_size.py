@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from runtime.image_size import read_size, settled, sides, written
+from runtime.command_line import read_size
+from runtime.image_size import settled, sides, written
 
 
 @pytest.mark.parametrize("text, size", [
