@@ -212,7 +212,8 @@ def picture_settings(
     settled = OPTIONS.settled(sampler.process, sampler.sampler)
     # A solver's own come with a visitor's choice
     options = {name: value for name, value in settled.items() if name not in OWN}
-    return flags | names | chosen | options
+    size = {"image_size": sampler.image_size}
+    return flags | names | size | chosen | options
 
 
 # ---- the page ----

@@ -24,7 +24,7 @@ One row for each network, whose weights are counted and not made:
                  that come and go, and the autoencoder, are not in it
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -63,8 +63,8 @@ def build_parser() -> Parser:
             )  # fmt: skip
     parser.add_argument("--qk-norm", action="store_true", help="as train.py has it (default: off)")
     parser.add_argument(
-        "--image-size", type=int, default=TrainOptions.image_size,
-        help="in pixels (default: %(default)s)",
+        "--image-size", type=read_size, default=TrainOptions.image_size,
+        help="in pixels: a number, or HEIGHTxWIDTH (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--num-classes", type=int, default=TrainOptions.num_classes,
@@ -111,14 +111,14 @@ def described(args: Namespace) -> list[tuple[str, dict]]:
     Raises ValueError for an image size that does not fit one of them.
     """
     shape = latent_shape(args.vae)
-    sides = {
-        name: shape.side(args.image_size, DiT_models[name].keywords["patch_size"])
+    sizes = {
+        name: shape.size(args.image_size, DiT_models[name].keywords["patch_size"])
         for name in args.model
     }
     shared = {"in_channels": shape.channels, "num_classes": args.num_classes}
     shared |= {name: getattr(args, name) for name in PAPERS._fields}
     return [
-        (name, {"input_size": sides[name], **shared, "block": block})
+        (name, {"input_size": sizes[name], **shared, "block": block})
         for name in args.model
         for block in args.block
     ]

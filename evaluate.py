@@ -13,7 +13,7 @@ hashes of both sides; what to know about them goes to the error output. --likeli
 how likely images are to a network that has learned a flow, in bits per dimension.
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -57,10 +57,10 @@ def build_parser() -> Parser:
     making = "instead: write such a file, of all images below this folder, to --output"
     sides("--make-reference", metavar="DIR", help=making)
     cropping = (
-        "with --make-reference: crop to this size and convert to RGB, as training does; "
-        f"with --likelihood: as --model (default: {IMAGE_SIZE})"
+        "with --make-reference: crop to this size, a number or HEIGHTxWIDTH, and convert to RGB, "
+        f"as training does; with --likelihood: as --model (default: {IMAGE_SIZE})"
     )
-    sides("--image-size", type=int, help=cropping)
+    sides("--image-size", type=read_size, help=cropping)
     sides(
         "--output", metavar="FILE",
         help="where to write the JSON as well, or the reference; must not exist",

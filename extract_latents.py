@@ -12,7 +12,7 @@ is then one row of numbers, and shapes.npy (images, 2) has h and w of each. The 
 where it stopped; the result is the same on any number of processes.
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt
+from runtime.command_line import Parser, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -37,8 +37,8 @@ def build_parser() -> Parser:
         help="instead, compare the checksums of such a folder, and report",
     )  # fmt: skip
     data(
-        "--image-size", type=int, default=CacheOptions.image_size,
-        help="pixels along each side, after the crop (default: %(default)s)",
+        "--image-size", type=read_size, default=CacheOptions.image_size,
+        help="pixels along each side, or HEIGHTxWIDTH, after the crop (default: %(default)s)",
     )  # fmt: skip
     data(
         "--sizes", choices=(SQUARE, *SIZES), default=CacheOptions.sizes,

@@ -6,8 +6,9 @@
     python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
       --class-labels 3 1 4 --trajectory 314.gif
 
-A checkpoint of this project says itself how its network is built; for others --model, --image-size
-and --num-classes do.
+A checkpoint of this project says itself how its network is built; for others --model and
+--num-classes do. --image-size 384 or 256x384, HEIGHTxWIDTH, asks for other pictures than the
+network was trained on.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, reason
@@ -61,7 +62,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door("the number of --class-labels")
+@door("--image-size or the number of --class-labels")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
@@ -80,13 +81,15 @@ def main(argv: list[str] | None = None) -> None:
         sampler = build_sampler(choice, files, options, device)
         labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    used = options.settled(sampler.process) | {"vae": files.vae, "class_labels": labels}
+    used = options.settled(sampler.process) | {
+        "vae": files.vae, "class_labels": labels, "image_size": sampler.image_size,
+    }  # fmt: skip
     try:
         with tf32(args.tf32):
             images, frames = sample(sampler, labels, args.seed, shown)
         texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
         save(picture(images, texts), args.output, vars(args) | used)
-        size = f"{images.shape[2]}x{images.shape[1]}"
+        size = f"{images.shape[1]}x{images.shape[2]}"  # height x width, as --image-size
         print(f"wrote {args.output}: {len(images)} images of {size} pixels")
         if args.trajectory:
             save_trajectory([*frames[:-1], (None, images)], args.trajectory, texts)

@@ -4,11 +4,11 @@
     python sample_ddp.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
       --num-fid-samples 100
 
-Image i, its label included, depends on --global-seed and i alone, however the work is shared.
+Image i, its label included, depends on --global-seed, i and its size, however the work is shared.
 Images go to SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W,
 3)), where NAME tells checkpoint, guidance, steps, sampler, seed and number, and ends in a hash of
-these and all else that decides the content (interval, precision, VAE …); NAME/manifest.json lists
-it. The same command goes on where it stopped.
+these and all else that decides the content (interval, precision, VAE, size …); NAME/manifest.json
+lists it. The same command goes on where it stopped.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -56,7 +56,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door("--per-proc-batch-size", resumes=True)
+@door("--per-proc-batch-size or --image-size", resumes=True)
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from runtime.disk import readable_name
+from runtime.image_size import ImageSize
 from runtime.json_files import read_json
 from runtime.offline import cache_of_the_hub, why_offline
 
@@ -34,17 +35,28 @@ class LatentShape(NamedTuple):
     channels: int
     ratio: int
 
-    def side(self, image_size: int, patch_size: int = 1) -> int:
+    def size(self, image_size: ImageSize, patch_size: int = 1) -> ImageSize:
+        """The latents' side, or height and width, for images of a size.
+
+        Raises ValueError as `side`.
+        """
+        if isinstance(image_size, int):
+            return self.side(image_size, patch_size)
+        height, width = image_size
+        of_height = self.side(height, patch_size, "image height")
+        return of_height, self.side(width, patch_size, "image width")
+
+    def side(self, image_size: int, patch_size: int = 1, what: str = "image size") -> int:
         """How many latents lie along a side of image_size pixels.
 
-        Raises ValueError if patches do not fill them exactly.
+        Raises ValueError, which calls them `what`, if patches do not fill them exactly.
         """
         unit = self.ratio * patch_size
         if image_size < 1 or image_size % unit:
             below = image_size // unit * unit
             near = f"{below} or {below + unit}" if below > 0 else unit
             raise ValueError(
-                f"image size {image_size} is not a multiple of {unit} "
+                f"{what} {image_size} is not a multiple of {unit} "
                 f"(the VAE's {self.ratio} pixels per latent x patch size {patch_size}); use {near}"
             )
         return image_size // self.ratio

@@ -10,6 +10,7 @@ from models import DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.table import WORDS
+from runtime.image_size import ImageSize, settled
 from runtime.limits import check_numbers
 
 MODEL, IMAGE_SIZE, NUM_CLASSES = "DiT-XL/2", 256, 1000
@@ -23,8 +24,10 @@ class NetworkChoice:
         OWNER/NAME on the Hugging Face hub; None: the released weights, fetched on first use.
     weights: which of the checkpoint's weights: "ema", "raw" or "ema@DECAY".
     vae: "ema", "mse", a hub id, a local folder, or "none" for pixels.
-    model, image_size (pixels), num_classes: needed for a checkpoint that does not say them; they
-        must not contradict one that does. model: one of MODELS.
+    model, num_classes: needed for a checkpoint that does not say them; they must not contradict one
+        that does. model: one of MODELS.
+    image_size: of the pictures to sample, in pixels or (height, width); None: as the network was
+        trained. Of the released weights those are taken whose own size is nearest.
     process: a key of processes.table.WORDS, what the network has learned, for a checkpoint that
         does not say it; None: what the checkpoint says, or the model's name, else "diffusion".
 
@@ -35,7 +38,7 @@ class NetworkChoice:
     weights: str = "ema"
     vae: Path | str | None = None
     model: str | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     num_classes: int | None = None
     process: str | None = None
 
@@ -53,10 +56,12 @@ class NetworkChoice:
                 f"`model` is {self.model}, which is a flow, and `process` is {self.process}; "
                 f"leave `process` out, or pass `model={FLOWS[self.model]}`"
             )
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", settled(self.image_size))
         check_numbers(self, num_classes=CLASSES)
 
-    def sizes(self) -> tuple[str, int, int]:
-        """(key in DiT_models, image size in pixels, number of classes), by default those of the
+    def sizes(self) -> tuple[str, ImageSize, int]:
+        """(key in DiT_models, image size, number of classes), by default those of the
         constants.
 
         The constants are MODEL, IMAGE_SIZE and NUM_CLASSES.

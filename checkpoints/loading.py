@@ -1,5 +1,6 @@
 """From a checkpoint's name to its network."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import is_diffusers
 from checkpoints.fitting import check_fits, learned_process
 from checkpoints.names import local_path, weights_file
-from checkpoints.network_config import arguments_in, check_outline
+from checkpoints.network_config import Tensors, arguments_in, check_outline
 from checkpoints.outline import design_of, learns_sigma, parts_of
 from checkpoints.released import download_model, released_name
 from checkpoints.weights import Weights, load_weights
@@ -17,8 +18,9 @@ from conditions.labels import imagenet_names
 from models import DiT, DiT_models
 from processes.process import Process
 from processes.table import WORDS, process_of
+from runtime.image_size import ImageSize, settled, written
 from runtime.json_files import read_json
-from vae import latent_shape
+from vae import LatentShape, latent_shape
 
 
 def network_of(weights: Weights, origin: Path | str) -> DiT:
@@ -92,7 +94,7 @@ def find_files(choice: NetworkChoice, vae: str) -> NetworkFiles:
     shape = latent_shape(str(choice.vae or vae))
     if choice.ckpt is None:
         model, image_size, _ = choice.sizes()
-        shape.side(image_size, DiT_models[model].keywords["patch_size"])
+        shape.size(image_size, DiT_models[model].keywords["patch_size"])
     checkpoint = find_checkpoint(choice)
     return NetworkFiles(checkpoint, choose_vae(choice, checkpoint) or vae)
 
@@ -135,13 +137,13 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> DiT:
                 f"`vae` {vae} has {shape.channels} channels, the network of {origin} takes "
                 f"{network.in_channels}; pass the VAE that it was trained with"
             )
-        _check_choice(choice, network, shape, origin)
+        _check_choice(choice, network, origin)
         return network
-    model, image_size, num_classes = choice.sizes()
+    model, _, num_classes = choice.sizes()
     patch_size = DiT_models[model].keywords["patch_size"]
     sizes: dict[str, Any] = dict(
-        input_size=shape.side(image_size, patch_size), in_channels=shape.channels,
-        num_classes=num_classes,
+        input_size=trained_size(choice, weights.tensors, shape, patch_size),
+        in_channels=shape.channels, num_classes=num_classes,
         learn_sigma=learns_sigma(weights.tensors, patch_size, shape.channels),
     )  # fmt: skip
     with torch.device("meta"):
@@ -150,12 +152,37 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> DiT:
     return network_of(weights._replace(config=config), origin)
 
 
-def _check_choice(choice, network, shape, origin):
+def trained_size(
+    choice: NetworkChoice, tensors: Tensors, shape: LatentShape, patch_size: int
+) -> ImageSize:
+    """The size of the latents that a network without a configuration was trained on: that of the
+    square that its position table fills, else as the choice says.
+
+    Raises ValueError if patches do not fill images of the size that is given.
+    """
+    asked = shape.size(choice.sizes()[1], patch_size) if choice.image_size is not None else None
+    table = tensors.get("pos_embed")
+    tokens = table.shape[1] if table is not None and table.ndim == 3 else 0
+    if tokens and math.isqrt(tokens) ** 2 == tokens:
+        return math.isqrt(tokens) * patch_size
+    return asked or shape.size(choice.sizes()[1], patch_size)
+
+
+def check_trained_size(choice: NetworkChoice, network: DiT, shape: LatentShape) -> None:
+    """Raise ValueError if a choice has another image size than the network was trained on."""
+    trained, given = settled(shape.image(network.latent_shape)), choice.image_size
+    if given not in (None, trained):
+        raise ValueError(
+            f"`image_size` is {written(given)}, but {choice.ckpt or 'the released checkpoint'} was "
+            f"trained on {written(trained)} pixels; leave the argument out"
+        )
+
+
+def _check_choice(choice, network, origin):
     """Raise ValueError if something that is given contradicts the network."""
     sizes = DiT_models[choice.sizes()[0]].keywords
     same_model = all(network.config[key] == value for key, value in sizes.items())
     found = {
-        "image_size": network.input_size * shape.ratio,
         "model": choice.model if same_model else "another size",
         "num_classes": network.num_classes,
     }

@@ -10,6 +10,7 @@ import math
 import torch
 
 from layers.parts import DEFAULTS
+from layers.sizes import sides
 from models import DiT
 
 Tensors = dict[str, torch.Tensor]  # a state dict
@@ -37,9 +38,10 @@ def arguments_in(config: dict) -> dict:
     """
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
-        sides = value if key == "input_size" and isinstance(value, list) else [value]
-        for side in sides if key in ARGUMENTS else ():
-            check_kind(key, side, type(ARGUMENTS[key]))
+        rectangle = key == "input_size" and isinstance(value, list) and len(value) == 2
+        for one in value if rectangle else [value]:
+            if key in ARGUMENTS:
+                check_kind(key, one, type(ARGUMENTS[key]))
     return arguments
 
 
@@ -101,9 +103,8 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     """
     full, blocks = ARGUMENTS | config, len(tensors)
     room = max(ROOM, sum(tensor.numel() for tensor in tensors.values()))
-    hidden, size = full["hidden_size"], full["input_size"]
-    sides = size if isinstance(size, list) else [size, size]  # how many, DiT says
-    tokens = math.prod(side // max(1, full["patch_size"]) for side in sides)
+    rows, columns = (side // max(1, full["patch_size"]) for side in sides(full["input_size"]))
+    hidden, tokens = full["hidden_size"], rows * columns
     asked = {
         "hidden_size": hidden, "input_size": tokens * hidden, "patch_size": full["patch_size"] ** 2,
         "in_channels": full["in_channels"], "num_classes": full["num_classes"] * hidden,

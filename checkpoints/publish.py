@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
 from checkpoints.loading import (
-    build_network, choose_vae, class_names, find_checkpoint, process_learned,
+    build_network, check_trained_size, choose_vae, class_names, find_checkpoint, process_learned,
 )  # fmt: skip
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.network_config import with_process
@@ -31,7 +31,7 @@ from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
 from runtime.json_files import read_json
-from vae import LatentSpace, Space, load_vae
+from vae import LatentSpace, Space, latent_shape, load_vae
 
 RELEASED_VAE = "ema"  # for the released weights, where nobody names the autoencoder
 FORMATS = ("hub", "diffusers", "safetensors")
@@ -61,6 +61,7 @@ def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "
     weights = load_weights(checkpoint, choice.weights)
     vae = _trained_with(choice, checkpoint, weights)
     network, classes = build_network(choice, weights, vae), class_names(choice, weights)
+    check_trained_size(choice, network, latent_shape(vae))
     process = process_learned(choice, weights, network)
     if format == "diffusers":
         check_pipeline(process)

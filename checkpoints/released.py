@@ -3,6 +3,7 @@
 from contextlib import suppress
 import errno
 import http.client
+import math
 from pathlib import Path
 import time
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints.weights import load_weights
+from runtime.image_size import ImageSize, sides, written
 from runtime.offline import why_offline
 
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models"
@@ -57,15 +59,23 @@ def find_model(model_name: str) -> dict[str, Tensor]:
     ).tensors
 
 
-def released_name(model: str, image_size: int, num_classes: int) -> str:
-    """The released file for these flags. Raises ValueError if none was released."""
-    for name, entry in RELEASED.items():
-        if entry[:2] == (model, image_size) and num_classes == 1000:
-            return name
+def released_name(model: str, image_size: ImageSize, num_classes: int) -> str:
+    """The released file for these flags: of the model's that whose pixels are nearest in number.
+
+    Raises ValueError if none was released.
+    """
+    pixels = math.prod(sides(image_size))
+    fitting = {
+        name: abs(math.log(pixels / entry.image_size**2))
+        for name, entry in RELEASED.items()
+        if entry.model == model and num_classes == 1000
+    }
+    if fitting:
+        return min(fitting, key=lambda name: fitting[name])
     known = " and ".join(f"{entry.model} at {entry.image_size}" for entry in RELEASED.values())
     raise ValueError(
-        f"no weights were released for {model} at {image_size} pixels with {num_classes} classes "
-        f"(only for {known}, 1000 classes); pass `ckpt`"
+        f"no weights were released for {model} at {written(image_size)} pixels with {num_classes} "
+        f"classes (only for {known}, 1000 classes); pass `ckpt`"
     )
 
 

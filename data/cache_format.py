@@ -17,13 +17,15 @@ import numpy as np
 
 from data.shapes import SIZES, SQUARE
 
+from runtime.image_size import settled, sides
+
 MANIFEST, PLAN, MOMENTS, LABELS = "manifest.json", "plan.json", "moments.npy", "labels.npy"
 SHAPES = "shapes.npy"  # where images keep their shape
 CHUNKS = "chunks"  # the folder of notes
 DTYPES = ("float16", "float32")  # of moments.npy
 # What a manifest must say of the arrays, and of the autoencoder: name → (kind, least).
 ENTRIES: dict[str, tuple[type | tuple[type, ...], float]] = {
-    "images": (int, 1), "flip": (bool, 0), "shape": (list, 0), "image_size": (int, 1),
+    "images": (int, 1), "flip": (bool, 0), "shape": (list, 0), "image_size": ((int, list), 1),
     "channels": (int, 1), "ratio": (int, 1), "vae": (str, 0), "vae_sha256": (dict, 0),
     "files_sha256": (str, 0),
 }  # fmt: skip
@@ -123,9 +125,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     ):
         raise ValueError(f"{MANIFEST} has classes that are no list of names")
-    side = manifest["image_size"] // manifest["ratio"]
-    latent = (manifest["channels"], *(() if own else (side, side)))
-    if manifest["shape"] != latent_moments_shape(latent):
+    latent = [side // manifest["ratio"] for side in sides(settled(manifest["image_size"]))]
+    if manifest["shape"] != latent_moments_shape((manifest["channels"], *([] if own else latent))):
         raise ValueError(
             f"{MANIFEST} has a shape, image_size, channels and ratio that do not fit together"
         )

@@ -38,6 +38,7 @@ from data.options import CacheOptions
 from data.shapes import SQUARE, size_for
 from runtime.devices import process_device, tf32
 from runtime.disk import write_whole
+from runtime.image_size import sides
 from runtime.json_files import read_json
 from runtime.limits import check_memory, check_numbers
 from runtime.presence import Presence
@@ -108,7 +109,7 @@ def check_options(options: CacheOptions) -> None:
         raise ValueError(
             "`vae=none`: pixels have no latents to cache; train on the images themselves"
         )
-    latent_shape(options.vae).side(options.image_size)
+    latent_shape(options.vae).size(options.image_size)
     if options.sizes != SQUARE:
         size_for(options.sizes, options.image_size, pixels_of_token(options))
 
@@ -118,7 +119,7 @@ def make_plan(options: CacheOptions, listing: Listing, space: LatentSpace) -> di
 
     plan.json has it until that is there.
     """
-    latent = space.shape.latent(options.image_size, options.image_size)
+    latent = space.shape.latent(*sides(options.image_size))
     return {
         "images": len(listing.paths), "flip": options.flip,
         "shape": latent_moments_shape(latent),

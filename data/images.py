@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from data.listing import Listing
 from data.shapes import Size
 from data.source import BadImage, TrainingItem
+from runtime.image_size import ImageSize, sides
 
 BACKGROUND = "white"  # behind what is transparent
 # Of a resized image; a strip that would have more is cropped first
@@ -130,16 +131,14 @@ def _eight_bits(image):
     return Image.fromarray(grey)
 
 
-def read_pixels(path: Path | str, image_size: int | Size | None = None) -> np.ndarray:
-    """The pixels of an image file, uint8 (H, W, 3), cropped to image_size, a side or (height,
-    width), in RGB as training sees them. With None the image is read as it is: (H, W, 3) if it is
-    RGB.
+def read_pixels(path: Path | str, image_size: ImageSize | None = None) -> np.ndarray:
+    """The pixels of an image file, uint8 (H, W, 3), cropped to image_size in RGB as training sees
+    them. With None the image is read as it is: (H, W, 3) if it is RGB.
 
     Raises what Pillow raises, of many kinds.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with open_image(path) as image:
-        cropped = cover(to_rgb(image), size) if size else image
+        cropped = cover(to_rgb(image), sides(image_size)) if image_size else image
         return np.array(cropped)  # (H, W, 3)
 
 
@@ -149,7 +148,7 @@ def channels_first(pixels: np.ndarray) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Images of a Listing by (index, flip), as (uint8 (3, S, S), label, bad images met).
+    """Images of a Listing by (index, flip), as (uint8 (3, H, W), label, bad images met).
 
     With `sizes`, (height, width) of each, the images are brought to these: (3, height, width). An
     unreadable file is reported rather than raised: with skip_bad the next readable image stands in
@@ -157,7 +156,7 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, listing: Listing, image_size: int, skip_bad: bool = False,
+        self, listing: Listing, image_size: ImageSize, skip_bad: bool = False,
         hashes: tuple[str, str] = ("", ""), sizes: Sequence[Size] | None = None,
     ) -> None:  # fmt: skip
         self.listing, self.image_size, self.skip_bad = listing, image_size, skip_bad

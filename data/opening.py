@@ -16,6 +16,7 @@ from data.listing import Listing, list_images, sample_hash
 from data.options import CacheOptions, DataOptions
 from data.shapes import SQUARE, Size, size_for
 from data.source import BadImage, Source
+from runtime.image_size import settled, sides, written
 from vae import latent_shape, vae_hashes
 
 # call(function, *args) returns function(*args); among several processes the first one may do it
@@ -61,7 +62,7 @@ def planned_sizes(options: DataOptions | CacheOptions, paths: list[str]) -> list
     none may.
     """
     fitted = size_for(options.sizes, options.image_size, pixels_of_token(options))
-    square, sizes = (options.image_size, options.image_size), []
+    square, sizes = sides(options.image_size), []
     for path, (size, why) in zip(paths, sizes_in_headers(paths), strict=True):
         if size is None and not options.skip_bad_images:
             raise ValueError(unreadable([BadImage(path, why)], skip_bad=False))
@@ -93,9 +94,10 @@ def listed(options: DataOptions, call: Call) -> Listing | None:
 def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None) -> list[str]:
     """What of cached latents does not fit the options, or the images of a listing, in words."""
     manifest, classes, wrong = cached.manifest, cached.classes, []
-    if options.image_size != manifest["image_size"]:
-        theirs = manifest["image_size"]
-        wrong.append(f"`image_size` is {options.image_size}, the latents' {theirs}")
+    theirs = settled(manifest["image_size"])
+    if options.image_size != theirs:
+        ours = written(options.image_size)
+        wrong.append(f"`image_size` is {ours}, the latents' {written(theirs)}")
     if options.sizes != cached.kind:
         wrong.append(FOR_TRAINING[cached.kind])
     if not is_same_autoencoder(options.vae, manifest):

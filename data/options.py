@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.shapes import SQUARE
+from runtime.image_size import ImageSize, settled
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,16 @@ class DataOptions:
 
     data_path: Path | str | None = None  # a folder of images
     latents: Path | str | None = None  # a folder of cached latents
-    image_size: int = 256  # pixels along each side, after the crop
+    image_size: ImageSize = 256  # pixels along each side, or (height, width), after the crop
     num_classes: int = 1000  # 0: none, all images below data_path
     flip: bool = True  # whether mirror images are asked for
     skip_bad_images: bool = False  # whether the next image stands in for an unreadable one
     vae: str = "ema"  # the autoencoder, which cached latents must come from
     sizes: str = SQUARE  # or "buckets" or "own": images keep their aspect (data/shapes.py)
     patch_size: int = 2  # of the network; with the autoencoder's ratio, the pixels of a token
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", settled(self.image_size))
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class CacheOptions:
 
     data_path: Path | str  # a folder with one folder of images per class
     output: Path | str  # the folder to write
-    image_size: int = DataOptions.image_size  # pixels along each side, after the crop
+    image_size: ImageSize = DataOptions.image_size  # after the crop
     num_classes: int = DataOptions.num_classes  # 0: none, all images below data_path
     flip: bool = DataOptions.flip  # whether mirror images are cached as well
     skip_bad_images: bool = DataOptions.skip_bad_images
@@ -38,3 +42,6 @@ class CacheOptions:
     tf32: bool = True  # whether NVIDIA GPUs may use TF32
     num_workers: int = 4  # loader processes of each process
     device: str | None = None  # such as "cpu" or "cuda:1"; None: the GPU if there is one
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", settled(self.image_size))

@@ -54,13 +54,20 @@ def own_size(size: Size, image_size: int, unit: int) -> Size:
     return height * unit, width * unit
 
 
-def size_for(kind: str, image_size: int, unit: int) -> Callable[[Size], Size]:
+def size_for(kind: str, image_size: int | Size, unit: int) -> Callable[[Size], Size]:
     """A function from an image's size to the one that it is brought to, by a name of SIZES.
 
-    Raises ValueError for another name, or if the unit does not go into image_size.
+    Raises ValueError for another name, a height and width for image_size, or if the unit does not
+    go into it.
     """
     if kind not in SIZES:
         raise ValueError(f"`sizes` is {kind}; choose from {', '.join([SQUARE, *SIZES])}")
+    if not isinstance(image_size, int):
+        height, width = image_size
+        raise ValueError(
+            f"`image_size` is {height}x{width}, and images that keep their shape are given an "
+            "area: the side of a square of as many pixels; give one number"
+        )
     check_unit(image_size, unit)
     return cache(SIZES[kind](image_size, unit))
 

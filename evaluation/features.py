@@ -27,6 +27,8 @@ from runtime.json_files import read_json
 from runtime.offline import why_offline
 from runtime.surroundings import is_installed
 
+Batch = Tensor | list[Tensor]  # images (n, 3, H, W); of several sizes a list of (3, H, W)
+
 SPATIAL_CHANNELS = 7  # of ADM's sFID
 # A covariance of so many takes half a GB, and a minute or two for its singular values
 MOST_FEATURES = 8192
@@ -54,21 +56,37 @@ class Rows(NamedTuple):
 @dataclass
 class Extractor:
     """extract(images) → Rows, with what a report says of the extractor: a name and, if there are
-    weights, their SHA-256. Errors call it by the name of the `argument` that chose it.
+    weights, their SHA-256. Errors call it by the name of the `argument` that chose it. One that
+    `resizes` brings each image to the size that it takes, whatever the image's own.
     """
 
     extract: Callable[[Tensor], Rows]
     name: str
     sha256: str | None = None
     argument: str = "features"
+    resizes: bool = False
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Rows:
-        """Rows of images uint8 (n, 3, H, W), float32 without TF32."""
+    def __call__(self, images: Batch) -> Rows:
+        """Rows of images uint8 (n, 3, H, W), or of a list of n images (3, H, W) of sizes of their
+        own, then without spatial features; float32 without TF32.
+        """
+        if isinstance(images, list):
+            return self._of_several_sizes(images)
         with tf32(False):
             return Rows._make(
                 None if part is None else part.float() for part in self.extract(images)
             )
+
+    def _of_several_sizes(self, images):
+        """The Rows of a list of images (3, H, W), those of one size together."""
+        groups: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(number)
+        parts = [self(torch.stack([images[i] for i in group])) for group in groups.values()]
+        place = torch.tensor([i for group in groups.values() for i in group]).argsort()  # (n,)
+        rows = Rows._make(None if of[0] is None else torch.cat(of)[place] for of in zip(*parts))
+        return rows._replace(spatial=None)
 
     def dimensions(
         self, size: tuple[int, int], device: torch.device | str
@@ -136,7 +154,8 @@ def load_extractor(
                 f"`{argument}=inception` needs torch-fidelity: pip install torch-fidelity"
             )
         path = Path(inception_weights or fetch_inception())
-        return Extractor(Inception(path).to(device), name, file_hash(path), argument)
+        network = Inception(path).to(device)
+        return Extractor(network, name, file_hash(path), argument, resizes=True)
     check_name(Path(name))
     path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     if not path.is_file():
@@ -144,8 +163,10 @@ def load_extractor(
             f"`{argument}` {name}: there is no file {path}; give inception, pixels, a TorchScript "
             "file, or .safetensors with the config.json that timm writes beside it"
         )
-    load = timm_classifier if path.suffix == ".safetensors" else scripted_classifier
-    return Extractor(load(path, device, argument), str(name), file_hash(path), argument)
+    is_timm = path.suffix == ".safetensors"
+    load = timm_classifier if is_timm else scripted_classifier
+    sha256 = file_hash(path)
+    return Extractor(load(path, device, argument), str(name), sha256, argument, resizes=is_timm)
 
 
 class Inception(torch.nn.Module):

@@ -19,39 +19,47 @@ from data.batches import stack
 from data.images import channels_first, open_image, read_pixels
 from data.listing import list_images
 from data.loader import make_loader, read
+from evaluation.features import Batch
 from evaluation.summaries import deal
+from runtime.image_size import ImageSize, sides
 from runtime.npz import IMAGES, open_array
 from runtime.team import Team
 
 MOST_SIDE = 16_384  # pixels of images that are scored
 # An image, or a batch, and digests; or None and what is wrong
-HashedImage = tuple[Tensor | None, Tensor | str]
+HashedImage = tuple[Batch | None, Tensor | str]
 
 
 class FolderImages(Dataset):
     """All images below a folder, in the order of their paths.
 
     Items are (uint8 (3, H, W), digest) or (None, what is wrong). Errors call the folder by the name
-    of the `argument` that gave it. Without image_size the images must be RGB of one size, which is
-    checked for those in `share`: ValueError.
+    of the `argument` that gave it. Without image_size the images must be RGB: ValueError. `size` is
+    (W, H), of the first image where `strange` says that one in `share` has another; both are looked
+    up in `share`. Whoever knows all shares sets `mixed`: whether images have several sizes.
     """
 
+    mixed = False
+
     def __init__(
-        self, folder: Path | str, argument: str, image_size: int | None = None,
+        self, folder: Path | str, argument: str, image_size: ImageSize | None = None,
         share: slice = slice(None),
     ) -> None:  # fmt: skip
         listing = list_images(folder, num_classes=0, argument=argument)
         self.paths, self.notes = listing.paths, listing.notes
         self.folders = len({os.path.dirname(path) for path in self.paths})
-        self.image_size = image_size
+        self.image_size, self.named, self.strange = image_size, f"`{argument}` {folder}", ""
+        if image_size is not None:
+            height, width = sides(image_size)
+            self.size = width, height
+            return
         first = self.paths[0]
-        self.size = (image_size, image_size) if image_size else size_in_header(first)
-        for path in [] if image_size else self.paths[share]:
-            if (size := size_in_header(path)) != self.size:
-                raise ValueError(
-                    f"`{argument}` {folder}: {path} is {in_pixels(size)}, {first} is "
-                    f"{in_pixels(self.size)}; all must have one size (`make_reference` with "
-                    "`image_size` crops)"
+        self.size = size_in_header(first)
+        sizes = {path: size_in_header(path) for path in self.paths[share]}
+        for path, size in sizes.items():
+            if size != self.size and not self.strange:
+                self.strange = (
+                    f"{path} is {in_pixels(size)}, {first} is {in_pixels(self.size)}"
                 )
 
     def __len__(self) -> int:
@@ -96,6 +104,7 @@ class ArrayImages(Dataset):
 
     folders = 1
     notes: tuple[str, ...] = ()
+    mixed = False  # an array has images of one size
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
@@ -134,18 +143,20 @@ def hashed(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def collate_hashed(items: list[HashedImage]) -> HashedImage:
-    """(images (n, 3, H, W), digests (n, 32)), or (None, what is wrong with the first bad one)."""
+    """(Batch, digests (n, 32)), or (None, what is wrong with the first bad one)."""
     for image, reason in items:
         if image is None:
             return None, reason
-    images, digests = (stack(column) for column in zip(*items))
-    return images, digests
+    images, digests = zip(*items)
+    same = len({image.shape for image in images}) == 1
+    batch = stack(images) if same else [stack([image])[0] for image in images]
+    return batch, stack(digests)
 
 
 def read_batches(
     images: ImageSet, batch_size: int, device: torch.device, team: Team = Team(),
     num_workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
     """This process's batches of a set of images, as `summaries.summarize` takes them.
 
     Raises ValueError for a damaged image.
@@ -158,7 +169,10 @@ def read_batches(
         ):
             if batch is None:
                 raise ValueError(digests)
-            yield batch.to(device, non_blocking=True), digests.to(device, non_blocking=True)
+            there = [part.to(device, non_blocking=True) for part in batch] if images.mixed else (
+                batch.to(device, non_blocking=True)
+            )
+            yield there, digests.to(device, non_blocking=True)
 
 
 def hash_of(digests: Tensor) -> str:

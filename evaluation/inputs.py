@@ -11,6 +11,7 @@ from evaluation.metrics import Statistics, Summary
 from evaluation.reference_file import MADE_FROM, STATISTICS, read_made_from, read_statistics
 from evaluation.summaries import summarize
 from runtime.disk import check_name, file_hash
+from runtime.image_size import ImageSize
 from runtime.npz import IMAGES, LABELS, array_names, open_array
 from runtime.team import Team
 
@@ -69,14 +70,39 @@ class EvaluationInput:
                     )
 
 
+def find_sizes(images: ImageSet | None, device: torch.device, team: Team) -> str:
+    """Settle whether a set of images has several sizes, each process having looked at its share;
+    then a sentence on that, else "".
+    """
+    if not isinstance(images, FolderImages):
+        return ""
+    strange = torch.tensor([int(bool(images.strange))], device=device)
+    images.mixed = bool(team.gather([strange])[0].any())
+    return f"{images.named}: {images.strange or 'images differ in size'}" if images.mixed else ""
+
+
+def check_mixed(
+    given: EvaluationInput, extractor: Extractor, device: torch.device, team: Team
+) -> None:
+    """Raise ValueError for images of several sizes, if the extractor does not bring each to one."""
+    told = find_sizes(given.images, device, team)
+    if told and not extractor.resizes:
+        raise ValueError(
+            f"{told}; `{extractor.argument}={extractor.name}` takes images of one size alone "
+            "(`make_reference` with `image_size` crops): pass inception or a timm classifier, "
+            "which bring each image to theirs"
+        )
+
+
 def open_input(
-    path: Path | str, argument: str, image_size: int | None = None, share: slice = slice(None)
+    path: Path | str, argument: str, image_size: ImageSize | None = None,
+    share: slice = slice(None),
 ) -> EvaluationInput:
     """The EvaluationInput at a path, a folder or an .npz.
 
     Errors call it by the name of the `argument` that gave it. image_size brings a folder's images
-    to that size as training does; without it they must be RGB of one size, which is checked for
-    those in `share`. Raises ValueError for what cannot be compared.
+    to that size as training does; without it they must be RGB, and `share` is looked at for other
+    sizes. Raises ValueError for what cannot be compared.
     """
     path = Path(path)
     check_name(path)

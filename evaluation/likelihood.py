@@ -12,7 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.loading import build_network, find_files, process_learned
+from checkpoints.loading import (
+    build_network, check_trained_size, find_files, process_learned,
+)  # fmt: skip
 from checkpoints.weights import load_weights
 from conditions.condition import condition_of
 from data.cache import CachedLatents
@@ -27,6 +29,7 @@ from models import DiT
 from processes.flow import FlowProcess
 from processes.noise import ImageNoise
 from processes.process import NoiseFunction, Process
+from runtime.image_size import settled
 from runtime.limits import check_numbers
 from runtime.team import Team
 from vae import LatentShape, LatentSpace, PixelSpace, Space, from_uint8, latent_shape, load_vae
@@ -161,6 +164,7 @@ def load_measured(
     if options.exact:
         check_exact(math.prod(network.latent_shape))
     shape = latent_shape(files.vae)
+    check_trained_size(choice, network, shape)
     images = cached or open_images(options.samples, network, shape)
     if cached:
         check_fits(cached, network, shape, files.vae)
@@ -190,14 +194,14 @@ def open_cached(folder: Path | str) -> CachedLatents | None:
 def open_images(folder: Path | str, network: DiT, shape: LatentShape) -> ImageDataset:
     """The images below a folder, cropped as training does."""
     listing = list_images(folder, network.num_classes, "samples")
-    return ImageDataset(listing, network.input_size * shape.ratio)
+    return ImageDataset(listing, settled(shape.image(network.latent_shape)))
 
 
 def check_fits(cached: CachedLatents, network: DiT, shape: LatentShape, vae: str) -> None:
     """Raise ValueError unless cached latents are what the network has learned."""
     wanted = DataOptions(
-        image_size=network.input_size * shape.ratio, num_classes=network.num_classes, flip=False,
-        vae=vae,
+        image_size=settled(shape.image(network.latent_shape)), num_classes=network.num_classes,
+        flip=False, vae=vae,
     )  # fmt: skip
     if wrong := misfits(cached, wanted, None):
         raise ValueError(f"`samples` do not fit the network: {'; '.join(wrong)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from runtime.disk import check_writable
+from runtime.image_size import ImageSize
 from runtime.limits import check_memory, check_numbers
 
 
@@ -19,7 +20,7 @@ class EvaluationOptions:
     samples: Path | str | None = None  # a folder of images, or an .npz of them, uint8 (N, H, W, 3)
     reference: Path | str | None = None  # the same, or an .npz with mu, sigma, mu_s, sigma_s, arr_0
     make_reference: Path | str | None = None  # the folder of images to make a reference file of
-    image_size: int | None = None  # of make_reference: crop to so many pixels, as training does
+    image_size: ImageSize | None = None  # of make_reference: crop to it, as training does
     output: Path | str | None = None  # the file of make_reference, or of write_report
     features: str = "inception"  # or "pixels", or a path, as load_extractor takes it
     inception_weights: Path | str | None = None  # None: fetched on first use

@@ -14,13 +14,13 @@ UNEVEN = 0.03  # share of the Inception Score by which another order may change 
 
 
 def remarks(
-    scores: dict[str, float | None], samples: tuple[int, tuple[int, int]],
+    scores: dict[str, float | None], samples: tuple[int, tuple[int, int] | None],
     reference: EvaluationInput, summaries: tuple[Summary, Summary], features: str,
 ) -> list[str]:  # fmt: skip
     """What a reader of the scores must know, as sentences.
 
-    samples is (how many, their size (W, H)), summaries those of samples and reference, features the
-    extractor's name.
+    samples is (how many, their size (W, H), or None for several), summaries those of samples and
+    reference, features the extractor's name.
     """
     (count, size), (ours, _) = samples, summaries
     assert ours.features is not None  # of samples they are kept
@@ -61,11 +61,12 @@ def on_rank(count: int, reference: EvaluationInput, dimension: int) -> list[str]
 def on_missing_scores(
     scores: dict[str, float | None], reference: EvaluationInput, ours: Summary
 ) -> list[str]:
-    """Which scores are missing, and what they need."""
+    """Which scores are missing, and what they need; what mixed sizes take is told by on_sizes."""
+    is_mixed = reference.images is not None and reference.images.mixed
     lacking = [
         name
         for name in NEEDS
-        if scores[name] is None and not (name == "sfid" and ours.spatial is None)
+        if scores[name] is None and not (name == "sfid" and (ours.spatial is None or is_mixed))
     ]
     if not lacking:
         return []
@@ -103,11 +104,21 @@ def on_order(scores: dict[str, float | None], ours: Summary) -> list[str]:
     ]
 
 
-def on_sizes(size: tuple[int, int], reference: EvaluationInput) -> list[str]:
-    """That samples and reference images have other sizes (W, H)."""
-    if not reference.images or reference.images.size == size:
+def on_sizes(size: tuple[int, int] | None, reference: EvaluationInput) -> list[str]:
+    """That samples and reference images have other sizes (W, H), or several, which is None."""
+    theirs = size
+    if reference.images:
+        theirs = None if reference.images.mixed else reference.images.size
+    if size is None or theirs is None:
+        sides = {"samples": size, "reference images": theirs}
+        mixed = " and ".join(name for name, one in sides.items() if one is None)
+        return [
+            f"{mixed} are of several sizes: the features bring each image by itself to the size "
+            "that they take, whatever its aspect, and sfid, which compares places in images, is "
+            "left out"
+        ]
+    if theirs == size:
         return []
-    (width, height), theirs = size, reference.images.size
     return [
-        f"samples are of {width}x{height} pixels, the reference of {theirs[0]}x{theirs[1]}"
+        f"samples are of {size[0]}x{size[1]} pixels, the reference of {theirs[0]}x{theirs[1]}"
     ]

@@ -14,7 +14,9 @@ import torch
 
 from evaluation.features import MANIFOLD_IMAGES, Extractor, load_extractor
 from evaluation.image_sets import ImageSet, hash_of, read_batches
-from evaluation.inputs import EvaluationInput, open_input, summarize_reference
+from evaluation.inputs import (
+    EvaluationInput, check_mixed, find_sizes, open_input, summarize_reference,
+)  # fmt: skip
 from evaluation.metrics import NEIGHBOURS, SPLIT, Summary, score
 from evaluation.options import EvaluationOptions, check_comparison, check_making
 from evaluation.reference_file import write_reference
@@ -78,12 +80,15 @@ def evaluate(options: EvaluationOptions) -> dict | None:
     reference.check_kind(options.features)
     means = load_means(options, accelerator)
     assert samples.images is not None  # check_samples looks at that
+    for side in (samples, reference):
+        check_mixed(side, means.extractor, means.device, means.team)
     reference.check_features(means.extractor, samples.images.size, means.device)
     ours, sample_pixels = means.summarize_samples(samples)
     theirs, reference_pixels = means.summarize_reference(reference)
     if ours is None or theirs is None:  # not the first process
         return None
-    scores, of_samples = score(ours, theirs), (len(samples.images), samples.images.size)
+    size = None if samples.images.mixed else samples.images.size
+    scores, of_samples = score(ours, theirs), (len(samples.images), size)
     told = remarks(scores, of_samples, reference, (ours, theirs), means.extractor.name)
     return {
         "scores": scores, "notes": odd + told, "samples": input_facts(samples, sample_pixels),
@@ -147,10 +152,10 @@ def check_samples(samples: EvaluationInput) -> list[str]:
 def input_facts(given: EvaluationInput, pixels: str | None) -> dict:
     """What a report says of samples, or of a reference, whose images have this hash."""
     images = given.images
+    size = list(images.size) if images and not images.mixed else None
     return {
-        "path": given.path, "images": len(images) if images else None,
-        "size": list(images.size) if images else None, "sha256_of_pixels": pixels,
-        "sha256_of_file": given.sha256,
+        "path": given.path, "images": len(images) if images else None, "size": size,
+        "sha256_of_pixels": pixels, "sha256_of_file": given.sha256,
     }  # fmt: skip
 
 
@@ -203,6 +208,8 @@ def make_reference(options: EvaluationOptions) -> str | None:
     images = given.images
     assert images is not None  # it is a folder
     means = load_means(options, accelerator)
+    if told := find_sizes(images, means.device, means.team):
+        raise ValueError(f"{told}; a reference has images of one size: pass `image_size`")
     # This finds out whether the extractor can be used
     means.extractor.dimensions(images.size, means.device)
     summary, pixel_hash = means.summarize_reference(given)
@@ -225,6 +232,6 @@ def make_reference(options: EvaluationOptions) -> str | None:
 def pixels_of(images: ImageSet, i: int) -> np.ndarray:
     """The pixels uint8 (H, W, 3) of an image. Raises ValueError if it cannot be read."""
     image, reason = images[i]
-    if image is None:
+    if not isinstance(image, torch.Tensor):
         raise ValueError(reason)
     return image.numpy().transpose(1, 2, 0)  # (H, W, 3)

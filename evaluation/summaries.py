@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from evaluation.features import Extractor, Rows
+from evaluation.features import Batch, Extractor, Rows
 from evaluation.metrics import Moments, Summary
 from runtime.team import Team
 
@@ -28,13 +28,13 @@ def spread(count: int, kept: int) -> list[int]:
 
 
 def summarize(
-    extractor: Extractor, batches: Iterable[tuple[Tensor, Tensor | None]], count: int,
+    extractor: Extractor, batches: Iterable[tuple[Batch, Tensor | None]], count: int,
     keep: int | None = None, with_logits: bool = False, team: Team = Team(),
 ) -> tuple[Summary | None, Tensor | None]:  # fmt: skip
     """(the Summary of `count` images, their digests uint8 (count, 32) or None), in the first
     process; (None, None) elsewhere.
 
-    Images come in the batches of `deal`, as (images uint8 (n, 3, H, W) on the extractor's device,
+    Images come in the batches of `deal`, as (images as the extractor takes them, on its device,
     digests uint8 (n, 32) or None). `keep` is how many images' features are kept (default: all).
     Raises ValueError for features that are not finite.
     """

@@ -181,6 +181,7 @@ def between(network, pairs, shares):
     state["y_embedder.embedding_table.weight"] = torch.cat([mixed, table[network.num_classes :]])
     new = DiT(**{**network.config, "num_classes": len(mixed)})
     new.load_state_dict(state)
+    new.extrapolation = network.extrapolation
     return new.eval()
 
 

@@ -1,7 +1,7 @@
 """What all doors share: the parser of their command lines, and how they end when they are
 interrupted or something is refused.
 
-It imports the standard library alone, so that a door can import it before PyTorch, which takes
+It needs the standard library alone, so that a door can import it before PyTorch, which takes
 seconds.
 """
 
@@ -16,6 +16,8 @@ import select
 import signal
 import sys
 from typing import Any, NoReturn, TextIO
+
+from runtime.image_size import ImageSize, size_in
 
 # Exit codes, as shells have them for SIGINT and SIGPIPE
 INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13
@@ -181,6 +183,14 @@ class Parser(argparse.ArgumentParser):
             yield
         except (ValueError, OSError) as error:
             self.error(reason(error))
+
+
+def read_size(text: str) -> ImageSize:
+    """The size in pixels that a flag's value is. Raises ArgumentTypeError if it is none."""
+    try:
+        return size_in(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def reason(error: Exception) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import os
 from typing import NamedTuple
 
+from runtime.image_size import ImageSize, sides
+
 COUNTS = 10**9  # of steps, epochs and the like: more than a century of work
 IMAGE_SIZE = 2**14
 LONGEST_NUMBER = 30  # characters of it that a message shows
@@ -108,15 +110,16 @@ def bound(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
-def check_memory(images: int, side: int, lower: str) -> None:
-    """Raise ValueError if so many images of side × side pixels are more than the machine's memory.
+def check_memory(images: int, size: ImageSize, lower: str) -> None:
+    """Raise ValueError if so many images of a size are more than the machine's memory.
 
     `lower` names the arguments to lower, in backticks.
     """
-    wanted, there = images * side * side * CHANNELS, memory()
+    height, width = sides(size)
+    wanted, there = images * height * width * CHANNELS, memory()
     if there is not None and wanted > there:
         raise ValueError(
-            f"{images} images of {side}x{side} pixels, which are held at a time, take "
+            f"{images} images of {height}x{width} pixels, which are held at a time, take "
             f"{wanted / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB of memory; "
             f"lower {lower}"
         )

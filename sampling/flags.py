@@ -13,10 +13,12 @@ from checkpoints.weights import weights_choice
 from conditions.labels import CLASSES
 from flow.flow import EPS
 from flow.forms import FORMS
+from layers.positions import EXTRAPOLATIONS
 from models import DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import TRAINED_STEPS, GaussianProcess
 from processes.table import SOLVERS, WORDS
+from runtime.command_line import read_size
 from runtime.limits import check_numbers
 from sampling.options import LAST_STEP_NAMES, SamplingOptions, check_seed
 from sampling.speed import PRECISIONS
@@ -70,8 +72,9 @@ def add_network_flags(
         "--process flow (default: %(default)s)",
     )  # fmt: skip
     bare.add_argument(
-        "--image-size", type=int, default=IMAGE_SIZE,
-        help="in pixels (default: %(default)s)",
+        "--image-size", type=read_size, default=IMAGE_SIZE,
+        help="of the pictures, whatever the network was trained on: pixels, or HEIGHTxWIDTH "
+        "(default: as it was trained; the released weights: %(default)s)",
     )  # fmt: skip
     bare.add_argument(
         "--num-classes", type=int, default=NUM_CLASSES,
@@ -140,7 +143,18 @@ def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
         help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of "
         "every run, so for many images rather than one picture; results differ by float rounding",
     )
+    add_size_flags(process)
     add_flow_flags(parser.add_argument_group("process: flow, whose t goes from 0, noise, to 1"))
+
+
+def add_size_flags(process: _ArgumentGroup) -> None:
+    """Add the option of pictures of another size, which is None where it is not given."""
+    process.add_argument(
+        "--extrapolation", choices=EXTRAPOLATIONS,
+        help="where tokens are in pictures of another size than the network was trained on: "
+        "interpolate: spread within its positions; extend: beyond them; crop: in their middle; "
+        "ntk: extend, with slower rotations (default: as the network says, else interpolate)",
+    )  # fmt: skip
 
 
 def add_flow_flags(flow: _ArgumentGroup) -> None:

@@ -11,15 +11,18 @@ from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned,
 )  # fmt: skip
 from checkpoints.weights import load_weights
+from models import DiT
 from runtime.devices import choose_device
+from runtime.image_size import sides
 from sampling.options import OWN, SamplingOptions, solver_options
 from sampling.sampler import Sampler
 from sampling.speed import prepare
-from vae import PixelSpace, load_vae
+from vae import PixelSpace, latent_shape, load_vae
 
 VAE = "mse"  # for pictures, where nobody names the autoencoder
 QUICK = "dpm++"  # for pictures to look at, where nobody names a solver and the process has this one
 NOT_BY_NAME = {"ckpt", "vae", "num_sampling_steps"}  # fields with parameters of their own
+OF_NETWORK = ("compile", "extrapolation")  # options that change the network, and not the Sampler
 
 
 def load_sampler(
@@ -72,10 +75,36 @@ def build_sampler(
     process = process_learned(choice, weights, network)
     values = options.settled(process, QUICK if quick and QUICK in process.solvers else None)
     own, compiled = solver_options(values), values["compile"]
-    plain = {name: value for name, value in values.items() if name not in (*OWN, "compile")}
+    plain = {name: value for name, value in values.items() if name not in (*OWN, *OF_NETWORK)}
+    extrapolate(network, options.extrapolation)
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
-        process=process, solver_options=own, **plain,
+        process=process, solver_options=own, latent_shape=asked_latent(choice, network, files.vae),
+        **plain,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
+
+
+def extrapolate(network: DiT, extrapolation: str | None) -> None:
+    """Have the network place tokens of other grids than its own so; None leaves it as it is.
+
+    Raises ValueError for one that is about rotations, for a network without any.
+    """
+    if extrapolation == "ntk" and not network.positions.rotates:
+        raise ValueError(
+            '`extrapolation="ntk"` slows rotations down, and the network has a position table '
+            "without any; choose another, or leave the argument out"
+        )
+    network.extrapolation = extrapolation or network.extrapolation
+
+
+def asked_latent(choice: NetworkChoice, network: DiT, vae: str) -> tuple[int, ...] | None:
+    """The shape (C, H, W) of the latents of images of the size that is asked for; None for none.
+
+    Raises ValueError if the network's patches do not fill it.
+    """
+    if choice.image_size is None:
+        return None
+    shape = latent_shape(vae)
+    return shape.channels, *sides(shape.size(choice.image_size, network.patch_size))

@@ -93,7 +93,7 @@ def open_job(
     before = stamps(files.checkpoint, files.vae)
     sampler = build_sampler(choice, files, options, own_device)
     labels = all_labels(many, sampler)
-    recorded = recorded_options(files, choice, options, sampler.process, many, device, tf32)
+    recorded = recorded_options(files, choice, options, sampler, many, device, tf32)
     decides = deciding(recorded, files, sampler.network, labels, own_device.type)
     folder = folder_of(recorded, decides)
     make_folder(folder)

@@ -27,34 +27,35 @@ from runtime.disk import file_hash
 from runtime.json_files import read_json
 from runtime.presence import lock
 from runtime.surroundings import Place
-from processes.process import Process
 from sampling.options import OWN, ManyOptions, SamplingOptions
+from sampling.sampler import Sampler
 from vae import vae_hashes
 
 MANIFEST = "manifest.json"
 # Options that change no image
 INCIDENTAL = ("device", "sample_dir", "ckpt")
 # Options that earlier versions lacked, at what these did: folders keep the names that they had
-NEWER = {"cfg_interval": (0.0, 1.0), "compile": False}
+NEWER = {"cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None}
 POLICIES = ("random", "balanced")  # of labels; anything else is a file
 
 
 def recorded_options(
-    files: NetworkFiles, choice: NetworkChoice, options: SamplingOptions, process: Process,
+    files: NetworkFiles, choice: NetworkChoice, options: SamplingOptions, sampler: Sampler,
     many: ManyOptions, device: str | None, tf32: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json has under "options": every option of the job, by the name and in the order
     of sample_ddp.py's flags; of those that some solvers have, the solver's. The device is the one
-    that is asked for.
+    that is asked for. The image size is None where the network was trained on it.
     """
-    sampling = options.settled(process)
+    sampling = options.settled(sampler.process)
     own = {name: sampling.pop(name) for name in OWN if name in sampling}
-    compiled = sampling.pop("compile")
-    network = {"ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae}
-    return (
-        asdict(many) | network | {"device": device} | sampling
-        | {"tf32": tf32, "compile": compiled} | own
-    )  # fmt: skip
+    last = {name: sampling.pop(name) for name in ("compile", "extrapolation")}
+    other_size = sampler.latent != sampler.network.latent_shape
+    network = {
+        "ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae,
+        "image_size": sampler.image_size if other_size else None, "device": device,
+    }  # fmt: skip
+    return asdict(many) | network | sampling | {"tf32": tf32} | last | own
 
 
 def deciding(

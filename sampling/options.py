@@ -8,6 +8,7 @@ from typing import Any
 
 from flow.forms import FORMS
 from flow.solvers import LAST_STEPS
+from layers.positions import EXTRAPOLATIONS
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import KINDS, SOLVERS
@@ -36,6 +37,8 @@ class SamplingOptions:
     cfg_scale: guidance, 1 for none; cfg_channels: how many latent channels it is for, or "all";
     cfg_interval: the shares of the noise levels, from 0 (clean) to 1, between which it applies.
     mixed_precision: a key of PRECISIONS, the network's; compile: whether to compile the network.
+    extrapolation: a key of EXTRAPOLATIONS, where tokens are in images of another size than the
+    network was trained on; None for what the network says.
 
     The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
     solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
@@ -66,6 +69,7 @@ class SamplingOptions:
     last_step_size: float | None = None
     atol: float | None = None
     rtol: float | None = None
+    extrapolation: str | None = None
 
     def __post_init__(self) -> None:
         # One type for each option: sample_many names folders after the options
@@ -128,7 +132,7 @@ def _given(options):
 def _check_choices(options):
     choices: dict[str, Iterable[str]] = {
         "sampler": SOLVERS, "mixed_precision": PRECISIONS, "diffusion_form": FORMS,
-        "last_step": LAST_STEP_NAMES,
+        "last_step": LAST_STEP_NAMES, "extrapolation": EXTRAPOLATIONS,
     }  # fmt: skip
     for name, known in choices.items():
         value = getattr(options, name)

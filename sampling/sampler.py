@@ -16,10 +16,13 @@ from torch import Tensor
 
 from conditions.condition import condition_of
 from diffusion.gaussian_diffusion import TensorMap, as_taken
+from layers.positions import check_grid
+from layers.sizes import grid_of
 from models import DiT
 from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
+from runtime.image_size import ImageSize, settled
 from sampling.speed import PRECISIONS
 from vae import Space, to_uint8
 
@@ -32,7 +35,8 @@ class Sampler:
     from, if any. `sampler` names a solver of the process, which the network has learned: the
     Gaussian one unless told otherwise; `solver_options` are options of that solver beside eta, as
     the process has them, its defaults in place of those that are left out. Guidance is applied at
-    noise levels, 0 clean and 1 noise, inside cfg_interval (Kynkäänniemi et al. 2024).
+    noise levels, 0 clean and 1 noise, inside cfg_interval (Kynkäänniemi et al. 2024). latent_shape,
+    (C, H, W), is that of the latents to sample; None is what the network was trained on.
 
     Raises ValueError for options that do not fit the network or the process.
     """
@@ -50,6 +54,7 @@ class Sampler:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     process: Process = None  # type: ignore[assignment]  # __post_init__ chooses the Gaussian one
     solver_options: Mapping[str, Any] = field(default_factory=dict)
+    latent_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)
@@ -58,7 +63,8 @@ class Sampler:
         check_options(self.solver_options, self.sampler, self.process.solvers)
         if self.solver_options:
             self.steps()  # refuses values that they cannot have
-        self.latent = self.network.latent_shape
+        self.latent = self.latent_shape or self.network.latent_shape
+        check_latent(self.latent, self.network)
         self.condition = condition_of(self.network)
         if self.cfg_scale != 1 and not self.condition.has_null:
             raise ValueError(
@@ -84,6 +90,11 @@ class Sampler:
         known = self.process.solvers[self.sampler].options
         eta = {"eta": self.eta} if "eta" in known else {}
         return {**eta, **self.solver_options}
+
+    @property
+    def image_size(self) -> ImageSize:
+        """The size of the images in pixels, a number or (height, width)."""
+        return settled(self.space.shape.image(self.latent))
 
     def steps(self) -> list[int] | list[float]:
         """The times t at which steps begin, in order."""
@@ -200,6 +211,12 @@ class Sampler:
                 "try no or bf16, less guidance, or look for NaN in the checkpoint"
             )
         return to_uint8(images)
+
+
+def check_latent(latent: tuple[int, ...], network: DiT) -> None:
+    """Raise ValueError unless a network has positions for latents of a shape (C, H, W)."""
+    grid = grid_of((1, *latent), network.in_channels, network.patch_size)
+    check_grid(network.extrapolation, grid, network.grid)
 
 
 def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVERS) -> None:

@@ -55,7 +55,7 @@ LEAVES = {
         "digits-back.safetensors",
         "sample.png",
     ],
-    "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png"],
+    "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png", "wide.png"],
     "docs/own-data.md": [
         "digits-runs/*/previews/0000040.png",
         "digits-runs/sample.png",

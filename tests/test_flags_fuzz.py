@@ -35,6 +35,7 @@ EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
 sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling")]
 
+from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
 
 SECONDS = 5  # of computing that a case may take
@@ -52,6 +53,7 @@ WHOLE += [
     "1000", "1000000000", "1000000001", str(2**31), str(2**63), str(2**64 + 1), "9" * 40,
     "9" * 5000,
 ]  # fmt: skip
+SIZES = ["32x64", "64x32", "0x3", "32x", "x", "32*64", "1e9", "16384x16384", "9" * 3000 + "x1"]
 REAL = [
     "nan", "inf", "-inf", "1e300", "-1e300", "1e999", "5e-324", "1e-300", "-1", "-0.0", "0", "0.5",
     "1", "１.５", "x", " ",
@@ -367,6 +369,8 @@ def value_for(action, rng):
         return rng.choice([*action.choices, "x", "é", " "])
     if action.type in (int, float):
         return rng.choice(WHOLE if action.type is int else REAL)
+    if action.type is read_size:
+        return rng.choice(WHOLE + SIZES)
     if action.dest == "device":
         return rng.choice(DEVICES)
     if action.dest in ("weights", "cfg_channels", "class_labels", "host"):
@@ -403,7 +407,8 @@ def drawn(name, rng, number):
 def is_nonsense(action, values):
     """Whether no door may take these."""
     never = {"\0", "a\0b", "=\0", ""}
-    wrong = never | {int: NO_WHOLE, float: NO_REAL}.get(action.type, set())
+    kinds = {int: NO_WHOLE, float: NO_REAL, read_size: NO_WHOLE | {"0x3", "32x", "1e9"}}
+    wrong = never | kinds.get(action.type, set())
     return bool(wrong & set(values))
 
 

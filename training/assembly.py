@@ -110,7 +110,7 @@ def join_processes(options: TrainOptions) -> Accelerator:
     """
     check_surroundings(options)
     if options.latents is None:
-        latent_shape(options.vae).side(options.image_size, options.patch_size)
+        latent_shape(options.vae).size(options.image_size, options.patch_size)
     check_accelerate(mixed_precision=options.mixed_precision, grad_accum=options.grad_accum)
     place = own_place()
     accelerator = make_accelerator(
@@ -267,9 +267,9 @@ def build_state(
     Raises ValueError if sizes, or init_from, do not fit.
     """
     torch.manual_seed(options.global_seed)
-    side = space.shape.side(options.image_size, options.patch_size)
+    size = space.shape.size(options.image_size, options.patch_size)
     network = DiT_models[options.model](
-        input_size=side, in_channels=space.shape.channels, num_classes=options.num_classes,
+        input_size=size, in_channels=space.shape.channels, num_classes=options.num_classes,
         block=options.block, learn_sigma=bool(options.learn_sigma),
         **{name: getattr(options, name) for name in PARTS},
     )  # fmt: skip

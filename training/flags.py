@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from models import DiT_models
-from runtime.command_line import Parser
+from runtime.command_line import Parser, read_size
 from training.options import CHOICES, TrainOptions, defaults
 
 Add = Callable[..., None]  # adds a flag, as an argparse.ArgumentParser's add_argument
@@ -59,8 +59,8 @@ def add_data_flags(add: Add) -> None:
         help="folder that extract_latents.py wrote: no image is read, no VAE run",
     )  # fmt: skip
     add(
-        "--image-size", type=int,
-        help="pixels along each side, after the crop (default: %(default)s)",
+        "--image-size", type=read_size,
+        help="pixels along each side, or HEIGHTxWIDTH, after the crop (default: %(default)s)",
     )  # fmt: skip
     add(
         "--num-classes", type=int,

@@ -22,6 +22,7 @@ from layers.parts import DEFAULTS as PARTS, NAMES
 from models import BLOCKS, DiT_models, summed
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
+from runtime.image_size import ImageSize, settled
 from runtime.limits import check_numbers
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
@@ -69,7 +70,7 @@ class TrainOptions:
     # data
     data_path: Path | str | None = None
     latents: Path | str | None = None
-    image_size: int = DataOptions.image_size
+    image_size: ImageSize = DataOptions.image_size
     num_classes: int = DataOptions.num_classes
     flip: bool = DataOptions.flip
     skip_bad_images: bool = DataOptions.skip_bad_images
@@ -135,6 +136,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, _plain(value))
+        object.__setattr__(self, "image_size", settled(self.image_size))
         if all(getattr(self, name) is None for name in SOURCES):
             raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
         check_numbers(self, num_classes=CLASSES, eval_samples=SCORED)

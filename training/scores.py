@@ -15,10 +15,11 @@ from conditions.labels import random_labels
 from evaluation.features import Extractor
 from evaluation.metrics import Summary, score
 from evaluation.remarks import remarks
-from evaluation.inputs import EvaluationInput, open_input, summarize_reference
+from evaluation.inputs import EvaluationInput, check_mixed, open_input, summarize_reference
 from evaluation.summaries import deal, summarize
 from models import DiT
 from processes.process import Process
+from runtime.image_size import ImageSize, sides
 from runtime.team import Team
 from sampling.sampler import Sampler
 from vae import Space, to_uint8
@@ -45,7 +46,7 @@ class Judge(NamedTuple):
 
 
 def load_judge(
-    reference: Path | str, extractor: Extractor, image_size: int, count: int, batch_size: int,
+    reference: Path | str, extractor: Extractor, image_size: ImageSize, count: int, batch_size: int,
     device: torch.device, team: Team, num_workers: int,
 ) -> Judge:  # fmt: skip
     """The Judge, for samples of image_size, by a reference as evaluate.py takes it.
@@ -53,7 +54,9 @@ def load_judge(
     Raises ValueError if it does not fit.
     """
     side = open_input(reference, "eval_reference", share=slice(team.rank, None, team.world_size))
-    side.check_features(extractor, (image_size, image_size), device)
+    check_mixed(side, extractor, device, team)
+    height, width = sides(image_size)
+    side.check_features(extractor, (width, height), device)
     summary, _ = summarize_reference(side, extractor, device, batch_size, team, num_workers)
     return Judge(extractor, side, summary, count, batch_size, team)
 

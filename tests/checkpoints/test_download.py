@@ -529,7 +529,8 @@ def test_find_model_that_is_nowhere(server, released, tmp_path):
     "flags, name",
     [
         (("DiT-XL/2", 256, 1000), NAME), (("DiT-XL/2", 512, 1000), OTHER),
-        (("SiT-XL/2", 256, 1000), FLOW),
+        (("SiT-XL/2", 256, 1000), FLOW), (("DiT-XL/2", 128, 1000), NAME),
+        (("SiT-XL/2", 512, 1000), FLOW),
     ],
 )  # fmt: skip
 def test_name_of_what_was_released(flags, name):
@@ -537,8 +538,7 @@ def test_name_of_what_was_released(flags, name):
 
 
 @pytest.mark.parametrize(
-    "flags", [("DiT-XL/2", 128, 1000), ("DiT-XL/4", 256, 1000), ("DiT-XL/2", 256, 10),
-              ("SiT-XL/2", 512, 1000)]
+    "flags", [("DiT-XL/4", 256, 1000), ("DiT-XL/2", 256, 10), ("SiT-L/2", 512, 1000)]
 )  # fmt: skip
 def test_what_was_not_released(flags):
     model, size, classes = flags

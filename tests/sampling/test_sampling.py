@@ -87,7 +87,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     ours = dict(
         class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema",
         cfg_channels=3, mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
-        trajectory=None, **FLOWS,
+        trajectory=None, extrapolation=None, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
@@ -98,7 +98,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     )  # fmt: skip
     ours = dict(
         sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no",
-        labels="random", cfg_interval=[0.0, 1.0], compile=False, **FLOWS,
+        labels="random", cfg_interval=[0.0, 1.0], compile=False, extrapolation=None, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]
@@ -357,10 +357,17 @@ BAD = [
     (["--vae", "none"], "--vae none has 3 channels, the network of"),
     (["--ckpt", "missing.pt"], "there is no checkpoint missing.pt"),
     (["--device", "warp"], "--device warp cannot be used"),
-    (["--image-size", "64"], "--image-size is 64, but"),
+    (["--image-size", "10"], "image size 10 is not a multiple of 4"),
+    (["--image-size", "8x10"], "image width 10 is not a multiple of 4"),
+    (["--image-size", "16x8", "--extrapolation", "crop"],
+     "a grid of 4 x 2 tokens is beyond the position table of 2 x 2"),
+    (["--image-size", "16", "--extrapolation", "ntk"],
+     "--extrapolation ntk slows rotations down, and the network has a position table without any"),
+    (["--image-size", "0x8"], "--image-size is 0; it must be at least 1"),
+    (["--image-size", "8*8"], "'8*8' is no size; give pixels, such as 256, or HEIGHTxWIDTH"),
     (["--num-classes", "7"], "--num-classes is 7, but"),
     (["--model", "DiT-B/4"], "--model is DiT-B/4, but"),
-    (["--image-size", "256"], "--image-size is 256, but"),
+    (["--image-size", "99999"], "--image-size is 99999; it must be from 1 to 16,384"),
     (["--num-classes", "1000"], "--num-classes is 1000, but"),
     (["--seed", "99999999999999999999"], "the seed is 99999999999999999999; it must be"),
     (["--seed", "-1"], "the seed is -1"),
