@@ -158,6 +158,7 @@ def test_every_name_of_a_part_is_a_row():
 def compiled(options, **how):
     model = small_dit(**SIZE, **options).float()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     return model, torch.compile(model, fullgraph=True, **how)
 
 
