@@ -29,7 +29,8 @@ class Placement(NamedTuple):
         trained_table (1, T, D) is what is added on the trained grid, None for nothing. Raises
         ValueError for a grid without positions.
         """
-        known = grid == self.trained
+        # Without a table no grid is another: a compiled rope network has one graph for all
+        known = trained_table is not None and grid == self.trained
         if known and not self.positions.rotates:
             return _with(tokens, trained_table), ALONE
         check_grid(self.extrapolation, grid, self.trained)
