@@ -26,6 +26,9 @@ LOSS_WEIGHTS = (None, "velocity", "likelihood")
 EPS = 1e-3  # from an end where a term is infinite
 VP_TRAIN_EPS = 1e-5
 LEAST_EPS = 1e-6  # but 0: float32's rounding near 1 is 6e-8
+# Of a vector whose direction is learned. A fresh network returns 0, where the cosine's slope is one
+# over this: with torch's 1e-8 Adam would remember the first step for ten thousands of steps.
+LEAST_NORM = 1e-2
 
 Network = Callable[..., Tensor]  # called as network(x, t, **model_kwargs)
 
@@ -146,7 +149,8 @@ class Flow:
         """{"loss", "mse"}, (N,) each, of data at times t; with cosine_loss "cosine", too.
 
         "mse" is the squared error before weights (SiT, equations 7 and 8). "cosine" is one less the
-        cosine, over the channels, between a velocity and what it should be.
+        cosine, over the channels, between a velocity and what it should be; a vector shorter than
+        LEAST_NORM counts as that long.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t, at = self.q_sample(x_start, t, noise), self._spread(t, x_start)
@@ -161,7 +165,7 @@ class Flow:
             return {"loss": _mean(self._weight(at) * error**2), "mse": mse}
         if not self.cosine_loss:
             return {"loss": mse, "mse": mse}
-        cosine = _mean(1 - cosine_similarity(out, target, dim=1))  # (N,)
+        cosine = _mean(1 - cosine_similarity(out, target, dim=1, eps=LEAST_NORM))  # (N,)
         return {"loss": mse + cosine, "mse": mse, "cosine": cosine}
 
     def velocity(

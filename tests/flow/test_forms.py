@@ -195,6 +195,17 @@ def test_the_cosine_is_torch_s_over_channels(path):
     assert still["cosine"].abs().max() < 1e-12  # the direction alone counts
 
 
+def test_the_cosine_of_a_fresh_network_has_a_slope_that_adam_forgets():
+    """It returns 0 everywhere, where the cosine's slope has no bound of its own."""
+    flow = create_flow(cosine_loss=True)
+    x_start, noise = randn(5, 3, 2, 2), randn(5, 3, 2, 2, seed=1)
+    out = torch.zeros_like(x_start, requires_grad=True)
+    losses = flow.training_losses(lambda x, t: out, x_start, times(), noise=noise)
+    (slope,) = torch.autograd.grad(losses["cosine"].sum(), out)
+    assert losses["cosine"].detach().tolist() == [1.0] * 5
+    torch.testing.assert_close(slope.norm(dim=1), torch.full((5, 2, 2), 100 / 4).to(slope))
+
+
 @each
 def test_the_channels_of_a_variance_are_dropped_and_learn_nothing(path, prediction):
     wide, narrow = small_dit(), small_dit(learn_sigma=False)
