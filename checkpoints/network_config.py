@@ -38,10 +38,9 @@ def arguments_in(config: dict) -> dict:
     """
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
-        rectangle = key == "input_size" and isinstance(value, list) and len(value) == 2
-        for one in value if rectangle else [value]:
-            if key in ARGUMENTS:
-                check_kind(key, one, type(ARGUMENTS[key]))
+        sizes = value if key == "input_size" and isinstance(value, list) else [value]
+        for one in sizes if key in ARGUMENTS else ():  # how many, DiT says
+            check_kind(key, one, type(ARGUMENTS[key]))
     return arguments
 
 

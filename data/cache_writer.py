@@ -345,7 +345,7 @@ def chunk_loader(planned: PlannedCache, starts: list[int]) -> DataLoader:
     ]
     options, sizes = planned.options, None
     if planned.shapes is not None:
-        sizes = (planned.shapes * planned.plan["ratio"]).tolist()
+        sizes = [(h, w) for h, w in (planned.shapes * planned.plan["ratio"]).tolist()]
     dataset = ImageDataset(
         planned.listing, options.image_size, options.skip_bad_images, sizes=sizes
     )

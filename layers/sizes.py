@@ -26,9 +26,14 @@ def plain_size(input_size: int | Sequence[int]) -> int | list[int]:
 
 
 def sides(input_size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width."""
-    height, width = input_size if isinstance(input_size, Sequence) else (input_size, input_size)
-    return height, width
+    """Height and width. Raises ValueError for a sequence of others than two."""
+    if not isinstance(input_size, Sequence):
+        return input_size, input_size
+    if len(input_size) != 2:
+        raise ValueError(
+            f"input_size is {input_size!r:.60}; it must be a whole number, or a height and a width"
+        )
+    return input_size[0], input_size[1]
 
 
 def grid_of(shape: Sequence[int], channels: int, patch_size: int) -> tuple[int, int]:
@@ -62,10 +67,6 @@ def check_sizes(
     """Raise ValueError for arguments of DiT of the wrong kind, out of bounds or that do not fit."""
     for name, rows in NAMES.items():
         check_choice(name, {"positions": positions, **others}.get(name, DEFAULTS[name]), rows)
-    if isinstance(input_size, Sequence) and len(input_size) != 2:
-        raise ValueError(
-            f"input_size is {input_size!r:.60}; it must be a whole number, or a height and a width"
-        )
     height, width = sides(input_size)
     check_whole({"input_size": height, **others})
     check_whole({"input_size": width, **others})
