@@ -374,7 +374,8 @@ class DiT(nn.Module):
         their Layout. Raises ValueError for latents that do not fit.
         """
         head = self.config["hidden_size"] // self.config["num_heads"]
-        placement = Placement(self.positions, self.grid, head, self.extrapolation)
+        kind = self.x_embedder.proj.weight.dtype
+        placement = Placement(self.positions, self.grid, head, self.extrapolation, kind)
         if isinstance(x, Packed):
             if self.design.condition is not summed:
                 raise ValueError(f"blocks of {self.config['block']} do not take packed images")

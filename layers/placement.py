@@ -13,13 +13,15 @@ from layers.positions import Positions, check_grid, grid_index, rotation, table
 class Placement(NamedTuple):
     """How a network tells its tokens where they are. `trained` is the grid that it was trained on,
     rows and columns; `head`, how many numbers a head of its attention has; `extrapolation`, for
-    other grids, a name of EXTRAPOLATIONS.
+    other grids, a name of EXTRAPOLATIONS; `kind` is that of the weights' numbers, in which tokens
+    are added up, also under autocast.
     """
 
     positions: Positions
     trained: tuple[int, int]
     head: int
     extrapolation: str
+    kind: torch.dtype
 
     def in_images(
         self, tokens: Tensor, grid: tuple[int, int], trained_table: Tensor | None
@@ -32,20 +34,20 @@ class Placement(NamedTuple):
         # Without a table no grid is another: a compiled rope network has one graph for all
         known = trained_table is not None and grid == self.trained
         if known and not self.positions.rotates:
-            return _with(tokens, trained_table), ALONE
+            return self._sum(tokens, trained_table), ALONE
         check_grid(self.extrapolation, grid, self.trained)
         index = grid_index(*grid, device=tokens.device)  # (T, 2)
         of = (index[-1] + 1).expand(index.shape)  # (T, 2)
-        added = trained_table if known else self.added(index, of, tokens, trained_table)
-        return _with(tokens, added), ALONE.rotated(self.rope(index, of, tokens))
+        added = trained_table if known else self.added(index, of, tokens.shape[-1])
+        return self._sum(tokens, added), ALONE.rotated(self.rope(index, of))
 
     def in_rows(
         self, tokens: Tensor, packed: Packed, trained_table: Tensor | None
     ) -> tuple[Tensor, Layout]:
         """Tokens (R, L, D) of packed images with their positions added, and their Layout."""
-        of = packed.place, packed.grid, tokens
+        of = packed.place, packed.grid
         layout = Layout({"attn_mask": packed.attn_mask}, packed.image)
-        added = self.added(*of, trained_table)
+        added = self.added(*of, tokens.shape[-1])
         if added is not None and trained_table is not None:
             # On the trained grid these very numbers, which are rounded otherwise
             rows, columns = self.trained
@@ -53,31 +55,25 @@ class Placement(NamedTuple):
             number = packed.place[..., 0] * columns + packed.place[..., 1]  # (R, L)
             entries = trained_table[0][torch.where(known, number, 0)]  # (R, L, D)
             added = torch.where(known.unsqueeze(-1), entries, added)
-        return _with(tokens, added), layout.rotated(self.rope(*of))
+        return self._sum(tokens, added), layout.rotated(self.rope(*of))
 
-    def added(
-        self, index: Tensor, grid: Tensor, tokens: Tensor, trained_table: Tensor | None
-    ) -> Tensor | None:
-        """What is added to tokens (..., D) with this index in this grid, of the trained table's
-        kind of number; None for nothing.
-        """
-        if trained_table is None:
+    def added(self, index: Tensor, grid: Tensor, width: int) -> Tensor | None:
+        """What is added to tokens with this index in this grid, (..., width); None for nothing."""
+        if not self.positions.has_table:
             return None
-        where = index, grid, self.trained
-        found = table(*where, tokens.shape[-1], self.extrapolation, _exact(tokens))  # (..., D)
-        return found.to(trained_table.dtype)
+        found = table(index, grid, self.trained, width, self.extrapolation, self._exact)
+        return found.to(self.kind)  # (..., width)
 
-    def rope(self, index: Tensor, grid: Tensor, tokens: Tensor) -> Tensor | None:
+    def rope(self, index: Tensor, grid: Tensor) -> Tensor | None:
         """How they are rotated, (..., 2·head); None for not at all."""
         if not self.positions.rotates:
             return None
-        return rotation(index, grid, self.trained, self.head, self.extrapolation, _exact(tokens))
+        return rotation(index, grid, self.trained, self.head, self.extrapolation, self._exact)
 
+    @property
+    def _exact(self):
+        """The kind of number in which positions are computed: at least float32."""
+        return torch.promote_types(self.kind, torch.float32)
 
-def _with(tokens, added):
-    return tokens if added is None else tokens + added  # under autocast, float32
-
-
-def _exact(tokens):
-    """The kind of number in which positions are computed: at least float32."""
-    return torch.promote_types(tokens.dtype, torch.float32)
+    def _sum(self, tokens, added):
+        return tokens.to(self.kind) if added is None else tokens + added

@@ -126,8 +126,7 @@ def test_bf16_by_autocast_and_in_the_weights(options, dtype):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = model.to(dtype)(given.to(dtype), t, y)
                 tokens = model.tokens(given.to(dtype))[0]
-        # Where a table is added. A rotation alone leaves them as the patches' projection has them
-        assert tokens.dtype == (dtype if model.positions.has_table else torch.bfloat16)
+        assert tokens.dtype == dtype
         assert (out - exact).abs().max() < 0.05 * exact.abs().max() and out.isfinite().all()
 
 
