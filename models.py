@@ -248,8 +248,7 @@ class Design(NamedTuple):
     shared_vectors: int = 0
 
 
-# The paper's designs (section 3.2, figure 5), and PixArt-α's. checkpoints.design_of reads
-# from a file's tensors which design they have.
+# The paper's designs (section 3.2, figure 5), and PixArt-α's. checkpoints.design_of tells them apart
 BLOCKS = {
     "adaln_zero": Design(DiTBlock, FinalLayer, summed),
     "adaln": Design(AdaLNBlock, FinalLayer, summed),
@@ -263,12 +262,13 @@ class DiT(nn.Module):
     """Predicts the noise in a latent and, with learn_sigma, the variance of p(x_{t-1} | x_t).
 
     `input_size` is the latents' side, or (height, width): the grid of tokens that it is trained on.
-    It takes others too, their tokens placed as `extrapolation` says, a name of EXTRAPOLATIONS.
-    `block` names a design of BLOCKS, `positions`, `norm` and `mlp` rows of POSITIONS, NORMS and
-    MLPS; qk_norm normalises queries and keys. num_classes=0 makes an unconditional network, called
-    with y=None. `process` is what a checkpoint's config says that it learned: kept, it changes
-    nothing. `config` holds all other arguments, the last five where they are not the defaults:
-    DiT(**model.config) builds the same network. Raises ValueError for sizes that do not fit.
+    It takes others too, tokens placed as `extrapolation` says, a name of EXTRAPOLATIONS (None:
+    "extend" with positions="rope", else "interpolate"). `block` names a design of BLOCKS,
+    `positions`, `norm` and `mlp` rows of POSITIONS, NORMS and MLPS; qk_norm normalises queries and
+    keys. num_classes=0 makes an unconditional network, called with y=None. `process` is what a
+    checkpoint's config says that it learned: kept, it changes nothing. `config` holds all other
+    arguments, the last five where they are not the defaults: DiT(**model.config) builds the same
+    network. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1, num_classes: int = 1000, learn_sigma: bool = True,
         block: str = "adaln_zero", process: dict | None = None, positions: str = "table",
         norm: str = "layer", mlp: str = "gelu", qk_norm: bool = False,
-        extrapolation: str = "interpolate",
+        extrapolation: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = dict(
@@ -292,10 +292,10 @@ class DiT(nn.Module):
         check_sizes(**self.config, **others)
         self.config["input_size"] = self.input_size = plain_size(input_size)
         self.config |= {name: value for name, value in others.items() if value != DEFAULTS[name]}
-        self.patch_size, self.in_channels = patch_size, in_channels
-        self.num_classes, self.learn_sigma = num_classes, learn_sigma
-        self.process, self.extrapolation = process, extrapolation
+        self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
+        self.learn_sigma, self.process = learn_sigma, process
         self.positions, self.design = POSITIONS[positions], BLOCKS[block]
+        self.extrapolation = extrapolation or self.positions.extrapolation
         self.grad_checkpointing = False  # True saves memory: the backward pass runs blocks again
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
@@ -327,8 +327,8 @@ class DiT(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens of such a sample."""
-        rows, columns = (side // self.patch_size for side in sides(self.input_size))
-        return rows, columns
+        height, width = sides(self.input_size)
+        return height // self.patch_size, width // self.patch_size
 
     def initialize_weights(self) -> None:
         """Fill every parameter; afterwards the output is 0.
@@ -377,7 +377,7 @@ class DiT(nn.Module):
         kind = self.x_embedder.proj.weight.dtype
         placement = Placement(self.positions, self.grid, head, self.extrapolation, kind)
         if isinstance(x, Packed):
-            if self.design.condition is not summed:
+            if self.design.condition is not summed:  # one c for each image
                 raise ValueError(f"blocks of {self.config['block']} do not take packed images")
             tokens = self.x_embedder(x.tokens.flatten(0, 1)).view(*x.image.shape, -1)  # (R, L, D)
             return placement.in_rows(tokens, x, self.pos_embed)
@@ -396,8 +396,8 @@ class DiT(nn.Module):
     def images(self, patches: Tensor, like: Tensor | Packed) -> Tensor:
         """Patches (N, T, P·P·C_out) as latents (N, C_out, H, W), or packed, (R, L, C_out, P, P)."""
         p = self.patch_size
-        if isinstance(like, Packed):  # (R, L, C_out, P, P)
-            return patches.unflatten(-1, (p, p, -1)).permute(0, 1, 4, 2, 3)
+        if isinstance(like, Packed):
+            return patches.unflatten(-1, (p, p, -1)).permute(0, 1, 4, 2, 3)  # (R, L, C_out, P, P)
         return self.unpatchify(patches, (like.shape[2] // p, like.shape[3] // p))
 
     def forward(

@@ -40,7 +40,7 @@ def arguments_in(config: dict) -> dict:
     for key, value in arguments.items():
         sizes = value if key == "input_size" and isinstance(value, list) else [value]
         for one in sizes if key in ARGUMENTS else ():  # how many, DiT says
-            check_kind(key, one, type(ARGUMENTS[key]))
+            check_kind(key, one, str if ARGUMENTS[key] is None else type(ARGUMENTS[key]))
     return arguments
 
 

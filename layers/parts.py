@@ -73,4 +73,4 @@ NAMES: dict[str, Collection[str]] = {
 }  # fmt: skip
 PAPERS = Parts()  # those of Peebles & Xie
 # What those are, and qk_norm, in a network that does not say
-DEFAULTS: dict[str, Any] = {**PAPERS._asdict(), "extrapolation": "interpolate"}
+DEFAULTS: dict[str, Any] = {**PAPERS._asdict(), "extrapolation": None}  # None: the positions' own

@@ -23,6 +23,7 @@ class Positions(NamedTuple):
 
     has_table: bool
     rotates: bool
+    extrapolation: str  # unless told otherwise: a table does not go on beyond its end
 
     @property
     def attention(self) -> Callable[..., nn.Module]:
@@ -35,8 +36,8 @@ def _rotating_attention(*sizes, **options):
 
 
 POSITIONS = {
-    "table": Positions(True, False), "rope": Positions(False, True),
-    "table+rope": Positions(True, True),
+    "table": Positions(True, False, "interpolate"), "rope": Positions(False, True, "extend"),
+    "table+rope": Positions(True, True, "interpolate"),
 }  # fmt: skip
 
 

@@ -66,7 +66,9 @@ def check_sizes(
 ) -> None:  # fmt: skip
     """Raise ValueError for arguments of DiT of the wrong kind, out of bounds or that do not fit."""
     for name, rows in NAMES.items():
-        check_choice(name, {"positions": positions, **others}.get(name, DEFAULTS[name]), rows)
+        value = {"positions": positions, **others}.get(name, DEFAULTS[name])
+        if value != DEFAULTS[name]:
+            check_choice(name, value, rows)
     height, width = sides(input_size)
     check_whole({"input_size": height, **others})
     check_whole({"input_size": width, **others})

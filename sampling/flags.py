@@ -153,7 +153,8 @@ def add_size_flags(process: _ArgumentGroup) -> None:
         "--extrapolation", choices=EXTRAPOLATIONS,
         help="where tokens are in pictures of another size than the network was trained on: "
         "interpolate: spread within its positions; extend: beyond them; crop: in their middle; "
-        "ntk: extend, with slower rotations (default: as the network says, else interpolate)",
+        "ntk: extend, with slower rotations (default: as the network says, else interpolate; "
+        "extend for one with rotations alone)",
     )  # fmt: skip
 
 

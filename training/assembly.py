@@ -25,7 +25,7 @@ from data.shapes import SQUARE
 from data.source import Source
 from evaluation.features import load_extractor
 from layers.parts import DEFAULTS as PARTS
-from layers.positions import check_grid
+from layers.positions import POSITIONS, check_grid
 from layers.sizes import sides
 from models import DiT, DiT_models
 from processes.table import process_of
@@ -213,7 +213,8 @@ def check_shapes(options: TrainOptions, source: Source, space: Space) -> None:
                 "choose another `model` or `image_size`"
             )
         known = trained[0] // unit, trained[1] // unit
-        check_grid(options.extrapolation, (height // unit, width // unit), known)
+        extrapolation = options.extrapolation or POSITIONS[options.positions].extrapolation
+        check_grid(extrapolation, (height // unit, width // unit), known)
     if options.pack is not None:
         check_room(source.sizes or (), unit, options.pack)
 

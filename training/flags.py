@@ -102,7 +102,7 @@ def add_network_flags(add: Add) -> None:
         "--extrapolation",
         help="positions of tokens in images of another size than --image-size: interpolated "
         "within the known ones, extended beyond these, a crop of their middle, or ntk, which "
-        "extends and slows rotations down (default: %(default)s)",
+        "extends and slows rotations down (default: interpolate; extend with --positions rope)",
     )  # fmt: skip
     add(
         "--vae",

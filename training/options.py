@@ -83,7 +83,7 @@ class TrainOptions:
     norm: str = PARTS["norm"]
     mlp: str = PARTS["mlp"]
     qk_norm: bool = PARTS["qk_norm"]
-    extrapolation: str = PARTS["extrapolation"]
+    extrapolation: str | None = PARTS["extrapolation"]
     vae: str = DataOptions.vae
     init_from: Path | str | None = None
     init_labels: str = "keep"

@@ -6,10 +6,10 @@ from timm.layers.attention import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat, build_rotary_pos_embed
 import torch
 
-from conftest import fill_randomly, randn
+from conftest import SMALL, fill_randomly, randn
 from layers.layout import ALONE
 from layers.positions import EXTRAPOLATIONS, check_grid, grid_index, rotation, table
-from models import get_2d_sincos_pos_embed
+from models import DiT, get_2d_sincos_pos_embed
 from written_out import coordinates_of, turned
 
 GRIDS = [(4, 4), (3, 7), (6, 2), (1, 1)]
@@ -134,3 +134,14 @@ def test_tokens_that_are_appended_are_not_turned():
     assert torch.equal(turned_x[:, :, 6:], x[:, :, 6:])
     assert torch.equal(turned_x[:, :, :6], apply_rot_embed_cat(x[:, :, :6], rope))
     assert ALONE.appended(2) is ALONE
+
+
+@pytest.mark.parametrize("positions, usual", [
+    ("table", "interpolate"), ("rope", "extend"), ("table+rope", "interpolate"),
+])  # fmt: skip
+def test_other_grids_unless_told_otherwise(positions, usual):
+    """And a network that was told keeps that in its configuration."""
+    network = DiT(**SMALL, positions=positions)
+    assert network.extrapolation == usual and "extrapolation" not in network.config
+    told = DiT(**network.config, extrapolation="crop")
+    assert told.extrapolation == "crop" == DiT(**told.config).extrapolation

@@ -98,7 +98,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         eval_samples=10_000, eval_reference=None, eval_features="inception", block="adaln_zero",
         learn_sigma=None, process="diffusion", path=None, prediction=None, loss_weight=None,
         time_sampling=None, time_shift=None, cosine_loss=None, train_eps=None, positions="table",
-        norm="layer", mlp="gelu", qk_norm=False, extrapolation="interpolate", aspect_buckets=False,
+        norm="layer", mlp="gelu", qk_norm=False, extrapolation=None, aspect_buckets=False,
         pack=None,
     )  # fmt: skip
     assert args == wild | ours
