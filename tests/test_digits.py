@@ -34,13 +34,14 @@ def judged(ckpt, count, **changes):
     return judge.judge(*judge.sample_digits(sampler, count, seed=0, device=torch.device("cpu")))
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "ckpt, changes",
     [("dit.safetensors", {}), ("flow.safetensors", {"sampler": "heun", "steps": 10})],
     ids=["diffusion", "flow"],
 )
-def test_committed_weights_draw_the_digits_asked_for_varied_and_new(ckpt, changes):
-    found = judged(EXAMPLE / ckpt, 300, **changes)
+def test_committed_weights_draw_the_digits_asked_for_varied_and_new(ckpt, changes, count):
+    found = judged(EXAMPLE / ckpt, count, **changes)
     print(json.dumps(found, indent=1))
     assert found["accuracy of the classifier on held-out digits"] >= 0.98
     assert found["agreement with the asked-for class"] >= 0.99
