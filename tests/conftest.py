@@ -19,10 +19,11 @@ SMALL = dict(
 
 # Files of tests that take longest. They come first, so that two workers end at about the same time.
 LONGEST = [
-    "test_commands", "test_sample_kills", "test_kills", "test_flags_fuzz", "test_runs",
-    "test_switches", "test_evaluate", "test_digits", "test_blocks", "test_scaling", "test_count",
-    "test_sampling", "test_train", "test_scoring", "test_latents", "test_hubconf", "test_solvers",
-    "test_benchmarks",
+    "test_commands", "test_sample_kills", "test_kills", "test_runs", "test_digits", "test_scaling",
+    "test_scoring", "test_evaluate", "test_count", "test_switches", "test_blocks", "test_train",
+    "test_flags_fuzz", "test_app", "test_solvers", "test_flow_sampling", "test_house",
+    "test_without_locks", "test_benchmarks", "test_flow_study", "test_ode", "test_flow_likelihood",
+    "test_architecture", "test_sde", "test_models", "test_latents",
 ]  # fmt: skip
 
 

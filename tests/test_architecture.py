@@ -1,5 +1,6 @@
 """docs/architecture.md: its tables and figures are what the code has."""
 
+from functools import cache
 import re
 import sys
 
@@ -13,6 +14,7 @@ from test_models import parameters_and_macs
 sys.path.insert(0, str(ROOT / "docs"))
 import draw_blocks
 
+drawn = cache(draw_blocks.draw)
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
@@ -74,21 +76,19 @@ def test_the_table_of_parts():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_figures_are_those_that_the_code_draws(block):
-    assert (ROOT / "docs" / f"block-{block}.svg").read_text(encoding="utf-8") == draw_blocks.draw(
-        block
-    )
+    assert (ROOT / "docs" / f"block-{block}.svg").read_text(encoding="utf-8") == drawn(block)
 
 
 def test_figures_show_what_differs():
-    gates = {block: draw_blocks.draw(block).count("· gate") for block in BLOCKS}
+    gates = {block: drawn(block).count("· gate") for block in BLOCKS}
     assert gates == dict(adaln_zero=2, adaln=0, cross_attention=0, in_context=0, adaln_single=2)
-    assert "(N, 258, 1152)" in draw_blocks.draw(
-        "in_context"
-    ) and "(N, 2, 1152)" in draw_blocks.draw("cross_attention")
-    assert "scale_shift_table" in draw_blocks.draw("adaln_single")
+    assert "(N, 258, 1152)" in drawn("in_context")
+    assert "(N, 2, 1152)" in drawn("cross_attention")
+    assert "scale_shift_table" in drawn("adaln_single")
 
 
-def test_the_script_writes_every_figure(tmp_path, capsys):
+def test_the_script_writes_every_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(draw_blocks, "draw", drawn)
     draw_blocks.main(["--output", str(tmp_path)])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         f"block-{block}.svg" for block in BLOCKS

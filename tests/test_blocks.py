@@ -15,7 +15,7 @@ import sample
 import sample_ddp
 from test_models import inputs, parameters_and_macs
 from test_runs import rows
-from test_switches import launch
+from starts import forked, fresh
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
 
@@ -412,10 +412,10 @@ def test_trained_saved_resumed_and_sampled_without_a_flag(block, images, tmp_pat
     assert (tmp_path / "x.png").stat().st_size > 100
 
 
-@pytest.mark.parametrize(
-    "more", [[], pytest.param(["--fsdp", "--grad-checkpointing"], marks=pytest.mark.long)]
-)
-def test_two_processes_learn_what_one_does(more, images, tmp_path):
+@pytest.mark.parametrize("start, more", [
+    (forked, []), pytest.param(fresh, ["--fsdp", "--grad-checkpointing"], marks=pytest.mark.long),
+])  # fmt: skip
+def test_two_processes_learn_what_one_does(start, more, images, tmp_path):
     """Every design, in one launch."""
     script = tmp_path / "every_block.py"
     script.write_text(
@@ -432,7 +432,8 @@ def test_two_processes_learn_what_one_does(more, images, tmp_path):
         "torch.distributed.destroy_process_group()\n"
     )
     flags = ["--data-path", str(images), *QUICK, "--max-steps", "3", "--log-every", "1"]
-    launch(script, ",".join(BLOCKS), tmp_path, *flags, *more)
+    done = start(script, ",".join(BLOCKS), tmp_path, *flags, *more, processes=2)
+    assert done.returncode == 0, done.stderr
     for block in BLOCKS:
         run(images, tmp_path / "alone", "--block", block, "--max-steps", "3", "--log-every", "1")
         alone, together = (

@@ -29,18 +29,27 @@ from vae import from_uint8, load_vae, to_uint8  # noqa: E402
 SETTINGS = dict(vae=str(EXAMPLE / "vae"), steps=50, cfg_scale=1.5, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """The folder of all digits, which tests read only."""
+    folder = tmp_path_factory.mktemp("digits")
+    make_dataset.main(["--output", str(folder)])
+    return folder
+
+
 def judged(ckpt, count, **changes):
     sampler = load_sampler(ckpt, **SETTINGS | changes)
     return judge.judge(*judge.sample_digits(sampler, count, seed=0, device=torch.device("cpu")))
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "ckpt, changes",
     [("dit.safetensors", {}), ("flow.safetensors", {"sampler": "heun", "steps": 10})],
     ids=["diffusion", "flow"],
 )
-def test_committed_weights_draw_the_digits_asked_for_varied_and_new(ckpt, changes):
-    found = judged(EXAMPLE / ckpt, 300, **changes)
+def test_committed_weights_draw_the_digits_asked_for_varied_and_new(ckpt, changes, count):
+    found = judged(EXAMPLE / ckpt, count, **changes)
     print(json.dumps(found, indent=1))
     assert found["accuracy of the classifier on held-out digits"] >= 0.98
     assert found["agreement with the asked-for class"] >= 0.99
@@ -150,11 +159,9 @@ def test_committed_classifier_knows_heldout_digits():
     assert (logits.argmax(dim=1).numpy() == labels).mean() >= 0.98
 
 
-def test_committed_scores_of_heldout_digits_can_be_had_again(tmp_path, capsys):
-    make_dataset.main(["--output", str(tmp_path)])
-    capsys.readouterr()
+def test_committed_scores_of_heldout_digits_can_be_had_again(dataset, capsys):
     evaluate.main([
-        "--samples", str(tmp_path / "heldout"), "--reference", str(tmp_path / "train"),
+        "--samples", str(dataset / "heldout"), "--reference", str(dataset / "train"),
         "--features", str(EXAMPLE / "classifier"), "--num-workers", "0", "--device", "cpu",
     ])  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -192,9 +199,8 @@ def test_scores_are_drawn(tmp_path, capsys):
     assert "cannot read the scores" in capsys.readouterr().err
 
 
-def test_classifier_script_trains_saves_and_overwrites_nothing(tmp_path, capsys):
-    make_dataset.main(["--output", str(tmp_path / "digits")])
-    flags = ["--data-path", str(tmp_path / "digits"), "--output", str(tmp_path / "classifier")]
+def test_classifier_script_trains_saves_and_overwrites_nothing(dataset, tmp_path, capsys):
+    flags = ["--data-path", str(dataset), "--output", str(tmp_path / "classifier")]
     train_classifier.main([*flags, "--epochs", "1"])
     out = capsys.readouterr().out
     assert "epoch 1: loss" in out and "of the held-out digits are right" in out

@@ -240,8 +240,8 @@ DOORS = {
     ),
     "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
     "app": Door("app", [["--port", "7931"], NETWORK], {"app.serve": nothing, **QUIET}),
-    "interpolate": Door("grids", [["interpolate", "--device", "cpu"]], {}),
-    "guidance": Door("grids", [["guidance", "--device", "cpu"]], {}),
+    "interpolate": Door("grids", [["interpolate", "--device", "cpu"]], QUIET),
+    "guidance": Door("grids", [["guidance", "--device", "cpu"]], QUIET),
     "plot_run": Door("plot_run", [["run"]]),
     "judge": Door(
         "judge",

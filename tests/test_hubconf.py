@@ -1,7 +1,5 @@
 """torch.hub's entry points, each asked for in a process of its own, from another folder."""
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,24 +10,28 @@ from conftest import ROOT, fill_randomly
 import hubconf
 from models import DiT_models
 from processes.flow import FlowProcess
+from starts import STARTS
 from test_house import packages
 
 NAMES = [name.replace("-", "_").replace("/", "_") for name in DiT_models]
 ASK = dict(trust_repo=True, skip_validation=True)
 
 
-def run(folder, code, **environment):
-    """What a script in `folder`, with torch and REPO at hand, prints as JSON in its last line."""
-    script = folder / "script.py"
-    script.write_text(f"import json, sys, torch\nREPO = {str(ROOT)!r}\n{code}", encoding="utf-8")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, script.name], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(params=STARTS)
+def run(request, monkeypatch):
+    """run(folder, code): what a script in `folder`, with torch and REPO at hand, prints as JSON in
+    its last line.
+    """
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def run(folder, code, **environment):
+        text = f"import json, sys, torch\nREPO = {str(ROOT)!r}\n{code}"
+        (folder / "script.py").write_text(text, encoding="utf-8")
+        done = request.param("script.py", folder=folder, CUDA_VISIBLE_DEVICES="", **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 def test_each_network_has_an_entry_with_a_docstring():
@@ -38,7 +40,7 @@ def test_each_network_has_an_entry_with_a_docstring():
         assert name.replace("_", "-", 1).replace("_", "/", 1) in getattr(hubconf, name).__doc__
 
 
-def test_list_and_help_show_the_entries_and_no_helper(tmp_path):
+def test_list_and_help_show_the_entries_and_no_helper(run, tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/owner_repo_main").symlink_to(ROOT)  # as if it had been fetched
     found = run(tmp_path, f"""
@@ -52,7 +54,7 @@ print(json.dumps([names, texts, network.config]))
     assert found[2] == DiT_models["DiT-Ti/8"]().config
 
 
-def test_a_network_takes_its_arguments_and_two_names(tmp_path):
+def test_a_network_takes_its_arguments_and_two_names(run, tmp_path):
     """A network of random weights imports `models` and `layers`, and leaves sys.path as it was."""
     config, same_path, taken = run(tmp_path, """
 before = list(sys.path)
@@ -69,7 +71,7 @@ print(json.dumps([network.config, sys.path == before, sorted(taken)]))
     assert same_path and set(taken) <= {"models", "layers", "hubconf"}
 
 
-def test_digits_beside_modules_of_the_caller_that_have_the_names_of_wings(tmp_path):
+def test_digits_beside_modules_of_the_caller_that_have_the_names_of_wings(run, tmp_path):
     """Also from a relative path, and whatever is imported after the folder has changed."""
     (tmp_path / "data.py").write_text("OWN = 'data'", encoding="utf-8")
     (tmp_path / "training").mkdir()
@@ -92,10 +94,11 @@ print(json.dumps([images.shape, str(images.dtype), [data.OWN, training.OWN], sor
     assert taken == sorted(hubconf.TAKEN)
 
 
-@pytest.mark.parametrize("entry, name", [
-    ("DiT_Ti_8", "models"), ("DiT_Ti_8", "layers"), ("digits_sampler", "sampling"),
-])  # fmt: skip
-def test_a_module_of_the_caller_in_the_way_is_named(tmp_path, entry, name):
+@pytest.mark.parametrize(
+    "entry, name",
+    [("DiT_Ti_8", "models"), ("DiT_Ti_8", "layers"), ("digits_sampler", "sampling")],
+)
+def test_a_module_of_the_caller_in_the_way_is_named(run, tmp_path, entry, name):
     (tmp_path / f"{name}.py").write_text("OWN = True", encoding="utf-8")
     said, own = run(tmp_path, f"""
 import {name}
@@ -139,7 +142,7 @@ def test_weights_that_were_not_released_are_refused(entry, arguments):
         getattr(hubconf, entry)(pretrained=True, **arguments)
 
 
-def test_a_sampler_of_any_checkpoint_knows_its_process(tmp_path):
+def test_a_sampler_of_any_checkpoint_knows_its_process(run, tmp_path):
     process = FlowProcess("gvp", time_shift=2.0)
     network = fill_randomly(DiT_models["DiT-Ti/8"](input_size=16, in_channels=3, num_classes=3))
     publish.save_pretrained(network, tmp_path / "flow", process=process)

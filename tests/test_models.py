@@ -1,5 +1,6 @@
 """The network: sizes, state-dict keys, closed forms of its parts, initialisation, guidance, errors.
 """
+from functools import cache
 import math
 
 import pytest
@@ -33,6 +34,7 @@ def inputs(n=3, seed=1, dtype=torch.float64):
     return x, torch.arange(n) * 331 + 7, torch.arange(n) * 4 % SMALL["num_classes"]
 
 
+@cache
 def parameters_and_macs(build, side=32, **kwargs):
     """Number of parameters and billions of multiply-adds of one sample, counted without allocating
     anything.

@@ -233,7 +233,7 @@ def test_every_preset_can_be_built(preset):
         == (plan.image_size,) * 2
     )
     points = study.list_points(plan)
-    for point in points:
+    for point in {point._replace(seed=0): point for point in points}.values():
         with torch.device("meta"):
             DiT(**study.config_of(plan, point))  # refuses sizes that do not fit
     assert (
@@ -455,11 +455,16 @@ def test_committed_numbers_are_of_the_plan_and_the_networks():
     assert about["plan"] == json.loads(json.dumps(plan._asdict()))
     points = {study.Point(*(row[name] for name in study.Point._fields)): row for row in rows}
     assert list(points) == study.list_points(plan) and len(points) == 26
+    counted = {}
     for point, numbers in points.items():
         config = study.config_of(plan, point)
-        with torch.device("meta"):
-            assert numbers["parameters"] == sum(p.numel() for p in DiT(**config).parameters())
-        assert numbers["training_flops"] == 6 * numbers["macs"] == training_flops(config)
+        network = point._replace(seed=0)  # the same whatever the seed
+        if network not in counted:
+            with torch.device("meta"):
+                parameters = sum(p.numel() for p in DiT(**config).parameters())
+            counted[network] = parameters, training_flops(config)
+        flops = numbers["training_flops"]
+        assert (numbers["parameters"], flops) == counted[network] and flops == 6 * numbers["macs"]
 
 
 def test_the_page_has_the_committed_numbers():

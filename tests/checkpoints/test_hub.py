@@ -4,8 +4,6 @@ what cannot be exported.
 
 import json
 import shutil
-import subprocess
-import sys
 
 from diffusers import DiTPipeline, DiTTransformer2DModel
 import huggingface_hub.constants
@@ -29,6 +27,7 @@ from processes.gaussian import GaussianProcess
 from models import DiT
 import sample
 from sampling.sampler import Sampler
+from starts import each_start
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(
@@ -653,11 +652,11 @@ def test_the_autoencoder_of_the_run_is_exported(tmp_path, vae):
     )
 
 
-def test_export_as_a_script(tmp_path):
+@each_start
+def test_export_as_a_script(tmp_path, start):
     flags = [
         "--ckpt", DIGITS / "dit.safetensors", "--vae", DIGITS / "vae", "--output", tmp_path / "dit",
     ]  # fmt: skip
-    command = [sys.executable, "export.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = start("export.py", *flags)
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'dit'}\n", done.stderr
     assert loading.load_pretrained(tmp_path / "dit")[0].config["hidden_size"] == 128

@@ -9,15 +9,13 @@ from pathlib import Path
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 
 from diffusers import AutoencoderKL
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, fill_randomly
+from conftest import fill_randomly
 import data
 from data.cache import CachedLatents
 from data.images import ImageDataset
@@ -30,6 +28,7 @@ from training import assembly
 from training import loop
 from runtime.presence import Presence
 from runtime.surroundings import Place
+from starts import each_start
 from test_runs import without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
 import train
@@ -38,8 +37,6 @@ from training.assembly import load_space
 from training.options import TrainOptions
 from training.state import Window
 from vae import from_uint8, load_vae
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="session")
@@ -163,8 +160,9 @@ def test_training_draws_from_a_cache_as_from_an_autoencoder_with_statistics(
     torch.testing.assert_close(drawn[0], torch.stack(by_hand), rtol=1e-5, atol=1e-6)
 
 
+@each_start
 def test_two_processes_write_what_one_does_and_again_changes_nothing(
-    images, tmp_path, vae, monkeypatch
+    images, tmp_path, vae, monkeypatch, start
 ):
     monkeypatch.setattr(cache_writer, "CHUNK", 64)
     alone = contents_of(extract(images, tmp_path / "one", vae))
@@ -173,11 +171,7 @@ def test_two_processes_write_what_one_does_and_again_changes_nothing(
         "16",
     ]  # fmt: skip
     flags += ["--num-classes", "3", "--num-workers", "1", "--device", "cpu"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*TORCHRUN, "extract_latents.py", *flags], cwd=ROOT, env=env, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    done = start("extract_latents.py", *flags, processes=2)
     assert done.returncode == 0, done.stderr
     assert contents_of(tmp_path / "two") == alone
     extract(images, tmp_path / "two", vae)

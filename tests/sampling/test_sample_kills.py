@@ -30,7 +30,7 @@ WAYS = ["outside", "outside", "byte", "before", "after", "packing"]
 
 @pytest.fixture(scope="module")
 def context():
-    return launcher("sample_ddp")
+    return launcher()
 
 
 def worker(folder, rank, processes, death):

@@ -41,6 +41,7 @@ from sampling.options import ManyOptions
 from processes.noise import ImageNoise
 from sampling.sampler import Sampler
 from runtime.surroundings import Place
+from starts import each_start
 from vae import PixelSpace, load_vae, to_uint8
 
 CONFIG = dict(
@@ -449,13 +450,11 @@ def test_without_checkpoint_only_released_models_can_be_sampled(tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
-def test_sample_as_a_command(tmp_path, vae, ckpt):
+@each_start
+def test_sample_as_a_command(tmp_path, vae, ckpt, start):
     (tmp_path / "a.png").write_bytes(b"a picture of before")
-    command = [
-        sys.executable, "sample.py", "--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "2",
-        "--output", str(tmp_path / "a.png"),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    flags = ["--ckpt", ckpt, "--vae", vae, "--num-sampling-steps", "2"]
+    done = start("sample.py", *flags, "--output", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     assert "8 images of 8x8 pixels" in done.stdout and Image.open(tmp_path / "a.png").size == (
         404,
@@ -677,24 +676,17 @@ def test_other_options_never_share_a_folder(tmp_path, vae, ckpt):
     assert len(list(tmp_path.glob("*.npz"))) == 8
 
 
-def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt):
+@each_start
+def test_two_processes_write_the_bytes_of_one(tmp_path, vae, ckpt, start):
     flags = [
         "--ckpt", ckpt, "--vae", vae, "--num-fid-samples", "7", "--num-sampling-steps", "3",
         "--per-proc-batch-size", "2", "--device", "cpu",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launchers = {
-        "one": [],
-        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    }
-    for name, launcher in launchers.items():
-        command = [
-            sys.executable, *launcher, "sample_ddp.py", *flags, "--sample-dir",
-            str(tmp_path / name),
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    names = ("one", "two")
+    for processes, name in enumerate(names, start=1):
+        done = start("sample_ddp.py", *flags, "--sample-dir", tmp_path / name, processes=processes)
         assert done.returncode == 0, done.stderr
-    files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in launchers]
+    files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in names]
     assert len(files[0]) == 9
     assert [p.relative_to(tmp_path / "one") for p in files[0]] == [
         p.relative_to(tmp_path / "two") for p in files[1]

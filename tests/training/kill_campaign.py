@@ -11,11 +11,13 @@ examples/digits/make_dataset.py.
 """
 
 import argparse
+from contextlib import chdir
 import hashlib
 import io
 import itertools
 import json
 import multiprocessing
+from multiprocessing.forkserver import ensure_running
 import os
 from pathlib import Path
 import random
@@ -48,15 +50,18 @@ SHAPED = {
 STEPS, SAVES = 40, 6  # of such a run: its steps, and its checkpoints
 RATES = ("images_per_second", "model_flops_per_second", "time")
 TIMEOUT = 120
+DOORS = ["train", "extract_latents", "sample_ddp", "evaluate"]
 
 
-def launcher(door="train"):
-    """A multiprocessing context whose processes start at once, all that a door needs imported
+def launcher():
+    """A multiprocessing context whose processes start at once, all that doors need imported
     already.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([door])
+    context.set_forkserver_preload(DOORS)
+    with chdir(ROOT):  # where the server of forks finds them
+        ensure_running()
     return context
 
 
@@ -181,15 +186,15 @@ def die(started, folder):
     return step_reached(folder)
 
 
-def fingerprint(folder):
-    """A hash of the end of the only run in folder/results: weights, averages, optimizer, log
-    window, metrics without rates.
+def fingerprint(folder, steps=STEPS):
+    """A hash of the end of the only run in folder/results, after so many steps: weights, averages,
+    optimizer, log window, metrics without rates.
     """
     import torch
 
     (run,) = (folder / "results").iterdir()
     checkpoint = sorted((run / "checkpoints").glob("*.pt"))[-1]
-    assert checkpoint.name == f"{STEPS:07d}.pt"
+    assert checkpoint.name == f"{steps:07d}.pt"
     contents = torch.load(checkpoint, weights_only=True)
     digest = hashlib.sha256()
 
@@ -220,17 +225,17 @@ def random_death(source):
     }  # fmt: skip
 
 
-def survive(context, data, folder, processes, death, source, run=RUN):
+def survive(context, data, folder, processes, death, source, run=RUN, steps=STEPS):
     """Start a run, have it killed, start it again; (the step it was killed after, its fingerprint).
     """
     started = start(context, data, folder, processes, death, run)
     if death:
         step = die(started, folder)
     else:
-        step = kill_at(started, folder, source.randint(1, STEPS - 2), source.uniform(0, 0.02))
-    assert 0 < step <= STEPS
+        step = kill_at(started, folder, source.randint(1, steps - 2), source.uniform(0, 0.02))
+    assert 0 < step <= steps
     end(start(context, data, folder, processes, run=run), 0)
-    return step, fingerprint(folder)
+    return step, fingerprint(folder, steps)
 
 
 def cache(data, folder):

@@ -3,15 +3,14 @@
 
 from itertools import accumulate
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from conftest import ROOT, fill_randomly
+from conftest import fill_randomly
 import count
+from starts import each_start
 from training import cost as training_cost
 from models import BLOCKS, DiT, DiT_models
 from test_blocks import PAPER
@@ -177,10 +176,8 @@ def test_mistakes_get_one_message(capsys, flags, message, monkeypatch):
     assert stopped.value.code == 2 and message in captured.err and captured.out == ""
 
 
-def test_as_a_script():
-    done = subprocess.run(
-        [sys.executable, "count.py", "--model", "DiT-Ti/1", "--vae", "examples/digits/vae",
-         "--image-size", "32"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+@each_start
+def test_as_a_script(start):
+    flags = ["--model", "DiT-Ti/1", "--vae", "examples/digits/vae", "--image-size", "32"]
+    done = start("count.py", *flags)
     assert done.returncode == 0 and "DiT-Ti/1" in done.stdout.splitlines()[1], done.stderr

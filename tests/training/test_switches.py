@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
@@ -12,10 +10,11 @@ import torch
 
 from checkpoints.fitting import adapt, read_label_map
 from checkpoints.weights import Weights, load_weights, weights_choice
-from conftest import ROOT, fill_randomly, randn
+from conftest import fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 import sample
+from starts import each_start, forked, fresh
 from training import loop
 from test_runs import rows
 from test_train import ASKED, LEARNED, QUICK, SIZE, pixel_state, run, same
@@ -26,9 +25,6 @@ from processes.gaussian import GaussianProcess
 from processes.process import QUARTERS
 from training.state import Recipe, Window
 from training.step import draw, train_step
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
 
 each_process = pytest.mark.parametrize("process", LEARNED)
 
@@ -419,12 +415,9 @@ def test_a_tracker_that_is_not_installed(images, tmp_path, capsys, monkeypatch):
 def test_plotted_metrics(images, tmp_path):
     run(images, tmp_path, "--max-steps", "6")
     pytest.importorskip("matplotlib")
-    script = ROOT / "examples" / "plot_run.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "000-DiT-Ti-8"),
-         "--output", str(tmp_path / "run.png")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = forked(
+        "examples/plot_run.py", tmp_path / "000-DiT-Ti-8", "--output", tmp_path / "run.png"
+    )
     assert done.returncode == 0, done.stderr
     assert min(Image.open(tmp_path / "run.png").size) > 200
 
@@ -613,32 +606,29 @@ def test_sampling_from_one_of_several_averages_in_bf16(images, tmp_path, capsys)
 # ---- two processes ----
 
 
-def launch(script, *arguments):
-    """What a script on two processes printed."""
-    command = [*TORCHRUN, *map(str, (script, *arguments))]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def torchrun(images, results, *flags):
-    out = launch(
+def on_two(start, images, results, *flags):
+    """The checkpoint of a run on two processes, and what the run printed."""
+    done = start(
         "train.py", "--data-path", images, "--results-dir", results, *QUICK, "--num-workers", "1",
-        *flags,
+        *flags, processes=2,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     (path,) = list((results / sorted(os.listdir(results))[-1]).glob("checkpoints/*.pt"))
-    return torch.load(path, weights_only=True), out
+    return torch.load(path, weights_only=True), done.stdout
 
 
-def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(images, tmp_path):
+@each_start
+def test_split_networks_learn_what_whole_ones_do_and_leave_the_same_checkpoints(
+    images, tmp_path, start
+):
     flags = ["--ema-decay", "0.5", "0.25", "--grad-clip", "0.5", "--keep-last", "1", "--lr", "1e-3"]
     alone = run(images, tmp_path / "alone", "--max-steps", "4", *flags)
     # Begun whole, gone on with split, ended whole
     run(images, tmp_path / "split", "--max-steps", "2", *flags)
-    split, out = torchrun(images, tmp_path / "split", "--max-steps", "4", *flags, "--fsdp",
-                          "--grad-accum", "2", "--grad-checkpointing", "--sample-every", "4",
-                          "--resume", "auto")  # fmt: skip
+    split, out = on_two(
+        start, images, tmp_path / "split", "--max-steps", "4", *flags, "--fsdp", "--grad-accum",
+        "2", "--grad-checkpointing", "--sample-every", "4", "--resume", "auto",
+    )  # fmt: skip
     assert "going on from" in out and "written by 1 process(es) on cpu" in out
     for part in ("model", "ema"):
         assert list(alone[part]) == list(split[part])
@@ -664,8 +654,8 @@ def test_compiled_blocks_learn_what_eager_ones_do(images, tmp_path, process):
     assert list(eager["model"]) == list(compiled["model"])
     for name in eager["ema"]:
         torch.testing.assert_close(compiled["ema"][name], eager["ema"][name], rtol=1e-3, atol=1e-4)
-    both, _ = torchrun(
-        images, tmp_path / "both", *flags, "--compile", "--fsdp", "--mixed-precision", "bf16"
+    both, _ = on_two(
+        fresh, images, tmp_path / "both", *flags, "--compile", "--fsdp", "--mixed-precision", "bf16"
     )
     assert list(both["model"]) == list(eager["model"])
 

@@ -3,10 +3,10 @@ what users get wrong.
 """
 
 import argparse
+from functools import lru_cache
+import json
 import os
 from pathlib import Path
-import subprocess
-import sys
 
 from accelerate.state import AcceleratorState
 import huggingface_hub
@@ -16,11 +16,14 @@ import pytest
 import torch
 
 from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoint
-from conftest import ROOT, fill_randomly, randn
+from conftest import fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
+from starts import each_start
+from training import assembly
+from training import cost
 from training import flags as training_flags
 from training import folder_lock
 from training import loop
@@ -52,11 +55,20 @@ QUICK = [
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
+def fresh_accelerator(monkeypatch):
     """Accelerate remembers its first settings for the life of a process; each run here has its own.
+
+    What a network costs is counted once, which takes as long as two short runs.
     """
+    monkeypatch.setattr(assembly, "training_flops", lambda config: flops_of(json.dumps(config)))
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@lru_cache
+def flops_of(config):
+    """What training_flops returns for a configuration, here as JSON."""
+    return cost.training_flops(json.loads(config))
 
 
 @pytest.fixture(scope="session")
@@ -160,21 +172,14 @@ def test_seed_decides(images, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="draws other noise on a GPU")
-def test_two_processes_learn_what_one_does(images, tmp_path):
+@each_start
+def test_two_processes_learn_what_one_does(images, tmp_path, start):
     default_device = QUICK.index("--device")  # without the flag: the CPU, if there is nothing else
     flags = [
         "--data-path", str(images), "--max-steps", "4", *QUICK[:default_device],
         *QUICK[default_device + 2 :],
     ]  # fmt: skip
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-        "train.py",
-    ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *flags, "--results-dir", str(tmp_path / "two")], cwd=ROOT, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = start("train.py", *flags, "--results-dir", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and os.listdir(tmp_path / "two") == ["000-DiT-Ti-8"]
     two = read_checkpoint(newest_checkpoint(tmp_path / "two" / "000-DiT-Ti-8"))
@@ -406,17 +411,13 @@ def test_resuming_another_network_names_keys_and_shapes(images, tmp_path, capsys
     )
 
 
-def test_batch_that_processes_cannot_share(images, tmp_path):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-        "train.py",
-    ]  # fmt: skip
+@each_start
+def test_batch_that_processes_cannot_share(images, tmp_path, start):
     flags = [
         "--data-path", str(images), "--results-dir", str(tmp_path / "r"), *QUICK,
         "--global-batch-size", "5",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = start("train.py", *flags, processes=2)
     assert (
         done.returncode != 0
         and "--global-batch-size 5 cannot be shared equally by 2 process(es)" in done.stderr
