@@ -248,7 +248,7 @@ class Design(NamedTuple):
     shared_vectors: int = 0
 
 
-# The paper's designs (section 3.2, figure 5), and PixArt-α's. checkpoints.design_of tells them apart
+# The paper's designs (section 3.2, figure 5), and PixArt-α's; checkpoints.design_of knows them
 BLOCKS = {
     "adaln_zero": Design(DiTBlock, FinalLayer, summed),
     "adaln": Design(AdaLNBlock, FinalLayer, summed),

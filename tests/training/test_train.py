@@ -22,7 +22,6 @@ from models import DiT, DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from starts import each_start
-from training import assembly
 from training import cost
 from training import flags as training_flags
 from training import folder_lock
@@ -60,15 +59,17 @@ def fresh_accelerator(monkeypatch):
 
     What a network costs is counted once, which takes as long as two short runs.
     """
-    monkeypatch.setattr(assembly, "training_flops", lambda config: flops_of(json.dumps(config)))
+    monkeypatch.setattr(
+        cost, "training_flops", lambda config, *space: flops_of(json.dumps(config), *space)
+    )
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @lru_cache
-def flops_of(config):
-    """What training_flops returns for a configuration, here as JSON."""
-    return cost.training_flops(json.loads(config))
+def flops_of(config, *space, counted=cost.training_flops):
+    """What training_flops returns for a configuration, here as JSON, and a space."""
+    return counted(json.loads(config), *space)
 
 
 @pytest.fixture(scope="session")
