@@ -31,7 +31,7 @@ def build_parser() -> Parser:
         help="hub: model.safetensors, config.json and a model card; diffusers: a DiTPipeline, "
         "autoencoder included; safetensors: one file (default: %(default)s)",
     )
-    add_network_flags(parser, vae=None)
+    add_network_flags(parser, vae=None, size="that the network was trained on")
     return parser
 
 

@@ -96,9 +96,9 @@ def check_grid(extrapolation: str, grid: tuple[int, int], trained: tuple[int, in
     """Raise ValueError for a grid that the extrapolation has no coordinates for."""
     if extrapolation == "crop" and any(side > most for side, most in zip(grid, trained)):
         raise ValueError(
-            f"a grid of {grid[0]} x {grid[1]} tokens is beyond the position table of "
+            f"a grid of {grid[0]} x {grid[1]} tokens is beyond the trained grid of "
             f'{trained[0]} x {trained[1]}, of which `extrapolation="crop"` takes the middle; pass '
-            f"another: {', '.join(name for name in EXTRAPOLATIONS if name != 'crop')}"
+            '`extrapolation="interpolate"` or `extrapolation="extend"`'
         )
 
 

@@ -42,11 +42,12 @@ def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> No
 def add_network_flags(
     parser: ArgumentParser, vae: str | None,
     without: str = f"the released {MODEL}, fetched on first use",
+    size: str = "of the pictures, also for a checkpoint that says its own",
 ) -> _ArgumentGroup:  # fmt: skip
     """Add those of the sampling flags that say which network.
 
-    `vae` is that flag's default, `without` says what is used without --ckpt. Returns their argument
-    group.
+    `vae` is that flag's default, `without` says what is used without --ckpt, and `size` what
+    --image-size is of. Returns their argument group.
     """
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -73,8 +74,8 @@ def add_network_flags(
     )  # fmt: skip
     bare.add_argument(
         "--image-size", type=read_size, default=IMAGE_SIZE,
-        help="of the pictures, whatever the network was trained on: pixels, or HEIGHTxWIDTH "
-        "(default: as it was trained; the released weights: %(default)s)",
+        help=f"{size}: pixels, or HEIGHTxWIDTH (default: as it was trained; the released weights: "
+        "%(default)s)",
     )  # fmt: skip
     bare.add_argument(
         "--num-classes", type=int, default=NUM_CLASSES,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from layers.parts import DEFAULTS, NAMES
 from models import BLOCKS, DiT_models
 from test_models import parameters_and_macs
 
@@ -18,14 +19,19 @@ drawn = cache(draw_blocks.draw)
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
-def cells(pattern):
+def cells(pattern, text=PAGE):
     """The cells of the page's table rows whose first cell matches."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in PAGE.splitlines()
+        for line in text.splitlines()
         if line.startswith("|")
     ]
     return [row for row in rows if re.fullmatch(pattern, row[0])]
+
+
+def section(heading):
+    """What the page has under a heading."""
+    return PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def test_the_way_of_a_batch():
@@ -38,8 +44,7 @@ def test_the_way_of_a_batch():
             )
         out = network(torch.zeros(n, 4, 32, 32), torch.zeros(n), torch.zeros(n, dtype=torch.long))
     shapes["unpatchify"] = tuple(out.shape)
-    rows = cells("(`[a-z_0-9.]+`( … )?)+")
-    rows = [row for row in rows if row[0].strip("`") not in BLOCKS]
+    rows = cells("(`[a-z_0-9.]+`( … )?)+", section("A batch on its way"))
     assert [row[0].split("`")[1] for row in rows] == [
         "x_embedder", "t_embedder", "y_embedder", "shared_modulation", "blocks.0", "final_layer",
         "unpatchify",
@@ -72,6 +77,25 @@ def test_the_table_of_parts():
             network = DiT_models["DiT-XL/2"](**{name: value})
             count = sum(parameter.numel() for parameter in network.parameters())
             assert rows[name].split()[-1] == f"{count:,}"
+
+
+def test_the_table_of_parts():
+    rows = cells("`[a-z_]+`", section("Parts that later work added"))
+    rows = {row[0].strip("`"): row for row in rows}
+    assert rows.keys() == DEFAULTS.keys() - {"extrapolation"}
+    for name, (_, what, parameters) in rows.items():
+        value, _, said = parameters.rpartition(" ")
+        value = value.strip("`") or True
+        count, _ = parameters_and_macs(DiT_models["DiT-XL/2"], **{name: value})
+        assert said == f"{count:,}"
+        assert all(f"`{choice}`" in what for choice in NAMES.get(name, ()))
+
+
+def test_the_table_of_extrapolations():
+    _, *rows = cells("`[a-z_]+`( .default.)?", section("Any shape"))  # below the heading
+    names = [row[0].split("`")[1] for row in rows]
+    assert names == list(NAMES["extrapolation"]) and rows[0][0].endswith("(default)")
+    assert names[0] == DEFAULTS["extrapolation"]
 
 
 @pytest.mark.parametrize("block", BLOCKS)

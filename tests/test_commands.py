@@ -27,7 +27,7 @@ NEEDS = {
     "a package index": r"^(pip|conda) ", "a test of its own, in test_readme.py": r"^make ",
     "a test of its own, in test_scaling.py": r"examples/scaling/", "ImageNet": r"imagenet",
     "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared", "somebody's photos": r"photos",
-    "a network trained on ImageNet": r"results/000-DiT-XL-2",
+    "a network trained on ImageNet": r"results/000-DiT-XL-2", "LightningDiT's": r"lightningdit\.pt",
     "released weights":
         r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",

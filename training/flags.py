@@ -95,7 +95,7 @@ def add_network_flags(add: Add) -> None:
         "keys (RoPE), or both (default: %(default)s)",
     )  # fmt: skip
     add("--norm", help="LayerNorm or RMSNorm (default: %(default)s)")
-    add("--mlp", help="GELU, or SwiGLU with as many parameters (default: %(default)s)")
+    add("--mlp", help="GELU, or SwiGLU with about as many parameters (default: %(default)s)")
     qk_norm = "normalise the queries and keys of each head (default: off)"
     add("--qk-norm", action="store_true", help=qk_norm)
     add(

@@ -126,5 +126,5 @@ def test_sides_that_patches_do_not_fill_are_refused(shape):
 
 
 def test_a_crop_beyond_the_table_is_refused_by_the_network():
-    with pytest.raises(ValueError, match="4 x 6 tokens is beyond the position table of 4 x 4"):
+    with pytest.raises(ValueError, match="4 x 6 tokens is beyond the trained grid of 4 x 4"):
         built(extrapolation="crop")(randn(1, 4, 8, 12), torch.ones(1), torch.ones(1).long())

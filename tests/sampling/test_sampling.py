@@ -361,7 +361,7 @@ BAD = [
     (["--image-size", "10"], "image size 10 is not a multiple of 4"),
     (["--image-size", "8x10"], "image width 10 is not a multiple of 4"),
     (["--image-size", "16x8", "--extrapolation", "crop"],
-     "a grid of 4 x 2 tokens is beyond the position table of 2 x 2"),
+     "a grid of 4 x 2 tokens is beyond the trained grid of 2 x 2"),
     (["--image-size", "16", "--extrapolation", "ntk"],
      "--extrapolation ntk slows rotations down, and the network has a position table without any"),
     (["--image-size", "0x8"], "--image-size is 0; it must be at least 1"),
