@@ -159,12 +159,19 @@ def test_seed_decides(images, tmp_path):
     assert not same(one["model"], other["model"])
 
 
+OTHER_PARTS = ["--positions", "table+rope", "--norm", "rms", "--mlp", "swiglu", "--qk-norm"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="draws other noise on a GPU")
-def test_two_processes_learn_what_one_does(images, tmp_path):
+@pytest.mark.parametrize("parts, more", [
+    ([], []), pytest.param(OTHER_PARTS, [], marks=pytest.mark.long),
+    pytest.param(OTHER_PARTS, ["--fsdp"], marks=pytest.mark.long),
+])  # fmt: skip
+def test_two_processes_learn_what_one_does(images, tmp_path, parts, more):
     default_device = QUICK.index("--device")  # without the flag: the CPU, if there is nothing else
     flags = [
         "--data-path", str(images), "--max-steps", "4", *QUICK[:default_device],
-        *QUICK[default_device + 2 :],
+        *QUICK[default_device + 2 :], *parts,
     ]  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
@@ -172,13 +179,13 @@ def test_two_processes_learn_what_one_does(images, tmp_path):
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *flags, "--results-dir", str(tmp_path / "two")], cwd=ROOT, env=env,
+        [*command, *flags, *more, "--results-dir", str(tmp_path / "two")], cwd=ROOT, env=env,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and os.listdir(tmp_path / "two") == ["000-DiT-Ti-8"]
     two = read_checkpoint(newest_checkpoint(tmp_path / "two" / "000-DiT-Ti-8"))
-    one = run(images, tmp_path / "one", "--max-steps", "4")
+    one = run(images, tmp_path / "one", "--max-steps", "4", *parts)
     for part in ("model", "ema"):
         assert list(one[part]) == list(two[part])
         for name in one[part]:
