@@ -196,6 +196,17 @@ def test_two_processes_learn_what_one_does(images, tmp_path, parts, more):
     assert losses[0] == pytest.approx(losses[1], abs=2e-4) and len(losses[0]) == 2
 
 
+def test_other_parts_are_refused_by_name(images, tmp_path, capsys):
+    run(images, tmp_path / "first", "--max-steps", "1", *OTHER_PARTS)
+    here = ["--max-steps", "2", "--resume", str(tmp_path / "first" / "000-DiT-Ti-8")]
+    for flag, at in {"positions": 0, "norm": 2, "mlp": 4, "qk-norm": 6}.items():
+        kept = [word for i, word in enumerate(OTHER_PARTS) if i not in (at, at + 1)]
+        with pytest.raises(SystemExit):
+            run(images, tmp_path / "second", *here, *kept)
+        assert f"; pass --{flag}" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("resume, process", [
     ("auto", "diffusion"), ("PATH", "diffusion"), ("auto", "flow"),
 ])  # fmt: skip
