@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
-from checkpoints.network_config import Tensors
-from checkpoints.outline import FINAL, POSITION_TABLE, design_of, learns_sigma, parts_of
+from checkpoints.network_config import Tensors, arguments_in
+from checkpoints.outline import (
+    FINAL, POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of,
+)  # fmt: skip
 from checkpoints.weights import Weights
 from conditions.labels import label_index
 from layers.parts import DEFAULTS, PAPERS
@@ -49,6 +51,34 @@ def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None
         raise ValueError(
             f"{origin} is of another configuration: {'; '.join(differences[:4])}{more}. "
             "Give the `model`, `image_size`, `num_classes` and `vae` that it was trained with"
+        )
+
+
+def check_table(network: DiT, tensors: Tensors, origin: Path | str) -> None:
+    """Raise ValueError if a state dict's position table is of another grid than the network's."""
+    theirs, ours = grid_in(tensors), network.grid
+    if theirs not in (None, ours):
+        raise ValueError(
+            f"{origin} has the position table of a grid of {theirs[0]} x {theirs[1]} tokens, and "
+            f"its network one of {ours[0]} x {ours[1]}; give the `image_size` that it was trained "
+            "with"
+        )
+
+
+def check_same_size(network: DiT, config: object, origin: Path | str) -> None:
+    """Raise ValueError if a checkpoint's `config`, DiT's arguments where it has them, is damaged,
+    or of a network for another image size.
+    """
+    if not isinstance(config, dict):
+        return
+    try:
+        theirs, ours = arguments_in(config).get("input_size"), network.config["input_size"]
+    except ValueError as error:
+        raise ValueError(f"{origin}: in its configuration {error}") from None
+    if theirs not in (None, ours):
+        raise ValueError(
+            f"{origin} was trained on latents of size {theirs}, and those here have {ours}; pass "
+            "the same `image_size`, or start a new run from its weights with `init_from`"
         )
 
 

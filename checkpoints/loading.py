@@ -8,10 +8,10 @@ import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import is_diffusers
-from checkpoints.fitting import check_fits, learned_process
+from checkpoints.fitting import check_fits, check_table, learned_process
 from checkpoints.names import local_path, weights_file
 from checkpoints.network_config import Tensors, arguments_in, check_outline
-from checkpoints.outline import design_of, learns_sigma, parts_of
+from checkpoints.outline import POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of
 from checkpoints.released import download_model, released_name
 from checkpoints.weights import Weights, load_weights
 from conditions.labels import imagenet_names
@@ -41,6 +41,7 @@ def network_of(weights: Weights, origin: Path | str) -> DiT:
             f"{origin} has a configuration that this version does not know ({error})"
         ) from None
     check_fits(network, weights.tensors, origin)
+    check_table(network, weights.tensors, origin)
     network.load_state_dict(weights.tensors, assign=True)
     network.process = weights.process
     return network.float().eval().requires_grad_(False)
@@ -156,12 +157,15 @@ def trained_size(
     choice: NetworkChoice, tensors: Tensors, shape: LatentShape, patch_size: int
 ) -> ImageSize:
     """The size of the latents that a network without a configuration was trained on: that of the
-    square that its position table fills, else as the choice says.
+    grid whose position table it has, or of the square that fills another table, else as the choice
+    says.
 
     Raises ValueError if patches do not fill images of the size that is given.
     """
     asked = shape.size(choice.sizes()[1], patch_size) if choice.image_size is not None else None
-    table = tensors.get("pos_embed")
+    if grid := grid_in(tensors):
+        return settled((grid[0] * patch_size, grid[1] * patch_size))
+    table = tensors.get(POSITION_TABLE)
     tokens = table.shape[1] if table is not None and table.ndim == 3 else 0
     if tokens and math.isqrt(tokens) ** 2 == tokens:
         return math.isqrt(tokens) * patch_size

@@ -113,6 +113,6 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     for key, numbers in asked.items():
         if numbers > room:
             raise ValueError(
-                f"{key} is {shown(full[key])}, far beyond the {len(tensors):,} tensors that are "
+                f"{key} is {full[key]!s:.60}, far beyond the {len(tensors):,} tensors that are "
                 "there; mend the configuration"
             )

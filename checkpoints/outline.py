@@ -1,6 +1,9 @@
 """What the names and shapes of a state dict say of its network."""
 
+import math
 from typing import Any
+
+import torch
 
 from checkpoints.network_config import Tensors
 from layers.parts import PAPERS
@@ -8,6 +11,7 @@ from layers.parts import PAPERS
 FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
 POSITION_TABLE = "pos_embed"
 FIRST_BLOCK = "blocks.0."
+CLOSE = 0.01  # two sines that are equal but for bfloat16's rounding
 
 
 def first_block(tensors: Tensors) -> Tensors:
@@ -46,6 +50,25 @@ def parts_of(tensors: Tensors) -> dict[str, Any]:
         "mlp": "swiglu" if gated else PAPERS.mlp,
         "qk_norm": "attn.q_norm.weight" in first,
     }
+
+
+def grid_in(tensors: Tensors) -> tuple[int, int] | None:
+    """Rows and columns of the grid whose sines and cosines a state dict's position table has; None
+    for a table of other numbers, or none.
+    """
+    table = tensors.get(POSITION_TABLE)
+    if table is None or table.ndim != 3 or len(table) != 1 or not table.numel():
+        return None
+    tokens, width = table.shape[1:]
+    # The sines of the first frequency, 1, of each token's column and row
+    found = table[0, :, [0, width // 2]].double()  # (T, 2)
+    index = torch.arange(tokens, dtype=torch.float64)
+    shorter = [side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0]
+    for columns in {*shorter, *(tokens // side for side in shorter)}:
+        wanted = torch.stack([index % columns, index // columns], dim=1).sin()  # (T, 2)
+        if torch.allclose(found, wanted, rtol=0, atol=CLOSE):
+            return tokens // columns, columns
+    return None
 
 
 def learns_sigma(tensors: Tensors, patch_size: int, channels: int) -> bool:

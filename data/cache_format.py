@@ -88,7 +88,7 @@ def check_shapes(manifest: dict[str, Any], shapes: np.ndarray) -> None:
         raise ValueError(
             f"{SHAPES} is {shapes.dtype} {shapes.shape} for {manifest['images']:,} images"
         )
-    if zlib.crc32(shapes.tobytes()) != manifest["shapes_crc32"]:
+    if zlib.crc32(shapes.tobytes()) != manifest["shapes_crc32"] or (shapes < 1).any():
         raise ValueError(f"{SHAPES} is damaged")
 
 
@@ -125,7 +125,13 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     ):
         raise ValueError(f"{MANIFEST} has classes that are no list of names")
-    latent = [side // manifest["ratio"] for side in sides(settled(manifest["image_size"]))]
+    try:
+        image_size = settled(manifest["image_size"])
+    except ValueError:
+        raise ValueError(
+            f"{MANIFEST} has {str(manifest['image_size'])[:60]!r} for image_size"
+        ) from None
+    latent = [side // manifest["ratio"] for side in sides(image_size)]
     if manifest["shape"] != latent_moments_shape((manifest["channels"], *([] if own else latent))):
         raise ValueError(
             f"{MANIFEST} has a shape, image_size, channels and ratio that do not fit together"

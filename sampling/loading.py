@@ -11,9 +11,10 @@ from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned,
 )  # fmt: skip
 from checkpoints.weights import load_weights
+from layers.sizes import MOST_IN_TABLE
 from models import DiT
 from runtime.devices import choose_device
-from runtime.image_size import sides
+from runtime.image_size import sides, written
 from sampling.options import OWN, SamplingOptions, solver_options
 from sampling.sampler import Sampler
 from sampling.speed import prepare
@@ -102,9 +103,17 @@ def extrapolate(network: DiT, extrapolation: str | None) -> None:
 def asked_latent(choice: NetworkChoice, network: DiT, vae: str) -> tuple[int, ...] | None:
     """The shape (C, H, W) of the latents of images of the size that is asked for; None for none.
 
-    Raises ValueError if the network's patches do not fill it.
+    Raises ValueError if the network's patches do not fill it, or these are too many.
     """
     if choice.image_size is None:
         return None
     shape = latent_shape(vae)
-    return shape.channels, *sides(shape.size(choice.image_size, network.patch_size))
+    height, width = sides(shape.size(choice.image_size, network.patch_size))
+    tokens = height * width // network.patch_size**2
+    most = MOST_IN_TABLE // network.config["hidden_size"]
+    if tokens > most:
+        raise ValueError(
+            f"`image_size` {written(choice.image_size)} makes {tokens:,} tokens, and a network of "
+            f"this width takes {most:,}; lower it"
+        )
+    return shape.channels, height, width

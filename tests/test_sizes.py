@@ -148,7 +148,7 @@ def test_latents_of_rectangles_are_cached_and_trained_on(images, tmp_path, vae, 
     assert contents["config"]["input_size"] == [16, 24]
     (cache / "manifest.json").write_text(json.dumps(manifest))
     wrong = refused(train, capsys, *training, "--image-size", "32", "--results-dir", tmp_path)
-    assert "image_size, channels, ratio and scale that do not fit" in wrong
+    assert "image_size, channels and ratio that do not fit" in wrong
 
 
 def test_the_cost_of_a_rectangle_is_told(capsys):
@@ -229,9 +229,10 @@ def test_bare_weights_have_the_size_that_their_positions_tell(tmp_path, capsys):
     assert "--image-size is 256, but" in wrong and "was trained on 24 pixels" in wrong
     export.main([*map(str, export_to)])
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["input_size"] == 24
-    # Positions that make no square: only the user knows
+    # A learned table that makes no square: only the user knows
     oblong = fill_randomly(DiT(input_size=[16, 24], in_channels=3, num_classes=2, **TINY))
-    weights = Weights(oblong.state_dict(), None, None)
+    learned = {"pos_embed": torch.randn(1, 6, 16)}
+    weights = Weights(oblong.state_dict() | learned, None, None)
     chosen = partial(NetworkChoice, ckpt="a.pt", vae="none", model="DiT-Ti/8", num_classes=2)
     assert build_network(chosen(image_size=(16, 24)), weights, "none").input_size == [16, 24]
     with pytest.raises(ValueError, match="Give the `model`, `image_size`"):
@@ -279,3 +280,54 @@ def test_a_likelihood_is_of_images_of_the_trained_size(images, tmp_path, capsys)
     report = json.loads(capsys.readouterr().out)
     assert report["samples"]["dimensions"] == 16 * 24 * 3
     assert 0 < report["scores"]["bits_per_dim"] < 20
+
+
+# ---- a position table of another grid ----
+
+
+def bare(path, *grid):
+    """A file of weights without a configuration, of a network of DiT-Ti/8 for a grid of tokens."""
+    size = [8 * side for side in grid]
+    network = DiT(**TINY, input_size=size, in_channels=3, num_classes=2, learn_sigma=False)
+    torch.save(fill_randomly(network, std=0.5).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (1, 16), (16, 1), (4, 4), (3, 2)])
+def test_a_bare_table_tells_its_grid_whatever_is_asked_for(tmp_path, grid):
+    path = bare(tmp_path / "bare.pt", *grid)
+    for size in (None, (24, 8), (8, 128)):
+        sampler = load_sampler(
+            path, model="DiT-Ti/8", num_classes=2, vae="none", device="cpu", image_size=size
+        )
+        assert sampler.network.grid == grid
+
+
+def test_a_configuration_of_another_grid_is_refused(tmp_path, capsys):
+    tensors = torch.load(bare(tmp_path / "bare.pt", 2, 8), weights_only=True)
+    config = dict(**TINY, in_channels=3, num_classes=2, learn_sigma=False)
+    for size in ([64, 16], 32):
+        path = tmp_path / "other.safetensors"
+        save_weights(path, Weights(tensors, config | {"input_size": size}, None))
+        message = refused(sample, capsys, "--ckpt", path, *FEW)
+        assert "has the position table of a grid of 2 x 8 tokens, and its network one of" in message
+
+
+@pytest.mark.parametrize("positions", ["table", "rope"])
+def test_a_run_does_not_go_on_at_another_size(images, tmp_path, capsys, positions):
+    """Not at the same number of tokens either, nor where no table tells."""
+    flags = [*TRAIN, "--data-path", images, "--positions", positions, "--results-dir"]
+    train.main([*map(str, [*flags, tmp_path / "results", "--max-steps", "1"])])
+    capsys.readouterr()
+    (folder,) = (tmp_path / "results").iterdir()
+    more = ["--resume", folder, "--max-steps", "2", "--image-size"]
+    message = refused(train, capsys, *flags, tmp_path / "more", *more, "24x16")
+    assert "was trained on latents of size [16, 24], and those here have [24, 16]; pass" in message
+    assert "the same --image-size, or start a new run from its weights with --init-from" in message
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_size_of_too_many_tokens_is_refused_before_memory_ends(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sampling.loading.MOST_IN_TABLE", 16 * 64)
+    message = refused(sample, capsys, "--ckpt", checkpoint, *FEW, "--image-size", "80x64")
+    assert "--image-size 80x64 makes 80 tokens, and a network of this width takes 64" in message

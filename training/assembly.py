@@ -12,7 +12,9 @@ from accelerate import Accelerator
 import torch
 
 from checkpoints.files import read_checkpoint
-from checkpoints.fitting import adapt, check_design, check_fits, note_of_process, read_label_map
+from checkpoints.fitting import (
+    adapt, check_design, check_fits, check_same_size, note_of_process, read_label_map,
+)  # fmt: skip
 from checkpoints.network_config import Tensors
 from checkpoints.process_marks import check_process
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
@@ -341,6 +343,7 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
     }
     for part in ("model", "ema"):
         contents[part] = clean_names(contents[part])
+    check_same_size(state.network, contents.get("config"), origin)
     check_design(state.network, contents["model"], origin, contents.get("config"))
     for tensors in (contents["model"], contents["ema"], *contents["emas"].values()):
         check_fits(state.network, tensors, checkpoint)

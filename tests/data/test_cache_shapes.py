@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -186,6 +187,19 @@ def test_damage_is_found(made, tmp_path, mixed, vae, capsys):
         CachedLatents(folder)
 
 
+@pytest.mark.parametrize("sign", [-1, 0])
+def test_sides_that_no_latent_has(made, tmp_path, sign):
+    """Though their checksum, and how many numbers they make, be right."""
+    folder = shutil.copytree(made["own"], tmp_path / "latents")
+    shapes = np.load(folder / "shapes.npy") * np.int32(sign)
+    np.save(folder / "shapes.npy", shapes)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"shapes_crc32": zlib.crc32(shapes.tobytes())}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"shapes\.npy is damaged"):
+        CachedLatents(folder)
+
+
 @pytest.mark.parametrize("changes", [
     dict(sizes="round"), dict(sizes=None), dict(sizes=[]), dict(sizes="square"), dict(unit=0),
     dict(unit="4"), dict(shapes_crc32=None), dict(shape=[2, 4, 8, 8]), dict(channels=2),
@@ -197,6 +211,15 @@ def test_nonsense_in_a_manifest(made, tmp_path, changes):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
     with pytest.raises(ValueError, match="holds no complete latents"):
+        CachedLatents(folder)
+
+
+@pytest.mark.parametrize("size", [[16], [16, 16, 16], ["a", 16], [16.0, 16]])
+def test_no_size_in_a_manifest_is_not_laid_on_the_flag(made, mixed, tmp_path, vae, size):
+    folder = extract(mixed, tmp_path / "latents", vae)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"image_size": size}))
+    with pytest.raises(ValueError, match=r"manifest\.json has .* for image_size\)"):
         CachedLatents(folder)
 
 

@@ -21,7 +21,7 @@ from diffusion import create_diffusion
 from models import DiT, DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
-from starts import each_start
+from starts import each_start, forked
 from training import cost
 from training import flags as training_flags
 from training import folder_lock
@@ -172,19 +172,36 @@ def test_seed_decides(images, tmp_path):
     assert not same(one["model"], other["model"])
 
 
+OTHER_PARTS = ["--positions", "table+rope", "--norm", "rms", "--mlp", "swiglu", "--qk-norm"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="draws other noise on a GPU")
 @each_start
 def test_two_processes_learn_what_one_does(images, tmp_path, start):
+    learns_alike(images, tmp_path, start)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="draws other noise on a GPU")
+@pytest.mark.parametrize("more", [[], ["--fsdp"]])
+def test_two_processes_learn_what_one_does_with_other_parts(images, tmp_path, more):
+    learns_alike(images, tmp_path, forked, OTHER_PARTS, more)
+
+
+def learns_alike(images, tmp_path, start, parts=(), more=()):
+    """Whether two processes, started so, learn what one does, with these parts; `more` are flags of
+    the two.
+    """
     default_device = QUICK.index("--device")  # without the flag: the CPU, if there is nothing else
     flags = [
         "--data-path", str(images), "--max-steps", "4", *QUICK[:default_device],
-        *QUICK[default_device + 2 :],
+        *QUICK[default_device + 2 :], *parts,
     ]  # fmt: skip
-    done = start("train.py", *flags, "--results-dir", tmp_path / "two", processes=2)
+    done = start("train.py", *flags, *more, "--results-dir", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and os.listdir(tmp_path / "two") == ["000-DiT-Ti-8"]
     two = read_checkpoint(newest_checkpoint(tmp_path / "two" / "000-DiT-Ti-8"))
-    one = run(images, tmp_path / "one", "--max-steps", "4")
+    one = run(images, tmp_path / "one", "--max-steps", "4", *parts)
     for part in ("model", "ema"):
         assert list(one[part]) == list(two[part])
         for name in one[part]:
@@ -193,6 +210,17 @@ def test_two_processes_learn_what_one_does(images, tmp_path, start):
         done.stdout, (tmp_path / "one" / "000-DiT-Ti-8" / "log.txt").read_text())]  # fmt: skip
     losses = [[float(x.split("loss ")[1].split(",")[0]) for x in some] for some in lines]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4) and len(losses[0]) == 2
+
+
+def test_other_parts_are_refused_by_name(images, tmp_path, capsys):
+    run(images, tmp_path / "first", "--max-steps", "1", *OTHER_PARTS)
+    here = ["--max-steps", "2", "--resume", str(tmp_path / "first" / "000-DiT-Ti-8")]
+    for flag, at in {"positions": 0, "norm": 2, "mlp": 4, "qk-norm": 6}.items():
+        kept = [word for i, word in enumerate(OTHER_PARTS) if i not in (at, at + 1)]
+        with pytest.raises(SystemExit):
+            run(images, tmp_path / "second", *here, *kept)
+        assert f"; pass --{flag}" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize("resume, process", [
