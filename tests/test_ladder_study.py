@@ -217,6 +217,22 @@ def test_the_page_has_the_committed_numbers():
             assert " ".join(line.split()) in page
 
 
+def test_grids_again_have_the_order_that_the_page_says():
+    rows, _ = read_study(ladder_plot.RESULTS, LadderPoint)
+    text = (ladder_plot.RESULTS / "grids_again.jsonl").read_text(encoding="utf-8")
+    for again in map(json.loads, text.splitlines()):
+        (first,) = [row for row in rows if all(row[k] == again[k] for k in ("rung", "seed"))]
+        orders = [
+            sorted(
+                (place["size"], place["distance"], place["extrapolation"])
+                for place in row["by_grid"]
+            )
+            for row in (first, again)
+        ]
+        told = [[(size, extrapolation) for size, _, extrapolation in order] for order in orders]
+        assert told[0] == told[1]
+
+
 def test_the_committed_figure_can_be_drawn_again(tmp_path):
     pytest.importorskip("matplotlib")
     ladder_plot.main(["--output", str(tmp_path)])
