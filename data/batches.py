@@ -40,6 +40,14 @@ class Ragged(NamedTuple):
         return [part.view(*shape) for part, shape in zip(parts, self.shapes)]
 
 
+def alike(parts: list[Tensor]) -> list[list[int]]:
+    """The numbers of the parts that have one shape, for each shape there is."""
+    groups: dict[torch.Size, list[int]] = {}
+    for number, part in enumerate(parts):
+        groups.setdefault(part.shape, []).append(number)
+    return list(groups.values())
+
+
 def collate_ragged(
     items: list[TrainingItem],
 ) -> tuple[Ragged | None, Tensor, list[BadImage]]:

@@ -16,7 +16,6 @@ import zlib
 import numpy as np
 
 from data.shapes import SIZES, SQUARE
-
 from runtime.image_size import settled, sides
 
 MANIFEST, PLAN, MOMENTS, LABELS = "manifest.json", "plan.json", "moments.npy", "labels.npy"

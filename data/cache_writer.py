@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from conditions.labels import CLASSES
-from data.batches import Ragged, collate_ragged
+from data.batches import Ragged, alike, collate_ragged
 from data.cache import read_shapes
 from data.cache_format import (
     CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents, chunk_note,
@@ -373,14 +373,6 @@ def encode(planned: PlannedCache, images: Ragged, start: int) -> np.ndarray:
             "`latents_dtype=float32`"
         )
     return stored
-
-
-def alike(parts: list[Tensor]) -> list[list[int]]:
-    """The numbers of the parts that have one shape, for each shape there is."""
-    groups: dict[torch.Size, list[int]] = {}
-    for number, part in enumerate(parts):
-        groups.setdefault(part.shape, []).append(number)
-    return list(groups.values())
 
 
 def write_durably(file: BinaryIO, offset: int, content: bytes) -> None:

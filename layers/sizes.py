@@ -65,10 +65,15 @@ def check_sizes(
     learn_sigma: bool, positions: str = "table", qk_norm: bool = False, **others: Any,
 ) -> None:  # fmt: skip
     """Raise ValueError for arguments of DiT of the wrong kind, out of bounds or that do not fit."""
+    names = DEFAULTS | others | {"positions": positions}
     for name, rows in NAMES.items():
-        value = {"positions": positions, **others}.get(name, DEFAULTS[name])
-        if value != DEFAULTS[name]:
-            check_choice(name, value, rows)
+        if names[name] != DEFAULTS[name]:
+            check_choice(name, names[name], rows)
+    if names["extrapolation"] == "ntk" and not POSITIONS[positions].rotates:
+        raise ValueError(
+            f'extrapolation is "ntk", which slows rotations down, and positions {positions} have '
+            "none; choose another, or positions that rotate"
+        )
     height, width = sides(input_size)
     check_whole({"input_size": height, **others})
     check_whole({"input_size": width, **others})

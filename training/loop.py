@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import Ragged, StepBatches, collate, collate_ragged
+from data.batches import Ragged, StepBatches, alike, collate, collate_ragged
 from data.buckets import BucketBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
@@ -200,10 +200,9 @@ def all_latents(space: Space, batch: Tensor | Ragged, noise: Tensor) -> Tensor |
         return to_latents(space, batch, noise)
     parts = batch.parts()
     latents = list(parts)
-    for shape in dict.fromkeys(batch.shapes):
-        alike = [i for i, other in enumerate(batch.shapes) if other == shape]
-        made = to_latents(space, torch.stack([parts[i] for i in alike]), noise[alike])
-        for i, latent in zip(alike, made):
+    for numbers in alike(parts):
+        made = to_latents(space, torch.stack([parts[i] for i in numbers]), noise[numbers])
+        for i, latent in zip(numbers, made):
             latents[i] = latent  # (C, h, w)
     return latents
 

@@ -135,6 +135,7 @@ def test_bf16_by_autocast_and_in_the_weights(options, dtype):
     (dict(norm=None), "norm is None; choose one of layer, rms"),
     (dict(mlp="relu"), "mlp is 'relu'; choose one of gelu, swiglu"),
     (dict(qk_norm="yes"), "qk_norm is 'yes'; it is true or false"),
+    (dict(extrapolation="ntk"), 'extrapolation is "ntk", which slows rotations down'),
     (dict(extrapolation="yarn"), "extrapolation is 'yarn'; choose one of interpolate"),
     (dict(positions="rope", hidden_size=36, num_heads=6), "each of num_heads 6 6 numbers; .*of 4"),
     (dict(input_size=[8, 9]), r"input_size \[8, 9\] is not a multiple of patch_size 2"),
