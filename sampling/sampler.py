@@ -64,7 +64,8 @@ class Sampler:
         if self.solver_options:
             self.steps()  # refuses values that they cannot have
         self.latent = self.latent_shape or self.network.latent_shape
-        check_latent(self.latent, self.network)
+        if self.latent_shape is not None:
+            check_latent(self.latent_shape, self.network)
         self.condition = condition_of(self.network)
         if self.cfg_scale != 1 and not self.condition.has_null:
             raise ValueError(

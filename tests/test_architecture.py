@@ -9,6 +9,7 @@ import torch
 
 from conftest import ROOT
 from layers.parts import DEFAULTS, NAMES
+from layers.positions import POSITIONS
 from models import BLOCKS, DiT_models
 from test_models import parameters_and_macs
 
@@ -92,10 +93,11 @@ def test_the_table_of_parts():
 
 
 def test_the_table_of_extrapolations():
-    _, *rows = cells("`[a-z_]+`( .default.)?", section("Any shape"))  # below the heading
-    names = [row[0].split("`")[1] for row in rows]
-    assert names == list(NAMES["extrapolation"]) and rows[0][0].endswith("(default)")
-    assert names[0] == DEFAULTS["extrapolation"]
+    _, *rows = cells("`[a-z_]+`(, the default with .*)?", section("Any shape"))  # below the heading
+    found = {row[0].split("`")[1]: "default" in row[0] for row in rows}
+    assert list(found) == list(NAMES["extrapolation"])
+    usual = {kind.extrapolation for kind in POSITIONS.values()}
+    assert {name for name, said in found.items() if said} == usual
 
 
 @pytest.mark.parametrize("block", BLOCKS)

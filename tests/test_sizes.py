@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 import torch
 
-from checkpoints import save_weights
+from checkpoints import load_pretrained, save_weights
 from checkpoints.choice import NetworkChoice
 from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoint
 from checkpoints.loading import build_network
@@ -163,21 +163,23 @@ def test_the_cost_of_a_rectangle_is_told(capsys):
 
 def test_many_images_of_another_size(checkpoint, tmp_path):
     """Image i depends on seed, i and the size, not on the batch; the size is part of the folder."""
+    usual = load_pretrained(checkpoint)[0].extrapolation
+    another = "extend" if usual == "interpolate" else "interpolate"
     for name, flags in {
         "own": [], "same": ["--image-size", "16x24"], "other": ["--image-size", "24x32"],
         "alone": ["--image-size", "24x32", "--per-proc-batch-size", "1"],
-        "extended": ["--image-size", "24x32", "--extrapolation", "extend"],
+        "placed": ["--image-size", "24x32", "--extrapolation", another],
     }.items():  # fmt: skip
         job = ["--ckpt", str(checkpoint), *JOB, "--sample-dir", str(tmp_path / name)]
         sample_ddp.main([*job, *flags])
     assert array(tmp_path / "own").shape == (3, 16, 24, 3)
-    found = {name: array(tmp_path / name) for name in ("other", "alone", "extended")}
+    found = {name: array(tmp_path / name) for name in ("other", "alone", "placed")}
     assert found["other"].shape == (3, 24, 32, 3)
     assert np.abs(found["other"].astype(int) - found["alone"]).max() <= 1
-    assert (found["other"] != found["extended"]).any()
+    assert (found["other"] != found["placed"]).any()
     names = {path.parent.name: path.stem for path in tmp_path.glob("*/*.npz")}
     assert names["own"] == names["same"]
-    assert len({names["own"], names["other"], names["extended"]}) == 3
+    assert len({names["own"], names["other"], names["placed"]}) == 3
     (own,), (other,) = (
         [json.loads(path.read_text()) for path in (tmp_path / name).glob("*/manifest.json")]
         for name in ("own", "other")
