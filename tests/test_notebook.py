@@ -87,7 +87,7 @@ def test_notebook_runs_whole_in_a_copy(tmp_path):
         "nbclient", reason="the notebook is run with it: pip install .[notebook]"
     )
     (tmp_path / "examples").mkdir()
-    for name in ("models.py", "diffusion"):  # all of the repository that it needs
+    for name in ("models.py", "layers", "diffusion"):  # all of the repository that it needs
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     fresh = nbformat.read(NOTEBOOK, as_version=4)
