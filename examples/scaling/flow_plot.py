@@ -12,17 +12,17 @@ import sys
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from runtime.command_line import Parser, door, end_at_interrupt, reason
+from runtime.command_line import door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
 import numpy as np
 
-from records import FlowPoint, read_study
+from plots import plot_parser, run_plot
+from records import FlowPoint
 from runtime.disk import write_whole
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "flow_results"
 # Variant → its row of the tables, in their order
 NAMES = {
@@ -162,33 +162,13 @@ def draw_figure(rows, about, path):
 
 
 def build_parser():
-    parser = Parser(__file__, description=__doc__)
-    results = "folder that flow_study.py wrote (default: the committed one)"
-    parser.add_argument("--results", type=Path, default=RESULTS, help=results)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs", help="folder for the figure (default: docs)"
-    )
-    return parser
+    return plot_parser(__file__, __doc__, "flow_study", RESULTS)
 
 
 @door()
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        rows, about = read_study(args.results, FlowPoint)
-        args.output.mkdir(parents=True, exist_ok=True)
-        draw_figure(rows, about, args.output / "flow-study.svg")
-    except (ValueError, OSError) as error:
-        parser.error(reason(error))
-    except (KeyError, TypeError, IndexError) as error:
-        parser.error(
-            f"{args.results} holds no study of flows ({error!r}); "
-            "give a folder that flow_study.py wrote"
-        )
-    except ModuleNotFoundError as error:
-        parser.error(f"{error.name} is not installed; pip install .[track]")
-    print("\n".join(tables(rows, about)))
+    drawn = draw_figure, tables, "flow-study.svg"
+    run_plot(build_parser(), argv, FlowPoint, *drawn, "study of flows")
 
 
 if __name__ == "__main__":

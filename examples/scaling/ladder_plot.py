@@ -12,17 +12,17 @@ import sys
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from runtime.command_line import Parser, door, end_at_interrupt, reason
+from runtime.command_line import door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
 import numpy as np
 
-from records import LadderPoint, read_study
+from plots import plot_parser, run_plot
+from records import LadderPoint
 from runtime.disk import write_whole
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "ladder_results"
 ODE, SDE = ("euler", "ddim"), ("sde, w = sigma", "ddpm")  # of a flow, of a diffusion
 
@@ -171,33 +171,13 @@ def draw_figure(rows, about, path):
 
 
 def build_parser():
-    parser = Parser(__file__, description=__doc__)
-    results = "folder that ladder_study.py wrote (default: the committed one)"
-    parser.add_argument("--results", type=Path, default=RESULTS, help=results)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs", help="folder for the figure (default: docs)"
-    )
-    return parser
+    return plot_parser(__file__, __doc__, "ladder_study", RESULTS)
 
 
 @door()
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        rows, about = read_study(args.results, LadderPoint)
-        args.output.mkdir(parents=True, exist_ok=True)
-        draw_figure(rows, about, args.output / "ladder-study.svg")
-    except (ValueError, OSError) as error:
-        parser.error(reason(error))
-    except (KeyError, TypeError, IndexError) as error:
-        parser.error(
-            f"{args.results} holds no study of a ladder ({error!r}); "
-            "give a folder that ladder_study.py wrote"
-        )
-    except ModuleNotFoundError as error:
-        parser.error(f"{error.name} is not installed; pip install .[track]")
-    print("\n".join(tables(rows, about)))
+    drawn = draw_figure, tables, "ladder-study.svg"
+    run_plot(build_parser(), argv, LadderPoint, *drawn, "study of a ladder")
 
 
 if __name__ == "__main__":
