@@ -20,48 +20,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers.attention import CrossAttention
+from layers.guidance import guided
 from layers.layout import ALONE, Layout
+from layers.modulation import Modulation, modulated
 from layers.packing import Packed
 from layers.parts import DEFAULTS, PAPERS, Parts
 from layers.placement import Placement
 from layers.positions import POSITIONS
 from layers.sizes import check_choice, check_sizes, grid_of, plain_size, sides
+from layers.time import TimestepEmbedder
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) times 1 + scale, plus shift; both are (N, D), the same for every token."""
     return modulated(x, shift.unsqueeze(1), scale.unsqueeze(1))
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The same with shift and scale (N, 1, D), or (N, T, D): a token's own."""
-    return x * (1 + scale) + shift
-
-
-class TimestepEmbedder(nn.Module):
-    """A step number, whole or not, as a vector: sines and cosines (float32), then two Linears."""
-
-    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
-        super().__init__()
-        self.frequency_embedding_size = frequency_embedding_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )  # fmt: skip
-
-    @staticmethod
-    def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
-        """t (N,) → (N, dim) float32: cosines, then sines, of t·max_period^(-i/half), i < half."""
-        half = dim // 2
-        i = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = torch.outer(t.float(), torch.exp(i * -math.log(max_period) / half))  # (N, half)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 2·half)
-        return nn.functional.pad(waves, (0, dim % 2))  # (N, dim), an odd dim's last column 0
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t (N,) → (N, D)."""
-        waves = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]  # a Linear
 
 
 class LabelEmbedder(nn.Module):
@@ -92,13 +64,6 @@ class LabelEmbedder(nn.Module):
         if force_drop_ids is not None or (train and self.null_label is not None):
             labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)
-
-
-class Modulation(nn.Sequential):
-    """adaLN's regression: c (N, D) → so many vectors side by side (N, vectors·D), zero at first."""
-
-    def __init__(self, hidden_size: int, vectors: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
 
 
 class Block(nn.Module):
@@ -442,18 +407,7 @@ class DiT(nn.Module):
         if self.null_label is None:
             raise ValueError("guidance needs a null label, which a network with "
                              "class_dropout_prob=0 or num_classes=0 lacks")  # fmt: skip
-        if len(x) % 2:
-            wanted = "a doubled batch, an even number of samples"
-            raise ValueError(f"guidance takes {wanted}; got {len(x)}")
-        if cfg_channels != "all" and not (isinstance(cfg_channels, int) and cfg_channels > 0):
-            wanted = "a number of channels, 1 or more, or 'all'"
-            raise ValueError(f"cfg_channels is {cfg_channels!r}; give {wanted}")
-        guided = self.in_channels if cfg_channels == "all" else min(cfg_channels, self.in_channels)
-        half = len(x) // 2
-        out = self(torch.cat([x[:half], x[:half]]), t, y)
-        cond, null = out[:, :guided].chunk(2)  # (N, guided, H, W) each
-        noise = null + cfg_scale * (cond - null)
-        return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)  # (2N, C_out, H, W)
+        return guided(self, x, t, y, cfg_scale, cfg_channels)
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | Sequence[int]) -> np.ndarray:

@@ -7,13 +7,13 @@ from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in
+from checkpoints.networks import Network
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
 from checkpoints.weights import Weights
 from conditions.labels import label_index
 from layers.parts import DEFAULTS, PAPERS
-from models import DiT
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
@@ -54,7 +54,7 @@ def check_fits(network: nn.Module, tensors: Tensors, origin: Path | str) -> None
         )
 
 
-def check_table(network: DiT, tensors: Tensors, origin: Path | str) -> None:
+def check_table(network: Network, tensors: Tensors, origin: Path | str) -> None:
     """Raise ValueError if a state dict's position table is of another grid than the network's."""
     theirs, ours = grid_in(tensors), network.grid
     if theirs not in (None, ours):
@@ -65,7 +65,7 @@ def check_table(network: DiT, tensors: Tensors, origin: Path | str) -> None:
         )
 
 
-def check_same_size(network: DiT, config: object, origin: Path | str) -> None:
+def check_same_size(network: Network, config: object, origin: Path | str) -> None:
     """Raise ValueError if a checkpoint's `config`, DiT's arguments where it has them, is damaged,
     or of a network for another image size.
     """
@@ -83,7 +83,7 @@ def check_same_size(network: DiT, config: object, origin: Path | str) -> None:
 
 
 def check_design(
-    network: DiT, tensors: Tensors, origin: Path | str, config: object = None
+    network: Network, tensors: Tensors, origin: Path | str, config: object = None
 ) -> None:
     """Raise ValueError if a state dict has blocks of another design, or of other parts, than the
     network.
@@ -126,7 +126,7 @@ def without_sigma(tensors: Tensors, patch_size: int, channels: int) -> Tensors:
     return tensors | halves
 
 
-def learned_process(network: DiT, weights: Weights, origin: Path | str) -> Process:
+def learned_process(network: Network, weights: Weights, origin: Path | str) -> Process:
     """The process that a network's weights have learned, as their file says it.
 
     Raises ValueError, naming `origin`, for settings that the process cannot have.
@@ -138,7 +138,7 @@ def learned_process(network: DiT, weights: Weights, origin: Path | str) -> Proce
 
 
 def note_of_process(
-    weights: Weights, network: DiT, process: Process, origin: Path | str
+    weights: Weights, network: Network, process: Process, origin: Path | str
 ) -> str | None:
     """What to tell of a network that goes on from these weights with a process, if they have
     learned another one, or do not say which; None for nothing.
@@ -165,7 +165,7 @@ def _meaning(config):
 
 
 def adapt(
-    weights: Weights, network: DiT, labels: str | dict[int, int], origin: Path | str
+    weights: Weights, network: Network, labels: str | dict[int, int], origin: Path | str
 ) -> Tensors:
     """The tensors of Weights, made to fit a network of another image size or other classes.
 

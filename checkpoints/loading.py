@@ -11,11 +11,12 @@ from checkpoints.diffusers_format import is_diffusers
 from checkpoints.fitting import check_fits, check_table, learned_process
 from checkpoints.names import local_path, weights_file
 from checkpoints.network_config import Tensors, arguments_in, check_outline
+from checkpoints.networks import Network, create_network
 from checkpoints.outline import POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of
 from checkpoints.released import download_model, released_name
 from checkpoints.weights import Weights, load_weights
 from conditions.labels import imagenet_names
-from models import DiT, DiT_models
+from models import DiT_models
 from processes.process import Process
 from processes.table import WORDS, process_of
 from runtime.image_size import ImageSize, settled, written
@@ -23,7 +24,7 @@ from runtime.json_files import read_json
 from vae import LatentShape, latent_shape
 
 
-def network_of(weights: Weights, origin: Path | str) -> DiT:
+def network_of(weights: Weights, origin: Path | str) -> Network:
     """The network of Weights that have a configuration, in float32 and for evaluation.
 
     Raises ValueError, naming `origin`, if the two do not fit.
@@ -33,7 +34,7 @@ def network_of(weights: Weights, origin: Path | str) -> DiT:
         config = arguments_in(weights.config)
         check_outline(config, weights.tensors)
         with torch.device("meta"):
-            network = DiT(**config)
+            network = create_network(config)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     except TypeError as error:
@@ -49,7 +50,7 @@ def network_of(weights: Weights, origin: Path | str) -> DiT:
 
 def load_pretrained(
     name: Path | str, which: str = "ema", config: dict | None = None
-) -> tuple[DiT, list[str] | None]:
+) -> tuple[Network, list[str] | None]:
     """(network, class names or None) of a checkpoint: a folder or file as in
     checkpoints.load_weights, or the hub's OWNER/NAME.
 
@@ -66,7 +67,7 @@ def load_pretrained(
     return network_of(weights._replace(config=config), name), weights.classes
 
 
-def import_diffusers(folder: Path | str) -> tuple[DiT, list[str] | None]:
+def import_diffusers(folder: Path | str) -> tuple[Network, list[str] | None]:
     """(network, class names or None) of a DiT in diffusers' format.
 
     The DiT is a pipeline's folder, its transformer/, or OWNER/NAME. Its autoencoder is the folder's
@@ -123,7 +124,7 @@ def choose_vae(choice: NetworkChoice, checkpoint: Path) -> str | None:
     return str(pipeline / "vae") if is_pipeline and (pipeline / "vae").is_dir() else None
 
 
-def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> DiT:
+def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
     """The network with these weights, in float32 and for evaluation, as its own configuration says,
     or else as the choice does. `vae` is the name of its autoencoder.
 
@@ -172,7 +173,7 @@ def trained_size(
     return asked or shape.size(choice.sizes()[1], patch_size)
 
 
-def check_trained_size(choice: NetworkChoice, network: DiT, shape: LatentShape) -> None:
+def check_trained_size(choice: NetworkChoice, network: Network, shape: LatentShape) -> None:
     """Raise ValueError if a choice has another image size than the network was trained on."""
     trained, given = settled(shape.image(network.latent_shape)), choice.image_size
     if given not in (None, trained):
@@ -199,7 +200,7 @@ def _check_choice(choice, network, origin):
             )
 
 
-def process_learned(choice: NetworkChoice, weights: Weights, network: DiT) -> Process:
+def process_learned(choice: NetworkChoice, weights: Weights, network: Network) -> Process:
     """The process that a chosen network has learned: as its file says, or as the choice does where
     the file says nothing; else the Gaussian one. A file with a configuration says it, with nothing
     under `process` the Gaussian one.

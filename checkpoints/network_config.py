@@ -4,14 +4,13 @@ Both are looked at before a network is built, so that nonsense in a file costs n
 time.
 """
 
-from inspect import signature
 import math
 
 import torch
 
+from checkpoints.networks import CLASS, NOT_ARGUMENTS, OURS, arguments_of, class_in
 from layers.parts import DEFAULTS
 from layers.sizes import sides
-from models import DiT
 
 Tensors = dict[str, torch.Tensor]  # a state dict
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -19,29 +18,34 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 # every file
 ROOM = 1 << 26
 MOST = 1 << 53  # of a whole number beside the weights: floats have all of them up to here
-# What else stands in a configuration of ours
-NOT_ARGUMENTS = ("_class_name", "id2label", "process")
-ARGUMENTS = {
-    name: parameter.default
-    for name, parameter in signature(DiT).parameters.items()
-    if name not in NOT_ARGUMENTS
-}
+ARGUMENTS = arguments_of(OURS)
+# Arguments that are None unless they are given, and are not texts
+NONE_OR = {"text_width": int, "pooled_width": int, "table_side": int}
 # Arguments that files of earlier versions lack, at what they meant there
 LATER = {"block": "adaln_zero", **DEFAULTS}
 
 
 def arguments_in(config: dict) -> dict:
-    """DiT's arguments in a configuration that calls itself ours.
+    """The network's arguments in a configuration that calls itself ours, and its class unless that
+    is DiT.
 
-    Raises ValueError, naming the key, for values of other kinds than DiT's. Which sizes there can
-    be is DiT's to say.
+    Raises ValueError, naming the key, for values of other kinds than the network's. Which sizes
+    there can be is the network's to say.
     """
+    name = class_in(config)
+    known = arguments_of(name)
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
         sizes = value if key == "input_size" and isinstance(value, list) else [value]
-        for one in sizes if key in ARGUMENTS else ():  # how many, DiT says
-            check_kind(key, one, str if ARGUMENTS[key] is None else type(ARGUMENTS[key]))
-    return arguments
+        for one in sizes if key in known else ():  # how many, the network says
+            if one is not None or key not in NONE_OR:
+                check_kind(key, one, NONE_OR.get(key) or kind_of(known[key]))
+    return arguments if name == OURS else {CLASS: name, **arguments}
+
+
+def kind_of(default: object) -> type:
+    """The kind of values of an argument that has this default."""
+    return str if default is None else type(default)
 
 
 def process_in(config: object) -> dict | None:
@@ -100,16 +104,17 @@ def check_outline(config: dict, tensors: Tensors) -> None:
     The arguments are DiT's. What is left to say about sizes is said by DiT, and once it is built,
     by checkpoints.check_fits.
     """
-    full, blocks = ARGUMENTS | config, len(tensors)
+    full, blocks = arguments_of(class_in(config)) | config, len(tensors)
     room = max(ROOM, sum(tensor.numel() for tensor in tensors.values()))
     rows, columns = (side // max(1, full["patch_size"]) for side in sides(full["input_size"]))
     hidden, tokens = full["hidden_size"], rows * columns
     asked = {
         "hidden_size": hidden, "input_size": tokens * hidden, "patch_size": full["patch_size"] ** 2,
-        "in_channels": full["in_channels"], "num_classes": full["num_classes"] * hidden,
+        "in_channels": full["in_channels"], "num_classes": full.get("num_classes", 0) * hidden,
         "num_heads": full["num_heads"], "mlp_ratio": full["mlp_ratio"] * hidden,
         "depth": room + 1 if full["depth"] > blocks else 0,
     }  # fmt: skip
+    asked |= {name: (full.get(name) or 0) * hidden for name in [*NONE_OR, "text_length"]}
     for key, numbers in asked.items():
         if numbers > room:
             raise ValueError(

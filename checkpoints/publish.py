@@ -21,11 +21,11 @@ from checkpoints.loading import (
 )  # fmt: skip
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.network_config import with_process
+from checkpoints.networks import Network
 from checkpoints.weights import (
     OUR_CLASS, Weights, check_classes, check_readable, id2label, load_weights, save_weights,
 )  # fmt: skip
 from diffusion import create_diffusion
-from models import DiT
 from runtime.disk import check_name, check_writable
 from processes.gaussian import GaussianProcess
 from processes.process import Process
@@ -90,7 +90,7 @@ def _trained_with(choice, checkpoint, weights):
 
 
 def save_pretrained(
-    network: DiT, folder: Path | str, classes: list[str] | None = None,
+    network: Network, folder: Path | str, classes: list[str] | None = None,
     training: dict | None = None, vae: str | None = None, process: Process | None = None,
 ) -> None:  # fmt: skip
     """Write a network as a pretrained folder: weights, config.json and model card.
@@ -127,7 +127,7 @@ def check_pipeline(process: Process) -> None:
 
 
 def export_diffusers(
-    network: DiT, space: Space, folder: Path | str, classes: list[str] | None = None,
+    network: Network, space: Space, folder: Path | str, classes: list[str] | None = None,
     process: Process | None = None,
 ) -> None:  # fmt: skip
     """Write a network and its LatentSpace as a pipeline of diffusers, with a DDIM scheduler.
@@ -267,7 +267,7 @@ it is given.
 
 
 def model_card(
-    network: DiT, classes: list[str] | None = None, training: dict | None = None,
+    network: Network, classes: list[str] | None = None, training: dict | None = None,
     vae: str | None = None, process: Process | None = None,
 ) -> str:  # fmt: skip
     """A model card in Markdown, filled with what the network and its checkpoint say.

@@ -1,37 +1,46 @@
 """What a network is conditioned on besides the time: how it is handed over, dropped and doubled.
 
-A training step and a sampler know a Condition alone: values, a tensor (N, ...) with one entry for
-each sample, become keywords of the network's forward pass. Labels (N,) are the values of today.
+A training step and a sampler know a Condition alone: values, with one entry for each of N samples,
+become keywords of the network's forward pass. Values are labels, a tensor (N,), or captions, a
+Text.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Keywords = dict[str, Tensor]  # of the network's forward pass
+from conditions.text import TextCondition, pieces
+from layers.text import Text
+
+Values = Any  # Tensor or Text: it has a length, and slices and moves to a device
+Keywords = dict[str, Any]  # of the network's forward pass
 
 
 class Condition(Protocol):
-    """How values (N, ...) condition a network. `has_null`: the network knows a value that means "no
-    condition", so that values can be dropped and samples be guided.
+    """How values of N samples condition a network. `has_null`: the network knows a value that means
+    "no condition", so that values can be dropped and samples be guided. `drops` is the shape of
+    what says of one sample which parts of its value are dropped: () where it has one part.
     """
+
+    @property
+    def drops(self) -> tuple[int, ...]: ...
 
     @property
     def has_null(self) -> bool: ...
 
-    def blank(self, count: int, device: torch.device | str) -> Tensor:
-        """Values (count, ...) that the network takes, for when it does not matter which."""
+    def blank(self, count: int, device: torch.device | str) -> Values:
+        """Values of so many samples that the network takes, for when it does not matter which."""
 
-    def keywords(self, values: Tensor) -> Keywords:
+    def keywords(self, values: Values) -> Keywords:
         """Keywords of forward for N samples with these values."""
 
-    def dropped(self, values: Tensor, drop: Tensor) -> Keywords:
-        """Keywords of forward in a training step: as `keywords`, but values whose entry in drop
-        (N,) is 1 count as "no condition", where there is such a value.
+    def dropped(self, values: Values, drop: Tensor) -> Keywords:
+        """Keywords of forward in a training step: as `keywords`, but parts of values whose entry in
+        drop (N, *drops) is 1 count as "no condition", where there is such a value.
         """
 
-    def doubled(self, values: Tensor) -> Keywords:
+    def doubled(self, values: Values) -> Keywords:
         """Keywords of forward_with_cfg, for 2N samples: these values, then N times "no condition".
 
         Raises ValueError without such a value.
@@ -55,6 +64,11 @@ class LabelCondition(NamedTuple):
 
     num_classes: int
     null_label: int | None
+
+    @property
+    def drops(self) -> tuple[int, ...]:
+        """A label has one part."""
+        return ()
 
     @property
     def has_null(self) -> bool:
@@ -85,6 +99,11 @@ class LabelCondition(NamedTuple):
         return {"y": torch.cat([values, torch.full_like(values, self.null_label)])}  # (2N,)
 
 
-def condition_of(network: Labelled) -> Condition:
-    """What a network is conditioned on."""
-    return LabelCondition(network.num_classes, network.null_label)
+def condition_of(network: Labelled, null: Text | None = None) -> Condition:
+    """What a network is conditioned on. `null` is what stands for "no text" where encoders outside
+    of the network read captions.
+    """
+    length = getattr(network, "text_length", None)
+    if length is None:
+        return LabelCondition(network.num_classes, network.null_label)
+    return TextCondition(pieces([""], length) if null is None else null)

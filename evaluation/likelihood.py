@@ -15,6 +15,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     build_network, check_trained_size, find_files, process_learned,
 )  # fmt: skip
+from checkpoints.networks import Network
 from checkpoints.weights import load_weights
 from conditions.condition import condition_of
 from data.cache import CachedLatents
@@ -25,7 +26,6 @@ from data.loader import make_loader, read
 from data.opening import misfits
 from data.options import DataOptions
 from flow.likelihood import ATOL, RTOL, bits_per_dim, check_exact
-from models import DiT
 from processes.flow import FlowProcess
 from processes.noise import ImageNoise
 from processes.process import NoiseFunction, Process
@@ -77,7 +77,7 @@ class Measured(NamedTuple):
     `labels` are the network's labels for those of the images, in their order.
     """
 
-    network: DiT
+    network: Network
     process: FlowProcess
     images: ImageDataset | CachedLatents
     labels: list[int]
@@ -191,13 +191,13 @@ def open_cached(folder: Path | str) -> CachedLatents | None:
     return CachedLatents(folder, "samples") if (Path(folder) / MOMENTS).is_file() else None
 
 
-def open_images(folder: Path | str, network: DiT, shape: LatentShape) -> ImageDataset:
+def open_images(folder: Path | str, network: Network, shape: LatentShape) -> ImageDataset:
     """The images below a folder, cropped as training does."""
     listing = list_images(folder, network.num_classes, "samples")
     return ImageDataset(listing, settled(shape.image(network.latent_shape)))
 
 
-def check_fits(cached: CachedLatents, network: DiT, shape: LatentShape, vae: str) -> None:
+def check_fits(cached: CachedLatents, network: Network, shape: LatentShape, vae: str) -> None:
     """Raise ValueError unless cached latents are what the network has learned."""
     wanted = DataOptions(
         image_size=settled(shape.image(network.latent_shape)), num_classes=network.num_classes,

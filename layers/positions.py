@@ -115,6 +115,23 @@ def table(
     return torch.cat(halves, dim=-1)  # (..., D)
 
 
+def of_middle(
+    grid: tuple[int, int], most: tuple[int, int], trained: tuple[int, int], width: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
+    """What is added to the tokens of a grid, (T, width) in float64: the middle part of a table of
+    `most` rows and columns, whose coordinates run over those of the trained grid (Esser et al.
+    2024, section 5.3.2). A grid beyond it goes on to both sides.
+    """
+    index = grid_index(*grid, device=device).double()  # (T, 2)
+    axes, quarter = [], torch.arange(width // 4, dtype=torch.float64, device=device)
+    for i, n, side, base in zip(index.unbind(-1), grid, most, trained):
+        where = (i + (side - n) // 2) * base / side
+        angles = torch.outer(where, BASE ** (-quarter / (width // 4)))  # (T, width / 4)
+        axes.append(torch.cat([angles.sin(), angles.cos()], dim=-1))  # (T, width / 2)
+    return torch.cat(axes[::-1], dim=-1)  # (T, width), columns first
+
+
 def rotation(
     index: Tensor, grid: Tensor, trained: tuple[int, int], width: int, extrapolation: str,
     dtype: torch.dtype = torch.float32,

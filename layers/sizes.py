@@ -15,6 +15,11 @@ WHOLE_NUMBERS = {
     "hidden_size": (1, 2**16), "depth": (1, 2**10), "num_heads": (1, 2**12),
     "num_classes": (0, MOST_CLASSES),
 }  # fmt: skip
+# Of networks that read captions; the least and the most likewise
+TEXT_NUMBERS = {
+    "text_width": (1, 2**16), "pooled_width": (1, 2**16), "text_length": (1, 2**12),
+    "streams": (1, 2), "table_side": (1, 2**12),
+}  # fmt: skip
 
 
 def plain_size(input_size: int | Sequence[int]) -> int | list[int]:
@@ -88,9 +93,36 @@ def check_sizes(
             raise ValueError(f"{name} is {value!r:.60}; it is true or false")
 
 
-def check_whole(whole: Mapping[str, Any]) -> None:
-    """Raise ValueError unless arguments of WHOLE_NUMBERS are whole numbers in their bounds."""
-    for name, (least, most) in WHOLE_NUMBERS.items():
+def check_text_sizes(
+    class_dropout_prob: float, mlp_ratio: float, learn_sigma: bool, text_width: int | None,
+    pooled_width: int | None, text_length: int, input_size: int | Sequence[int],
+    **others: Any,
+) -> None:  # fmt: skip
+    """Raise ValueError for arguments of a network that reads captions that are of the wrong kind,
+    out of bounds or that do not fit.
+    """
+    network = {name: others[name] for name in WHOLE_NUMBERS.keys() & others.keys()}
+    check_sizes(
+        input_size, class_dropout_prob, mlp_ratio, learn_sigma, num_classes=0,
+        qk_norm=others.get("qk_norm", False), **network,
+    )  # fmt: skip
+    if text_width is None and pooled_width is not None:
+        raise ValueError(
+            f"pooled_width is {pooled_width} and text_width None; give the widths of outside "
+            "encoders, or neither for the network's own"
+        )
+    whole = {"text_width": text_width, "pooled_width": pooled_width, "text_length": text_length}
+    whole |= {name: others[name] for name in TEXT_NUMBERS.keys() & others.keys()}
+    check_whole({name: value for name, value in whole.items() if value is not None}, TEXT_NUMBERS)
+
+
+def check_whole(
+    whole: Mapping[str, Any], bounds: Mapping[str, tuple[int, int]] = WHOLE_NUMBERS
+) -> None:
+    """Raise ValueError unless arguments are whole numbers in their bounds."""
+    for name, (least, most) in bounds.items():
+        if name not in whole:
+            continue
         value = whole[name]
         if not hasattr(value, "__index__") or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r:.60}; it must be a whole number")

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 import torch
 
+from checkpoints.networks import Network
 from conditions.labels import readable
-from models import DiT
 from sampling.pictures import (
     GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
 )  # fmt: skip
@@ -24,7 +24,7 @@ SEEDS = 2**63
 WHOLE = "whole number"
 
 
-def class_choices(network: DiT, classes: list[str] | None) -> list[tuple[str, int]]:
+def class_choices(network: Network, classes: list[str] | None) -> list[tuple[str, int]]:
     """[(text, class index)] to search in.
 
     The text is the number and the name, the number alone if there is no other name.

@@ -10,9 +10,9 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned,
 )  # fmt: skip
+from checkpoints.networks import Network
 from checkpoints.weights import load_weights
 from layers.sizes import MOST_IN_TABLE
-from models import DiT
 from runtime.devices import choose_device
 from runtime.image_size import sides, written
 from sampling.options import OWN, SamplingOptions, solver_options
@@ -87,11 +87,16 @@ def build_sampler(
     return replace(sampler, space=load_vae(files.vae, device))
 
 
-def extrapolate(network: DiT, extrapolation: str | None) -> None:
+def extrapolate(network: Network, extrapolation: str | None) -> None:
     """Have the network place tokens of other grids than its own so; None leaves it as it is.
 
     Raises ValueError for one that is about rotations, for a network without any.
     """
+    if extrapolation is not None and network.extrapolation is None:
+        raise ValueError(
+            f"`extrapolation` is {extrapolation}, and a {type(network).__name__} places the tokens "
+            "of other sizes by a rule of its own; leave the argument out"
+        )
     if extrapolation == "ntk" and not network.positions.rotates:
         raise ValueError(
             '`extrapolation="ntk"` slows rotations down, and the network has a position table '
@@ -100,7 +105,7 @@ def extrapolate(network: DiT, extrapolation: str | None) -> None:
     network.extrapolation = extrapolation or network.extrapolation
 
 
-def asked_latent(choice: NetworkChoice, network: DiT, vae: str) -> tuple[int, ...] | None:
+def asked_latent(choice: NetworkChoice, network: Network, vae: str) -> tuple[int, ...] | None:
     """The shape (C, H, W) of the latents of images of the size that is asked for; None for none.
 
     Raises ValueError if the network's patches do not fill it, or these are too many.

@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import NetworkFiles
 from checkpoints.network_config import LATER
-from models import DiT
+from checkpoints.networks import Network
 from runtime.disk import file_hash
 from runtime.json_files import read_json
 from runtime.presence import lock
@@ -59,8 +59,9 @@ def recorded_options(
 
 
 def deciding(
-    recorded: dict[str, Any], files: NetworkFiles, network: DiT, labels: Tensor, device_type: str
-) -> dict[str, Any]:
+    recorded: dict[str, Any], files: NetworkFiles, network: Network, labels: Tensor,
+    device_type: str,
+) -> dict[str, Any]:  # fmt: skip
     """What manifest.json has under "decides", from recorded_options and what the job has loaded:
     all that changes an image, and nothing else.
     """

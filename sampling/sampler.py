@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.networks import Network
 from conditions.condition import condition_of
 from diffusion.gaussian_diffusion import TensorMap, as_taken
 from layers.positions import check_grid
 from layers.sizes import grid_of
-from models import DiT
 from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
@@ -41,7 +41,7 @@ class Sampler:
     Raises ValueError for options that do not fit the network or the process.
     """
 
-    network: DiT
+    network: Network
     space: Space
     classes: list[str] | None
     num_sampling_steps: int = 250
@@ -214,10 +214,11 @@ class Sampler:
         return to_uint8(images)
 
 
-def check_latent(latent: tuple[int, ...], network: DiT) -> None:
+def check_latent(latent: tuple[int, ...], network: Network) -> None:
     """Raise ValueError unless a network has positions for latents of a shape (C, H, W)."""
     grid = grid_of((1, *latent), network.in_channels, network.patch_size)
-    check_grid(network.extrapolation, grid, network.grid)
+    if network.extrapolation is not None:
+        check_grid(network.extrapolation, grid, network.grid)
 
 
 def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVERS) -> None:

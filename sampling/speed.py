@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from models import DiT
+from checkpoints.networks import Network
+
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def prepare(network: DiT, mixed_precision: str = "no", compile: bool = False) -> None:
+def prepare(network: Network, mixed_precision: str = "no", compile: bool = False) -> None:
     """Speed up a network that is used only for sampling. Half precision gives the same outputs as
     autocast; compiling changes rounding.
 

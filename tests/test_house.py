@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "flow": set(),
     "layers": set(),
     "models": {"layers"},
+    "variants": {"layers"},
     "vae": {"runtime"},
     "processes": {"runtime", "diffusion", "flow"},
     "conditions": {"runtime", "layers"},
     "checkpoints": {
-        "runtime", "diffusion", "layers", "models", "vae", "processes", "conditions",
+        "runtime", "diffusion", "layers", "models", "variants", "vae", "processes", "conditions",
     },
     "data": {"runtime", "vae", "conditions"},
     "evaluation": {
@@ -69,7 +70,8 @@ HOMES = {
         "evaluation/report.py",
     },
     "timm": {
-        "models.py", "layers/parts.py", "layers/positions.py", "conditions/labels.py",
+        "models.py", "layers/parts.py", "layers/positions.py", "variants/text_network.py",
+        "variants/mmdit.py", "conditions/labels.py",
         "evaluation/features.py",
     },
     "torchvision": {"conditions/labels.py", "data/listing.py", "training/records.py"},

@@ -16,6 +16,7 @@ from checkpoints.fitting import (
     adapt, check_design, check_fits, check_same_size, note_of_process, read_label_map,
 )  # fmt: skip
 from checkpoints.network_config import Tensors
+from checkpoints.networks import Network
 from checkpoints.process_marks import check_process
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
 from data.batches import steps_per_epoch
@@ -29,7 +30,7 @@ from evaluation.features import load_extractor
 from layers.parts import DEFAULTS as PARTS
 from layers.positions import POSITIONS, check_grid
 from layers.sizes import sides
-from models import DiT, DiT_models
+from models import DiT_models
 from processes.table import process_of
 from runtime.limits import check_memory
 from runtime.surroundings import Place, check_accelerate, is_installed, own_place
@@ -302,7 +303,7 @@ def build_state(
 
 
 def initial_tensors(
-    weights: Weights, options: TrainOptions, network: DiT, classes: list[str] | None
+    weights: Weights, options: TrainOptions, network: Network, classes: list[str] | None
 ) -> Tensors:
     """The tensors of init_from's weights, made to fit a network for data of these classes.
 

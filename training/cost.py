@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import DiT
+from checkpoints.networks import create_network, sample_condition
 from vae import LatentShape
 
 TRAINING_BYTES = 4 * 5  # of a parameter in float32: weight, gradient, two moments, average
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 def count(config: dict, bf16: bool = False, grad_checkpointing: bool = False) -> Cost:
     """The Cost of the DiT with these arguments. Raises ValueError if they do not fit together."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in DiT(**config).parameters())
+        parameters = sum(p.numel() for p in create_network(config).parameters())
     flops = training_flops(config)
     copies, per_image = kept(config, bf16, grad_checkpointing)
     if grad_checkpointing:
@@ -52,7 +52,7 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
     """
     kept: dict[int, torch.Tensor] = {}
     with FakeTensorMode():
-        network = DiT(**config).train()
+        network = create_network(config).train()
         network.grad_checkpointing = grad_checkpointing
         parameters = {p.untyped_storage()._cdata for p in network.parameters()}
 
@@ -62,10 +62,10 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
             return tensor
 
         x = torch.zeros(batch_size, *network.latent_shape)  # (N, C, *space)
-        labels = torch.zeros(batch_size, dtype=torch.long) if network.num_classes else None
+        condition = sample_condition(network, batch_size)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = network(x, torch.zeros(batch_size), labels)
+                out = network(x, torch.zeros(batch_size), condition)
         del out
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -78,10 +78,9 @@ def training_flops(config: dict, space: tuple[int, ...] | None = None) -> int:
     with this configuration; what gradient checkpointing computes again is not in it.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = DiT(**config)
-        labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
+        network = create_network(config)
         shape = (network.in_channels, *space) if space else network.latent_shape
-        network(torch.zeros(1, *shape), torch.zeros(1), labels)
+        network(torch.zeros(1, *shape), torch.zeros(1), sample_condition(network, 1))
     return 3 * counter.get_total_flops()
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from checkpoints.files import checkpoint_path, list_checkpoints, prune_checkpoints, save_checkpoint
+from checkpoints.networks import Network, create_network
 from data.images import BadImage
-from models import DiT
 from runtime.disk import disk_space, write_whole
 from training.assembly import Job
 from training.run_log import Meter, RunLog, StopSignals
@@ -153,13 +153,14 @@ def after_failure(job: Job, failure: str, stopping: bool) -> None:
     job.log(f"{message}; going on without")
 
 
-def whole_average(job: Job) -> DiT:
+def whole_average(job: Job) -> Network:
     """The network with the main average's weights, whole in every process."""
     state = job.state
     if not job.options.fsdp:
         return state.ema
     tensors = unsharded(state.ema.state_dict())
-    network = DiT(**state.network.config).to(job.accelerator.device).eval().requires_grad_(False)
+    network = create_network(state.network.config).to(job.accelerator.device).eval()
+    network.requires_grad_(False)
     network.load_state_dict(tensors)
     return network
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints.networks import Network
 from conditions.condition import condition_of
 from conditions.labels import random_labels
 from evaluation.features import Extractor
@@ -17,7 +18,6 @@ from evaluation.metrics import Summary, score
 from evaluation.remarks import remarks
 from evaluation.inputs import EvaluationInput, check_mixed, open_input, summarize_reference
 from evaluation.summaries import deal, summarize
-from models import DiT
 from processes.process import Process
 from runtime.image_size import ImageSize, sides
 from runtime.team import Team
@@ -62,7 +62,7 @@ def load_judge(
 
 
 def score_samples(
-    judge: Judge, network: DiT, process: Process, space: Space, seed: int, device: torch.device,
+    judge: Judge, network: Network, process: Process, space: Space, seed: int, device: torch.device,
     any_process: Callable[..., bool],
 ) -> tuple[dict[str, float | None] | None, list[str] | None]:  # fmt: skip
     """(the scores, as of metrics.score, of samples from a network that learns `process`; remarks on
@@ -113,7 +113,7 @@ PREVIEW_IMAGES, PREVIEW_GUIDANCE = 16, 4.0  # while training
 
 
 def preview(
-    network: DiT, process: Process, space: Space, seed: int, device: torch.device | str
+    network: Network, process: Process, space: Space, seed: int, device: torch.device | str
 ) -> Tensor:
     """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device.
 

@@ -8,10 +8,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models import DiT
+from checkpoints.networks import Network
 
 
-def shard_network(network: DiT, device_type: str, processes: int) -> DiT:
+
+def shard_network(network: Network, device_type: str, processes: int) -> Network:
     """The network, its tensors now split over the processes.
 
     A block is put together when its turn comes.

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from checkpoints.network_config import process_in, with_process
-from models import DiT
+from checkpoints.networks import Network
+from conditions.condition import Condition, condition_of
 from processes.process import QUARTERS, Process
 from processes.table import process_of
 from training.sharding import load_tensors, own_part, sharded_like, unsharded
@@ -79,16 +80,17 @@ class TrainState:
     """What a step changes: the network, its averages, the optimizer, and the number of steps done.
 
     `model` is the network as it is called in training, wrapped for several processes. `emas` maps
-    decays to averages. `process` is what the network learns.
+    decays to averages. `process` is what the network learns, `condition` on what.
     """
 
-    network: DiT
+    network: Network
     model: nn.Module
-    emas: dict[float, DiT]
+    emas: dict[float, Network]
     opt: torch.optim.Optimizer
     recipe: Recipe
     process: Process
     window: Window
+    condition: Condition
     step: int = 0
     note: str | None = None  # for the log, of the weights that it begins with
     # Skipped because loss or gradient was not finite: in all, and in a row up to now
@@ -96,7 +98,7 @@ class TrainState:
     bad_in_a_row: int = 0
 
     @property
-    def ema(self) -> DiT:
+    def ema(self) -> Network:
         """The main moving average, of the first decay."""
         return self.emas[self.recipe.ema_decay[0]]
 
@@ -272,14 +274,18 @@ def checked_log(contents: dict, process: Process) -> dict:
 
 
 def new_state(
-    network: DiT, recipe: Recipe, wrap: Callable[[DiT], nn.Module] = lambda network: network,
-    shard: Callable[[DiT], DiT] = lambda network: network, process: Process | None = None,
+    network: Network, recipe: Recipe,
+    wrap: Callable[[Network], nn.Module] = lambda network: network,
+    shard: Callable[[Network], Network] = lambda network: network,
+    process: Process | None = None, condition: Condition | None = None,
 ) -> TrainState:  # fmt: skip
     """A TrainState at step 0, each average equal to the network.
 
     shard(network) splits a network's tensors over processes, in place; wrap(network) returns the
-    model to call. `process` is what it is to learn, the Gaussian process unless told otherwise.
+    model to call. `process` is what it is to learn, the Gaussian process unless told otherwise, and
+    `condition` on what, unless the network tells it itself.
     """
+    condition = condition or condition_of(network)
     process = process or process_of(network)
     emas = {
         decay: shard(deepcopy(network).eval().requires_grad_(False)) for decay in recipe.ema_decay
@@ -287,4 +293,6 @@ def new_state(
     network = shard(network.train())
     trained = [p for p in network.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return TrainState(network, wrap(network), emas, opt, recipe, process, Window(process))
+    return TrainState(
+        network, wrap(network), emas, opt, recipe, process, Window(process), condition
+    )  # fmt: skip

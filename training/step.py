@@ -7,13 +7,14 @@ processes nor on how the run got there.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conditions.condition import condition_of
+from conditions.condition import Values
 from processes.process import QUARTERS, Process
 from training.packed import first_numbers, packed_losses
 from training.sharding import own_part, whole
@@ -23,7 +24,7 @@ from training.state import FLAGS, TrainState
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples.
 
-    The numbers are t (n,), drop (n,), and two noises (n, C, *space).
+    The numbers are t (n,), drop (n, *drops), and two noises (n, C, *space).
     """
 
     t: Tensor
@@ -35,17 +36,20 @@ class Draws(NamedTuple):
 def draw(
     seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float,
     process: Process, device: torch.device | str, rank: int = 0, world_size: int = 1,
+    drops: tuple[int, ...] = (),
 ) -> Draws:  # fmt: skip
     """The Draws of the `rank`-th of world_size processes at a step.
 
-    `latent` is the shape (C, *space) of one sample. Drawn from one generator for the global batch,
-    in the order drop, t, vae_noise, noise. A device's generator is its own: CPU and GPU give
+    `latent` is the shape (C, *space) of one sample, `drops` a Condition's: all parts of a value
+    are dropped together with a probability of dropout_prob. Drawn from one generator for the global
+    batch, in the order drop, t, vae_noise, noise. A device's generator is its own: CPU and GPU give
     different numbers.
     """
     word = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator = torch.Generator(device).manual_seed(word)
     on: dict[str, Any] = dict(generator=generator, device=device)
-    drop = (torch.rand(global_batch_size, **on) < dropout_prob).long()
+    each = dropout_prob ** (1 / math.prod(drops))
+    drop = (torch.rand(global_batch_size, *drops, **on) < each).long()
     t = process.draw_times(global_batch_size, generator)
     vae_noise = torch.randn(global_batch_size, *latent, **on)
     noise = torch.randn(global_batch_size, *latent, **on)
@@ -56,20 +60,20 @@ def draw(
 
 
 def train_step(
-    state: TrainState, latents: Tensor | list[Tensor], labels: Tensor, draws: Draws,
+    state: TrainState, latents: Tensor | list[Tensor], labels: Values, draws: Draws,
     reduce: Callable[[Tensor], Tensor] = lambda values: values, stop: bool = False,
     save: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """One step of AdamW on this process's latents (n, C, *space), or a list of (C, h, w) to be
-    packed, and their conditions, labels (n,), and one of the moving averages. Latents smaller than
-    the draws' noise take its first numbers.
+    packed, and their conditions, n labels or captions, and one of the moving averages. Latents
+    smaller than the draws' noise take its first numbers.
 
     reduce(tensor) sums over the processes. Where the loss or gradient of any of them is not finite,
     every one leaves weights, averages and optimizer as they are. Returns the report, a dict of
     floats under FLAGS, the window's `summed` and "gradient_norm", equal in every process: "bad" is
     above 0 for such a step, "stop" and "save" where any process passed it.
     """
-    share, device = len(latents), labels.device
+    share, device = len(latents), draws.t.device
     sums = torch.zeros(len(state.window.summed), device=device)
     per_part = -(-share // state.recipe.grad_accum)
     of_samples = latents, labels, draws.t, draws.drop, draws.noise
@@ -114,14 +118,14 @@ def train_step(
 
 
 def backward(
-    state: TrainState, share: int, latents: Tensor | list[Tensor], labels: Tensor, t: Tensor,
+    state: TrainState, share: int, latents: Tensor | list[Tensor], labels: Values, t: Tensor,
     drop: Tensor, noise: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add the gradient of a part of a process's share to the network's.
 
     Returns what the part adds to the window's `summed` (S,), on the device.
     """
-    process, condition = state.process, condition_of(state.network).dropped(labels, drop)
+    process, condition = state.process, state.condition.dropped(labels, drop)
 
     def predict(x, t):
         with torch.autocast(t.device.type, torch.bfloat16, enabled=state.recipe.bf16):
@@ -157,7 +161,7 @@ def warm_up(state: TrainState, latents: Tensor) -> None:
     all steps sum alike, also the first after a restart.
     """
     count, device = len(latents), latents.device
-    values = condition_of(state.network).blank(count, device)
+    values = state.condition.blank(count, device)
     drop = torch.zeros(count, dtype=torch.int64, device=device)
     t = state.process.draw_times(count, torch.Generator(device))
     backward(state, count, latents, values, t, drop, latents)

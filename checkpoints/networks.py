@@ -1,0 +1,71 @@
+"""The networks that there are: by the class that a configuration names, and by their models' names.
+
+A variant of DiT is a file in variants/ and a row in each table.
+"""
+
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+
+from layers.text import Text
+from layers.text_encoder import PIECE
+from models import DiT, DiT_models
+from variants.mmdit import MMDiT, MMDiT_models
+from variants.text_network import TextNetwork
+
+CLASS = "_class_name"  # in a configuration; one without it is DiT's
+OURS = "DiT"
+Network = DiT | TextNetwork
+NETWORKS: dict[str, type[Network]] = {OURS: DiT, "MMDiT": MMDiT}
+# "DiT-XL/2" → a factory that takes the network's other arguments as keywords
+MODELS: dict[str, partial] = {**DiT_models, **MMDiT_models}
+
+# What else stands in a configuration of ours: not an argument that decides the network
+NOT_ARGUMENTS = (CLASS, "id2label", "process", "text")
+
+
+def class_in(config: dict) -> str:
+    """The name of the class that a configuration is for. Raises ValueError for an unknown one."""
+    name = config.get(CLASS, OURS)
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise ValueError(f"it is of {str(name)[:60]}, which is none of {', '.join(NETWORKS)}")
+    return name
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """{argument: its default} of the class with this name."""
+    parameters = signature(NETWORKS[name]).parameters
+    return {
+        key: parameter.default for key, parameter in parameters.items() if key not in NOT_ARGUMENTS
+    }
+
+
+def create_network(config: dict[str, Any]) -> Network:
+    """The network that a configuration is of, a network's `config`, its weights random.
+
+    Raises ValueError for sizes that do not fit, TypeError for arguments that there are not.
+    """
+    arguments = {key: value for key, value in config.items() if key != CLASS}
+    return NETWORKS[class_in(config)](**arguments)
+
+
+def reads_text(network: Network | type[Network]) -> bool:
+    """Whether a network, or the networks of a class, take captions."""
+    kind = network if isinstance(network, type) else type(network)
+    return issubclass(kind, TextNetwork)
+
+
+def sample_condition(network: Network, count: int) -> Any:
+    """Conditions that a network takes, of so many samples, to be counted rather than looked at:
+    labels, captions of its full text length, or None for a network that takes neither.
+    """
+    if isinstance(network, TextNetwork):
+        length = network.text_length
+        mask = torch.ones(count, length, dtype=torch.bool)
+        if network.text_encoder is not None:
+            return Text(torch.zeros(count, length, PIECE, dtype=torch.long), mask)
+        pooled = torch.zeros(count, network.pooled_width) if network.pooled_width else None
+        return Text(torch.zeros(count, length, network.text_width), mask, pooled)
+    return torch.zeros(count, dtype=torch.long) if network.num_classes else None

@@ -1,0 +1,1 @@
+"""Networks that followed DiT, each in a file."""
