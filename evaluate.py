@@ -191,11 +191,15 @@ def clip_scores(args: Namespace, options: EvaluationOptions) -> dict | None:
 
     Raises ValueError for images or captions that do not fit.
     """
-    from evaluation.clip_score import captions_of, score_by_clip
+    from evaluation.clip_score import Clip, open_pairs, score_by_clip
 
     check_common(options)
-    captions = captions_of(args.samples, args.captions)
-    report = score_by_clip(options, args.clip, captions, join_others(options))
+    accelerator = join_others(options)
+    team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+    pairs = open_pairs(args.samples, args.captions, team)
+    with accelerator.local_main_process_first():
+        clip = Clip(args.clip, accelerator.device)
+    report = score_by_clip(clip, pairs, options, team)
     versions = {name: installed(name) for name in (*LIBRARIES, "transformers")}
     return report and report | {"versions": versions}
 

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -79,6 +78,7 @@ class Clip:
                 ARGUMENT, name,
                 f"it is of the kind {str(kind)[:60]}; wanted is a CLIP of images and text (clip)",
             )  # fmt: skip
+        self.name, self.device = name, torch.device(device)
         self.network = load_network("CLIPModel", folder, ARGUMENT, device, torch.float32)
         self.words = load_words(folder, self.network.text_model, ARGUMENT)
         self.length = self.network.config.text_config.max_position_embeddings
@@ -139,17 +139,21 @@ def channels(folder: Path) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def score_by_clip(
-    options: EvaluationOptions, name: str, captions: Captions, accelerator: Accelerator
-) -> dict | None:
-    """The report on how near samples are to their captions, to the CLIP of this name: a dict for
-    JSON. The processes share the work, and all but the first return None.
+class Pairs(NamedTuple):
+    """Samples and their captions; `notes` say in sentences what is odd about the samples."""
 
-    Raises ValueError for images or captions that do not fit.
+    samples: EvaluationInput
+    captions: Captions
+    notes: list[str]
+
+
+def open_pairs(samples_path: Path | str, given: Path | str | None, team: Team) -> Pairs:
+    """The Pairs of samples and the captions in the file that is given, or beside them.
+
+    Raises ValueError for images or captions that cannot be read or do not fit.
     """
-    team = Team(accelerator.process_index, accelerator.num_processes, accelerator.gather)
-    share = slice(team.rank, None, team.world_size)
-    samples = open_input(options.samples or "", "samples", share=share)
+    captions = captions_of(samples_path, given)
+    samples = open_input(samples_path, "samples", share=slice(team.rank, None, team.world_size))
     notes = check_samples(samples)
     assert samples.images is not None  # check_samples looks at that
     if len(captions.lines) != len(samples.images):
@@ -157,28 +161,33 @@ def score_by_clip(
             f"`captions` {captions.path} has {len(captions.lines):,} lines for "
             f"{len(samples.images):,} images; give a line for each, in their order"
         )
-    with accelerator.local_main_process_first():
-        clip = Clip(name, accelerator.device)
-    find_sizes(samples.images, accelerator.device, team)
-    cosines, digests = gathered(clip, samples, captions.lines, options, accelerator.device, team)
+    return Pairs(samples, captions, notes)
+
+
+def score_by_clip(clip: Clip, pairs: Pairs, options: EvaluationOptions, team: Team) -> dict | None:
+    """The report on how near samples are to their captions: a dict for JSON. The processes share
+    the work, and all but the first return None. Raises ValueError for a damaged image.
+    """
+    find_sizes(pairs.samples.images, clip.device, team)
+    cosines, digests = gathered(clip, pairs, options, team)
     if team.rank:
         return None
-    if cut := clip.cut(captions.lines):
-        notes.append(
-            f"{cut:,} of {len(captions.lines):,} captions are longer than the {clip.length} tokens "
-            "that CLIP reads; they are cut"
+    lines = pairs.captions.lines
+    if cut := clip.cut(lines):
+        pairs.notes.append(
+            f"{cut:,} of {len(lines):,} captions are longer than the {clip.length} tokens that "
+            "CLIP reads; they are cut"
         )
-    return report_on(samples, captions, clip, name, cosines, digests, notes)
+    return report_on(pairs, clip, cosines, digests)
 
 
 def gathered(
-    clip: Clip, samples: EvaluationInput, lines: list[str], options: EvaluationOptions,
-    device: torch.device, team: Team,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    clip: Clip, pairs: Pairs, options: EvaluationOptions, team: Team
+) -> tuple[Tensor, Tensor]:
     """(cosines (N,), digests of pixels uint8 (N, 32)) of all images, in every process."""
-    images, found = samples.images, list[list[Tensor]]()
-    assert images is not None
-    batches = read_batches(images, options.batch_size, device, team, options.num_workers)
+    images, lines, found = pairs.samples.images, pairs.captions.lines, list[list[Tensor]]()
+    assert images is not None  # open_pairs looks at that
+    batches = read_batches(images, options.batch_size, clip.device, team, options.num_workers)
     for indices, (batch, digests) in zip(deal(len(images), options.batch_size, team), batches):
         cosines = clip.cosines(batch, [lines[i] for i in indices])
         found.append([part.cpu() for part in team.gather([cosines, digests])])
@@ -186,25 +195,23 @@ def gathered(
     return cosines, digests
 
 
-def report_on(
-    samples: EvaluationInput, captions: Captions, clip: Clip, name: str, cosines: Tensor,
-    digests: Tensor, notes: list[str],
-) -> dict:  # fmt: skip
+def report_on(pairs: Pairs, clip: Clip, cosines: Tensor, digests: Tensor) -> dict:
     """What is to be told of cosines (N,) of images and captions, a dict for JSON.
 
     The standard error is None of one image. Raises ValueError for cosines that are not finite.
     """
     scores = SCALE * cosines.double().clamp(min=0)
     if not scores.isfinite().all():
-        raise refusal(ARGUMENT, name, "its vectors of some image or caption are not finite")
+        raise refusal(ARGUMENT, clip.name, "its vectors of some image or caption are not finite")
+    captions = pairs.captions
     error = float(scores.std()) / math.sqrt(len(scores)) if len(scores) > 1 else None
     return {
-        "scores": {"clip_score": float(scores.mean()), "standard_error": error}, "notes": notes,
-        "samples": input_facts(samples, hash_of(digests)),
+        "scores": {"clip_score": float(scores.mean()), "standard_error": error},
+        "notes": pairs.notes, "samples": input_facts(pairs.samples, hash_of(digests)),
         "captions": {"path": str(captions.path), "sha256_of_file": captions.sha256,
                      "different": len(set(captions.lines))},
-        "clip": {"name": name, "sha256": clip.sha256},
+        "clip": {"name": clip.name, "sha256": clip.sha256},
         "settings": {"score": f"the mean of {SCALE:g} max(cosine, 0)",
                      "in_the_paper": f"{PAPERS:g} max(cosine, 0), {SCALE / PAPERS:g} times less",
-                     "device": str(clip.mean.device.type)},
+                     "device": clip.device.type},
     }  # fmt: skip
