@@ -143,6 +143,11 @@ class MMDiT(TextNetwork):
             pooled_width=pooled_width, text_length=text_length,
         )  # fmt: skip
         super().__init__(config, process, text)
+        if self.pooled_width is None:
+            raise ValueError(
+                f"text_width is {text_width} and pooled_width None, but MMDiT takes a vector of "
+                "each caption, which CLIP gives and T5 alone does not; add a CLIP to the encoders"
+            )
         width = hidden_size
         table = torch.zeros(1, math.prod(self.grid), width)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
