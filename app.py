@@ -209,7 +209,7 @@ def picture_settings(
     flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
     names = {"ckpt": Path(choice.ckpt or RELEASED).name, "vae": Path(vae).name}
     chosen = dict.fromkeys(("sampler", "num_sampling_steps", "cfg_scale"))  # come first
-    settled = OPTIONS.settled(sampler.process, sampler.sampler, sampler.reader is not None)
+    settled = OPTIONS.settled(sampler.process, sampler.sampler, sampler.reads_text)
     # A solver's own come with a visitor's choice
     options = {name: value for name, value in settled.items() if name not in OWN}
     size = {"image_size": sampler.image_size}

@@ -91,9 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     for note in sampler.notes(asked):
         print(f"note: {note}", file=sys.stderr)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    words = sampler.reader is not None
-    used = options.settled(sampler.process, text=words) | {
-        "vae": files.vae, "prompt" if words else "class_labels": asked,
+    used = options.settled(sampler.process, text=sampler.reads_text) | {
+        "vae": files.vae, "prompt" if sampler.reads_text else "class_labels": asked,
         "image_size": sampler.image_size,
     }  # fmt: skip
     try:
@@ -131,7 +130,7 @@ def parse_asked(
     Raises ValueError for the flag that the network does not have, for labels that it does not have,
     and without prompts.
     """
-    if sampler.reader is None:
+    if not sampler.reads_text:
         if prompts:
             raise ValueError(
                 "--prompt: the network does not read text; leave the flag out"

@@ -10,11 +10,11 @@ MOST_NOTES = 4  # prompts that are cut, in notes; the rest is counted
 BEGINNING = 40  # characters of a prompt by which a message names it
 
 
-def reader_of(network: Any) -> Reader | None:
+def reader_for(network: Any) -> Reader | None:
     """The Reader of a network's prompts: of its own encoder, or of the outside encoders that its
     checkpoint names. None for a network that takes labels.
 
-    Raises ValueError if nobody says which encoders these are.
+    Raises ValueError if nobody says which encoders these are, or they cannot be loaded.
     """
     length = getattr(network, "text_length", None)
     if length is None:
@@ -26,12 +26,9 @@ def reader_of(network: Any) -> Reader | None:
             "the network reads what outside text encoders give, and its checkpoint does not say "
             "which; give one that names them, as train.py writes it"
         )
-    return outside_reader(network.text)
+    from conditions.encoders import reader_of  # which few networks need
 
-
-def outside_reader(says: list[dict[str, Any]]) -> Reader:
-    """The Reader of the outside encoders that a checkpoint names."""
-    raise ValueError("prompts for outside text encoders cannot be read yet")
+    return reader_of(network.text, device=next(network.parameters()).device)
 
 
 def checked_prompts(prompts: object, name: str = "prompts") -> list[str]:

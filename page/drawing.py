@@ -1,6 +1,7 @@
 """What a visitor of the page chooses or writes, and the pictures that come of it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 import reprlib
@@ -12,7 +13,6 @@ import torch
 
 from checkpoints.networks import Network
 from conditions.labels import readable
-from conditions.reading import checked_prompts
 from sampling.pictures import (
     GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
 )  # fmt: skip
@@ -95,25 +95,28 @@ def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
     return [classes[i % len(classes)] for i in range(count)]
 
 
+def written_text(name: str, written: object, longest: int) -> str:
+    """The text that a visitor wrote. Raises ValueError if it is none, or longer than this."""
+    with suppress(UnicodeEncodeError):  # of half a character
+        if isinstance(written, str) and len(written) <= longest:
+            written.encode()
+            return written.strip()
+    raise ValueError(
+        f"{name} is {reprlib.repr(written)}; it must be a text of at most {longest:,} characters."
+    )
+
+
 def written_prompts(written: object, count: int) -> list[str]:
     """The prompts of `count` images: the lines take turns; an empty line is the empty prompt.
 
     Raises ValueError for lines that are too long, or no text.
     """
-    if not isinstance(written, str) or len(written) > LONGEST_PROMPTS:
-        raise ValueError(
-            f"The prompts are {reprlib.repr(written)}; give a text of at most {LONGEST_PROMPTS:,} "
-            "characters, a prompt in each line."
-        )
-    lines = [line.strip() for line in written.strip().splitlines()] or [""]
-    for number, line in enumerate(lines, start=1):
-        if len(line) > LONGEST_PROMPT:
-            raise ValueError(
-                f"Line {number} of the prompts has {len(line):,} characters; {LONGEST_PROMPT:,} "
-                "are the most."
-            )
-    found = checked_prompts(lines)
-    return [found[i % len(found)] for i in range(count)]
+    lines = written_text("What is to be drawn", written, LONGEST_PROMPTS).splitlines() or [""]
+    prompts = [
+        written_text(f"Line {number} of the prompts", line, LONGEST_PROMPT)
+        for number, line in enumerate(lines, start=1)
+    ]
+    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def written_negative(written: object, guidance: float) -> str | None:
@@ -121,16 +124,10 @@ def written_negative(written: object, guidance: float) -> str | None:
 
     Raises ValueError for one that is too long or no text, and where nothing is guided.
     """
-    if not isinstance(written, str) or len(written) > LONGEST_PROMPT:
-        raise ValueError(
-            f"The negative prompt is {reprlib.repr(written)}; give a text of at most "
-            f"{LONGEST_PROMPT:,} characters."
-        )
-    if not written.strip():
-        return None
-    if guidance == 1:
+    text = written_text("The negative prompt", written, LONGEST_PROMPT)
+    if text and guidance == 1:
         raise ValueError("A negative prompt needs guidance, and 1 is none: choose more, or none.")
-    return written.strip()
+    return text or None
 
 
 def always() -> bool:
@@ -192,7 +189,7 @@ def answer(
     Raises ValueError for choices that make no sense, before any work, and as draw.
     """
     sampler, chosen = read_choices(base, asked, count, guidance, solver, steps, seed)
-    number, labels = chosen["seed"], chosen[CLASSES if base.reader is None else PROMPTS]
+    number, labels = chosen["seed"], chosen[PROMPTS if base.reads_text else CLASSES]
     for done, drawn, rows in draw(sampler, labels, number, device, wanted):
         if rows is None:
             yield f"Step {done} of {sampler.num_sampling_steps}", drawn, None, None
@@ -224,7 +221,7 @@ def read_choices(
         cfg_scale=guidance, sampler=solver, num_sampling_steps=steps
     )  # fmt: skip
     what: dict[str, Any] = {}
-    if base.reader is None:
+    if not base.reads_text:
         what[CLASSES] = chosen_labels(asked, images, base.network.num_classes)
     else:
         prompts, negative = asked if isinstance(asked, Written) else (asked, "")

@@ -59,7 +59,7 @@ def build_page(
                     "image at time t"
                 )
                 rows = gr.Image(label="Over time", format="png", height=380, **look)
-        gr.Markdown(HELP if sampler.reader is None else HELP_ON_TEXT)
+        gr.Markdown(HELP_ON_TEXT if sampler.reads_text else HELP)
         outputs = [status, shown, rows, download]
         gr.on(
             [button.click, choices[-1].submit], responder(sampler, settings, device, visitors),
@@ -102,7 +102,7 @@ def responder(
         asked = Written(prompts, negative)
         yield from respond(asked, count, guidance, solver, steps, seed, request)
 
-    return respond if sampler.reader is None else respond_to_text
+    return respond_to_text if sampler.reads_text else respond
 
 
 def page_theme() -> "gradio.themes.Default":
@@ -123,7 +123,7 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
     All are in the part of the page that is being built.
     """
     guidable = sampler.condition.has_null
-    asked = class_boxes(gr, sampler) if sampler.reader is None else prompt_boxes(gr)
+    asked = prompt_boxes(gr) if sampler.reads_text else class_boxes(gr, sampler)
     count = gr.Slider(1, MOST_IMAGES, COUNT, step=1, label="How many images")
     guidance = gr.Slider(
         1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance",

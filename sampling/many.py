@@ -177,7 +177,7 @@ def all_labels(many: ManyOptions, sampler: Sampler) -> Wishes:
     Raises ValueError for a file that does not fit, and for the option that is not the network's.
     """
     count, classes = many.num_fid_samples, sampler.network.num_classes
-    if sampler.reader is not None:
+    if sampler.reads_text:
         return _all_prompts(many)
     if many.prompts is not None:
         raise ValueError(

@@ -52,7 +52,7 @@ def recorded_options(
     of sample_ddp.py's flags; of those that some solvers have, the solver's. The device is the one
     that is asked for. The image size is None where the network was trained on it.
     """
-    sampling = options.settled(sampler.process, text=sampler.reader is not None)
+    sampling = options.settled(sampler.process, text=sampler.reads_text)
     own = {name: sampling.pop(name) for name in OWN if name in sampling}
     last = {name: sampling.pop(name) for name in ("compile", "extrapolation")}
     other_size = sampler.latent != sampler.network.latent_shape

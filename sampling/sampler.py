@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.networks import Network
+from checkpoints.networks import Network, reads_text
 from conditions.condition import Condition, Values, condition_of
-from conditions.reading import beginning, check_text, checked_prompts, cut_notes, reader_of
+from conditions.reading import beginning, check_text, checked_prompts, cut_notes, reader_for
 from conditions.text import Reader
 from diffusion.gaussian_diffusion import TensorMap, as_taken
 from layers.positions import check_grid
@@ -46,9 +46,10 @@ class Sampler:
     (C, H, W), is that of the latents to sample; None is what the network was trained on.
     cfg_channels: None is CFG_CHANNELS, of a network that reads text all.
 
-    For a network that reads text: `reader` is what reads prompts, the network's own unless told
-    otherwise (one that has `null` alone will do for prompts that come as Text). Guidance is against
-    what it makes of negative_prompt; None is the empty prompt.
+    Of a network that reads text, `reader` reads the prompts: the network's own unless told
+    otherwise. Guidance is against what it makes of negative_prompt; None is the empty prompt.
+    Where prompts come as Text alone, `null`, a Text of one caption to be guided against, does
+    instead of both.
 
     Raises ValueError for options that do not fit the network or the process.
     """
@@ -69,6 +70,7 @@ class Sampler:
     latent_shape: tuple[int, ...] | None = None
     reader: Reader | None = None
     negative_prompt: str | None = None
+    null: Text | None = None
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)
@@ -82,7 +84,7 @@ class Sampler:
             check_latent(self.latent_shape, self.network)
         self.condition = self._condition()
         if self.cfg_channels is None:
-            self.cfg_channels = CFG_CHANNELS if self.reader is None else CFG_CHANNELS_OF_TEXT
+            self.cfg_channels = CFG_CHANNELS_OF_TEXT if self.reads_text else CFG_CHANNELS
         if self.cfg_scale != 1 and not self.condition.has_null:
             raise ValueError(
                 f"`cfg_scale` {self.cfg_scale}: the network has no null class to guide against; "
@@ -103,17 +105,24 @@ class Sampler:
 
     def _condition(self) -> Condition:
         """What the network is conditioned on, guided against the negative prompt."""
-        if self.reader is None:
-            self.reader = reader_of(self.network)
         check_negative(self.negative_prompt, self.cfg_scale)
-        if self.reader is None and self.negative_prompt is not None:
+        if self.negative_prompt is not None and not self.reads_text:
             raise ValueError(
                 "`negative_prompt` is for networks that read text, and this one does not; leave "
                 "the argument out"
             )
+        if self.null is not None:
+            return condition_of(self.network, self.null)
+        if self.reader is None:
+            self.reader = reader_for(self.network)
         if self.reader is None or self.negative_prompt is None:
             return condition_of(self.network, None if self.reader is None else self.reader.null)
         return condition_of(self.network, self.reader.encode([self.negative_prompt]))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network takes prompts, and not labels."""
+        return reads_text(self.network)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -152,7 +161,7 @@ class Sampler:
         words = isinstance(asked, (str, Text)) or not isinstance(asked, Tensor) and any(
             isinstance(one, str) for one in asked
         )
-        if self.reader is None:
+        if not self.reads_text:
             if words:
                 raise ValueError(
                     "the network takes class labels, and was given prompts; give the numbers of "
@@ -166,6 +175,8 @@ class Sampler:
                 "the network reads text, and was given class labels; give a list of prompts, such "
                 'as ["a thick three"]'
             )
+        if self.reader is None:
+            raise ValueError("the Sampler has `null` and no `reader`; give prompts as a Text")
         return self.reader.encode(checked_prompts(asked)).to(device)
 
     def notes(self, asked: object) -> list[str]:

@@ -49,7 +49,7 @@ texts = [torch.hub.help("owner/repo:main", name, **{ASK!r}) for name in names]
 network = torch.hub.load("owner/repo:main", "DiT_Ti_8", **{ASK!r})
 print(json.dumps([names, texts, network.config]))
 """, TORCH_HOME=str(tmp_path))  # fmt: skip
-    assert sorted(found[0]) == sorted([*NAMES, "digits_sampler", "sampler"])
+    assert sorted(found[0]) == sorted([*NAMES, "digits_sampler", "network", "sampler"])
     assert all(len(text) > 100 for text in found[1])
     assert found[2] == DiT_models["DiT-Ti/8"]().config
 
