@@ -155,7 +155,7 @@ def class_boxes(gr: ModuleType, sampler: Sampler) -> list:
 def prompt_boxes(gr: ModuleType) -> list:
     """The inputs for prompts and for the negative prompt."""
     prompts = gr.Textbox(
-        label="Prompts", info="one a line; an empty line is the empty prompt", lines=4,
+        label="Prompts", info="one a line; an empty line between others is the empty prompt", lines=4,
         max_length=LONGEST_PROMPTS,
     )  # fmt: skip
     negative = gr.Textbox(

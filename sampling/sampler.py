@@ -277,9 +277,10 @@ class Sampler:
 
         Raises ValueError as `conditions`, and if the images are not finite.
         """
+        values = self.conditions(labels)
         for note in self.notes(labels):
             print(f"note: {note}", file=sys.stderr)
-        for out in self.seeded_trajectory(labels, seed):
+        for out in self.seeded_trajectory(values, seed):
             last = out["sample"]
         return self.decode(last).cpu().numpy()
 
