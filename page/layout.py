@@ -155,8 +155,8 @@ def class_boxes(gr: ModuleType, sampler: Sampler) -> list:
 def prompt_boxes(gr: ModuleType) -> list:
     """The inputs for prompts and for the negative prompt."""
     prompts = gr.Textbox(
-        label="Prompts", info="one a line; an empty line between others is the empty prompt", lines=4,
-        max_length=LONGEST_PROMPTS,
+        label="Prompts", info="one a line; an empty line between others is the empty prompt",
+        lines=4, max_length=LONGEST_PROMPTS,
     )  # fmt: skip
     negative = gr.Textbox(
         label="Negative prompt", info="what guidance leads away from; may be empty", max_lines=1,

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import pytest
-import torch
 
 import app
 from page import drawing, visitors

@@ -1,4 +1,4 @@
-"""Sampler, sample.py and sample_ddp.py with a network that reads text."""
+"""Sampler, sample.py, sample_ddp.py and export.py with a network that reads text."""
 
 from dataclasses import replace
 import hashlib
@@ -12,8 +12,8 @@ import torch
 
 from conditions.text import pieces
 from conftest import fill_randomly, randn
-from layers.text import Text
 from models import DiT
+import export
 import sample
 import sample_ddp
 from processes.flow import FlowProcess
@@ -400,7 +400,10 @@ def test_many_images_are_asked_what_they_are_to_be(tmp_path, ckpt):
         job(labels, prompts="x")
 
 
-def test_text_is_no_text_of_another_kind():
-    """What says how many there are is the Text."""
-    assert len(flow_sampler().conditions([])) == 0
-    assert isinstance(flow_sampler().conditions(PROMPTS), Text)
+def test_what_is_exported_draws_the_same(tmp_path, ckpt):
+    made = tmp_path / "exported.safetensors"
+    export.main([
+        "--ckpt", ckpt, "--vae", "none", "--format", "safetensors", "--output", str(made)
+    ])  # fmt: skip
+    first, second = (drawn(tmp_path, str(path), "--prompt", *PROMPTS[::2]) for path in (ckpt, made))
+    assert np.array_equal(first[0], second[0]) and first[0].std() > 0

@@ -11,6 +11,7 @@ SIZES = dict(
 )
 LONG = "one two three four five six seven eight nine"  # of more pieces than text_length
 READ = "one two three four five six seven"
+FLOW = FlowProcess()
 
 
 def reader(seed=0, **changes):
@@ -18,7 +19,7 @@ def reader(seed=0, **changes):
     return fill_randomly(MMDiT(**{**SIZES, **changes}), seed, std=0.3).eval().requires_grad_(False)
 
 
-def saved(path, network, process=FlowProcess()):
+def saved(path, network, process=FLOW):
     """The path of a file with the network, which has learned this process."""
     said = None if process is None else process.config
     save_weights(path, Weights(network.state_dict(), network.config, None, process=said))
