@@ -1,4 +1,4 @@
-"""A page for sampling: choose classes, guidance and solver, and watch the images come about.
+"""A page for sampling: choose classes or write prompts, and watch the images come about.
 
     python app.py                     # the digits of examples/digits, with nothing to download
     python app.py --ckpt released     # the released XL/2, ImageNet at 256 pixels, names to search
@@ -209,7 +209,7 @@ def picture_settings(
     flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
     names = {"ckpt": Path(choice.ckpt or RELEASED).name, "vae": Path(vae).name}
     chosen = dict.fromkeys(("sampler", "num_sampling_steps", "cfg_scale"))  # come first
-    settled = OPTIONS.settled(sampler.process, sampler.sampler)
+    settled = OPTIONS.settled(sampler.process, sampler.sampler, sampler.reads_text)
     # A solver's own come with a visitor's choice
     options = {name: value for name, value in settled.items() if name not in OWN}
     size = {"image_size": sampler.image_size}

@@ -4,6 +4,7 @@
     network = torch.hub.load("OWNER/REPO", "DiT_XL_2", pretrained=True)   # released, 256 pixels
     sampler = torch.hub.load("FOLDER", "digits_sampler", source="local")  # FOLDER: a checkout
     sampler = torch.hub.load("OWNER/REPO", "sampler", "my-dit")           # of any checkpoint
+    network = torch.hub.load("OWNER/REPO", "network", "MMDiT-24/2")       # of any model's name
 
 A Python process has one module of each name. What is loaded here takes the names in `TAKEN` for the
 rest of the process: if a module of the caller has one of them already, loading raises ImportError,
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any
 import torch
 
 if _TYPE_CHECKING:
+    from checkpoints.networks import Network
     from models import DiT
     from sampling.sampler import Sampler
 
@@ -33,7 +35,7 @@ dependencies = ["torch", "timm", "diffusers", "numpy", "PIL", "safetensors", "tq
 # What networks and samplers are made of; a network of random weights takes the first two alone.
 TAKEN = (
     "layers", "models", "checkpoints", "conditions", "diffusion", "flow", "processes", "runtime",
-    "sampling", "vae",
+    "sampling", "vae", "variants",
 )  # fmt: skip
 
 
@@ -115,6 +117,22 @@ with _own_modules(TAKEN[:2]):
 globals().update({entry.__name__: entry for entry in map(_entry, _DiT_models)})
 
 
+def network(model: str, **arguments: _Any) -> "Network":
+    """A network of random weights by its model's name, also one that reads text: "MMDiT-24/2".
+
+    `arguments` are those of its class, such as input_size and, of MMDiT, text_width: the width of
+    what outside text encoders give; without it the network has an encoder of its own. Raises
+    ValueError for a name that there is not and for arguments that do not fit together, ImportError
+    for a module of another project in the way.
+    """
+    with _own_modules(TAKEN):
+        from checkpoints.networks import MODELS
+
+        if model not in MODELS:
+            raise ValueError(f"`model` is {model!s:.60}; give one of {', '.join(MODELS)}")
+        return MODELS[model](**arguments)
+
+
 def digits_sampler(steps: int = 50, cfg_scale: float = 1.5, **options: _Any) -> "Sampler":
     """A sampler of handwritten digits, 32 pixels, from weights in the repository.
 
@@ -134,6 +152,7 @@ def digits_sampler(steps: int = 50, cfg_scale: float = 1.5, **options: _Any) -> 
 def sampler(checkpoint: "str | None" = None, **options: _Any) -> "Sampler":
     """A sampler of a checkpoint, diffusion or flow, as sampling.load_sampler returns it.
 
+    Its `images` take labels, or of a network that reads text prompts: images(["a thin seven"]).
     `checkpoint` is what sample.py's --ckpt takes; None: the released weights, with
     model="SiT-XL/2" those of the flow. Raises ValueError for what does not fit together,
     ImportError for a module of another project in the way.

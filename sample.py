@@ -1,10 +1,11 @@
-"""Sample class-conditional images from a DiT into one labelled picture.
+"""Sample images of classes, or of prompts, into one labelled picture.
 
     python sample.py                             # the released XL/2, ImageNet at 256 pixels
     python sample.py --image-size 512 --seed 1 --class-labels 207 88
     python sample.py --ckpt results/000-DiT-XL-2 --vae ema --sampler ddim --num-sampling-steps 50
     python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
       --class-labels 3 1 4 --trajectory 314.gif
+    python sample.py --ckpt results/000-MMDiT-Ti-1 --prompt "a thick three" "a thin seven"
 
 A checkpoint of this project says itself how its network is built; for others --model and
 --num-classes do. --image-size 384 or 256x384, HEIGHTxWIDTH, asks for other pictures than the
@@ -18,12 +19,14 @@ if __name__ == "__main__":
 
 from collections.abc import Collection
 from pathlib import Path
+import sys
 
 import numpy as np
 
 from checkpoints.choice import NUM_CLASSES
 from checkpoints.loading import find_files
 from conditions.labels import label_indices, readable
+from conditions.reading import checked_prompts
 from runtime.devices import choose_device, tf32
 from runtime.disk import check_writable
 from sampling.pictures import (
@@ -46,6 +49,11 @@ def build_parser() -> Parser:
         help="numbers, or names if the checkpoint knows them; index:3 or name:3 where 3 is both "
         "(default: eight classes)",
     )  # fmt: skip
+    group.add_argument(
+        "--prompt", nargs="+", metavar="TEXT",
+        help="for a network that reads text: what to draw, a text for each image; ' ' is the empty "
+        "prompt",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
         "--output", default="sample.png",
@@ -62,7 +70,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door("--image-size or the number of --class-labels")
+@door("--image-size or the number of --class-labels, or of prompts")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
@@ -79,15 +87,18 @@ def main(argv: list[str] | None = None) -> None:
         device = choose_device(args.device)
         files = find_files(choice, VAE)
         sampler = build_sampler(choice, files, options, device)
-        labels = parse_labels(args.class_labels, sampler.network.num_classes, sampler.classes)
+        asked = parse_asked(args.class_labels, args.prompt, sampler)
+    for note in sampler.notes(asked):
+        print(f"note: {note}", file=sys.stderr)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    used = options.settled(sampler.process) | {
-        "vae": files.vae, "class_labels": labels, "image_size": sampler.image_size,
+    used = options.settled(sampler.process, text=sampler.reads_text) | {
+        "vae": files.vae, "prompt" if sampler.reads_text else "class_labels": asked,
+        "image_size": sampler.image_size,
     }  # fmt: skip
     try:
         with tf32(args.tf32):
-            images, frames = sample(sampler, labels, args.seed, shown)
-        texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
+            images, frames = sample(sampler, asked, args.seed, shown)
+        texts = captions(asked, sampler.network.num_classes, readable(sampler.classes))
         save(picture(images, texts), args.output, vars(args) | used)
         size = f"{images.shape[1]}x{images.shape[2]}"  # height x width, as --image-size
         print(f"wrote {args.output}: {len(images)} images of {size} pixels")
@@ -108,6 +119,32 @@ def check_output(flag: str, path: str) -> None:
         ending(path)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
+
+
+def parse_asked(
+    labels: list[str] | None, prompts: list[str] | None, sampler: Sampler
+) -> list[int] | list[str]:
+    """What --class-labels or --prompt ask a network for: class indices, or prompts where it reads
+    text.
+
+    Raises ValueError for the flag that the network does not have, for labels that it does not have,
+    and without prompts.
+    """
+    if not sampler.reads_text:
+        if prompts:
+            raise ValueError(
+                "--prompt: the network does not read text; leave the flag out"
+                + (", and give --class-labels" if sampler.network.num_classes else "")
+            )
+        return parse_labels(labels, sampler.network.num_classes, sampler.classes)
+    if labels:
+        raise ValueError("--class-labels: the network reads text; give --prompt instead")
+    if not prompts:
+        raise ValueError(
+            'the network reads text; say with --prompt what it is to draw, such as --prompt "a '
+            'thick three" "a thin seven"'
+        )
+    return checked_prompts(prompts, "prompt")
 
 
 def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] | None) -> list[int]:
@@ -135,15 +172,15 @@ def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] |
 
 
 def sample(
-    sampler: Sampler, labels: list[int], seed: int, shown: Collection[int] = ()
+    sampler: Sampler, asked: list[int] | list[str], seed: int, shown: Collection[int] = ()
 ) -> tuple[np.ndarray, list[tuple[float, np.ndarray]]]:
-    """Images (N, H, W, 3), a uint8 array, and [(t, images as predicted at step t)] for the steps
-    with the indices in `shown`.
+    """Images (N, H, W, 3) of labels or prompts, a uint8 array, and [(t, images as predicted at step
+    t)] for the steps with the indices in `shown`.
 
     From torch's generator, seeded with `seed` just before the first draw.
     """
     frames = []
-    for i, out in enumerate(sampler.seeded_trajectory(labels, seed, progress=True)):
+    for i, out in enumerate(sampler.seeded_trajectory(asked, seed, progress=True)):
         if i in shown:
             frames.append((out["t"], sampler.decode(out["pred_xstart"]).cpu().numpy()))
     return sampler.decode(out["sample"]).cpu().numpy(), frames

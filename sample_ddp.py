@@ -8,7 +8,8 @@ Image i, its label included, depends on --global-seed, i and its size, however t
 Images go to SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `arr_0`, (N, H, W,
 3)), where NAME tells checkpoint, guidance, steps, sampler, seed and number, and ends in a hash of
 these and all else that decides the content (interval, precision, VAE, size …); NAME/manifest.json
-lists it. The same command goes on where it stopped.
+lists it. The same command goes on where it stopped. A network that reads text takes --prompts; the
+prompt of each image is a line of NAME/captions.txt and of NAME.captions.txt.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt
@@ -51,6 +52,12 @@ def build_parser() -> Parser:
         help="random: drawn for each image; balanced: image i is of class i modulo their number; "
         "or a file with a number or name in each line (index:3 or name:3 where 3 is both), of "
         "which the first are used (default: %(default)s)",
+    )  # fmt: skip
+    run.add_argument(
+        "--prompts", metavar="FILE",
+        help="for a network that reads text: a file with a prompt in each line, the empty one in "
+        "an empty line; they take turns: image i has that of line i modulo their number, counted "
+        "from 0",
     )  # fmt: skip
     add_sampling_flags(parser, VAE, cfg_scale=1.5)
     return parser

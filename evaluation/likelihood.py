@@ -17,7 +17,8 @@ from checkpoints.loading import (
 )  # fmt: skip
 from checkpoints.networks import Network
 from checkpoints.weights import load_weights
-from conditions.condition import condition_of
+from conditions.condition import Values, condition_of
+from conditions.reading import reader_for
 from data.cache import CachedLatents
 from data.cache_format import MOMENTS
 from data.images import ImageDataset
@@ -39,6 +40,7 @@ DENSITY = (
     "bits per dimension are of a density of latents: they may be below 0, and compare networks "
     "behind the same autoencoder alone"
 )
+WITHOUT_TEXT = "the network reads text, and every image has the empty prompt"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class LikelihoodOptions:
 class Measured(NamedTuple):
     """A network that has learned a flow, and the images whose likelihood is taken.
 
-    `labels` are the network's labels for those of the images, in their order.
+    `labels` are the network's labels for those of the images, in their order. `null` is what each
+    image is conditioned on where the network reads text: the empty prompt.
     """
 
     network: Network
@@ -84,6 +87,7 @@ class Measured(NamedTuple):
     space: Space
     options: LikelihoodOptions
     checkpoint: Path
+    null: Values | None = None
 
     @property
     def dims(self) -> int:
@@ -129,9 +133,16 @@ class Measured(NamedTuple):
         log_p = self.process.flow.log_likelihood(
             self.network, x, exact=self.options.exact,
             probe=None if self.options.exact else torch.where(noise_fn(x) < 0, -1.0, 1.0),
-            model_kwargs=condition_of(self.network).keywords(labels),
+            model_kwargs=self.condition(labels),
         )  # fmt: skip
         return bits_per_dim(log_p, self.dims) + finer
+
+    def condition(self, labels: Tensor) -> dict[str, Any]:
+        """Keywords of the network's forward for images with these labels (n,)."""
+        condition = condition_of(self.network, self.null)
+        return condition.keywords(
+            labels if self.null is None else condition.blank(len(labels), labels.device)
+        )
 
     def seen(self, data: Tensor, noise_fn: NoiseFunction) -> tuple[Tensor, float]:
         """(what the network sees (n, C, *space) of pixels or moments, the bits per dimension that
@@ -169,9 +180,11 @@ def load_measured(
     if cached:
         check_fits(cached, network, shape, files.vae)
     labels = labels_of(images.classes, weights.classes, network.num_classes)
+    reader = reader_for(network.to(device))
     return Measured(
-        network.to(device), process, images, labels,
+        network, process, images, labels,
         stored_space(cached) if cached else load_vae(files.vae, device), options, files.checkpoint,
+        None if reader is None else reader.null,
     )  # fmt: skip
 
 
@@ -246,10 +259,11 @@ def report_on(measured: Measured, bits: Tensor) -> dict[str, Any]:
     images, options, count = measured.images, measured.options, len(bits)
     numbers = bits.double().cpu()
     is_density = not isinstance(measured.space, PixelSpace)
+    without_text = [] if measured.null is None else [WITHOUT_TEXT]
     error = float(numbers.std()) / math.sqrt(count) if count > 1 else None
     scores = {"bits_per_dim": float(numbers.mean()), "standard_error": error}
     return {
-        "scores": scores, "notes": [*images.notes, *[DENSITY] * is_density],
+        "scores": scores, "notes": [*images.notes, *[DENSITY] * is_density, *without_text],
         "samples": {"path": str(options.samples), "images": count, "dimensions": measured.dims},
         "network": {"path": str(measured.checkpoint), "process": measured.process.config},
         "settings": {

@@ -1,11 +1,12 @@
-"""What a visitor of the page chooses, and the pictures that come of it."""
+"""What a visitor of the page chooses or writes, and the pictures that come of it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 import reprlib
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 import torch
@@ -21,7 +22,19 @@ from sampling.sampler import Sampler
 MOST_GUIDANCE, MOST_IMAGES = 10.0, 16
 STRIP_ROWS = 4  # of sixteen images at 512 pixels a strip would have 34 million pixels
 SEEDS = 2**63
+LONGEST_PROMPT = 1000  # characters
+LONGEST_PROMPTS = MOST_IMAGES * (LONGEST_PROMPT + 1)  # in as many lines as there are images
 WHOLE = "whole number"
+CLASSES, PROMPTS = "class_labels", "prompt"  # under which a picture's settings have what was asked
+
+
+class Written(NamedTuple):
+    """What a visitor wrote for a network that reads text, of whatever type: prompts, one a line,
+    and what samples are guided away from.
+    """
+
+    prompts: object
+    negative: object
 
 
 def class_choices(network: Network, classes: list[str] | None) -> list[tuple[str, int]]:
@@ -82,21 +95,56 @@ def chosen_labels(classes: object, count: int, num_classes: int) -> list[int]:
     return [classes[i % len(classes)] for i in range(count)]
 
 
+def written_text(name: str, written: object, longest: int) -> str:
+    """The text that a visitor wrote. Raises ValueError if it is none, or longer than this."""
+    with suppress(UnicodeEncodeError):  # of half a character
+        if isinstance(written, str) and len(written) <= longest:
+            written.encode()
+            return written.strip()
+    raise ValueError(
+        f"{name} is {reprlib.repr(written)}; it must be a text of at most {longest:,} characters."
+    )
+
+
+def written_prompts(written: object, count: int) -> list[str]:
+    """The prompts of `count` images: the lines take turns; an empty line is the empty prompt.
+
+    Raises ValueError for lines that are too long, or no text.
+    """
+    lines = written_text("What is to be drawn", written, LONGEST_PROMPTS).splitlines() or [""]
+    prompts = [
+        written_text(f"Line {number} of the prompts", line, LONGEST_PROMPT)
+        for number, line in enumerate(lines, start=1)
+    ]
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def written_negative(written: object, guidance: float) -> str | None:
+    """The negative prompt that a visitor wrote, None for an empty one.
+
+    Raises ValueError for one that is too long or no text, and where nothing is guided.
+    """
+    text = written_text("The negative prompt", written, LONGEST_PROMPT)
+    if text and guidance == 1:
+        raise ValueError("A negative prompt needs guidance, and 1 is none: choose more, or none.")
+    return text or None
+
+
 def always() -> bool:
     """True."""
     return True
 
 
 def draw(
-    sampler: Sampler, labels: list[int], seed: int, device: torch.device,
+    sampler: Sampler, labels: list[int] | list[str], seed: int, device: torch.device,
     wanted: Callable[[], bool] = always,
 ) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:  # fmt: skip
     """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS
     steps, and at the end (steps, picture of the images, strip of how the first STRIP_ROWS came
     about).
 
-    Image i depends on (seed, i), its label and the sampler alone, up to rounding. Raises ValueError
-    as Sampler.decode, and before a step if wanted() does not hold.
+    Image i depends on (seed, i), its label or prompt and the sampler alone, up to rounding. Raises
+    ValueError as Sampler.decode, and before a step if wanted() does not hold.
     """
     texts = captions(labels, sampler.network.num_classes, readable(sampler.classes))
     noise_fn = ImageNoise(seed, range(len(labels)), device)
@@ -104,7 +152,7 @@ def draw(
     steps, frames = len(sampler.steps()), []
     in_strip = evenly(steps, STRIP_MOMENTS)
     previewed = {*evenly(steps, GIF_MOMENTS), *in_strip}
-    way = sampler.trajectory(torch.tensor(labels, device=device), noise, noise_fn)
+    way = sampler.trajectory(sampler.conditions(labels), noise, noise_fn)
     for i, out in enumerate(while_wanted(way, wanted)):
         if i in previewed:
             images = sampler.decode(out["pred_xstart"]).cpu().numpy()
@@ -128,30 +176,31 @@ def while_wanted(way: Iterator[dict], wanted: Callable[[], bool]) -> Iterator[di
 
 
 def answer(
-    base: Sampler, settings: dict[str, Any], device: torch.device, classes: object, count: object,
+    base: Sampler, settings: dict[str, Any], device: torch.device, asked: object, count: object,
     guidance: object, solver: object, steps: object, seed: object,
     wanted: Callable[[], bool] = always,
 ) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
-    """draw for a visitor's choices, of whatever type, of a base Sampler; yields (status, picture,
+    """draw for a visitor's choices, of whatever type, of a base Sampler: classes are asked for, or
+    what is Written; yields (status, picture,
     strip, PNG file), the last two None before the end. At the end the picture is that file too,
     which is gone when the generator goes on. The PNG file has the choices inside, and `settings`:
     what a picture depends on beside them.
 
     Raises ValueError for choices that make no sense, before any work, and as draw.
     """
-    sampler, chosen = read_choices(base, classes, count, guidance, solver, steps, seed)
-    number, labels = chosen["seed"], chosen["class_labels"]
+    sampler, chosen = read_choices(base, asked, count, guidance, solver, steps, seed)
+    number, labels = chosen["seed"], chosen[PROMPTS if base.reads_text else CLASSES]
     for done, drawn, rows in draw(sampler, labels, number, device, wanted):
         if rows is None:
             yield f"Step {done} of {sampler.num_sampling_steps}", drawn, None, None
     with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
         path = str(Path(folder) / f"dit-seed-{number}.png")
         save(drawn, path, settings | chosen)
-        yield f"Seed {number}", path, rows, path
+        yield ". ".join([f"Seed {number}", *sampler.notes(labels)]), path, rows, path
 
 
 def read_choices(
-    base: Sampler, classes: object, count: object, guidance: object, solver: object, steps: object,
+    base: Sampler, asked: object, count: object, guidance: object, solver: object, steps: object,
     seed: object,
 ) -> tuple[Sampler, dict]:  # fmt: skip
     """(the Sampler for a visitor's choices, the settings that they are).
@@ -165,14 +214,19 @@ def read_choices(
         )
     steps = whole("Steps", steps, solvers[solver].least, solvers[solver].most)
     guidance = bounded(
-        "Guidance", guidance, 1, MOST_GUIDANCE if base.network.null_label is not None else 1
+        "Guidance", guidance, 1, MOST_GUIDANCE if base.condition.has_null else 1
     )
-    labels = chosen_labels(
-        classes, whole("How many images", count, 1, MOST_IMAGES), base.network.num_classes
-    )
+    images = whole("How many images", count, 1, MOST_IMAGES)
     chosen: dict[str, Any] = dict(
         cfg_scale=guidance, sampler=solver, num_sampling_steps=steps
     )  # fmt: skip
+    what: dict[str, Any] = {}
+    if not base.reads_text:
+        what[CLASSES] = chosen_labels(asked, images, base.network.num_classes)
+    else:
+        prompts, negative = asked if isinstance(asked, Written) else (asked, "")
+        what[PROMPTS] = written_prompts(prompts, images)
+        chosen["negative_prompt"] = written_negative(negative, guidance)
     sampler = replace(base, **chosen, solver_options={})
     own = solvers[solver].options
-    return sampler, {**own, **chosen, "seed": read_seed(seed), "class_labels": labels}
+    return sampler, {**own, **chosen, "seed": read_seed(seed), **what}

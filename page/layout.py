@@ -1,6 +1,6 @@
 """What stands where on the page: a gradio.Blocks with controls, pictures and their texts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 import json
 from types import ModuleType
@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conditions.labels import readable
-from page.drawing import MOST_GUIDANCE, MOST_IMAGES, STRIP_ROWS, answer, class_choices
+from page.drawing import (
+    LONGEST_PROMPT, LONGEST_PROMPTS, MOST_GUIDANCE, MOST_IMAGES, STRIP_ROWS, Written, answer,
+    class_choices,
+)  # fmt: skip
 from page.visitors import ENDPOINT, Visitors
 from sampling.sampler import Sampler
 
@@ -23,6 +26,11 @@ HELP = (
     "depends on its class, *i*, the seed, guidance, solver and steps, up to rounding; not on how "
     "many images there are, nor on other visitors."
 )
+HELP_ON_TEXT = (
+    "Several prompts take turns: the first image is of the first line, and so on. Image *i* "
+    "depends on its prompt, the negative prompt, *i*, the seed, guidance, solver and steps, up to "
+    "rounding; not on how many images there are, nor on other visitors."
+)
 
 
 def build_page(
@@ -33,27 +41,6 @@ def build_page(
     It opens with the sampler's solver and steps. `settings` as for `answer`.
     """
     import gradio as gr
-
-    def respond(
-        classes: object, count: object, guidance: object, solver: object, steps: object,
-        seed: object, request: gr.Request,
-    ) -> Iterator[tuple]:  # fmt: skip
-        wanted = partial(visitors.waits_for, request.session_hash)
-        try:
-            answered = answer(
-                sampler, settings, device, classes, count, guidance, solver, steps, seed, wanted
-            )
-            for text, drawn, rows, path in answered:
-                yield text, drawn, rows, gr.DownloadButton(value=path, interactive=path is not None)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        except torch.OutOfMemoryError:
-            raise gr.Error(
-                "The device's memory is too small for this: draw fewer images.",
-                print_exception=False,
-            ) from None
-        finally:
-            visitors.tidy()
 
     with gr.Blocks(title="DiT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
         gr.Markdown("# DiT")
@@ -72,13 +59,50 @@ def build_page(
                     "image at time t"
                 )
                 rows = gr.Image(label="Over time", format="png", height=380, **look)
-        gr.Markdown(HELP)
+        gr.Markdown(HELP_ON_TEXT if sampler.reads_text else HELP)
         outputs = [status, shown, rows, download]
         gr.on(
-            [button.click, choices[-1].submit], respond, choices, outputs, show_progress_on=status,
-            api_name=ENDPOINT, preprocess=False,
+            [button.click, choices[-1].submit], responder(sampler, settings, device, visitors),
+            choices, outputs, show_progress_on=status, api_name=ENDPOINT, preprocess=False,
         )  # fmt: skip
     return page
+
+
+def responder(
+    sampler: Sampler, settings: dict[str, Any], device: torch.device, visitors: Visitors
+) -> Callable[..., Iterator[tuple]]:
+    """What answers a visitor's choices, in the order of `controls`, with the page's outputs."""
+    import gradio as gr
+
+    def respond(
+        asked: object, count: object, guidance: object, solver: object, steps: object,
+        seed: object, request: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
+        wanted = partial(visitors.waits_for, request.session_hash)
+        try:
+            answered = answer(
+                sampler, settings, device, asked, count, guidance, solver, steps, seed, wanted
+            )
+            for text, drawn, rows, path in answered:
+                yield text, drawn, rows, gr.DownloadButton(value=path, interactive=path is not None)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        except torch.OutOfMemoryError:
+            raise gr.Error(
+                "The device's memory is too small for this: draw fewer images.",
+                print_exception=False,
+            ) from None
+        finally:
+            visitors.tidy()
+
+    def respond_to_text(
+        prompts: object, negative: object, count: object, guidance: object, solver: object,
+        steps: object, seed: object, request: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
+        asked = Written(prompts, negative)
+        yield from respond(asked, count, guidance, solver, steps, seed, request)
+
+    return respond_to_text if sampler.reads_text else respond
 
 
 def page_theme() -> "gradio.themes.Default":
@@ -98,15 +122,8 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
 
     All are in the part of the page that is being built.
     """
-    network = sampler.network
-    total, has_classes, guidable = (
-        network.num_classes, network.num_classes > 0, network.null_label is not None,
-    )  # fmt: skip
-    classes = gr.Dropdown(
-        class_choices(network, readable(sampler.classes)), multiselect=True,
-        value=sorted({i * total // COUNT for i in range(COUNT)}) if total else [],
-        visible=has_classes, label="Classes", info="type a name or number to search",
-    )  # fmt: skip
+    guidable = sampler.condition.has_null
+    asked = prompt_boxes(gr) if sampler.reads_text else class_boxes(gr, sampler)
     count = gr.Slider(1, MOST_IMAGES, COUNT, step=1, label="How many images")
     guidance = gr.Slider(
         1, MOST_GUIDANCE, GUIDANCE if guidable else 1, step=0.1, visible=guidable, label="Guidance",
@@ -121,4 +138,28 @@ def controls(gr: ModuleType, sampler: Sampler) -> tuple[list, "gradio.Button"]:
     seed = gr.Textbox("0", label="Seed", max_lines=1)
     own = json.dumps({name: one.steps for name, one in solvers.items()})
     solver.change(None, solver, steps, js=f"name => ({own})[name]")
-    return [classes, count, guidance, solver, steps, seed], gr.Button("Draw", variant="primary")
+    return [*asked, count, guidance, solver, steps, seed], gr.Button("Draw", variant="primary")
+
+
+def class_boxes(gr: ModuleType, sampler: Sampler) -> list:
+    """The input for classes, hidden for a network without."""
+    total = sampler.network.num_classes
+    classes = gr.Dropdown(
+        class_choices(sampler.network, readable(sampler.classes)), multiselect=True,
+        value=sorted({i * total // COUNT for i in range(COUNT)}) if total else [],
+        visible=total > 0, label="Classes", info="type a name or number to search",
+    )  # fmt: skip
+    return [classes]
+
+
+def prompt_boxes(gr: ModuleType) -> list:
+    """The inputs for prompts and for the negative prompt."""
+    prompts = gr.Textbox(
+        label="Prompts", info="one a line; an empty line between others is the empty prompt",
+        lines=4, max_length=LONGEST_PROMPTS,
+    )  # fmt: skip
+    negative = gr.Textbox(
+        label="Negative prompt", info="what guidance leads away from; may be empty", max_lines=1,
+        max_length=LONGEST_PROMPT,
+    )  # fmt: skip
+    return [prompts, negative]

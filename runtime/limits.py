@@ -63,7 +63,7 @@ RANGES = {
     "seed": Range(0, 2**63 - 1),
 }
 # Argument → how many values it may have.
-MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "cfg_scale": 64}
+MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "prompt": 4096, "cfg_scale": 64}
 
 
 def check_numbers(options: object, **others: Range) -> None:

@@ -21,6 +21,7 @@ from processes.table import SOLVERS, WORDS
 from runtime.command_line import read_size
 from runtime.limits import check_numbers
 from sampling.options import LAST_STEP_NAMES, SamplingOptions, check_seed
+from sampling.sampler import CFG_CHANNELS, CFG_CHANNELS_OF_TEXT
 from sampling.speed import PRECISIONS
 
 # Flags whose defaults count only where the checkpoint does not say it
@@ -112,24 +113,7 @@ def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
         "--eta", type=float, default=SamplingOptions.eta,
         help="noise that ddim adds: 0 none, 1 as much as ddpm (default: %(default)s)",
     )  # fmt: skip
-    process.add_argument(
-        "--cfg-scale", type=float, default=cfg_scale,
-        help="guidance; 1 is none (default: %(default)s)",
-    )  # fmt: skip
-    process.add_argument(
-        "--cfg-channels", type=_channels, default=SamplingOptions.cfg_channels,
-        help="latent channels to guide, or all (default: %(default)s)",
-    )  # fmt: skip
-    process.add_argument(
-        "--cfg-interval",
-        type=float,
-        nargs=2,
-        default=list(SamplingOptions.cfg_interval),
-        metavar=("LO", "HI"),
-        help="guide only at steps whose level, 0 being clean and 1 noise, is from LO to HI: "
-        f"t/{TRAINED_STEPS} in diffusion, 1 - t in a flow; elsewhere without "
-        "guidance, on half the batch, at about half the cost (default: 0 1, everywhere)",
-    )
+    add_guidance_flags(process, cfg_scale)
     process.add_argument(
         "--mixed-precision", choices=PRECISIONS, default=SamplingOptions.mixed_precision,
         help="the network's; the steps and the VAE stay in float32 (default: %(default)s)",
@@ -146,6 +130,34 @@ def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
     )
     add_size_flags(process)
     add_flow_flags(parser.add_argument_group("process: flow, whose t goes from 0, noise, to 1"))
+
+
+def add_guidance_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
+    """Add those that say how samples are guided."""
+    process.add_argument(
+        "--cfg-scale", type=float, default=cfg_scale,
+        help="guidance; 1 is none (default: %(default)s)",
+    )  # fmt: skip
+    process.add_argument(
+        "--negative-prompt", metavar="TEXT",
+        help="of a network that reads text: what guidance leads away from (default: the empty "
+        "prompt)",
+    )  # fmt: skip
+    process.add_argument(
+        "--cfg-channels", type=_channels, default=CFG_CHANNELS,
+        help="latent channels to guide, or all (default: %(default)s; of a network that reads text "
+        f"{CFG_CHANNELS_OF_TEXT})",
+    )  # fmt: skip
+    process.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        default=list(SamplingOptions.cfg_interval),
+        metavar=("LO", "HI"),
+        help="guide only at steps whose level, 0 being clean and 1 noise, is from LO to HI: "
+        f"t/{TRAINED_STEPS} in diffusion, 1 - t in a flow; elsewhere without "
+        "guidance, on half the batch, at about half the cost (default: 0 1, everywhere)",
+    )
 
 
 def add_size_flags(process: _ArgumentGroup) -> None:
@@ -236,6 +248,6 @@ def sampling_options(args: Namespace, given: Collection[str], **others: Any) -> 
     SamplingOptions.
     """
     values = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
-    for name in {"sampler", "num_sampling_steps"} - set(given):
-        values[name] = None  # the process's own, and the sampler's, which may not be the flag's
+    for name in {"sampler", "num_sampling_steps", "cfg_channels"} - set(given):
+        values[name] = None  # what suits network, process and sampler, which may not be the flag's
     return SamplingOptions(**values | others)

@@ -10,7 +10,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned,
 )  # fmt: skip
-from checkpoints.networks import Network
+from checkpoints.networks import Network, reads_text
 from checkpoints.weights import load_weights
 from layers.sizes import MOST_IN_TABLE
 from runtime.devices import choose_device
@@ -74,7 +74,8 @@ def build_sampler(
     weights = load_weights(files.checkpoint, choice.weights)
     network = build_network(choice, weights, files.vae).to(device)
     process = process_learned(choice, weights, network)
-    values = options.settled(process, QUICK if quick and QUICK in process.solvers else None)
+    usual = QUICK if quick and QUICK in process.solvers else None
+    values = options.settled(process, usual, reads_text(network))
     own, compiled = solver_options(values), values["compile"]
     plain = {name: value for name, value in values.items() if name not in (*OWN, *OF_NETWORK)}
     extrapolate(network, options.extrapolation)

@@ -30,8 +30,8 @@ from runtime.presence import Presence
 from runtime.surroundings import Place, check_accelerate, own_place
 from sampling.loading import build_sampler
 from sampling.many_folder import (
-    circumstances, deciding, folder_of, image_path, images_there, make_folder,
-    recorded_options, remove_leftovers, write_locked, write_manifest,
+    CAPTIONS, Wishes, caption_lines, circumstances, deciding, folder_of, image_path, images_there,
+    make_folder, recorded_options, remove_leftovers, write_locked, write_manifest,
 )  # fmt: skip
 from sampling.options import ManyOptions, SamplingOptions
 from sampling.sampler import Sampler
@@ -45,13 +45,14 @@ TELL_SECONDS = 60  # between lines on what is left, where no terminal shows a ba
 class ManyJob:
     """All that is settled before the first image of a job is sampled.
 
-    labels: of every image, int64 (N,); manifest: what manifest.json has but for its runs; run: what
-    it tells of this start; place: this process among those that share the job.
+    labels: of every image, int64 (N,), or its prompt, a list of N texts; manifest: what
+    manifest.json has but for its runs; run: what it tells of this start; place: this process among
+    those that share the job.
     """
 
     sampler: Sampler
     options: ManyOptions
-    labels: Tensor
+    labels: Wishes
     folder: Path
     manifest: dict[str, Any]
     run: dict[str, Any]
@@ -65,7 +66,8 @@ def sample_many(
     device: str | None = None, tf32: bool = True,
 ) -> Path:  # fmt: skip
     """Sample many images, as sample_ddp.py does: PNG files in a folder, then an .npz beside it.
-    The path of the .npz (uint8 `arr_0`, (N, H, W, 3)) comes back.
+    The path of the .npz (uint8 `arr_0`, (N, H, W, 3)) comes back. Of prompts, both have a file with
+    a line for each image beside them: captions.txt in the folder, NAME.captions.txt.
 
     A call with the same arguments goes on where an earlier one stopped. Under torchrun each process
     makes its share; the first one waits for the others and writes the .npz. device: None for the
@@ -126,6 +128,7 @@ def make_all(job: ManyJob) -> Path:
     missing = count - len(images_there(folder, count))
     if job.place.rank == 0:
         write_manifest(folder, job.manifest, job.run)
+        write_captions(job)
         print(f"{count - missing} of {count} images are in {folder}", flush=True)
     with Presence(folder, job.place) as presence:
         with tf32(job.tf32):
@@ -144,6 +147,19 @@ def npz_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.npz")
 
 
+def write_captions(job: ManyJob) -> None:
+    """Write the images' prompts, if they have any, in their folder and beside its .npz; print notes
+    on those that are too long.
+    """
+    if isinstance(job.labels, Tensor):
+        return
+    lines = caption_lines(job.labels)
+    for path in (job.folder / CAPTIONS, job.folder.with_name(f"{job.folder.name}.{CAPTIONS}")):
+        write_locked(path, lambda file: file.write(lines))
+    for note in job.sampler.notes(job.labels):
+        print(f"note: {note}", flush=True)
+
+
 def stamps(checkpoint: Path, vae: str) -> list[tuple[int, int, int]]:
     """What changes when the checkpoint, or a file of a local autoencoder, is replaced.
 
@@ -154,12 +170,19 @@ def stamps(checkpoint: Path, vae: str) -> list[tuple[int, int, int]]:
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
-def all_labels(many: ManyOptions, sampler: Sampler) -> Tensor:
-    """The label of every image, int64 (N,), as the option `labels` says.
+def all_labels(many: ManyOptions, sampler: Sampler) -> Wishes:
+    """The label of every image, int64 (N,), as the option `labels` says; where the network reads
+    text, the prompt of every image, as `prompts` says.
 
-    Raises ValueError for a file that does not fit.
+    Raises ValueError for a file that does not fit, and for the option that is not the network's.
     """
     count, classes = many.num_fid_samples, sampler.network.num_classes
+    if sampler.reads_text:
+        return _all_prompts(many)
+    if many.prompts is not None:
+        raise ValueError(
+            f"`prompts` {many.prompts}: the network does not read text; leave the argument out"
+        )
     if many.labels == "random":
         return random_labels(many.global_seed, range(count), max(1, classes))
     if not classes:
@@ -172,15 +195,35 @@ def all_labels(many: ManyOptions, sampler: Sampler) -> Tensor:
     return torch.tensor(_labels_in(many.labels, count, sampler))
 
 
-def _labels_in(path, count, sampler):
-    """The first `count` labels in a file."""
+def _all_prompts(many):
+    """The prompt of every image, a list of texts."""
+    if many.labels != ManyOptions.labels:
+        raise ValueError(f"`labels` {many.labels}: the network reads text; give `prompts` instead")
+    if many.prompts is None:
+        raise ValueError(
+            "the network reads text; say with `prompts` what it is to draw, a file with a prompt "
+            "in each line"
+        )
+    prompts = [
+        line.strip() for line in _lines_in(many.prompts, "prompts", "a file of text in UTF-8")
+    ]
+    if not prompts:
+        raise ValueError(f"`prompts` {many.prompts} has no line; write a prompt in each")
+    return [prompts[i % len(prompts)] for i in range(many.num_fid_samples)]
+
+
+def _lines_in(path, name, wanted):
+    """The lines in a file that an argument names."""
     try:
-        lines = read_bounded(path).decode("utf-8-sig").splitlines()
+        return read_bounded(path).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"`labels` {path} cannot be read ({reason}); give random, balanced, or a file"
-        ) from None
+        raise ValueError(f"`{name}` {path} cannot be read ({reason}); give {wanted}") from None
+
+
+def _labels_in(path, count, sampler):
+    """The first `count` labels in a file."""
+    lines = _lines_in(path, "labels", "random, balanced, or a file")
     if len(lines) < count:
         raise ValueError(
             f"`labels` {path} has {len(lines)} lines, `num_fid_samples` is {count}; one line per "
@@ -206,7 +249,7 @@ def sample_share(job: ManyJob) -> None:
     bar = dict(unit="batch", mininterval=every, maxinterval=every, disable=job.place.rank > 0)
     with Finisher(sampler, job.folder, job.device) as finisher:
         for indices, missing in tqdm(_own_chunks(job), **bar):
-            labels = job.labels[indices.start : indices.stop].to(job.device)
+            labels = sampler.conditions(job.labels[indices.start : indices.stop])
             finisher.take(sampler.numbered_latents(seed, indices, labels), indices, missing)
 
 

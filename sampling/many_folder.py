@@ -32,10 +32,15 @@ from sampling.sampler import Sampler
 from vae import vae_hashes
 
 MANIFEST = "manifest.json"
+CAPTIONS = "captions.txt"  # a line for each image, in order: its prompt
+Wishes = Tensor | list[str]  # what every image is to be: labels, int64 (N,), or N prompts
 # Options that change no image
 INCIDENTAL = ("device", "sample_dir", "ckpt")
 # Options that earlier versions lacked, at what these did: folders keep the names that they had
-NEWER = {"cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None}
+NEWER = {
+    "cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None,
+    "prompts": None, "negative_prompt": None,
+}  # fmt: skip
 POLICIES = ("random", "balanced")  # of labels; anything else is a file
 
 
@@ -47,7 +52,7 @@ def recorded_options(
     of sample_ddp.py's flags; of those that some solvers have, the solver's. The device is the one
     that is asked for. The image size is None where the network was trained on it.
     """
-    sampling = options.settled(sampler.process)
+    sampling = options.settled(sampler.process, text=sampler.reads_text)
     own = {name: sampling.pop(name) for name in OWN if name in sampling}
     last = {name: sampling.pop(name) for name in ("compile", "extrapolation")}
     other_size = sampler.latent != sampler.network.latent_shape
@@ -59,7 +64,7 @@ def recorded_options(
 
 
 def deciding(
-    recorded: dict[str, Any], files: NetworkFiles, network: Network, labels: Tensor,
+    recorded: dict[str, Any], files: NetworkFiles, network: Network, labels: Wishes,
     device_type: str,
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json has under "decides", from recorded_options and what the job has loaded:
@@ -72,13 +77,21 @@ def deciding(
     }
     if Path(files.vae).is_dir():
         decides["vae"] = "see vae_sha256"
-    if decides["labels"] not in POLICIES:
+    if isinstance(labels, list):
+        del decides["labels"]
+        decides["prompts"] = hashlib.sha256(caption_lines(labels)).hexdigest()
+    elif decides["labels"] not in POLICIES:
         decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     design = {key: value for key, value in network.config.items() if LATER.get(key) != value}
     return decides | {
         "device_type": device_type, "network": design,
         "checkpoint_sha256": file_hash(files.checkpoint), "vae_sha256": vae_hashes(files.vae),
     }  # fmt: skip
+
+
+def caption_lines(prompts: list[str]) -> bytes:
+    """What CAPTIONS holds: a line for each image."""
+    return "".join(f"{prompt}\n" for prompt in prompts).encode()
 
 
 def folder_of(recorded: dict[str, Any], decides: dict[str, Any]) -> Path:

@@ -13,7 +13,9 @@ from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import KINDS, SOLVERS
 from runtime.limits import RANGES, check_numbers, short
-from sampling.sampler import check_options, check_sampler, check_steps
+from sampling.sampler import (
+    CFG_CHANNELS, CFG_CHANNELS_OF_TEXT, check_negative, check_options, check_sampler, check_steps,
+)  # fmt: skip
 from sampling.speed import PRECISIONS
 
 # Options that some solvers have; ddim's eta, which is older, is apart. None: the solver's default
@@ -34,11 +36,14 @@ class SamplingOptions:
     sampler: a key of SOLVERS, None for the usual one of the network's process; num_sampling_steps:
     how many steps it takes, None for its own number.
     eta: the noise that ddim adds, from 0, none, to 1, as much as ddpm.
-    cfg_scale: guidance, 1 for none; cfg_channels: how many latent channels it is for, or "all";
+    cfg_scale: guidance, 1 for none; cfg_channels: how many latent channels it is for, or "all"
+    (None: 3, of a network that reads text all);
     cfg_interval: the shares of the noise levels, from 0 (clean) to 1, between which it applies.
     mixed_precision: a key of PRECISIONS, the network's; compile: whether to compile the network.
     extrapolation: a key of EXTRAPOLATIONS, where tokens are in images of another size than the
     network was trained on; None for what the network says.
+    negative_prompt: of a network that reads text, what samples are guided away from; None for the
+    empty prompt.
 
     The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
     solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
@@ -57,7 +62,7 @@ class SamplingOptions:
     num_sampling_steps: int | None = None
     eta: float = 0.0
     cfg_scale: float = 1.0
-    cfg_channels: int | str = 3
+    cfg_channels: int | str | None = None
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     mixed_precision: str = "no"
     compile: bool = False
@@ -70,6 +75,7 @@ class SamplingOptions:
     atol: float | None = None
     rtol: float | None = None
     extrapolation: str | None = None
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         # One type for each option: sample_many names folders after the options
@@ -84,16 +90,20 @@ class SamplingOptions:
         _check_eta(self)
         _check_interval(self)
         _check_last_step(self)
+        check_negative(self.negative_prompt, self.cfg_scale)
         if self.sampler is not None:
             check_options(_given(self), self.sampler)
         if self.num_sampling_steps is not None:
             _check_steps(self)
 
-    def settled(self, process: Process, usual: str | None = None) -> dict[str, Any]:
+    def settled(
+        self, process: Process, usual: str | None = None, text: bool = False
+    ) -> dict[str, Any]:
         """{name: value} of every option for a network of a process: with the solver, the number of
-        steps that are taken, and those of OWN that the solver has.
+        steps that are taken, the channels that are guided, and those of OWN that the solver has.
 
-        usual: the solver where none is given; None is that of the process. Raises ValueError for a
+        usual: the solver where none is given; None is that of the process. text: whether the
+        network reads text. Raises ValueError for a
         solver that the process does not have, and for options that the solver does not have.
         """
         sampler = self.sampler or usual or process.usual
@@ -106,6 +116,8 @@ class SamplingOptions:
         check_options(given, sampler, process.solvers)
         defaults = {name: value for name, value in solver.options.items() if name in OWN}
         values = {name: value for name, value in asdict(self).items() if name not in OWN}
+        if self.cfg_channels is None:
+            values["cfg_channels"] = CFG_CHANNELS_OF_TEXT if text else CFG_CHANNELS
         return values | {"sampler": sampler, "num_sampling_steps": steps} | defaults | given
 
 
@@ -139,7 +151,7 @@ def _check_choices(options):
         if value is not None and value not in [*known]:
             raise ValueError(f"`{name}` is {value!s:.60}; give one of {', '.join(known)}")
     channels = options.cfg_channels
-    if channels != "all" and not (isinstance(channels, int) and channels > 0):
+    if channels not in (None, "all") and not (isinstance(channels, int) and channels > 0):
         raise ValueError(
             f"`cfg_channels` is {channels}; give a number of channels, 1 or more, or all"
         )
@@ -192,6 +204,8 @@ class ManyOptions:
     sample_dir: where the folder of images and the .npz go.
     global_seed: image i depends on it and on i alone.
     labels: "random", "balanced", or a file with a number or name in each line.
+    prompts: of a network that reads text, a file with a prompt in each line. They take turns: image
+        i has the prompt of line i modulo their number, counted from 0.
 
     Raises ValueError for numbers out of their range.
     """
@@ -201,12 +215,14 @@ class ManyOptions:
     sample_dir: Path | str = "samples"
     global_seed: int = 0
     labels: Path | str = "random"
+    prompts: Path | str | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.global_seed)
         check_numbers(self)
-        for name in ("sample_dir", "labels"):
-            object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("sample_dir", "labels", "prompts"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(path))
 
 
 def check_seed(seed: int) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 import stat
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -24,16 +25,22 @@ GIF_MOMENTS, STRIP_MOMENTS = 30, 8
 FRAME_MS, LAST_FRAME_MS = 120, 2000
 ENDINGS = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LONGEST_TEXT = 200  # characters of a caption that are looked at
+PROMPT_LINES = 3  # below an image, at most, of its prompt
 SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
 
 
-def captions(labels: Sequence[int], num_classes: int, classes: list[str] | None) -> list[str]:
-    """What to write under each image: the class name where it is known, else its number.
+class Prompt(str):
+    """A text below an image that may take PROMPT_LINES lines; others take one."""
 
-    Nothing is written without classes.
+
+def captions(labels: Sequence[Any], num_classes: int, classes: list[str] | None) -> list[str]:
+    """What to write under each image: its prompt, or the class name where it is known, else the
+    class's number.
+
+    Nothing is written without classes and prompts.
     """
     if num_classes == 0:
-        return [""] * len(labels)
+        return [Prompt(label) if isinstance(label, str) else "" for label in labels]
     return [classes[i] if classes and i < len(classes) else str(i) for i in labels]
 
 
@@ -42,27 +49,51 @@ def legible(text: str) -> str:
     return " ".join(text[:LONGEST_TEXT].encode("utf-8", "replace").decode("utf-8").split())
 
 
+def wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float
+) -> list[str]:
+    """The lines of a text, no wider than this, in pixels; what is left over is cut, and a word that
+    is wider than a line.
+    """
+    most = PROMPT_LINES if isinstance(text, Prompt) else 1
+    lines: list[str] = []
+    for word in legible(text).split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if not lines or len(lines) < most and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line, font, width):
+    """A line that is no wider than this, its end replaced by … if it was."""
+    while font.getlength(line) > width and len(line) > 1:
+        line = line[:-2] + "…"
+    return line
+
+
 def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) -> Image.Image:
     """A PIL image of images (N, H, W, 3), so many to a row, each with its text below."""
     height, width = images.shape[1:3]
     factor = -(-LEAST_TILE // width) if width < LEAST_TILE else 1
-    height, width, strip = (
-        height * factor, width * factor, (FONT_SIZE + MARGIN if any(texts) else 0),
-    )  # fmt: skip
+    height, width, font = height * factor, width * factor, ImageFont.load_default(FONT_SIZE)
+    below = [wrapped(text, font, width) for text in texts]
+    lines = max(map(len, below), default=0) if any(texts) else 0
+    strip = lines * FONT_SIZE + MARGIN if lines else 0
     columns, rows = min(per_row, len(images)), -(-len(images) // per_row)
     size = (columns * (width + MARGIN) + MARGIN, rows * (height + strip + MARGIN) + MARGIN)
-    canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(FONT_SIZE)
+    canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
-    for i, (pixels, text) in enumerate(zip(np.asarray(images), texts)):
+    for i, (pixels, text) in enumerate(zip(np.asarray(images), below)):
         left = MARGIN + i % per_row * (width + MARGIN)
         top = MARGIN + i // per_row * (height + strip + MARGIN)
         canvas.paste(
             Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top)
         )
-        text = legible(text)
-        while font.getlength(text) > width and len(text) > 1:
-            text = text[:-2] + "…"
-        pen.text((left + width / 2, top + height + 1), text, fill="black", font=font, anchor="mt")
+        for row, line in enumerate(text):
+            place = (left + width / 2, top + height + 1 + row * FONT_SIZE)
+            pen.text(place, line, fill="black", font=font, anchor="mt")
     return canvas
 
 

@@ -1,30 +1,37 @@
-"""Labels → images: network and VAE, guidance, the solver, and each image's own randomness.
+"""Labels or prompts → images: network and VAE, guidance, the solver, each image's own randomness.
 
-Shapes: labels (N,), or whatever conditions the network; noise and latents (N, C, *space), images
-uint8 (N, H, W, 3).
+Shapes: labels (N,), or a Text of N prompts for a network that reads text; noise and latents
+(N, C, *space), images uint8 (N, H, W, 3).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.networks import Network
-from conditions.condition import condition_of
+from checkpoints.networks import Network, reads_text
+from conditions.condition import Condition, Values, condition_of
+from conditions.reading import beginning, check_text, checked_prompts, cut_notes, reader_for
+from conditions.text import Reader
 from diffusion.gaussian_diffusion import TensorMap, as_taken
 from layers.positions import check_grid
 from layers.sizes import grid_of
+from layers.text import Text
 from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
 from runtime.image_size import ImageSize, settled
 from sampling.speed import PRECISIONS
 from vae import Space, to_uint8
+
+# Latent channels that are guided where nobody says it: DiT's convention, which text does not have
+CFG_CHANNELS, CFG_CHANNELS_OF_TEXT = 3, "all"
 
 
 @dataclass
@@ -37,6 +44,12 @@ class Sampler:
     the process has them, its defaults in place of those that are left out. Guidance is applied at
     noise levels, 0 clean and 1 noise, inside cfg_interval (Kynkäänniemi et al. 2024). latent_shape,
     (C, H, W), is that of the latents to sample; None is what the network was trained on.
+    cfg_channels: None is CFG_CHANNELS, of a network that reads text all.
+
+    Of a network that reads text, `reader` reads the prompts: the network's own unless told
+    otherwise. Guidance is against what it makes of negative_prompt; None is the empty prompt.
+    Where prompts come as Text alone, `null`, a Text of one caption to be guided against, does
+    instead of both.
 
     Raises ValueError for options that do not fit the network or the process.
     """
@@ -48,13 +61,16 @@ class Sampler:
     sampler: str = "ddpm"
     eta: float = 0.0
     cfg_scale: float = 1.0
-    cfg_channels: int | str = 3
+    cfg_channels: int | str | None = None
     mixed_precision: str = "no"
     checkpoint: Path | None = None
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     process: Process = None  # type: ignore[assignment]  # __post_init__ chooses the Gaussian one
     solver_options: Mapping[str, Any] = field(default_factory=dict)
     latent_shape: tuple[int, ...] | None = None
+    reader: Reader | None = None
+    negative_prompt: str | None = None
+    null: Text | None = None
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)
@@ -66,7 +82,9 @@ class Sampler:
         self.latent = self.latent_shape or self.network.latent_shape
         if self.latent_shape is not None:
             check_latent(self.latent_shape, self.network)
-        self.condition = condition_of(self.network)
+        self.condition = self._condition()
+        if self.cfg_channels is None:
+            self.cfg_channels = CFG_CHANNELS_OF_TEXT if self.reads_text else CFG_CHANNELS
         if self.cfg_scale != 1 and not self.condition.has_null:
             raise ValueError(
                 f"`cfg_scale` {self.cfg_scale}: the network has no null class to guide against; "
@@ -84,6 +102,27 @@ class Sampler:
                 f"`cfg_interval` {low} {high} holds none of the {self.num_sampling_steps} steps of "
                 f"{self.sampler}, so nothing would be guided; widen it, or pass `cfg_scale=1`"
             )
+
+    def _condition(self) -> Condition:
+        """What the network is conditioned on, guided against the negative prompt."""
+        check_negative(self.negative_prompt, self.cfg_scale)
+        if self.negative_prompt is not None and not self.reads_text:
+            raise ValueError(
+                "`negative_prompt` is for networks that read text, and this one does not; leave "
+                "the argument out"
+            )
+        if self.null is not None:
+            return condition_of(self.network, self.null)
+        if self.reader is None:
+            self.reader = reader_for(self.network)
+        if self.reader is None or self.negative_prompt is None:
+            return condition_of(self.network, None if self.reader is None else self.reader.null)
+        return condition_of(self.network, self.reader.encode([self.negative_prompt]))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network takes prompts, and not labels."""
+        return reads_text(self.network)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,7 +151,44 @@ class Sampler:
         guided = self.guided() if self.cfg_scale != 1 else []
         return [i + 1 for i, (before, now) in enumerate(pairwise(guided)) if before != now]
 
-    def predictor(self, labels: Tensor) -> StepNetwork:
+    def conditions(self, asked: Sequence[int] | Sequence[str] | Values) -> Values:
+        """What conditions N samples, on the network's device: labels (N,), int64, of labels; where
+        the network reads text, the Text of N prompts, or of a Text.
+
+        Raises ValueError for labels where prompts are wanted, and the other way round.
+        """
+        device = next(self.network.parameters()).device
+        words = isinstance(asked, (str, Text)) or not isinstance(asked, Tensor) and any(
+            isinstance(one, str) for one in asked
+        )
+        if not self.reads_text:
+            if words:
+                raise ValueError(
+                    "the network takes class labels, and was given prompts; give the numbers of "
+                    "classes"
+                )
+            return torch.as_tensor(asked, device=device)
+        if isinstance(asked, Text):
+            return asked.to(device)
+        if not words and len(asked):
+            raise ValueError(
+                "the network reads text, and was given class labels; give a list of prompts, such "
+                'as ["a thick three"]'
+            )
+        if self.reader is None:
+            raise ValueError("the Sampler has `null` and no `reader`; give prompts as a Text")
+        return self.reader.encode(checked_prompts(asked)).to(device)
+
+    def notes(self, asked: object) -> list[str]:
+        """Sentences on prompts among those that are asked for, and on the negative one, that are
+        too long to be read whole, with what is read of them.
+        """
+        if self.reader is None or not isinstance(asked, Sequence):
+            return []
+        negative = [] if self.negative_prompt is None else [self.negative_prompt]
+        return cut_notes(self.reader, [*asked, *negative])
+
+    def predictor(self, labels: Values) -> StepNetwork:
         """predict(x, t, step) → what the network makes of x (N, C, *space) at t (N,), guided if the
         step with this index, a Python number, is inside the interval.
 
@@ -120,7 +196,8 @@ class Sampler:
         """
         guided, plain = self.guided(), self.condition.keywords(labels)
         doubled = self.condition.doubled(labels) if any(guided) else {}
-        dtype = PRECISIONS[self.mixed_precision]
+        dtype, channels = PRECISIONS[self.mixed_precision], self.cfg_channels
+        assert channels is not None  # __post_init__ has settled it
 
         def predict(x, t, step):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
@@ -128,7 +205,7 @@ class Sampler:
                 if guided[step]:
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
                     out = self.network.forward_with_cfg(
-                        x2, t2, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels, **doubled
+                        x2, t2, cfg_scale=self.cfg_scale, cfg_channels=channels, **doubled
                     )[: len(x)]
                 else:
                     out = self.network(x, t, **plain)
@@ -137,7 +214,7 @@ class Sampler:
         return predict
 
     def trajectory(
-        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
+        self, labels: Values, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
         progress: bool = False,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Yields for each of `steps` a dict: `t`, the step; `sample`, the latents (N, C, *space)
@@ -157,10 +234,10 @@ class Sampler:
         )  # fmt: skip
 
     def latents(
-        self, labels: Tensor, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
+        self, labels: Values, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
         progress: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Latents (N, C, *space) for labels (N,) from noise of their shape.
+        """Latents (N, C, *space) for labels (N,), or a Text, from noise of their shape.
 
         With guidance, noise_fn draws for a doubled batch. Solvers such as dpm++, unipc and heun
         draw nothing.
@@ -169,33 +246,41 @@ class Sampler:
             last = out["sample"]
         return last
 
-    def numbered_latents(self, seed: int, indices: Sequence[int], labels: Tensor) -> Tensor:
-        """Latents (N, C, *space) of the images with these indices.
+    def numbered_latents(self, seed: int, indices: Sequence[int], labels: Values) -> Tensor:
+        """Latents (N, C, *space) of the images with these indices; labels as `conditions` gives
+        them.
 
-        An image depends on (seed, index) and its label alone.
+        An image depends on (seed, index) and its label, or its prompt, alone.
         """
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
         return self.latents(labels, noise, noise_fn)
 
     def seeded_trajectory(
-        self, labels: Sequence[int] | Tensor, seed: int = 0, progress: bool = False
+        self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0, progress: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """The trajectory for labels (N,) from torch's generator, which is seeded just before the
-        first draw; on the network's device.
+        """The trajectory for labels (N,), or N prompts, from torch's generator, which is seeded
+        just before the first draw; on the network's device.
+
+        Raises ValueError as `conditions`.
         """
-        device = next(self.network.parameters()).device
-        labels = torch.as_tensor(labels, device=device)
+        values = self.conditions(labels)
         torch.manual_seed(seed)
-        noise = torch.randn(len(labels), *self.latent, device=device)  # (N, C, *space)
-        yield from self.trajectory(labels, noise, progress=progress)
+        noise = torch.randn(len(values), *self.latent, device=values.device)  # (N, C, *space)
+        yield from self.trajectory(values, noise, progress=progress)
 
-    def images(self, labels: Sequence[int] | Tensor, seed: int = 0) -> np.ndarray:
-        """Images for labels (N,), a uint8 array (N, H, W, 3): those that sample.py draws.
+    def images(
+        self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0
+    ) -> np.ndarray:
+        """Images for labels (N,), or of a network that reads text for N prompts, a uint8 array
+        (N, H, W, 3): those that sample.py draws. A prompt that is too long is cut, with a note.
 
-        Raises ValueError if they are not finite.
+        Raises ValueError as `conditions`, and if the images are not finite.
         """
-        for out in self.seeded_trajectory(labels, seed):
+        values = self.conditions(labels)
+        for note in self.notes(labels):
+            print(f"note: {note}", file=sys.stderr)
+        for out in self.seeded_trajectory(values, seed):
             last = out["sample"]
         return self.decode(last).cpu().numpy()
 
@@ -244,6 +329,20 @@ def check_sampler(sampler: str, process: Process | type[Process]) -> None:
         f"`sampler` {sampler!s:.60}{of or ' is unknown'}; this network has learned the process "
         f"{process.word}: choose one of {', '.join(process.solvers)}"
     )
+
+
+def check_negative(negative_prompt: str | None, cfg_scale: float) -> None:
+    """Raise ValueError for a negative prompt that is no text, or that nothing is guided against."""
+    if negative_prompt is None:
+        return
+    if not isinstance(negative_prompt, str):
+        raise ValueError(f"`negative_prompt` is {negative_prompt!r:.60}; give one text")
+    check_text(negative_prompt, "negative_prompt")
+    if cfg_scale == 1:
+        raise ValueError(
+            f"`negative_prompt` {beginning(negative_prompt)} is for guidance, and `cfg_scale=1` is "
+            "none; pass another scale"
+        )
 
 
 def check_options(

@@ -37,6 +37,7 @@ sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling")]
 
 from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
+from written import reader, saved  # noqa: E402
 
 SECONDS = 5  # of computing that a case may take
 HANGS = 60  # seconds after which it is broken off
@@ -165,6 +166,7 @@ CACHING = [
 ]  # fmt: skip
 COMPARING = ["--features", str(DIGITS / "classifier"), "--device", "cpu", "--num-workers", "0"]
 QUIET = {"sampling.loading.prepare": nothing}  # which compiles
+WORDS = ["--ckpt", "words.safetensors", "--vae", "none", "--device", "cpu"]  # it reads text
 DOORS = {
     "train": Door(
         "train",
@@ -193,11 +195,19 @@ DOORS = {
         },
     ),
     "sample": Door(
-        "sample", [[*NETWORK, "--class-labels", "3", "1"]], {"sample.sample": black, **QUIET}
+        "sample",
+        [[*NETWORK, "--class-labels", "3", "1"], [*WORDS, "--prompt", "a thick three", "b"]],
+        {"sample.sample": black, **QUIET},
     ),
     "sample_ddp": Door(
         "sample_ddp",
-        [[*NETWORK, "--num-fid-samples", "4", "--sample-dir", "samples"]],
+        [
+            [*NETWORK, "--num-fid-samples", "4", "--sample-dir", "samples"],
+            [
+                *WORDS, "--num-fid-samples", "4", "--sample-dir", "samples", "--prompts",
+                "labels.txt",
+            ],
+        ],
         {
             "sample_ddp.make_all": nothing,
             "sampling.many.random_labels": lambda _, indices, __: torch.zeros(len(indices)),
@@ -239,7 +249,7 @@ DOORS = {
         {"checkpoints.released.fetch": lambda _, path: path.touch()},
     ),
     "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
-    "app": Door("app", [["--port", "7931"], NETWORK], {"app.serve": nothing, **QUIET}),
+    "app": Door("app", [["--port", "7931"], NETWORK, WORDS], {"app.serve": nothing, **QUIET}),
     "interpolate": Door("grids", [["interpolate", "--device", "cpu"]], QUIET),
     "guidance": Door("grids", [["guidance", "--device", "cpu"]], QUIET),
     "plot_run": Door("plot_run", [["run"]]),
@@ -304,6 +314,7 @@ def place(tmp_path, monkeypatch):
     for name in ("folder", "empty", "run"):
         (folder / name).mkdir()
     shutil.copy(DIGITS / "logs" / "scores.jsonl", folder / "run" / "metrics.jsonl")
+    saved(folder / "words.safetensors", reader())
     (folder / "folder" / "config.json").write_text(
         '{"depth": 1e400, "_class_name": "AutoencoderKL"}'
     )
@@ -373,7 +384,7 @@ def value_for(action, rng):
         return rng.choice(WHOLE + SIZES)
     if action.dest == "device":
         return rng.choice(DEVICES)
-    if action.dest in ("weights", "cfg_channels", "class_labels", "host"):
+    if action.dest in ("weights", "cfg_channels", "class_labels", "prompt", "host"):
         return rng.choice(TEXTS)
     paths = [path for path in PATHS if not (path.startswith("/") and action.dest in WRITTEN)]
     return rng.choice(paths if rng.random() < 0.8 else TEXTS)

@@ -12,6 +12,7 @@ from models import DiT_models
 from processes.flow import FlowProcess
 from starts import STARTS
 from test_house import packages
+from written import reader, saved
 
 NAMES = [name.replace("-", "_").replace("/", "_") for name in DiT_models]
 ASK = dict(trust_repo=True, skip_validation=True)
@@ -49,7 +50,7 @@ texts = [torch.hub.help("owner/repo:main", name, **{ASK!r}) for name in names]
 network = torch.hub.load("owner/repo:main", "DiT_Ti_8", **{ASK!r})
 print(json.dumps([names, texts, network.config]))
 """, TORCH_HOME=str(tmp_path))  # fmt: skip
-    assert sorted(found[0]) == sorted([*NAMES, "digits_sampler", "sampler"])
+    assert sorted(found[0]) == sorted([*NAMES, "digits_sampler", "network", "sampler"])
     assert all(len(text) > 100 for text in found[1])
     assert found[2] == DiT_models["DiT-Ti/8"]().config
 
@@ -152,6 +153,20 @@ sampler = torch.hub.load(REPO, "sampler", "flow", source="local", vae="none", sa
 print(json.dumps([sampler.process.config, sampler.images([0, 2]).shape]))
 """)  # fmt: skip
     assert (found, shape) == (process.config, [2, 16, 16, 3])
+
+
+def test_networks_and_samplers_that_read_text(run, tmp_path):
+    name = saved(tmp_path / "words.safetensors", reader())
+    config, shape = run(tmp_path, f"""
+network = torch.hub.load(REPO, "network", "MMDiT-Ti/1", source="local", text_width=24,
+                         pooled_width=8)
+sampler = torch.hub.load(REPO, "sampler", {name!r}, source="local", vae="none", steps=2,
+                         device="cpu")
+print(json.dumps([network.config, sampler.images(["a thin seven"], seed=1).shape]))
+""")  # fmt: skip
+    assert (config["text_width"], config["depth"], shape) == (24, 4, [1, 8, 8, 3])
+    with pytest.raises(ValueError, match="`model` is MMDiT-9; give one of DiT-Ti/1, "):
+        hubconf.network("MMDiT-9")
 
 
 def test_dependencies_are_all_that_the_modules_import():

@@ -11,12 +11,14 @@ import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.weights import Weights, save_weights
+from conditions.text import pieces
 from conftest import fill_randomly
 import evaluate
 import extract_latents
 from models import DiT
 from runtime.team import Team
-from evaluation.likelihood import LikelihoodOptions, labels_of, load_measured
+from evaluation.likelihood import WITHOUT_TEXT, LikelihoodOptions, labels_of, load_measured
+from variants.mmdit import MMDiT
 from vae import from_uint8, load_vae
 
 SMALL = dict(patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
@@ -247,3 +249,20 @@ def test_damaged_images_are_refused(place, capsys, tmp_path):
     flags = ["--samples", tmp_path / "images", "--vae", "none"]
     told = refused(capsys, "--likelihood", place / "pixels-zero.safetensors", *flags)
     assert "9.png cannot be read" in told and "take it out" in told
+
+
+def test_a_network_that_reads_text_is_asked_without_any(place, capsys, tmp_path):
+    """Each image has the empty prompt, and the report says so."""
+    sizes = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=32, depth=1, num_heads=2)
+    network = fill_randomly(MMDiT(**sizes, text_length=8))
+    weights = Weights(network.state_dict(), network.config, None, None, FLOW)
+    save_weights(tmp_path / "words.safetensors", weights)
+    (tmp_path / "images").mkdir()
+    shutil.copy(place / "images" / "cat" / "0.png", tmp_path / "images")
+    flags = ["--vae", "none", "--samples", tmp_path / "images"]
+    report = run(capsys, "--likelihood", tmp_path / "words.safetensors", *flags)
+    assert WITHOUT_TEXT in report["notes"]
+    found = measured(tmp_path, "words", "none")
+    given = found.condition(torch.tensor([0, 2]))["y"]
+    assert torch.equal(given.tokens, pieces(["", ""], 8).tokens) and given.mask.sum() == 2
+    assert report["scores"]["bits_per_dim"] == pytest.approx(float(found.bits().mean()), abs=1e-5)
