@@ -7,7 +7,7 @@ from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in
-from checkpoints.networks import Network
+from checkpoints.networks import CLASS, OURS, Network, reads_text, said_of
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
@@ -82,6 +82,45 @@ def check_same_size(network: Network, config: object, origin: Path | str) -> Non
         )
 
 
+# Arguments of a network that reads captions that tensors of another network may differ in
+FREE = ("input_size", "class_dropout_prob", "learn_sigma", "table_side")
+# What a user says of such a network, beside its model
+CHOSEN = ("text_length", "qk_norm")
+
+
+def check_class(network: Network, config: object, origin: Path | str) -> None:
+    """Raise ValueError if a checkpoint's `config` is of another class of networks."""
+    ours = type(network).__name__
+    theirs = str(config.get(CLASS, OURS)) if isinstance(config, dict) else ours
+    if theirs != ours:
+        raise ValueError(
+            f"{origin} is of a {theirs[:60]}, and the network here is a {ours}; give the `model` "
+            "that it was trained with"
+        )
+
+
+def check_text(network: Network, config: object, origin: Path | str) -> None:
+    """Raise ValueError if a checkpoint's `config` is of a network that reads captions otherwise
+    than this one, or whose parts are others.
+    """
+    theirs = config if isinstance(config, dict) else {}
+    for name, ours in network.config.items():
+        if name in FREE or theirs.get(name, ours) == ours:
+            continue
+        advice = f"pass `{name}={theirs[name]!r}`"
+        if name not in CHOSEN:
+            outside = "width" in name
+            advice = f"give the `{'text_encoder' if outside else 'model'}` that it was trained with"
+        raise ValueError(
+            f"{origin} has {name} {theirs[name]!s:.60}, the network here {ours}; {advice}"
+        )
+    if "text" in theirs and theirs["text"] != said_of(network):
+        raise ValueError(
+            f"{origin} has learned with the output of other encoders of text than those here; give "
+            "the `text_encoder` that it was trained with"
+        )
+
+
 def check_design(
     network: Network, tensors: Tensors, origin: Path | str, config: object = None
 ) -> None:
@@ -90,6 +129,9 @@ def check_design(
 
     `tensors` is the state dict, `config` DiT's arguments where its file, `origin`, has them.
     """
+    check_class(network, config, origin)
+    if reads_text(network):
+        return check_text(network, config, origin)
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
         raise ValueError(

@@ -56,9 +56,12 @@ def process_in(config: object) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
-def with_process(arguments: dict, process: dict | None) -> dict:
-    """A configuration: DiT's arguments and what is said of the process, if anything is."""
-    return arguments | ({} if process is None else {"process": process})
+def with_process(arguments: dict, process: dict | None, text: list[dict] | None = None) -> dict:
+    """A configuration: a network's arguments and what is said of the process, and of the encoders
+    that read captions for it, if anything is.
+    """
+    said = {"process": process, "text": text}
+    return arguments | {name: value for name, value in said.items() if value is not None}
 
 
 def check_plain(said: dict) -> None:

@@ -40,9 +40,14 @@ class Reader(Protocol):
     of it, plain values; None for the encoder that is a part of the network.
     """
 
-    null: Text
-    shares: tuple["Share", ...]
-    says: list[dict[str, Any]] | None
+    @property
+    def null(self) -> Text: ...
+
+    @property
+    def shares(self) -> tuple["Share", ...]: ...
+
+    @property
+    def says(self) -> list[dict[str, Any]] | None: ...
 
     def encode(self, captions: Sequence[str]) -> Text:
         """The Text of N captions, on the CPU; what is too long is cut."""

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "checkpoints": {
         "runtime", "diffusion", "layers", "models", "variants", "vae", "processes", "conditions",
     },
-    "data": {"runtime", "vae", "conditions"},
+    "data": {"runtime", "layers", "vae", "conditions"},
     "evaluation": {
         "runtime", "flow", "models", "vae", "processes", "conditions", "checkpoints", "data",
     },
