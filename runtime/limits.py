@@ -36,7 +36,7 @@ RANGES = {
     "global_batch_size": Range(1, 2**20),
     "grad_accum": Range(1, 2**20),
     "pack": Range(1, 2**16),
-    "text_length": Range(1, 2**12),
+    "text_length": Range(2, 2**12),
     "log_every": Range(1, COUNTS),
     "ckpt_every": Range(1, COUNTS),
     "sample_every": Range(1, COUNTS),

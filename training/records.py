@@ -172,7 +172,7 @@ def prompts_of(job: Job) -> Prompts | None:
     """
     if not isinstance(job.dataset, Captioned):
         return None
-    return Prompts(partial(job.dataset.drawn, job.options.global_seed), job.state.condition)
+    return Prompts(partial(job.dataset.drawn, job.options.global_seed), job.dataset.texts.null)
 
 
 def evaluation_due(job: Job) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.networks import Network
-from conditions.condition import Condition, Values, condition_of
+from conditions.condition import Values, condition_of
 from conditions.labels import random_labels
 from evaluation.features import Extractor
 from evaluation.metrics import Summary, score
@@ -65,12 +65,12 @@ def load_judge(
 class Prompts(NamedTuple):
     """What samples of a network that reads captions are asked to be while it trains.
 
-    drawn(indices) gives the captions of the samples with these indices, on the CPU; `condition` is
-    how the network takes them.
+    drawn(indices) gives the captions of the samples with these indices, on the CPU; `null`, of one
+    caption, is what they are guided against.
     """
 
     drawn: Callable[[Sequence[int]], Text]
-    condition: Condition
+    null: Text
 
 
 def sampler_of(
@@ -80,7 +80,7 @@ def sampler_of(
     solver, steps = process.quick
     sampler = Sampler(network, space, None, steps, solver, cfg_scale=cfg_scale, process=process)
     if prompts is not None:
-        sampler.condition = prompts.condition
+        sampler.condition = condition_of(network, prompts.null)
     return sampler
 
 
@@ -147,8 +147,8 @@ def preview(
 
     The same seed gives the same noise.
     """
-    condition = prompts.condition if prompts else condition_of(network)
-    scale, indices = PREVIEW_GUIDANCE if condition.has_null else 1.0, range(PREVIEW_IMAGES)
+    guided = prompts is not None or condition_of(network).has_null
+    scale, indices = PREVIEW_GUIDANCE if guided else 1.0, range(PREVIEW_IMAGES)
     sampler = sampler_of(network, process, space, scale, prompts)
     values: Values = torch.arange(PREVIEW_IMAGES) * network.num_classes // PREVIEW_IMAGES
     if prompts is not None:
