@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
-from checkpoints.network_config import Tensors, arguments_in
-from checkpoints.networks import CLASS, OURS, Network, reads_text, said_of
+from checkpoints.network_config import Tensors, arguments_in, with_process
+from checkpoints.networks import OURS, Network, class_in, said_of
 from checkpoints.outline import (
-    FINAL, POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of,
+    FINAL, POSITION_TABLE, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
 from checkpoints.weights import Weights
 from conditions.labels import label_index
@@ -88,22 +88,16 @@ FREE = ("input_size", "class_dropout_prob", "learn_sigma", "table_side")
 CHOSEN = ("text_length", "qk_norm")
 
 
-def check_class(network: Network, config: object, origin: Path | str) -> None:
-    """Raise ValueError if a checkpoint's `config` is of another class of networks."""
-    ours = type(network).__name__
-    theirs = str(config.get(CLASS, OURS)) if isinstance(config, dict) else ours
-    if theirs != ours:
-        raise ValueError(
-            f"{origin} is of a {theirs[:60]}, and the network here is a {ours}; give the `model` "
-            "that it was trained with"
-        )
-
-
 def check_text(network: Network, config: object, origin: Path | str) -> None:
     """Raise ValueError if a checkpoint's `config` is of a network that reads captions otherwise
     than this one, or whose parts are others.
     """
     theirs = config if isinstance(config, dict) else {}
+    if "text" in theirs and theirs["text"] != said_of(network):
+        raise ValueError(
+            f"{origin} has learned with the output of other encoders of text than those here; give "
+            "the `text_encoder` that it was trained with"
+        )
     for name, ours in network.config.items():
         if name in FREE or theirs.get(name, ours) == ours:
             continue
@@ -114,23 +108,23 @@ def check_text(network: Network, config: object, origin: Path | str) -> None:
         raise ValueError(
             f"{origin} has {name} {theirs[name]!s:.60}, the network here {ours}; {advice}"
         )
-    if "text" in theirs and theirs["text"] != said_of(network):
-        raise ValueError(
-            f"{origin} has learned with the output of other encoders of text than those here; give "
-            "the `text_encoder` that it was trained with"
-        )
 
 
 def check_design(
     network: Network, tensors: Tensors, origin: Path | str, config: object = None
 ) -> None:
-    """Raise ValueError if a state dict has blocks of another design, or of other parts, than the
-    network.
+    """Raise ValueError if a state dict is of another class of networks, or has blocks of another
+    design, or of other parts, than the network.
 
-    `tensors` is the state dict, `config` DiT's arguments where its file, `origin`, has them.
+    `tensors` is the state dict, `config` its arguments where its file, `origin`, has them.
     """
-    check_class(network, config, origin)
-    if reads_text(network):
+    kind, here = class_of(tensors), class_in(network.config)
+    if kind != here:
+        raise ValueError(
+            f"{origin} has the weights of a {kind}, the network here is a {here}; pass a `model` "
+            f"whose name begins with {kind}"
+        )
+    if here != OURS:
         return check_text(network, config, origin)
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
@@ -217,7 +211,8 @@ def adapt(
     class; or {index: index in the Weights} of those to take over. Raises ValueError if anything
     else does not fit.
     """
-    check_design(network, weights.tensors, origin, weights.config)
+    config = weights.config and with_process(weights.config, None, weights.text)
+    check_design(network, weights.tensors, origin, config)
     own, sizes = network.state_dict(), (network.config["patch_size"], network.in_channels)
     if network.learn_sigma and not learns_sigma(weights.tensors, *sizes):
         raise ValueError(

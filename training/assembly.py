@@ -217,7 +217,7 @@ def check_shapes(options: TrainOptions, source: Source, space: Space) -> None:
             )
         known = trained[0] // unit, trained[1] // unit
         extrapolation = options.extrapolation or POSITIONS[options.positions].extrapolation
-        if "positions" in options.network_arguments:  # others take any grid
+        if "extrapolation" in options.network_arguments:  # others take any grid
             check_grid(extrapolation, (height // unit, width // unit), known)
     if options.pack is not None:
         check_room(source.sizes or (), unit, options.pack)
