@@ -13,7 +13,7 @@ DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-step
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,demo,notebook,test,lint]"
+	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,text,demo,notebook,test,lint]"
 	touch $@
 
 # Digits from the committed weights; then a network trained from scratch for two minutes, and digits from that.

@@ -2,6 +2,8 @@
 
     python extract_latents.py --data-path imagenet/train --output latents
     torchrun --nproc_per_node=8 extract_latents.py --data-path imagenet/train --output latents
+    python extract_latents.py --data-path captioned --output latents \\
+        --text-encoder sd3/text_encoder sd3/text_encoder_2 sd3/text_encoder_3
     python extract_latents.py --verify latents
 
 What is cached is the mean and standard deviation of the VAE's posterior, of each image and its
@@ -11,6 +13,7 @@ per chunk of images, and appears when all is done. Where images have captions (N
 or metadata.jsonl), captions.jsonl has them. With --sizes images keep their shape: moments.npy is
 then one row of numbers, and shapes.npy (images, 2) has h and w of each. The same command goes on
 where it stopped; the result is the same on any number of processes.
+With --text-encoder the folder text/ beside them has what encoders made of the images' captions.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, read_size
@@ -20,12 +23,16 @@ if __name__ == "__main__":
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from data.cache import find_damage
 from data.cache_format import DTYPES
 from data.cache_writer import fill_cache, plan_cache
-from data.options import CacheOptions
+from data.options import CacheOptions, TextCacheOptions
 from data.shapes import SIZES, SQUARE
+from data.text_cache import TEXT_MANIFEST, find_text_damage
+from data.text_writer import cache_text, prepare_text, told
 
 
 def build_parser() -> Parser:
@@ -65,6 +72,7 @@ def build_parser() -> Parser:
     run = parser.add_argument_group("run").add_argument
     vae = "ema, mse, a hub id, or a local folder (default: %(default)s)"
     run("--vae", default=CacheOptions.vae, help=vae)
+    add_text_flags(parser)
     run(
         "--latents-dtype", choices=DTYPES, default=CacheOptions.latents_dtype,
         help="how they are stored; float16 halves the size and is off by about 0.05%% "
@@ -85,6 +93,18 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_text_flags(parser: Parser) -> None:
+    """Add the flags that say which encoders read the images' captions."""
+    add = parser.add_argument_group("captions").add_argument
+    encoders = (
+        "also cache what these make of the images' captions, for networks that read text: T5 and "
+        "CLIP, each a local folder or a hub id; several are joined as in Stable Diffusion 3"
+    )
+    add("--text-encoder", nargs="+", metavar="NAME", help=encoders)
+    length = "tokens that a T5 reads; CLIP reads as many as it can (default: %(default)s)"
+    add("--text-length", type=int, default=TextCacheOptions.text_length, metavar="N", help=length)
+
+
 @door("--image-size", resumes=True)
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
@@ -92,13 +112,18 @@ def main(argv: list[str] | None = None) -> None:
     with parser.refusing():
         if args.verify is not None:
             return verify(parser, args.verify)
+        if args.text_encoder is None and "text_length" in parser.given(argv):
+            raise ValueError("`text_length` is for `text_encoder`; give that too, or neither")
         planned = plan_cache(chosen(args))
+        text = None if args.text_encoder is None else prepare_text(chosen(args, TextCacheOptions))
     try:
         for note in planned.notes if planned.place.rank == 0 else ():
             print(f"note: {note}", flush=True)
         fill_cache(planned)
         if planned.place.rank == 0:
             print(f"{planned.plan['images']} images in {planned.folder}")
+        if text is not None:
+            report(cache_text(text), planned.place.rank)
     except BrokenPipeError:  # of the output, which `door` answers
         raise
     except OSError as error:
@@ -108,19 +133,27 @@ def main(argv: list[str] | None = None) -> None:
         parser.fail(str(error))
 
 
-def chosen(args: argparse.Namespace) -> CacheOptions:
+def report(text: dict, rank: int) -> None:
+    """Print, in the first process, what was read."""
+    for sentence in told(text) if rank == 0 else ():
+        print(sentence)
+
+
+def chosen(args: argparse.Namespace, kind: type = CacheOptions) -> Any:
     """The options that the flags give. Raises ValueError if one is missing."""
     for name in ("data_path", "output"):
         if getattr(args, name) is None:
             raise ValueError(
                 f"`{name}` is missing; give `data_path` and `output`, or `verify`"
             )
-    return CacheOptions(**{field.name: getattr(args, field.name) for field in fields(CacheOptions)})
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def verify(parser: Parser, folder: str) -> None:
     """Print that a cache is whole, or leave the program saying what is damaged."""
     damaged = find_damage(folder, "verify")
+    if (Path(folder) / TEXT_MANIFEST).exists():
+        damaged += find_text_damage(folder)
     if damaged:
         parser.fail(f"{'; '.join(damaged)}; remove the folder and make it again")
     print(f"{folder}: every checksum is right")

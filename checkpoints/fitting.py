@@ -12,6 +12,7 @@ from checkpoints.outline import (
     FINAL, POSITION_TABLE, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
 from checkpoints.weights import Weights
+from conditions.encoders import check_encoders, check_says
 from conditions.labels import label_index
 from layers.parts import DEFAULTS, PAPERS
 from processes.gaussian import GaussianProcess
@@ -93,11 +94,10 @@ def check_text(network: Network, config: object, origin: Path | str) -> None:
     than this one, or whose parts are others.
     """
     theirs = config if isinstance(config, dict) else {}
-    if "text" in theirs and theirs["text"] != said_of(network):
-        raise ValueError(
-            f"{origin} has learned with the output of other encoders of text than those here; give "
-            "the `text_encoder` that it was trained with"
-        )
+    wanted, given = theirs.get("text"), said_of(network)
+    if wanted and given:
+        check_says(wanted)
+        check_encoders(wanted, given, str(origin))
     for name, ours in network.config.items():
         if name in FREE or theirs.get(name, ours) == ours:
             continue

@@ -15,7 +15,9 @@ __getattr__ = handed_on(
         "data.listing": "Listing sample_hash list_images check_outside",
         "data.loader": "heed_the_trainer make_loader LoaderFailed say_waiting read explained",
         "data.opening": "open_source",
-        "data.options": "CacheOptions DataOptions",
+        "data.options": "CacheOptions DataOptions TextCacheOptions",
         "data.source": "BadImage Source TrainingItem",
+        "data.text_cache": "CachedText find_text_damage",
+        "data.text_writer": "cache_text prepare_text",
     },
 )

@@ -239,7 +239,7 @@ def make_folder(folder: Path, plan: dict, shapes_of: Shapes) -> None:
         if shapes is not None:
             write_array(folder / SHAPES, shapes)
             plan = plan | {"shapes_crc32": zlib.crc32(shapes.tobytes())}
-        make_array(folder / MOMENTS, plan, shapes)
+        make_array(folder / MOMENTS, *array_layout(plan, shapes))
         write_json(folder / PLAN, plan)
     except OSError as error:
         raise ValueError(
@@ -282,20 +282,23 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def array_layout(plan: dict, shapes: np.ndarray | None) -> tuple[bytes, int]:
     """(header, size of the file) of moments.npy."""
-    shape, dtype = moments_shape(plan, shapes), np.dtype(plan["dtype"])
-    header = BytesIO()
+    return npy_layout(moments_shape(plan, shapes), plan["dtype"])
+
+
+def npy_layout(shape: tuple[int, ...], kind: str) -> tuple[bytes, int]:
+    """(header, size of the file) of an .npy file with an array of a shape and a kind of number."""
+    dtype, header = np.dtype(kind), BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": dtype.str, "fortran_order": False, "shape": shape}
     )
     return header.getvalue(), len(header.getvalue()) + math.prod(shape) * dtype.itemsize
 
 
-def make_array(path: Path, plan: dict, shapes: np.ndarray | None) -> None:
-    """Write an .npy file of the right size, empty as yet.
+def make_array(path: Path, header: bytes, size: int) -> None:
+    """Write an .npy file of a header and size, empty as yet.
 
     The disk space is taken at once where the system can do that.
     """
-    header, size = array_layout(plan, shapes)
     with open(path, "wb") as file:
         file.write(header)
         file.flush()

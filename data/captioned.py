@@ -69,6 +69,10 @@ class CachedTexts:
         self.null, self.shares = cached.null, cached.shares
         self.says: list[dict[str, Any]] | None = cached.says
         self.hash, self.notes = cached.hash, cached.notes
+        images, missing = cached.manifest["images"], cached.manifest["missing"]
+        if missing:
+            empty = f"{missing:,} of {images:,} images have no caption; the empty caption stands"
+            self.notes = (*self.notes, f"{empty} for theirs")
         pooled = self.null.pooled
         self.length, width = self.null.tokens.shape[1:]
         self.widths: Widths = width, None if pooled is None else pooled.shape[-1]

@@ -149,9 +149,7 @@ def cached_texts(folder: Path, encoders: Sequence[str]) -> CachedTexts:
     try:
         cached = CachedText(folder)
     except ValueError as error:
-        raise ValueError(
-            f"`text_encoder` {named}: {error}; run extract_latents.py with the same `text_encoder`"
-        ) from None
+        raise ValueError(f"`text_encoder` {named}: {error}") from None
     theirs = [str(one.get("name")) for one in cached.says or ()]
     if [absolute_if_there(name) for name in encoders] != [absolute_if_there(n) for n in theirs]:
         raise ValueError(

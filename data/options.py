@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conditions.encoders import T5_LENGTH
 from data.shapes import SQUARE
 from runtime.image_size import ImageSize, settled
 
@@ -30,6 +31,20 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", settled(self.image_size))
+
+
+@dataclass(frozen=True)
+class TextCacheOptions:
+    """What cache_text reads and writes: what encoders make of captions, beside cached latents."""
+
+    data_path: Path | str  # the folder of images with captions, as for CacheOptions
+    output: Path | str  # the folder of their latents
+    text_encoder: Sequence[str]  # each a local folder or a hub id of a T5 or CLIP
+    text_length: int = T5_LENGTH  # tokens that a T5 reads
+    num_classes: int = DataOptions.num_classes  # as for CacheOptions
+    latents_dtype: str = "float16"  # or "float32": how the output is stored
+    tf32: bool = True  # whether NVIDIA GPUs may use TF32
+    device: str | None = None  # such as "cpu" or "cuda:1"; None: the GPU if there is one
 
 
 @dataclass(frozen=True)

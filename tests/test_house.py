@@ -75,14 +75,17 @@ HOMES = {
         "evaluation/features.py",
     },
     "torchvision": {"conditions/labels.py", "data/listing.py", "training/records.py"},
-    "huggingface_hub": {"checkpoints/names.py", "runtime/offline.py"},
+    "huggingface_hub": {
+        "checkpoints/names.py", "runtime/offline.py", "conditions/pretrained.py",
+    },
+    "transformers": {"conditions/pretrained.py"},
     "torchode": {"flow/adaptive.py"},
     "gradio": {"page/layout.py"},
     "starlette": {"app.py", "page/layout.py"},
     "fcntl": {"runtime/presence.py", "checkpoints/released.py"},
 }
 # Libraries that an extra brings, and under which name one is installed if not under its own.
-OPTIONAL = {"torch_fidelity", "gradio", "starlette"}
+OPTIONAL = {"torch_fidelity", "transformers", "gradio", "starlette"}
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 # What only Unix has
 UNIX = {"fcntl", "pwd", "grp", "resource", "termios"}

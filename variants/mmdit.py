@@ -147,8 +147,8 @@ class MMDiT(TextNetwork):
         super().__init__(config, process, text)
         if self.pooled_width is None:
             raise ValueError(
-                f"text_width is {text_width} and pooled_width None; give both widths of outside "
-                "encoders, or neither for the network's own"
+                f"text_width is {text_width} and pooled_width None, but MMDiT takes a vector of "
+                "each caption, which CLIP gives and T5 alone does not; add a CLIP to the encoders"
             )
         width = hidden_size
         table = torch.zeros(1, math.prod(self.grid), width)

@@ -23,7 +23,7 @@ from data.listing import list_images
 import extract_latents
 from data import cache_format
 from data import cache_writer
-from data.options import CacheOptions
+from data.options import CacheOptions, TextCacheOptions
 from training import assembly
 from training import loop
 from runtime.presence import Presence
@@ -74,14 +74,18 @@ def test_flags_and_their_defaults():
     assert vars(extract_latents.build_parser().parse_args([])) == dict(
         data_path=None, output=None, verify=None, image_size=256, num_classes=1000, flip=True,
         skip_bad_images=False, vae="ema", latents_dtype="float16", tf32=True, num_workers=4,
-        device=None, sizes="square", patch_size=2,
+        device=None, sizes="square", patch_size=2, text_encoder=None, text_length=77,
     )  # fmt: skip
 
 
 def test_flags_are_the_options_with_their_defaults():
     flags = vars(extract_latents.build_parser().parse_args([]))
     options = vars(CacheOptions(data_path=None, output=None))
-    assert flags == options | {"verify": None}
+    of_text = vars(TextCacheOptions(data_path=None, output=None, text_encoder=None))
+    assert flags == options | of_text | {"verify": None}
+    assert {name: of_text[name] for name in options.keys() & of_text.keys()}.items() <= (
+        options.items()
+    )
 
 
 def test_caching_from_python_is_caching_by_the_door(images, tmp_path, vae, capsys):
