@@ -14,9 +14,7 @@ from typing import Any
 from conditions.text import PieceReader
 from data.cache import CachedLatents
 from data.cache_format import CAPTIONS_HASH
-from data.captioned import (
-    Captioned, CachedTexts, ReadTexts, Texts, notes_on_length,
-)  # fmt: skip
+from data.captioned import CachedTexts, Captioned, ReadTexts, notes_on_length
 from data.captions import STORED, Captions, read_captions, stand_ins, stored_captions
 from data.images import ImageDataset, sizes_in_headers, unreadable
 from data.listing import Listing, list_images, sample_hash
@@ -125,11 +123,16 @@ def open_captioned_latents(options: DataOptions, call: Call) -> Captioned:
     cached = CachedLatents(folder)  # its classes, if any, decide the order of its images
     listing = listed(options, call, len(cached.classes or ()))
     check_fitting(cached, options, listing)
-    texts: Texts
+    texts: CachedTexts | ReadTexts
+    captions = partial(captions_of_latents, cached, options, listing)
     if options.text_encoder is not None:
         texts = cached_texts(folder, options.text_encoder)
+        if listing is not None and call(captions).hash != texts.cached.manifest[CAPTIONS_HASH]:
+            raise ValueError(
+                f"`data_path` {options.data_path} holds other captions than `text_encoder` has read"
+                f" for `latents` {folder}; encode them again"
+            )
     else:
-        captions = partial(captions_of_latents, cached, options, listing)
         texts = read_texts(options, call, captions)
         if (folder / TEXT_MANIFEST).exists():
             texts.notes = (*texts.notes, UNUSED)
