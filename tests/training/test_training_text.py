@@ -186,14 +186,14 @@ def test_captions_that_are_too_long_are_told_once(said, tmp_path, capsys):
 # ---- a step ----
 
 
-def text_state(shares=(Share(),), **recipe):
+def text_state(*shares, **recipe):
     network = fill_randomly(
         MMDiT(
             input_size=8, patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2,
             text_length=8,
         )
     )  # fmt: skip
-    condition = TextCondition(PieceReader(8).null, shares)
+    condition = TextCondition(PieceReader(8).null, shares or PieceReader(8).shares)
     return new_state(network, Recipe(**recipe), condition=condition)
 
 
@@ -214,7 +214,7 @@ def test_a_dropped_caption_is_the_empty_one():
 
 
 def test_warming_up_leaves_nothing_behind():
-    state = text_state((Share(slice(0, 4)), Share(slice(4, None))))
+    state = text_state(Share(slice(0, 4)), Share(slice(4, None)))
     before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
     warm_up(state, torch.zeros(3, 3, 8, 8))
     assert same(before, state.network.state_dict()) and not state.opt.state
