@@ -1,4 +1,4 @@
-"""Print what a DiT costs: parameters, multiply-adds, the operations of training, and memory.
+"""Print what a network costs: parameters, multiply-adds, the operations of training, and memory.
 
     python count.py        # the paper's sizes, and ours, at 256 pixels
     python count.py --model DiT-XL/2 --image-size 512
@@ -6,8 +6,11 @@
     python count.py --model DiT-XL/2 --positions rope --norm rms --mlp swiglu
     python count.py --model DiT-XL/2 DiT-L/2 --mixed-precision bf16 --grad-checkpointing
     python count.py --model DiT-Ti/1 --vae examples/digits/vae --image-size 32 --num-classes 10
+    python count.py --model MMDiT-15/2 PixArt-XL/2                 # that read captions
+    python count.py --model PixArt-XL/2 --text-width 4096          # of an encoder outside
 
-One row for each network, whose weights are counted and not made:
+One row for each network, whose weights are counted and not made. A caption has as many tokens as
+--text-length says; an encoder outside of the network is not in it.
   parameters     all of them, the fixed position table too; a flow's last layer has half as many,
                  for it has no learned variance
   GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them
@@ -33,23 +36,25 @@ from argparse import Namespace
 
 import torch
 
+from checkpoints.networks import CLASS, MODELS, arguments_of, create_network
 from layers.parts import DEFAULTS as PARTS, NAMES, PAPERS
-from models import BLOCKS, DiT, DiT_models
+from models import BLOCKS, DiT_models
 from runtime.limits import check_numbers
 from training.cost import Cost, count
 from training.options import TrainOptions
 from vae import latent_shape
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")
-ROW = "{:<10} {:<16} {:>13} {:>9} {:>9} {:>11} {:>11} {:>12}"
+TEXT = ("text_width", "pooled_width", "text_length")  # arguments of networks that read captions
+ROW = "{:<27} {:>13} {:>9} {:>9} {:>11} {:>11} {:>12}"
 
 
 def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
-    names = ", ".join(DiT_models)
+    names = ", ".join(MODELS)
     parser.add_argument(
-        "--model", nargs="+", choices=DiT_models, default=list(DiT_models), metavar="MODEL",
-        help=f"{names} (default: all)",
+        "--model", nargs="+", choices=MODELS, default=list(DiT_models), metavar="MODEL",
+        help=f"{names} (default: all DiT)",
     )  # fmt: skip
     blocks = "one or more designs (default: adaln_zero)"
     parser.add_argument(
@@ -75,6 +80,12 @@ def build_parser() -> Parser:
         help="what lies between pixels and network: ema, mse, a hub id, a local folder, or none "
         "(default: %(default)s)",
     )  # fmt: skip
+    for name in TEXT:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int,
+            help="of networks that read captions (default: of an encoder in the network, which "
+            "reads 32 pieces of words)" if name == TEXT[0] else "likewise",
+        )  # fmt: skip
     bf16 = "bf16: memory as train.py has it with this flag (default: %(default)s)"
     parser.add_argument(
         "--mixed-precision", choices=["no", "bf16"], default=TrainOptions.mixed_precision, help=bf16
@@ -94,40 +105,60 @@ def main(argv: list[str] | None = None) -> None:
         check_numbers({"image_size": args.image_size})
         networks = described(args)
         with torch.device("meta"):
-            DiT(**networks[0][1])
-    print(ROW.format(*HEADER))
+            create_network(MODELS[networks[0][0]].keywords | networks[0][1])
+    print(ROW.format(labelled(*HEADER[:2]), *HEADER[2:]))
     for name, config in networks:
         with parser.refusing():  # of one size alone
             cost = count(
-                DiT_models[name].keywords | config, args.mixed_precision == "bf16",
+                MODELS[name].keywords | config, args.mixed_precision == "bf16",
                 args.grad_checkpointing,
             )  # fmt: skip
-        print(row(name, config["block"], cost), flush=True)
+        print(row(name, config.get("block") or config[CLASS], cost), flush=True)
 
 
 def described(args: Namespace) -> list[tuple[str, dict]]:
     """[(name, its config)] of the networks that the flags ask for.
 
-    Raises ValueError for an image size that does not fit one of them.
+    Raises ValueError for an image size that does not fit one of them, and for what none has.
     """
     shape = latent_shape(args.vae)
     sizes = {
-        name: shape.size(args.image_size, DiT_models[name].keywords["patch_size"])
+        name: shape.size(args.image_size, MODELS[name].keywords["patch_size"])
         for name in args.model
     }
+    given = {name: getattr(args, name) for name in (*PAPERS._fields, *TEXT)}
     shared = {"in_channels": shape.channels, "num_classes": args.num_classes}
-    shared |= {name: getattr(args, name) for name in PAPERS._fields}
+    shared |= {name: value for name, value in given.items() if value != PARTS.get(name)}
+    known = {name: arguments_of(MODELS[name].func.__name__) for name in args.model}
+    for key, value in shared.items():
+        if key in given and not any(key in arguments for arguments in known.values()):
+            raise ValueError(f"`{key}` is {value}, and {', '.join(args.model)} has no such part")
     return [
-        (name, {"input_size": sizes[name], **shared, "block": block})
+        (name, {key: value for key, value in config.items() if key in known[name]} | kind)
         for name in args.model
-        for block in args.block
+        for config, kind in configs(shared | {"input_size": sizes[name]}, name, args.block)
     ]
+
+
+def configs(config: dict, name: str, blocks: list[str]) -> list[tuple[dict, dict]]:
+    """Of a model's configuration: [(it with a block design, {})] for each of them, or, of one that
+    has no designs, [(it, its class)].
+    """
+    kind = MODELS[name].func.__name__
+    if "block" in arguments_of(kind):
+        return [({**config, "block": block}, {}) for block in blocks]
+    return [(config, {CLASS: kind})]
+
+
+def labelled(name: str, block: str) -> str:
+    """The first two columns of a line."""
+    return f"{name:<10} {block}"
 
 
 def row(name: str, block: str, cost: Cost) -> str:
     """A line of the table."""
     return ROW.format(
-        name, block, f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}",
+        labelled(name, block), f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}",
         f"{cost.training_flops / 1e12:.4f}", f"{cost.weights / 2**30:.2f} GiB",
         f"{cost.training / 2**30:.2f} GiB", f"{cost.per_image / 2**20:.1f} MiB",
     )  # fmt: skip

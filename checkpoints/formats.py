@@ -47,14 +47,14 @@ def gaussian(index: Path | None) -> None:
     check_process(read_json(index), index)
     scheduler = _scheduler(index)
     if scheduler.is_file():
-        check_process(read_json(scheduler), scheduler)
+        check_process(read_json(scheduler, infinite=True), scheduler)
 
 
 def rectified_flow(index: Path | None) -> dict[str, Any]:
     """As Format.learned: the flow on the straight path, its times shifted as the scheduler says."""
     shift, file = 1.0, index and _scheduler(index)
     if file is not None and file.is_file():
-        says = read_json(file)
+        says = read_json(file, infinite=True)
         kind, steps = says.get("_class_name"), says.get("num_train_timesteps", STEPS)
         if kind != EULER:
             raise ValueError(f"{file} is a {str(kind)[:60]}; {EULER} alone is read")

@@ -55,6 +55,7 @@ SWITCHES = {
     "use_rectified_flow", "use_flow_sigmas", "flow_shift", "velocity", "edm", "use_edm", "p_mean",
     "sigma_data",
 }  # fmt: skip
+NO_SHIFT = {"flow_shift": 1}  # which says nothing: diffusers writes it for every multistep solver
 STEPS = (
     "diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "num_timesteps",
     "timesteps",
@@ -170,7 +171,8 @@ def _mark(key, value):
     if key in TEXTS and isinstance(value, str):
         wrong = text.lower() not in TEXTS[key] | {"", "none"}
     elif key in SWITCHES:
-        wrong = text.lower() not in ("", "0", "0.0", "false", "no", "none")
+        nothing = text.lower() in ("", "0", "0.0", "false", "no", "none")
+        wrong = not nothing and value != NO_SHIFT.get(key)
     elif key in STEPS and not isinstance(value, str):
         wrong = value != len(_betas())
     elif key in ("beta_start", "beta_end") and not isinstance(value, str):

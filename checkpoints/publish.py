@@ -224,18 +224,28 @@ def export_diffusers(
     transformer.register_to_config(**config, **{key: one for key, one in kept.items() if one})
     # strict: every weight of theirs is given
     transformer.load_state_dict(theirs.tensors_to(network.state_dict(), network.config))
-    pipeline = getattr(diffusers, row.name)(
-        transformer=transformer.eval(), vae=autoencoder, scheduler=scheduler,
-        **dict.fromkeys(row.without),
-    )  # fmt: skip
-    with whole_folder(folder) as partial:
-        pipeline.save_pretrained(partial)
+    with quiet(), whole_folder(folder) as partial:
+        getattr(diffusers, row.name)(
+            transformer=transformer.eval(), vae=autoencoder, scheduler=scheduler,
+            **dict.fromkeys(row.without),
+        ).save_pretrained(partial)  # fmt: skip
         if classes:  # the pipeline reads them and does not write them
             index = partial / "model_index.json"
             contents = json.loads(index.read_text(encoding="utf-8")) | {
                 "id2label": id2label(classes)
             }
             index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without diffusers' warnings, which are of the parts that are left out."""
+    before = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(before)
 
 
 def decoder(space: Space, row: Pipeline) -> Any:

@@ -10,13 +10,14 @@ MOST_TEXT = 256 << 20
 MOST_DIGITS, MOST_DEPTH = 100, 100  # of a whole number, and of brackets, in JSON
 
 
-def read_json(file: Path) -> dict:
-    """The dict in a JSON file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32.
+def read_json(file: Path, infinite: bool = False) -> dict:
+    """The dict in a JSON file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32. With
+    `infinite`, numbers may be so: diffusers writes Infinity, which JSON does not know.
 
     Raises ValueError, naming the file, if it cannot be read or holds something else.
     """
     try:
-        contents = parse_json(read_bounded(file))
+        contents = parse_json(read_bounded(file), infinite)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read {file} ({getattr(error, 'strerror', None) or error})"
@@ -38,8 +39,8 @@ def read_bounded(path: Path | str, most: int = MOST_TEXT) -> bytes:
     return contents
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+def parse_json(text: str | bytes, infinite: bool = False) -> Any:
+    """What a JSON text says; `infinite` is as in read_json.
 
     Raises ValueError if it is none, or has numbers or a depth that no sensible one has.
     """
@@ -54,9 +55,12 @@ def parse_json(text: str | bytes) -> Any:
         number = float(digits)
         return number if math.isfinite(number) else refuse(digits[:20])
 
+    def constant(name):
+        return float(name) if infinite and name != "NaN" else refuse(name)
+
     too_deep = "it is nested too deeply"
     try:
-        contents = json.loads(text, parse_constant=refuse, parse_int=whole, parse_float=real)
+        contents = json.loads(text, parse_constant=constant, parse_int=whole, parse_float=real)
     except RecursionError:
         raise ValueError(too_deep) from None
     level = [[contents]]

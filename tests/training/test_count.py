@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from checkpoints.networks import MODELS
 from conftest import fill_randomly
 import count
 from starts import each_start
@@ -181,3 +182,34 @@ def test_as_a_script(start):
     flags = ["--model", "DiT-Ti/1", "--vae", "examples/digits/vae", "--image-size", "32"]
     done = start("count.py", *flags)
     assert done.returncode == 0 and "DiT-Ti/1" in done.stdout.splitlines()[1], done.stderr
+
+
+def test_networks_that_read_captions(capsys):
+    """Beside a DiT, which has none of their flags. The sizes of released ones are counted in
+    test_text_networks.py.
+    """
+    flags = ["--vae", "none", "--image-size", "16", "--num-classes", "3"]
+    outside = ["--text-width", "12", "--pooled-width", "6", "--text-length", "40"]
+    names = ["MMDiT-Ti/2", "PixArt-Ti/2", "DiT-Ti/8"]
+    rows = printed(capsys, "--model", *names, *flags, *outside)
+    assert [row[0].split()[0] for row in rows] == names and rows[2][1] == "adaln_zero"
+    sizes = dict(input_size=16, in_channels=3)
+    options = [dict(text_width=12, pooled_width=6), dict(text_width=12), dict(num_classes=3)]
+    with torch.device("meta"):
+        networks = [MODELS[name](**sizes, **more) for name, more in zip(names, options)]
+    for row, network in zip(rows, networks, strict=True):
+        assert f"{sum(p.numel() for p in network.parameters()):,}" in row
+    own = printed(capsys, "--model", "MMDiT-Ti/2", *flags)[0]
+    assert float(own[-5].split()[0]) > 0 and own[-6] != rows[0][-6]
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["DiT-Ti/4", "--text-width", "8"], "--text-width is 8, and DiT-Ti/4 has no such part"),
+    (["PixArt-Ti/2", "--norm", "rms"], "--norm is rms, and PixArt-Ti/2 has no such part"),
+    (["MMDiT-Ti/2", "--text-width", "8"], "pooled_width None; give both"),
+    (["MMDiT-Ti/2", "--text-length", "0"], "text_length is 0"),
+])  # fmt: skip
+def test_what_a_network_has_not_is_named(capsys, flags, says):
+    with pytest.raises(SystemExit):
+        count.main(["--vae", "none", "--image-size", "16", "--model", *flags])
+    assert says in capsys.readouterr().err
