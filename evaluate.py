@@ -6,11 +6,13 @@
         --features examples/digits/classifier
     python evaluate.py --make-reference imagenet/train --image-size 256 --output imagenet256.npz
     python evaluate.py --likelihood results/NAME --samples imagenet/val
+    python evaluate.py --clip openai/clip-vit-large-patch14 --samples samples/NAME
 
 Samples are a folder of images or an .npz with `arr_0`; a reference may also be an .npz with mu and
 sigma, as ADM's are. The scores follow the conventions of ADM's suite, and are printed as JSON, with
 hashes of both sides; what to know about them goes to the error output. --likelihood reports instead
-how likely images are to a network that has learned a flow, in bits per dimension.
+how likely images are to a network that has learned a flow, in bits per dimension, and --clip how
+near images are to their captions, by the CLIP score of Hessel et al. (2021).
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, read_size
@@ -39,7 +41,10 @@ from runtime.team import Team
 OF_LIKELIHOOD = (
     "vae", "weights", "model", "num_classes", "process", "exact", "seed", "cfg_scale",
 )  # fmt: skip
+OF_CLIP = ("captions",)
 OF_OTHERS = ("reference", "make_reference", "features", "inception_weights")
+# What is asked for instead of scores against a reference → the flags that go with it alone
+INSTEAD = {"likelihood": OF_LIKELIHOOD, "clip": OF_CLIP}
 
 
 def build_parser() -> Parser:
@@ -77,6 +82,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     weights = "torch-fidelity's weights-inception-2015-12-05 (default: fetched on first use)"
     features("--inception-weights", metavar="FILE", help=weights)
+    add_clip_flags(parser)
     add_likelihood_flags(parser)
     run = parser.add_argument_group("run").add_argument
     run(
@@ -89,6 +95,21 @@ def build_parser() -> Parser:
     )  # fmt: skip
     run("--device", choices=["cpu", "cuda", "mps"], help="default: the GPU if there is one")
     return parser
+
+
+def add_clip_flags(parser: Parser) -> None:
+    """Add the flags that say by which CLIP, and to which captions, images are to be near."""
+    add = parser.add_argument_group("CLIP score, instead of scores").add_argument
+    add(
+        "--clip", metavar="NAME",
+        help="the mean of 100 max(cosine, 0) between the samples and their captions, to this CLIP: "
+        "a local folder or a hub id",
+    )  # fmt: skip
+    beside = (
+        "a caption a line, for the samples in order (default: captions.txt in their folder, or "
+        "NAME.captions.txt beside NAME.npz, as sample_ddp.py writes them)"
+    )
+    add("--captions", metavar="FILE", help=beside)
 
 
 def add_likelihood_flags(parser: Parser) -> None:
@@ -127,7 +148,10 @@ def main(argv: list[str] | None = None) -> None:
             **{field.name: getattr(args, field.name) for field in fields(EvaluationOptions)}
         )
         check_together(args, given := parser.given(argv))
-        if args.likelihood:
+        if args.clip:
+            if found := clip_scores(args, options):
+                publish(found, options.output)
+        elif args.likelihood:
             if found := likelihood(args, given, options):
                 publish(found, options.output)
         elif options.make_reference:
@@ -146,12 +170,34 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_together(args: Namespace, given: Collection[str]) -> None:
     """Raise ValueError for flags that are given and do not go with the others."""
-    strangers = OF_OTHERS if args.likelihood else OF_LIKELIHOOD
-    if wrong := [name for name in strangers if name in given]:
-        what = "does not go with" if args.likelihood else "goes with"
-        raise ValueError(f"`{wrong[0]}` {what} `likelihood`; leave one of them out")
+    asked = [name for name in INSTEAD if getattr(args, name)]
+    for name, own in INSTEAD.items():
+        wrong = [other for other in own if other in given and name not in asked]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` goes with `{name}`; leave one of them out")
+    for name in asked:
+        strangers = [*OF_OTHERS, *asked, *(["image_size"] if name == "clip" else [])]
+        wrong = [other for other in strangers if other in given and other != name]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` does not go with `{name}`; leave one of them out")
     if args.likelihood and not args.samples:
         raise ValueError("`samples` are wanted with `likelihood`: a folder of images or latents")
+    if args.clip and not args.samples:
+        raise ValueError("`samples` are wanted with `clip`: a folder of images, or an .npz")
+
+
+def clip_scores(args: Namespace, options: EvaluationOptions) -> dict | None:
+    """The report on how near samples are to their captions; None in all processes but the first.
+
+    Raises ValueError for images or captions that do not fit.
+    """
+    from evaluation.clip_score import captions_of, score_by_clip
+
+    check_common(options)
+    captions = captions_of(args.samples, args.captions)
+    report = score_by_clip(options, args.clip, captions, join_others(options))
+    versions = {name: installed(name) for name in (*LIBRARIES, "transformers")}
+    return report and report | {"versions": versions}
 
 
 def likelihood(

@@ -107,9 +107,10 @@ class Encoder(NamedTuple):
 class EncoderReader:
     """A Reader (conditions/text.py) by encoders outside of the network.
 
-    CLIPs come first, their numbers beside one another in the same tokens; then, along the sequence,
-    each T5. Numbers that an encoder does not fill are 0, up to the widest. Pooled vectors are
-    joined end to end. `parts` are the tokens of each part of the sequence: [77, 77], say. The same
+    Tokens of CLIPs come first, their numbers beside one another in the same tokens; then, along the
+    sequence, those of each T5. Numbers that an encoder does not fill are 0, up to the widest.
+    Pooled vectors are joined end to end. `shares` and `says` are in the order in which the encoders
+    are given, and `parts` are the tokens of each part of the sequence: [77, 77], say. The same
     caption has the same Text whatever is read with it, but for rounding.
     """
 
@@ -121,13 +122,14 @@ class EncoderReader:
                 f"`{ARGUMENT}` has CLIPs of {beside[0].length} and {lengths[0]} tokens, which "
                 "cannot share theirs; give CLIPs of one length"
             )
-        self.encoders = beside + after
+        self.encoders = list(encoders)
         groups = ([beside] if beside else []) + [[encoder] for encoder in after]
         self.parts = [group[0].length for group in groups]
         self.groups = groups
         self.width = max(sum(encoder.width for encoder in group) for group in groups)
         self.pooled_width = sum(encoder.pooled_width for encoder in self.encoders)
-        self.shares: tuple[Share, ...] = tuple(self._shares())
+        shares = dict(self._shares())
+        self.shares: tuple[Share, ...] = tuple(shares[id(encoder)] for encoder in encoders)
         self.says: list[dict[str, Any]] = [encoder.says for encoder in self.encoders]
         self.null: Text = self.encode([""])
 
@@ -137,8 +139,9 @@ class EncoderReader:
             number, tokens = 0, slice(end - group[0].length, end)
             for encoder in group:
                 numbers = slice(number, number + encoder.width)
-                yield Share(tokens, numbers, slice(pooled, pooled + encoder.pooled_width))
-                number, pooled = numbers.stop, pooled + encoder.pooled_width
+                vector = slice(pooled, pooled + encoder.pooled_width)
+                yield id(encoder), Share(tokens, numbers, vector)
+                number, pooled = numbers.stop, vector.stop
 
     def encode(self, captions: Sequence[str]) -> Text:
         """The Text of N captions, on the CPU, float32: tokens (N, sum of parts, width) and, if

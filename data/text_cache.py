@@ -45,7 +45,7 @@ def check_text_manifest(manifest: dict[str, Any]) -> None:
     """Raise ValueError, naming the entry, unless a manifest or plan has what its readers look at.
     """
     for name, (kind, least) in ENTRIES.items():
-        value = manifest.get(name)
+        value: Any = manifest.get(name)
         right = type(value) is kind
         if not right or (kind is int and not least <= value <= MOST):
             raise ValueError(f"its manifest has {str(value)[:60]!r} for {name}")
