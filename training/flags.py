@@ -1,12 +1,12 @@
 """The flags of train.py: one for each of TrainOptions, with its default."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from checkpoints.networks import MODELS
+from checkpoints.networks import MODELS, arguments_of
 from runtime.command_line import Parser, read_size
-from training.options import CHOICES, TEXT_LENGTH, TrainOptions, defaults
+from training.options import CHOICES, NETWORK_OPTIONS, TEXT_LENGTH, TrainOptions, defaults
 
 Add = Callable[..., None]  # adds a flag, as an argparse.ArgumentParser's add_argument
 
@@ -25,12 +25,18 @@ def build_parser(description: str | None = None) -> Parser:
     return parser
 
 
-def read_options(args: argparse.Namespace) -> TrainOptions:
-    """The TrainOptions that a parsed command line asks for.
+def read_options(args: argparse.Namespace, given: Collection[str] = ()) -> TrainOptions:
+    """The TrainOptions that a parsed command line asks for; `given` names what it gives itself,
+    also at its default.
 
     Raises ValueError for what is wrong whatever the data and the machine.
     """
-    return TrainOptions(**vars(args))
+    options, asked = TrainOptions(**vars(args)), vars(args)
+    known = arguments_of(options.network_class.__name__)
+    for name in NETWORK_OPTIONS:
+        if name in given and name not in known and asked[name]:  # no classes is what there are
+            raise options.has_no(name, asked[name])
+    return options
 
 
 def adder(group: Any) -> Add:

@@ -236,11 +236,15 @@ class TrainOptions:
         known = arguments_of(self.network_class.__name__)
         for name, without in NETWORK_OPTIONS.items():
             if name not in known and getattr(self, name) not in without:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, and `model` {self.model}, which reads "
-                    f"{reads}, has no such thing; leave `{name}` out"
-                )
+                raise self.has_no(name, getattr(self, name))
         self._settle_text() if reads == TEXT else self._check_no_encoder()
+
+    def has_no(self, name: str, value: Any) -> ValueError:
+        """The error for an option that the network does not have."""
+        return ValueError(
+            f"`{name}` is {value}, and `model` {self.model}, which reads {self.condition}, has no "
+            f"such thing; leave `{name}` out"
+        )
 
     def _settle_text(self):
         """Give the options of a network that reads captions the values that they stand for."""

@@ -43,7 +43,8 @@ def said(tmp_path_factory):
         path = folder / f"{i:02d}.png"
         Image.fromarray(source.integers(0, 256, (SIZE, SIZE + 5, 3), dtype=np.uint8)).save(path)
         if i < 11:
-            path.with_suffix(".txt").write_text(f"number {i}\nan image of {i}\n"[: 9 + 99 * (i % 2)])
+            captions = f"number {i}\nan image of {i}\n"
+            path.with_suffix(".txt").write_text(captions[: 9 + 99 * (i % 2)])
     return folder
 
 
@@ -295,6 +296,8 @@ def test_a_run_with_other_captions_is_another_one(said, tmp_path, capsys):
 WRONG = [
     (["--condition", "labels"], "--condition is labels, and --model MMDiT-Ti/4 reads text; leave"),
     (["--num-classes", "10"], "--num-classes is 10, and --model MMDiT-Ti/4, which reads text, has"),
+    (["--num-classes", "1000"], "--num-classes is 1000, and --model MMDiT-Ti/4, which reads text"),
+    (["--block", "adaln_zero"], "--block is adaln_zero, and --model MMDiT-Ti/4, which reads text"),
     (["--block", "adaln"], "--block is adaln, and --model MMDiT-Ti/4, which reads text, has no"),
     (["--positions", "rope"], "--positions is rope, and --model MMDiT-Ti/4"),
     (["--norm", "rms"], "--norm is rms, and --model MMDiT-Ti/4"),
