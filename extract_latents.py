@@ -9,10 +9,11 @@
 What is cached is the mean and standard deviation of the VAE's posterior, of each image and its
 mirror image: training draws afresh from it each time. moments.npy is one array (images, 1 or 2
 flips, 2, C, h, w), labels.npy one of (images,); manifest.json says what they are, with a checksum
-per chunk of images, and appears when all is done. With --sizes images keep their shape: moments.npy
-is then one row of numbers, and shapes.npy (images, 2) has h and w of each. The same command goes on
-where it stopped; the result is the same on any number of processes. With --text-encoder the folder
-text/ beside them has what encoders made of the images' captions.
+per chunk of images, and appears when all is done. Where images have captions (NAME.txt beside one,
+or metadata.jsonl), captions.jsonl has them. With --sizes images keep their shape: moments.npy is
+then one row of numbers, and shapes.npy (images, 2) has h and w of each. The same command goes on
+where it stopped; the result is the same on any number of processes.
+With --text-encoder the folder text/ beside them has what encoders made of the images' captions.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, read_size
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         planned = plan_cache(chosen(args))
         text = None if args.text_encoder is None else prepare_text(chosen(args, TextCacheOptions))
     try:
-        for note in planned.listing.notes if planned.place.rank == 0 else ():
+        for note in planned.notes if planned.place.rank == 0 else ():
             print(f"note: {note}", flush=True)
         fill_cache(planned)
         if planned.place.rank == 0:

@@ -1,4 +1,4 @@
-"""Train a DiT on a folder of images, or on latents that extract_latents.py cached.
+"""Train a DiT, or a network that reads captions, on images or on latents of extract_latents.py.
 
     python train.py --data-path imagenet/train                       # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py --data-path imagenet/train  # the global batch stays 256
@@ -6,6 +6,7 @@
       --compile --resume auto
     python train.py --data-path digits/train --num-classes 10 --no-flip --model DiT-Ti/1 \\
       --image-size 32 --vae examples/digits/vae
+    python train.py --data-path captioned --model MMDiT-18/2 --process flow  # NAME.txt, NAME.png
 
 Each run gets a folder results/NNN-MODEL with log.txt, metrics.jsonl and checkpoints/SSSSSSS.pt. The
 same seed gives the same run on any number of processes and workers, up to float rounding; with
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     args = parser.parse_args(argv)
     with parser.refusing():
-        options = read_options(args)
+        options = read_options(args, parser.given(argv))
     with FolderLock() as lock, tf32(options.tf32):
         with parser.refusing():
             job = assemble(options, lock, parser.worded)

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
-from checkpoints.network_config import Tensors, arguments_in
-from checkpoints.networks import OURS, Network, class_in
+from checkpoints.network_config import Tensors, arguments_in, with_process
+from checkpoints.networks import OURS, Network, class_in, said_of
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
 from checkpoints.weights import Weights
+from conditions.encoders import check_encoders, check_says
 from conditions.labels import label_index
 from layers.parts import DEFAULTS, PAPERS
 from processes.gaussian import GaussianProcess
@@ -20,8 +21,6 @@ from processes.table import process_of
 from runtime.json_files import read_json
 
 # What of a process's config decides what t and the network's output mean
-# Arguments of networks that read captions which decide what their numbers mean, whatever the shapes
-TOLD = ("streams", "qk_norm", "text_width", "pooled_width", "noise_steps", "position_scale")
 MEANING = ("name", "path", "prediction")
 FLOATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -84,6 +83,33 @@ def check_same_size(network: Network, config: object, origin: Path | str) -> Non
         )
 
 
+# Arguments of a network that reads captions that tensors of another network may differ in
+FREE = ("input_size", "class_dropout_prob", "learn_sigma", "table_side")
+# What a user says of such a network, beside its model
+CHOSEN = ("text_length", "qk_norm")
+
+
+def check_text(network: Network, config: object, origin: Path | str) -> None:
+    """Raise ValueError if a checkpoint's `config` is of a network that reads captions otherwise
+    than this one, or whose parts are others.
+    """
+    theirs = config if isinstance(config, dict) else {}
+    wanted, given = theirs.get("text"), said_of(network)
+    if wanted and given:
+        check_says(wanted)
+        check_encoders(wanted, given, str(origin))
+    for name, ours in network.config.items():
+        if name in FREE or theirs.get(name, ours) == ours:
+            continue
+        advice = f"pass `{name}={theirs[name]!r}`"
+        if name not in CHOSEN:
+            outside = "width" in name
+            advice = f"give the `{'text_encoder' if outside else 'model'}` that it was trained with"
+        raise ValueError(
+            f"{origin} has {name} {theirs[name]!s:.60}, the network here {ours}; {advice}"
+        )
+
+
 def check_design(
     network: Network, tensors: Tensors, origin: Path | str, config: object = None
 ) -> None:
@@ -99,8 +125,7 @@ def check_design(
             f"whose name begins with {kind}"
         )
     if here != OURS:
-        _check_told(network, config, origin)
-        return
+        return check_text(network, config, origin)
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
         raise ValueError(
@@ -117,19 +142,6 @@ def check_design(
             raise ValueError(
                 f"{origin} has {name} {there}, the network here {wanted[name]}; pass "
                 f"`{name}={there if isinstance(there, bool) else _quoted(there)}`"
-            )
-
-
-def _check_told(network, config, origin):
-    """Raise ValueError if a configuration has other arguments of TOLD than a network that reads
-    captions.
-    """
-    said = config if isinstance(config, dict) else {}
-    for name in TOLD:
-        if name in said and said[name] != network.config.get(name):
-            raise ValueError(
-                f"{origin} has {name} {said[name]!s:.60}, the network here "
-                f"{network.config.get(name)}; the two must be the same"
             )
 
 
@@ -199,7 +211,8 @@ def adapt(
     class; or {index: index in the Weights} of those to take over. Raises ValueError if anything
     else does not fit.
     """
-    check_design(network, weights.tensors, origin, weights.config)
+    config = weights.config and with_process(weights.config, None, weights.text)
+    check_design(network, weights.tensors, origin, config)
     own, sizes = network.state_dict(), (network.config["patch_size"], network.in_channels)
     if network.learn_sigma and not learns_sigma(weights.tensors, *sizes):
         raise ValueError(

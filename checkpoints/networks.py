@@ -58,6 +58,11 @@ def reads_text(network: Network | type[Network]) -> bool:
     return issubclass(kind, TextNetwork)
 
 
+def said_of(network: Network) -> list[dict[str, Any]] | None:
+    """What a checkpoint says of the encoders that read captions for a network; None for none."""
+    return network.text if isinstance(network, TextNetwork) else None
+
+
 def sample_condition(network: Network, count: int) -> Any:
     """Conditions that a network takes, of so many samples, to be counted rather than looked at:
     labels, captions of its full text length, or None for a network that takes neither.

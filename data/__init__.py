@@ -11,6 +11,8 @@ __getattr__ = handed_on(
         "data.cache": "CachedLatents open_cache check_labels find_damage",
         "data.cache_format": "check_manifest",
         "data.cache_writer": "cache_latents",
+        "data.captioned": "Captioned",
+        "data.captions": "Captions read_captions",
         "data.images": "center_crop_arr open_image read_pixels to_rgb ImageDataset unreadable",
         "data.listing": "Listing sample_hash list_images check_outside",
         "data.loader": "heed_the_trainer make_loader LoaderFailed say_waiting read explained",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler, get_worker_info
 
-from data.source import BadImage, TrainingItem
+from data.source import BadImage, Key, TrainingItem
+from layers.text import Text
 
 NO_SHARED_MEMORY = (
     "/dev/shm is too small for their batches; pass `num_workers=0` or fewer, or enlarge it "
@@ -17,9 +18,9 @@ NO_SHARED_MEMORY = (
 )
 
 
-def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor, list[BadImage]]:
-    """(images or moments (n, ...), labels (n,), bad images met). If one image could not be read
-    and none stands in for it, images is None.
+def collate(items: list[TrainingItem]) -> tuple[Tensor | None, Tensor | Text, list[BadImage]]:
+    """(images or moments (n, ...), labels (n,) or n captions, bad images met). If one image could
+    not be read and none stands in for it, images is None.
     """
     return _collated(items, stack)
 
@@ -50,7 +51,7 @@ def alike(parts: list[Tensor]) -> list[list[int]]:
 
 def collate_ragged(
     items: list[TrainingItem],
-) -> tuple[Ragged | None, Tensor, list[BadImage]]:
+) -> tuple[Ragged | None, Tensor | Text, list[BadImage]]:
     """As `collate`, of images or moments that have shapes of their own."""
     return _collated(items, _ragged)
 
@@ -63,10 +64,14 @@ def _ragged(tensors):
 def _collated(items, join):
     images, labels, bad = zip(*items)
     batch = None if any(image is None for image in images) else join(images)
-    return (
-        batch, stack([torch.tensor(label) for label in labels]),
-        [one for several in bad for one in several],
-    )  # fmt: skip
+    return batch, _conditions(labels), [one for several in bad for one in several]
+
+
+def _conditions(values):
+    """Labels as (n,), or captions, each a Text of one, as a Text of n."""
+    if isinstance(values[0], Text):
+        return Text.join(values, lambda parts: stack(part[0] for part in parts))
+    return stack([torch.tensor(label) for label in values])
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
@@ -83,17 +88,19 @@ def stack(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class StepBatches(Sampler):
-    """The (index, flip) pairs of one process's share of each step's global batch.
+    """The (index, flip) pairs of one process's share of each step's global batch. With `chances`
+    each has a third entry, a number in [0, 1): by which of an image's captions one is chosen.
 
     Steps are those from `start` to `stop` - 1. Each epoch is a permutation drawn from (seed,
-    epoch), cut into whole batches; flips are drawn from (seed, step). Raises ValueError if there
-    are fewer images than one batch takes.
+    epoch), cut into whole batches; flips and chances are drawn from (seed, step). Raises ValueError
+    if there are fewer images than one batch takes.
     """
 
     def __init__(
         self, num_images: int, global_batch_size: int, seed: int, start: int, stop: int,
-        rank: int = 0, world_size: int = 1, flip: bool = True,
+        rank: int = 0, world_size: int = 1, flip: bool = True, chances: bool = False,
     ) -> None:  # fmt: skip
+        self.chances = chances
         self.num_images, self.batch, self.seed = num_images, global_batch_size, seed
         self.steps_per_epoch = self.count_steps()
         self.start, self.stop, self.flip = start, stop, flip
@@ -105,12 +112,15 @@ class StepBatches(Sampler):
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.stop):
             flips = self.flip & (
                 np.random.default_rng([self.seed, 1, step]).random(self.batch) < 0.5
             )
-            yield list(zip(self.indices(step)[self.share].tolist(), flips[self.share].tolist()))
+            columns = [self.indices(step), flips]
+            if self.chances:
+                columns.append(np.random.default_rng([self.seed, 2, step]).random(self.batch))
+            yield list(zip(*(column[self.share].tolist() for column in columns)))
 
     def indices(self, step: int) -> np.ndarray:
         """Which images the global batch of a step holds, an int64 array (global_batch_size,)."""

@@ -1,6 +1,7 @@
 """Reading a folder of cached latents, which cache_writer.py wrote: as a source, and to find damage.
 """
 
+from collections.abc import Sequence
 import hashlib
 from pathlib import Path
 import zlib
@@ -11,10 +12,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from data.cache_format import (
-    LABELS, MANIFEST, MOMENTS, SHAPES, Extents, check_manifest, check_shapes, keeps_shapes,
-    moments_shape, sizes_of,
+    CAPTIONS_HASH, LABELS, MANIFEST, MOMENTS, SHAPES, Extents, check_manifest, check_shapes,
+    keeps_shapes, moments_shape, sizes_of,
 )  # fmt: skip
+from data.captions import STORED, stored_captions
 from data.source import TrainingItem
+from runtime.command_line import reason
 from runtime.json_files import read_json
 
 
@@ -48,7 +51,8 @@ class CachedLatents(Dataset):
                 f"`{argument}` {folder} holds no complete latents ({error}); {advice}"
             ) from None
         self.path = self.moments.filename
-        self.labels, self.classes = labels.tolist(), self.manifest["classes"]
+        self.labels: Sequence[int] = labels.tolist()
+        self.classes = self.manifest["classes"]
         self.kind, self.sizes = sizes_of(self.manifest), self._sizes()
 
     def _sizes(self):
@@ -167,6 +171,11 @@ def find_damage(folder: Path | str, argument: str = "folder") -> list[str]:
             wrong.append(f"{MOMENTS} is damaged in images {first} to {last}")
     if zlib.crc32(labels.tobytes()) != manifest.get("labels_crc32"):
         wrong.append(f"{LABELS} is damaged")
+    if CAPTIONS_HASH in manifest:
+        try:
+            stored_captions(folder / STORED, images, manifest[CAPTIONS_HASH])
+        except (OSError, ValueError) as error:
+            wrong.append(reason(error))
     return wrong
 
 

@@ -3,8 +3,9 @@
 moments.npy is one array (images, flips, 2, C, h, w): mean and standard deviation of the latents of
 each image and, with `flip`, of its mirror image. Where images keep their shape (`sizes` is not
 "square"), it is one row of numbers: an image's (flips, 2, C, h, w) follow those of the image before
-it, and shapes.npy (images, 2) has h and w of each. labels.npy is (images,). manifest.json says what
-they are, and appears when all is done. Until then plan.json says what they will be, and
+it, and shapes.npy (images, 2) has h and w of each. labels.npy is (images,). captions.jsonl, where
+the images had captions, has a line for each image, a list of its own. manifest.json says what they
+are, and appears when all is done. Until then plan.json says what they will be, and
 chunks/NNNNNNN.json is the note of a chunk of images that is written.
 """
 
@@ -21,6 +22,7 @@ from runtime.image_size import settled, sides
 MANIFEST, PLAN, MOMENTS, LABELS = "manifest.json", "plan.json", "moments.npy", "labels.npy"
 SHAPES = "shapes.npy"  # where images keep their shape
 CHUNKS = "chunks"  # the folder of notes
+CAPTIONS_HASH = "captions_sha256"  # a manifest's entry, of the captions that are stored
 DTYPES = ("float16", "float32")  # of moments.npy
 # What a manifest must say of the arrays, and of the autoencoder: name → (kind, least).
 ENTRIES: dict[str, tuple[type | tuple[type, ...], float]] = {
@@ -119,6 +121,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"{MANIFEST} has {str(value)[:60]!r} for {name}")
     for name in NORMALISATION:
         _check_normalisation(name, manifest.get(name), manifest["channels"])
+    if not isinstance(manifest.get(CAPTIONS_HASH, ""), str):
+        raise ValueError(f"{MANIFEST} has {str(manifest[CAPTIONS_HASH])[:60]!r} for its captions")
     classes = manifest.get("classes")
     if classes is not None and not (
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)

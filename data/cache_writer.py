@@ -27,9 +27,10 @@ from conditions.labels import CLASSES
 from data.batches import Ragged, alike, collate_ragged
 from data.cache import read_shapes
 from data.cache_format import (
-    CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents, chunk_note,
+    CAPTIONS_HASH, CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents, chunk_note,
     keeps_shapes, latent_moments_shape, moments_shape,
 )  # fmt: skip
+from data.captions import STORED, Captions, find_captions, stand_ins, write_captions
 from data.images import ImageDataset, unreadable
 from data.listing import Listing, check_outside, list_images
 from data.loader import make_loader, read
@@ -62,6 +63,8 @@ class PlannedCache:
     space: LatentSpace
     device: torch.device
     place: Place
+    captions: Captions | None  # of the images, in the first process, if they have any
+    notes: tuple[str, ...]  # what a user should know, in sentences
 
 
 def cache_latents(options: CacheOptions) -> Path:
@@ -94,7 +97,24 @@ def plan_cache(options: CacheOptions) -> PlannedCache:
         check_outside(options.data_path, "output", folder)
     plan = make_plan(options, listing, space)
     plan, shapes = begin_folder(folder, plan, place, partial(plan_shapes, options, listing))
-    return PlannedCache(options, folder, plan, shapes, listing, space, device, place)
+    captions, notes = captions_in(options, listing) if place.rank == 0 else (None, ())
+    return PlannedCache(
+        options, folder, plan, shapes, listing, space, device, place, captions,
+        (*listing.notes, *notes),
+    )  # fmt: skip
+
+
+def captions_in(
+    options: CacheOptions, listing: Listing
+) -> tuple[Captions | None, tuple[str, ...]]:
+    """The captions of the images, if they have any, and notes on them: those that cannot be read
+    are not cached, for whoever trains with labels needs none.
+    """
+    try:
+        captions = find_captions(listing, options.data_path)
+    except ValueError as error:
+        return None, (f"no captions are cached: {str(error).replace('`', '')}",)
+    return (captions, captions.notes) if captions.count else (None, ())
 
 
 def check_options(options: CacheOptions) -> None:
@@ -303,7 +323,7 @@ def fill_cache(planned: PlannedCache) -> None:
         with tf32(planned.options.tf32):
             encode_share(planned)
         if planned.place.rank == 0:
-            finish(planned.folder, planned.plan, presence)
+            finish(planned, presence)
 
 
 def encode_share(planned: PlannedCache) -> None:
@@ -389,11 +409,13 @@ def write_durably(file: BinaryIO, offset: int, content: bytes) -> None:
 # ---- the end ----
 
 
-def finish(folder: Path, plan: dict, presence: Presence) -> None:
-    """Wait for every chunk, then write labels.npy and, last, manifest.json.
+def finish(planned: PlannedCache, presence: Presence) -> None:
+    """Wait for every chunk, then write labels.npy, captions.jsonl where there are captions and,
+    last, manifest.json.
 
     Raises ValueError if a process has ended without its share, or a chunk's note is damaged.
     """
+    folder, plan = planned.folder, planned.plan
     notes = [chunk_note(folder, number) for number in range(-(-plan["images"] // CHUNK))]
     wait_for_chunks(folder, {path.name for path in notes}, presence)
     if (folder / MANIFEST).exists():
@@ -411,7 +433,16 @@ def finish(folder: Path, plan: dict, presence: Presence) -> None:
         "bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes()),
         "crc32": [chunk["crc32"] for chunk in chunks],
     }  # fmt: skip
-    write_json(folder / MANIFEST, plan | sums)
+    write_json(folder / MANIFEST, plan | sums | store_captions(planned, bad))
+
+
+def store_captions(planned: PlannedCache, bad: list[str]) -> dict:
+    """Write the captions of the images whose latents are cached; what the manifest says of them."""
+    if planned.captions is None:
+        return {}
+    captions = planned.captions.chosen(stand_ins(planned.listing.paths, bad))
+    write_captions(planned.folder / STORED, captions)
+    return {CAPTIONS_HASH: captions.hash, "captions_missing": captions.missing}
 
 
 def wait_for_chunks(folder: Path, wanted: set[str], presence: Presence) -> None:

@@ -311,14 +311,14 @@ def stand_ins(paths: Sequence[str], bad: Iterable[str]) -> list[int]:
     gone = set[int]()
     for image in bad:
         parts = image.split(" (")
-        heads = (" (".join(parts[:count]) for count in range(1, len(parts)))
-        found = {known[head] for head in heads if head in known}
-        if not found:
+        heads = (" (".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+        number = next((known[head] for head in heads if head in known), None)
+        if number is None:
             raise ValueError(
                 f"the latents have another image in place of {image}, which is not among those of "
                 "`data_path`; give it as extract_latents.py had it, or leave it out"
             )
-        gone |= found
+        gone.add(number)
     standing, after = [0] * len(paths), next((i for i in range(len(paths)) if i not in gone), 0)
     for number in reversed(range(len(paths))):
         after = after if number in gone else number

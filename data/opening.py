@@ -5,17 +5,23 @@ it, and a row of SOURCES. For train.py it is also a field of TrainOptions in tra
 there in DECIDING, PATHS and UNRECORDED, and a flag in training/flags.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 import hashlib
 from pathlib import Path
 from typing import Any
 
+from conditions.text import PieceReader
 from data.cache import CachedLatents
+from data.cache_format import CAPTIONS_HASH
+from data.captioned import CachedTexts, Captioned, ReadTexts, notes_on_length
+from data.captions import STORED, Captions, read_captions, stand_ins, stored_captions
 from data.images import ImageDataset, sizes_in_headers, unreadable
 from data.listing import Listing, list_images, sample_hash
-from data.options import CacheOptions, DataOptions
+from data.options import LABELS, TEXT, CacheOptions, DataOptions
 from data.shapes import SQUARE, Size, size_for
 from data.source import BadImage, Source
+from data.text_cache import TEXT_MANIFEST, CachedText
 from runtime.image_size import settled, sides, written
 from vae import latent_shape, vae_hashes
 
@@ -42,17 +48,41 @@ def open_source(options: DataOptions, call: Call = call_here) -> Source:
     raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
 
 
-def open_images(options: DataOptions, call: Call) -> ImageDataset:
-    """The images below `data_path`, cropped to `image_size`, or to what is nearest to their aspect.
+def open_images(options: DataOptions, call: Call) -> Source:
+    """The images below `data_path`, cropped to `image_size`, or to what is nearest to their aspect,
+    with their labels or captions.
     """
-    listing = listed(options, call)
+    listing = listed(options, call, options.num_classes)
     assert listing is not None  # for this source is chosen by its data_path
     sizes = call(planned_sizes, options, listing.paths) if options.sizes != SQUARE else None
     names = listing.hash(options.data_path or "")
     if sizes:  # they decide which images share a batch
         names = hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
     hashes = names, call(sample_hash, listing.paths)
-    return ImageDataset(listing, options.image_size, options.skip_bad_images, hashes, sizes)
+    others = options.image_size, options.skip_bad_images, hashes, sizes
+    if options.condition == LABELS:
+        return ImageDataset(listing, *others)
+    check_inside(options)
+    texts = read_texts(options, call, partial(read_captions, listing, options.data_path or ""))
+    numbers = list(range(len(listing.paths)))
+    return Captioned(ImageDataset(listing._replace(labels=numbers), *others), texts)
+
+
+def check_inside(options: DataOptions) -> None:
+    """Raise ValueError if encoders outside of the network are named and no latents."""
+    if options.text_encoder is not None:
+        raise ValueError(
+            "`text_encoder` names encoders whose output lies beside cached latents; give `latents` "
+            "that were made with the same `text_encoder`, or leave it out for the network's own"
+        )
+
+
+def read_texts(options: DataOptions, call: Call, captions: Callable[[], Captions]) -> ReadTexts:
+    """Captions for a network with an encoder of its own."""
+    assert options.text_length is not None  # such a network has one
+    reader, length = PieceReader(options.text_length), options.text_length
+    found = call(captions)
+    return ReadTexts(found, reader, length, call(notes_on_length, found, reader, length))
 
 
 def planned_sizes(options: DataOptions | CacheOptions, paths: list[str]) -> list[Size]:
@@ -75,20 +105,98 @@ def pixels_of_token(options: DataOptions | CacheOptions) -> int:
     return latent_shape(options.vae).ratio * options.patch_size
 
 
-def open_latents(options: DataOptions, call: Call) -> CachedLatents:
-    """The cached latents in `latents`; if `data_path` is given, they must be of its images."""
-    listing = listed(options, call)
+def open_latents(options: DataOptions, call: Call) -> Source:
+    """The cached latents in `latents`, with their labels or captions; if `data_path` is given, they
+    must be of its images, whose captions are taken then.
+    """
+    if options.condition == TEXT:
+        return open_captioned_latents(options, call)
+    listing = listed(options, call, options.num_classes)
     cached = CachedLatents(options.latents or "")
-    if wrong := misfits(cached, options, listing):
-        raise ValueError(f"`latents` {options.latents} do not fit: {'; '.join(wrong)}")
+    check_fitting(cached, options, listing)
     return cached
 
 
-def listed(options: DataOptions, call: Call) -> Listing | None:
-    """The Listing of the images below `data_path`; None without it."""
+def open_captioned_latents(options: DataOptions, call: Call) -> Captioned:
+    """The same, with captions."""
+    folder = Path(options.latents or "")
+    cached = CachedLatents(folder)  # its classes, if any, decide the order of its images
+    listing = listed(options, call, len(cached.classes or ()))
+    check_fitting(cached, options, listing)
+    texts: CachedTexts | ReadTexts
+    captions = partial(captions_of_latents, cached, options, listing)
+    if options.text_encoder is not None:
+        texts = cached_texts(folder, options.text_encoder)
+        if listing is not None and call(captions).hash != texts.cached.manifest[CAPTIONS_HASH]:
+            raise ValueError(
+                f"`data_path` {options.data_path} holds other captions than `text_encoder` has read"
+                f" for `latents` {folder}; encode them again"
+            )
+    else:
+        texts = read_texts(options, call, captions)
+        if (folder / TEXT_MANIFEST).exists():
+            texts.notes = (*texts.notes, UNUSED)
+    cached.labels, cached.classes = range(len(cached)), None
+    return Captioned(cached, texts)
+
+
+UNUSED = (
+    "the latents have the output of text encoders beside them, which is not used: the network has "
+    "an encoder of its own; name them by `text_encoder` to learn with them"
+)
+
+
+def cached_texts(folder: Path, encoders: Sequence[str]) -> CachedTexts:
+    """What these encoders made of the captions. Raises ValueError if others did, or none."""
+    named = ", ".join(encoders)
+    try:
+        cached = CachedText(folder)
+    except ValueError as error:
+        raise ValueError(f"`text_encoder` {named}: {error}") from None
+    theirs = [str(one.get("name")) for one in cached.says or ()]
+    if [absolute_if_there(name) for name in encoders] != [absolute_if_there(n) for n in theirs]:
+        raise ValueError(
+            f"`text_encoder` is {named}, and `latents` {folder} have the output of "
+            f"{', '.join(theirs)}; name these, or encode the captions again"
+        )
+    return CachedTexts(cached)
+
+
+def captions_of_latents(
+    cached: CachedLatents, options: DataOptions, listing: Listing | None
+) -> Captions:
+    """The captions of images whose latents are cached: from `data_path` if it is given, else those
+    that were cached with them. Raises ValueError if there are none.
+    """
+    if listing is not None:
+        captions = read_captions(listing, options.data_path or "")
+        bad = cached.manifest.get("bad_images") or []
+        return captions.chosen(stand_ins(listing.paths, bad)) if bad else captions
+    wanted = cached.manifest.get(CAPTIONS_HASH)
+    if wanted is None:
+        raise ValueError(
+            f"`latents` {options.latents} have no captions; give the folder of their images as "
+            "`data_path` too, or make them again with extract_latents.py from images that have some"
+        )
+    try:
+        return stored_captions(Path(options.latents or "") / STORED, len(cached), wanted)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`latents` {options.latents}: {error}; remove the folder and make it again"
+        ) from None
+
+
+def check_fitting(cached: CachedLatents, options: DataOptions, listing: Listing | None) -> None:
+    """Raise ValueError if cached latents do not fit the options or the images of a listing."""
+    if wrong := misfits(cached, options, listing):
+        raise ValueError(f"`latents` {options.latents} do not fit: {'; '.join(wrong)}")
+
+
+def listed(options: DataOptions, call: Call, num_classes: int) -> Listing | None:
+    """The Listing of the images below `data_path`, in so many classes; None without it."""
     if options.data_path is None:
         return None
-    return call(list_images, options.data_path, options.num_classes)
+    return call(list_images, options.data_path, num_classes)
 
 
 def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None) -> list[str]:

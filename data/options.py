@@ -8,6 +8,8 @@ from conditions.encoders import T5_LENGTH
 from data.shapes import SQUARE
 from runtime.image_size import ImageSize, settled
 
+LABELS, TEXT = CONDITIONS = ("labels", "text")  # what may be learned with the images
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -22,6 +24,10 @@ class DataOptions:
     vae: str = "ema"  # the autoencoder, which cached latents must come from
     sizes: str = SQUARE  # or "buckets" or "own": images keep their aspect (data/shapes.py)
     patch_size: int = 2  # of the network; with the autoencoder's ratio, the pixels of a token
+    condition: str = LABELS  # or "text": captions
+    text_length: int | None = None  # tokens of a caption, for a network's own encoder
+    # Encoders outside of the network, whose output lies beside the latents
+    text_encoder: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", settled(self.image_size))

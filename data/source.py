@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from data.shapes import Size
+from layers.text import Text
 
 
 class BadImage(NamedTuple):
@@ -15,9 +16,11 @@ class BadImage(NamedTuple):
     reason: str
 
 
-# What a source gives for an (index, flip): pixels or moments, None if unreadable; label; bad
-# images met.
-TrainingItem = tuple[Tensor | None, int, list[BadImage]]
+# What a source gives for an (index, flip): pixels or moments, None if unreadable; label, or Text of
+# one caption; bad images met.
+TrainingItem = tuple[Tensor | None, int | Text, list[BadImage]]
+# (index, flip), or, where captions are chosen among, (index, flip, chance in [0, 1))
+Key = tuple[int, bool] | tuple[int, bool, float]
 
 
 class Source(Protocol):

@@ -36,6 +36,7 @@ RANGES = {
     "global_batch_size": Range(1, 2**20),
     "grad_accum": Range(1, 2**20),
     "pack": Range(1, 2**16),
+    "text_length": Range(2, 2**12),
     "log_every": Range(1, COUNTS),
     "ckpt_every": Range(1, COUNTS),
     "sample_every": Range(1, COUNTS),
@@ -63,7 +64,9 @@ RANGES = {
     "seed": Range(0, 2**63 - 1),
 }
 # Argument → how many values it may have.
-MOST_VALUES = {"ema_decay": 16, "class_labels": 4096, "prompt": 4096, "cfg_scale": 64}
+MOST_VALUES = {
+    "ema_decay": 16, "text_encoder": 8, "class_labels": 4096, "prompt": 4096, "cfg_scale": 64,
+}  # fmt: skip
 
 
 def check_numbers(options: object, **others: Range) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 import hashlib
 import math
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from accelerate import Accelerator
 import torch
@@ -16,21 +16,21 @@ from checkpoints.fitting import (
     adapt, check_design, check_fits, check_same_size, note_of_process, read_label_map,
 )  # fmt: skip
 from checkpoints.network_config import Tensors
-from checkpoints.networks import Network
+from checkpoints.networks import MODELS, Network, arguments_of
 from checkpoints.process_marks import check_process
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
+from conditions.text import TextCondition
 from data.batches import steps_per_epoch
 from data.buckets import bucket_steps, in_buckets
+from data.captioned import Captioned, Texts
 from data.listing import check_outside
 from data.opening import open_source
 from data.options import DataOptions
 from data.shapes import SQUARE
 from data.source import Source
 from evaluation.features import load_extractor
-from layers.parts import DEFAULTS as PARTS
 from layers.positions import POSITIONS, check_grid
 from layers.sizes import sides
-from models import DiT_models
 from processes.table import process_of
 from runtime.limits import check_memory
 from runtime.surroundings import Place, check_accelerate, is_installed, own_place
@@ -85,7 +85,7 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
     check_shapes(options, dataset, space)
     start: Start = once(accelerator, find_start, options, data, lock)
     fresh = start.checkpoint is None
-    state = build_state(options, space, accelerator, dataset.classes, fresh)
+    state = build_state(options, space, accelerator, dataset, fresh)
     resumed = take_up(state, start.checkpoint) if start.checkpoint else {}
     judge = prepare_judge(options, accelerator) if options.eval_every else None
     folder = start.folder
@@ -217,7 +217,8 @@ def check_shapes(options: TrainOptions, source: Source, space: Space) -> None:
             )
         known = trained[0] // unit, trained[1] // unit
         extrapolation = options.extrapolation or POSITIONS[options.positions].extrapolation
-        check_grid(extrapolation, (height // unit, width // unit), known)
+        if "extrapolation" in options.network_arguments:  # others take any grid
+            check_grid(extrapolation, (height // unit, width // unit), known)
     if options.pack is not None:
         check_room(source.sizes or (), unit, options.pack)
 
@@ -236,7 +237,8 @@ def load_space(options: TrainOptions, accelerator: Accelerator, source: Source) 
     The autoencoder is not loaded where latents are cached and never decoded.
     """
     if options.latents is not None and options.sample_every is None and options.eval_every is None:
-        manifest = source.manifest  # type: ignore[attr-defined]  # latents' source is CachedLatents
+        latents = source.source if isinstance(source, Captioned) else source
+        manifest = latents.manifest  # type: ignore[attr-defined]  # theirs are CachedLatents
         return LatentSpace(
             LatentShape(manifest["channels"], manifest["ratio"]), manifest["scale"],
             manifest["shift"],
@@ -262,26 +264,26 @@ def prepare_judge(options: TrainOptions, accelerator: Accelerator) -> Judge:
 
 
 def build_state(
-    options: TrainOptions, space: Space, accelerator: Accelerator, classes: list[str] | None,
-    fresh: bool,
-) -> TrainState:  # fmt: skip
-    """A TrainState at step 0, the same in every process.
+    options: TrainOptions, space: Space, accelerator: Accelerator, source: Source, fresh: bool
+) -> TrainState:
+    """A TrainState at step 0, the same in every process, for learning from a source.
 
     A fresh one starts from init_from; others take up a checkpoint, and need no such weights.
     Raises ValueError if sizes, or init_from, do not fit.
     """
     torch.manual_seed(options.global_seed)
     size = space.shape.size(options.image_size, options.patch_size)
-    network = DiT_models[options.model](
-        input_size=size, in_channels=space.shape.channels, num_classes=options.num_classes,
-        block=options.block, learn_sigma=bool(options.learn_sigma),
-        **{name: getattr(options, name) for name in PARTS},
+    texts = texts_of(source)
+    network = MODELS[options.model](
+        input_size=size, in_channels=space.shape.channels, **options.network_arguments,
+        **({} if texts is None else text_arguments(texts, options)),
     )  # fmt: skip
+    condition = None if texts is None else TextCondition(texts.null, texts.shares)
     process, note = process_of(network, options.process_said), None
     if options.init_from is not None and fresh:
         weights = load_weights(options.init_from)
         note = note_of_process(weights, network, process, f"`init_from` {options.init_from}")
-        network.load_state_dict(initial_tensors(weights, options, network, classes))
+        network.load_state_dict(initial_tensors(weights, options, network, source.classes))
     network.grad_checkpointing = options.grad_checkpointing
     recipe = Recipe(
         options.lr, options.warmup_steps, options.weight_decay, options.ema_decay,
@@ -291,15 +293,36 @@ def build_state(
         shard = partial(
             shard_network, device_type=accelerator.device.type, processes=accelerator.num_processes
         )
-        state = new_state(network, recipe, shard=shard, process=process)
+        state = new_state(network, recipe, shard=shard, process=process, condition=condition)
     else:
         network = network.to(accelerator.device)
-        state = new_state(network, recipe, wrap=accelerator.prepare_model, process=process)
+        wrap = accelerator.prepare_model
+        state = new_state(network, recipe, wrap=wrap, process=process, condition=condition)
     state.note = note
     if options.compile:
         for block in state.network.blocks:
             block.compile()
     return state
+
+
+def texts_of(source: Source) -> Texts | None:
+    """What gives the captions of a source's images; None for a source with labels."""
+    return source.texts if isinstance(source, Captioned) else None
+
+
+def text_arguments(texts: Texts, options: TrainOptions) -> dict[str, Any]:
+    """What a network is built with to read such Texts.
+
+    Raises ValueError if encoders give no vector of the whole caption, and the network takes one.
+    """
+    (width, pooled), known = texts.widths, arguments_of(options.network_class.__name__)
+    if width is not None and pooled is None and "pooled_width" in known:
+        raise ValueError(
+            f"`model` {options.model} takes a vector of each caption, which the encoders of "
+            "`text_encoder` do not give; name one that does beside them, such as CLIP's"
+        )
+    found = {"text_width": width, "pooled_width": pooled, "text_length": texts.length}
+    return {name: value for name, value in found.items() if name in known} | {"text": texts.says}
 
 
 def initial_tensors(

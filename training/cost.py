@@ -93,7 +93,9 @@ def flops_per_image(
     if sizes is None:
         return training_flops(config)
     # Of T tokens they are a + b·T + c·T², which three counts tell
-    side, config = config["patch_size"], config | {"extrapolation": "interpolate"}  # of any grid
+    side = config["patch_size"]
+    if "extrapolation" in config:
+        config = config | {"extrapolation": "interpolate"}  # of any grid
     few, more, many = (training_flops(config, (side, n * side)) for n in (1, 2, 3))
     square = (many - 2 * more + few) / 2
     linear = more - few - 3 * square

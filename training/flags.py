@@ -1,12 +1,12 @@
 """The flags of train.py: one for each of TrainOptions, with its default."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from models import DiT_models
+from checkpoints.networks import MODELS, arguments_of
 from runtime.command_line import Parser, read_size
-from training.options import CHOICES, TrainOptions, defaults
+from training.options import CHOICES, NETWORK_OPTIONS, TEXT_LENGTH, TrainOptions, defaults
 
 Add = Callable[..., None]  # adds a flag, as an argparse.ArgumentParser's add_argument
 
@@ -25,12 +25,18 @@ def build_parser(description: str | None = None) -> Parser:
     return parser
 
 
-def read_options(args: argparse.Namespace) -> TrainOptions:
-    """The TrainOptions that a parsed command line asks for.
+def read_options(args: argparse.Namespace, given: Collection[str] = ()) -> TrainOptions:
+    """The TrainOptions that a parsed command line asks for; `given` names what it gives itself,
+    also at its default.
 
     Raises ValueError for what is wrong whatever the data and the machine.
     """
-    return TrainOptions(**vars(args))
+    options, asked = TrainOptions(**vars(args)), vars(args)
+    known = arguments_of(options.network_class.__name__)
+    for name in NETWORK_OPTIONS:
+        if name in given and name not in known and asked[name]:  # no classes is what there are
+            raise options.has_no(name, asked[name])
+    return options
 
 
 def adder(group: Any) -> Add:
@@ -66,6 +72,21 @@ def add_data_flags(add: Add) -> None:
         "--num-classes", type=int,
         help="0: none, all images below --data-path (default: %(default)s)",
     )  # fmt: skip
+    reading = (
+        "what is learned with each image: its class folder, or its captions, from NAME.txt beside "
+        "it or a metadata.jsonl (default: what --model reads)"
+    )
+    add("--condition", help=reading)
+    length = (
+        "tokens that the network's own encoder reads of a caption: one, and one for each word, or "
+        f"each 8 bytes of a longer one (default: {TEXT_LENGTH})"
+    )
+    add("--text-length", type=int, metavar="L", help=length)
+    encoders = (
+        "instead of an encoder of the network's own: those whose output lies beside --latents, as "
+        "extract_latents.py --text-encoder wrote it"
+    )
+    add("--text-encoder", nargs="+", metavar="NAME", help=encoders)
     add(
         "--flip", action=argparse.BooleanOptionalAction,
         help="mirror half of the images (default: on)",
@@ -85,8 +106,8 @@ def add_data_flags(add: Add) -> None:
 
 
 def add_network_flags(add: Add) -> None:
-    names = ", ".join(DiT_models)
-    models = f"{names}; SiT's are these with --process flow (default: %(default)s)"
+    names = ", ".join(MODELS)
+    models = f"{names}; SiT's are DiT's with --process flow (default: %(default)s)"
     add("--model", metavar="MODEL", help=models)
     add("--block", help="how t and y reach the tokens (default: %(default)s)")
     add(

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conditions.condition import Values
 from data.batches import Ragged, StepBatches, alike, collate, collate_ragged
 from data.buckets import BucketBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
+from data.options import TEXT
 from runtime.team import once
 from training.assembly import Job
 from training.records import (
@@ -64,6 +66,7 @@ def batches_left(job: Job) -> StepBatches:
     others = (
         options.global_batch_size, options.global_seed, job.state.step, job.last_step,
         accelerator.process_index, accelerator.num_processes, options.flip,
+        options.condition == TEXT,
     )  # fmt: skip
     if options.aspect_buckets:
         return BucketBatches(job.dataset.sizes or [], *others)
@@ -89,7 +92,7 @@ def scores_missing(job: Job) -> bool:
 
 
 def one_step(
-    job: Job, batch: Tensor | Ragged, labels: Tensor, signals: StopSignals, meter: Meter
+    job: Job, batch: Tensor | Ragged, labels: Values, signals: StopSignals, meter: Meter
 ) -> dict[str, float]:
     """train_step's report of a step on this process's share of a batch.
 
@@ -101,7 +104,7 @@ def one_step(
     draws = draw(
         options.global_seed, state.step, options.global_batch_size, state.network.latent_shape,
         state.network.config["class_dropout_prob"], state.process, device,
-        accelerator.process_index, accelerator.num_processes,
+        accelerator.process_index, accelerator.num_processes, state.condition.drops,
     )  # fmt: skip
     latents = all_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w), or n of (C, h, w)
     old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes

@@ -3,23 +3,24 @@
 The defaults stand here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 import os
 from pathlib import Path
 from typing import Any
 
 from checkpoints.network_config import LATER
+from checkpoints.networks import MODELS, Network, arguments_of, reads_text
 from conditions.labels import CLASSES
 from data.opening import SOURCES
-from data.options import DataOptions
+from data.options import CONDITIONS, LABELS, TEXT, DataOptions
 from data.shapes import SQUARE
 from evaluation.metrics import SCORED
 from flow.flow import LOSS_WEIGHTS
 from flow.paths import PATHS as FLOW_PATHS
 from flow.prediction import PREDICTIONS
 from layers.parts import DEFAULTS as PARTS, NAMES
-from models import BLOCKS, DiT_models, summed
+from models import BLOCKS, summed
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.image_size import ImageSize, settled
@@ -31,7 +32,8 @@ DECIDING = (
     "data_path", "latents", "model", "image_size", "num_classes", "global_batch_size",
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
     "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
-    *SETTINGS, "learn_sigma", *PARTS, "aspect_buckets", "pack",
+    *SETTINGS, "learn_sigma", *PARTS, "aspect_buckets", "pack", "condition", "text_length",
+    "text_encoder",
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -47,15 +49,23 @@ PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
 UNRECORDED = {
     **LATER, "process": GaussianProcess.word, **dict.fromkeys(SETTINGS),
     "learn_sigma": GaussianProcess.learns_sigma, "aspect_buckets": False, "pack": None,
+    "condition": LABELS, "text_length": None, "text_encoder": None,
 }  # fmt: skip
 
 # Option → what it may be, where that is a few words
 CHOICES: dict[str, Collection[str]] = {
-    "model": DiT_models, "block": BLOCKS, "mixed_precision": ["no", "bf16"],
+    "model": MODELS, "condition": CONDITIONS, "block": BLOCKS, "mixed_precision": ["no", "bf16"],
     "on_save_error": ["stop", "continue"], "log_with": ["tensorboard", "wandb"],
     "device": ["cpu", "cuda", "mps"], "process": WORDS, "path": FLOW_PATHS,
     "prediction": PREDICTIONS, "loss_weight": [word for word in LOSS_WEIGHTS if word], **NAMES,
 }  # fmt: skip
+
+# Options that are arguments of some classes of networks, and the values that leave them out
+NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "num_classes": (DataOptions.num_classes, 0), "block": (LATER["block"],),
+    **{name: (value,) for name, value in PARTS.items()}, "text_length": (None,),
+}  # fmt: skip
+TEXT_LENGTH = 32  # of the network's own encoder: captions of about as many short words
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,9 @@ class TrainOptions:
     latents: Path | str | None = None
     image_size: ImageSize = DataOptions.image_size
     num_classes: int = DataOptions.num_classes
+    condition: str | None = None
+    text_length: int | None = None
+    text_encoder: Sequence[str] | None = None
     flip: bool = DataOptions.flip
     skip_bad_images: bool = DataOptions.skip_bad_images
     aspect_buckets: bool = False
@@ -142,6 +155,7 @@ class TrainOptions:
         check_numbers(self, num_classes=CLASSES, eval_samples=SCORED)
         self._check_decays()
         self._check_choices()
+        self._settle_condition()
         self._check_pairs()
         self._settle_process()
 
@@ -153,7 +167,20 @@ class TrainOptions:
     @property
     def patch_size(self) -> int:
         """The network's."""
-        return DiT_models[self.model].keywords["patch_size"]
+        return MODELS[self.model].keywords["patch_size"]
+
+    @property
+    def network_class(self) -> type[Network]:
+        """The class of the network."""
+        return MODELS[self.model].func  # type: ignore[return-value]  # of NETWORKS, all of them
+
+    @property
+    def network_arguments(self) -> dict[str, Any]:
+        """What of the options the network is built with: not what data and captions decide."""
+        known = arguments_of(self.network_class.__name__)
+        names = ("num_classes", "block", *PARTS)
+        given = {name: getattr(self, name) for name in names if name in known}
+        return given | {"learn_sigma": bool(self.learn_sigma)}
 
     @property
     def process_said(self) -> dict[str, Any]:
@@ -188,6 +215,63 @@ class TrainOptions:
             raise ValueError(f"`learn_sigma` is {self.learn_sigma!r:.60}; it is true or false")
         if self.learn_sigma is None:
             object.__setattr__(self, "learn_sigma", kind.learns_sigma)
+
+    def _settle_condition(self):
+        """Give `condition` and what depends on it the values that they stand for.
+
+        Raises ValueError for a condition that the model does not read, and for options that its
+        network does not have.
+        """
+        reads = TEXT if reads_text(self.network_class) else LABELS
+        if self.condition not in (None, reads):
+            others = [
+                name for name, made in MODELS.items()
+                if (self.condition == TEXT) == reads_text(made.func)  # type: ignore[arg-type]
+            ]  # fmt: skip
+            raise ValueError(
+                f"`condition` is {self.condition}, and `model` {self.model} reads {reads}; leave "
+                f"`condition` out, or choose another `model`: {', '.join(others)}"
+            )
+        object.__setattr__(self, "condition", reads)
+        known = arguments_of(self.network_class.__name__)
+        for name, without in NETWORK_OPTIONS.items():
+            if name not in known and getattr(self, name) not in without:
+                raise self.has_no(name, getattr(self, name))
+        self._settle_text() if reads == TEXT else self._check_no_encoder()
+
+    def has_no(self, name: str, value: Any) -> ValueError:
+        """The error for an option that the network does not have."""
+        return ValueError(
+            f"`{name}` is {value}, and `model` {self.model}, which reads {self.condition}, has no "
+            f"such thing; leave `{name}` out"
+        )
+
+    def _settle_text(self):
+        """Give the options of a network that reads captions the values that they stand for."""
+        object.__setattr__(self, "num_classes", 0)
+        if self.text_encoder is not None and self.text_length is not None:
+            raise ValueError(
+                "`text_length` is of the network's own encoder, and `text_encoder` names others; "
+                "give one of them"
+            )
+        if self.pack is not None:
+            raise ValueError(
+                f"`pack` is for networks that read labels, and `model` {self.model} reads text; "
+                "pass `aspect_buckets=True` instead"
+            )
+        if self.init_labels != "keep":
+            raise ValueError(
+                f"`init_labels` is about classes, and `model` {self.model} reads text; leave it out"
+            )
+        if self.text_encoder is None and self.text_length is None:
+            object.__setattr__(self, "text_length", TEXT_LENGTH)
+
+    def _check_no_encoder(self):
+        """Raise ValueError for encoders of text that nothing is done with."""
+        if self.text_encoder is not None:
+            raise ValueError(
+                f"`text_encoder` is given, and `model` {self.model} reads labels; leave it out"
+            )
 
     def _check_decays(self):
         """Raise ValueError unless each decay of the averages is one, and stands there once."""

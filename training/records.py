@@ -1,6 +1,7 @@
 """What a run writes: log lines, metrics, checkpoints, scores and previews."""
 
 from collections.abc import Mapping
+from functools import partial
 import time
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -10,11 +11,12 @@ from torchvision.utils import make_grid, save_image
 
 from checkpoints.files import checkpoint_path, list_checkpoints, prune_checkpoints, save_checkpoint
 from checkpoints.networks import Network, create_network
+from data.captioned import Captioned
 from data.images import BadImage
 from runtime.disk import disk_space, write_whole
 from training.assembly import Job
 from training.run_log import Meter, RunLog, StopSignals
-from training.scores import Stopped, preview, score_samples
+from training.scores import Prompts, Stopped, preview, score_samples
 from training.sharding import unsharded
 
 
@@ -165,6 +167,14 @@ def whole_average(job: Job) -> Network:
     return network
 
 
+def prompts_of(job: Job) -> Prompts | None:
+    """Captions of the data for samples while training, the same each time; None where it has none.
+    """
+    if not isinstance(job.dataset, Captioned):
+        return None
+    return Prompts(partial(job.dataset.drawn, job.options.global_seed), job.dataset.texts.null)
+
+
 def evaluation_due(job: Job) -> bool:
     """Whether scores are to be taken at this step."""
     step, every = job.state.step, job.options.eval_every
@@ -189,7 +199,7 @@ def save_scores(job: Job, signals: StopSignals) -> bool:
         network = whole_average(job)
         scores, notes = score_samples(
             job.judge, network, job.state.process, job.space, job.options.global_seed,
-            accelerator.device, any_process,
+            accelerator.device, any_process, prompts_of(job),
         )  # fmt: skip
     except Stopped:
         return False
@@ -224,7 +234,7 @@ def log_scores(job: Job, scores: dict[str, float | None], notes: list[str], seco
 def save_preview(job: Job) -> None:
     """Write previews/SSSSSSS.png from the main average.
 
-    Noise and labels are the same each time.
+    Noise and labels, or captions, are the same each time.
     """
     state, network = job.state, whole_average(job)
     if job.accelerator.is_main_process:
@@ -232,7 +242,7 @@ def save_preview(job: Job) -> None:
         try:
             images = preview(
                 network, state.process, job.space, job.options.global_seed,
-                job.accelerator.device,
+                job.accelerator.device, prompts_of(job),
             ).permute(0, 3, 1, 2)  # fmt: skip
             grid = make_grid(images.cpu().float() / 255, nrow=4)
             path.parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from data import buckets
 from data.loader import LoaderFailed, explained
+from data.options import LABELS
 from runtime.command_line import reason, why_lost
 from runtime.devices import tf32
 from runtime.surroundings import lone_task_note
@@ -83,8 +84,9 @@ def introduce(job: Job) -> None:
         f" in {len(classes)} of {options.num_classes} classes" if options.num_classes else ""
     )
     where = f"{job.accelerator.num_processes} process(es) on {job.accelerator.device.type}"
+    reading = options.block if options.condition == LABELS else "captions"
     job.log(
-        f"{options.model}, {options.block}: {size:,} parameters, {len(job.dataset):,} "
+        f"{options.model}, {reading}: {size:,} parameters, {len(job.dataset):,} "
         f"images{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
     )
     for line in (*notes_on_shapes(job), *notes_on_start(job, classes)):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import uuid
 
 from checkpoints.names import weights_file
+from data.options import TEXT
 from runtime.disk import file_hash
 from runtime.json_files import read_json
 from training.options import DECIDING, PATHS, UNRECORDED, TrainOptions
@@ -85,6 +86,8 @@ def differences(folder: Path, options: TrainOptions, data: Data) -> str:
         if not (name in known and known[name] == content_hash(name, options, data))
     ]
     if not found and record["data"] != data.names:
+        if options.condition == TEXT:
+            return "images or captions in `data_path`, or content of `latents`"
         return "images in `data_path`, content of `latents` or of `init_labels`"
     return quoted(found)
 

@@ -3,7 +3,7 @@
 The samples are drawn with the moving average's weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from checkpoints.networks import Network
-from conditions.condition import condition_of
+from conditions.condition import Values, condition_of
 from conditions.labels import random_labels
 from evaluation.features import Extractor
 from evaluation.metrics import Summary, score
 from evaluation.remarks import remarks
 from evaluation.inputs import EvaluationInput, check_mixed, open_input, summarize_reference
 from evaluation.summaries import deal, summarize
+from layers.text import Text
 from processes.process import Process
 from runtime.image_size import ImageSize, sides
 from runtime.team import Team
@@ -61,12 +62,35 @@ def load_judge(
     return Judge(extractor, side, summary, count, batch_size, team)
 
 
+class Prompts(NamedTuple):
+    """What samples of a network that reads captions are asked to be while it trains.
+
+    drawn(indices) gives the captions of the samples with these indices, on the CPU; `null`, of one
+    caption, is what they are guided against.
+    """
+
+    drawn: Callable[[Sequence[int]], Text]
+    null: Text
+
+
+def sampler_of(
+    network: Network, process: Process, space: Space, cfg_scale: float, prompts: Prompts | None
+) -> Sampler:
+    """A Sampler for looking at a network while it trains: quick, and guided so much."""
+    solver, steps = process.quick
+    null = prompts.null if prompts else None
+    return Sampler(
+        network, space, None, steps, solver, cfg_scale=cfg_scale, process=process, null=null
+    )
+
+
 def score_samples(
     judge: Judge, network: Network, process: Process, space: Space, seed: int, device: torch.device,
-    any_process: Callable[..., bool],
+    any_process: Callable[..., bool], prompts: Prompts | None = None,
 ) -> tuple[dict[str, float | None] | None, list[str] | None]:  # fmt: skip
     """(the scores, as of metrics.score, of samples from a network that learns `process`; remarks on
-    them) in the first process of the job; else (None, None).
+    them) in the first process of the job; else (None, None). Labels are drawn at random, or else
+    captions as `prompts` has them.
 
     Image i depends on (seed, i) alone and nothing is drawn from torch's generators.
     any_process(flag, if None: whether to stop) says in each process whether it holds in one of
@@ -74,17 +98,19 @@ def score_samples(
     in every process if it is to stop; ValueError in every process for images, and in the first for
     features, that are not finite.
     """
-    solver, steps = process.quick
-    sampler = Sampler(
-        network, space, None, steps, solver, cfg_scale=GUIDANCE, process=process
-    )
+    sampler = sampler_of(network, process, space, GUIDANCE, prompts)
+
+    def values_of(indices):
+        if prompts is not None:
+            return prompts.drawn(indices).to(device)
+        return random_labels(seed, indices, max(1, network.num_classes)).to(device)
 
     def batches():
         for indices in deal(judge.count, judge.batch_size, judge.team):
             if any_process():
                 raise Stopped
-            labels = random_labels(seed, indices, max(1, network.num_classes)).to(device)
-            images = space.decode(sampler.numbered_latents(seed, indices, labels))  # (n, 3, H, W)
+            latents = sampler.numbered_latents(seed, indices, values_of(indices))
+            images = space.decode(latents)  # (n, 3, H, W)
             if any_process(not images.isfinite().all()):
                 raise ValueError("the images that the network draws are not finite")
             yield to_uint8(images).permute(0, 3, 1, 2), None
@@ -113,14 +139,18 @@ PREVIEW_IMAGES, PREVIEW_GUIDANCE = 16, 4.0  # while training
 
 
 def preview(
-    network: Network, process: Process, space: Space, seed: int, device: torch.device | str
-) -> Tensor:
-    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, on the device.
+    network: Network, process: Process, space: Space, seed: int, device: torch.device | str,
+    prompts: Prompts | None = None,
+) -> Tensor:  # fmt: skip
+    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, or of the first captions
+    of `prompts`, on the device.
 
     The same seed gives the same noise.
     """
-    scale = PREVIEW_GUIDANCE if condition_of(network).has_null else 1.0
-    solver, steps = process.quick
-    sampler = Sampler(network, space, None, steps, solver, cfg_scale=scale, process=process)
-    labels = torch.arange(PREVIEW_IMAGES, device=device) * network.num_classes // PREVIEW_IMAGES
-    return sampler.decode(sampler.numbered_latents(seed, range(PREVIEW_IMAGES), labels))
+    guided = prompts is not None or condition_of(network).has_null
+    scale, indices = PREVIEW_GUIDANCE if guided else 1.0, range(PREVIEW_IMAGES)
+    sampler = sampler_of(network, process, space, scale, prompts)
+    values: Values = torch.arange(PREVIEW_IMAGES) * network.num_classes // PREVIEW_IMAGES
+    if prompts is not None:
+        values = prompts.drawn(indices)
+    return sampler.decode(sampler.numbered_latents(seed, indices, values.to(device)))

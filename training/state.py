@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints.network_config import process_in, with_process
-from checkpoints.networks import Network
+from checkpoints.networks import Network, said_of
 from conditions.condition import Condition, condition_of
 from processes.process import QUARTERS, Process
 from processes.table import process_of
@@ -125,9 +125,7 @@ class TrainState:
         contents = {
             "model": self.network.state_dict(), "ema": self.ema.state_dict(),
             "opt": self.opt.state_dict(), "args": args, "step": self.step,
-            "config": with_process(
-                self.network.config, self.process.config, getattr(self.network, "text", None)
-            ),
+            "config": with_process(self.network.config, self.process.config, said_of(self.network)),
             "classes": classes, "rng": rng, "log": log,
         }  # fmt: skip
         if len(self.emas) > 1:

@@ -162,7 +162,7 @@ def warm_up(state: TrainState, latents: Tensor) -> None:
     """
     count, device = len(latents), latents.device
     values = state.condition.blank(count, device)
-    drop = torch.zeros(count, dtype=torch.int64, device=device)
+    drop = torch.zeros(count, *state.condition.drops, dtype=torch.int64, device=device)
     t = state.process.draw_times(count, torch.Generator(device))
     backward(state, count, latents, values, t, drop, latents)
     state.opt.zero_grad(set_to_none=True)

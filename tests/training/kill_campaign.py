@@ -47,6 +47,8 @@ RUNS = {"diffusion": RUN, "flow": FLOW}
 SHAPED = {
     "buckets": [*RUN, "--aspect-buckets"], "packed": [*FLOW, "--pack", "20", "--positions", "rope"],
 }  # fmt: skip
+# With captions
+SAID = [flag for flag in FLOW if flag not in ("--num-classes", "10")] + ["--model", "MMDiT-Ti/2"]
 STEPS, SAVES = 40, 6  # of such a run: its steps, and its checkpoints
 RATES = ("images_per_second", "model_flops_per_second", "time")
 TIMEOUT = 120

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 import kill_campaign
 from kill_campaign import (
-    RUN, RUNS, SHAPED, STEPS, end, fingerprint, launcher, start, step_reached, survive,
+    RUN, RUNS, SAID, SHAPED, STEPS, end, fingerprint, launcher, start, step_reached, survive,
 )  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "examples" / "digits"))
@@ -51,6 +51,17 @@ def shaped(data, tmp_path_factory):
         (folder / path.parent.name).mkdir(exist_ok=True)
         size = [(32, 32), (21, 34), (70, 48), (16, 24)][i % 4]
         Image.open(path).resize(size).save(folder / path.parent.name / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(data, tmp_path_factory):
+    """A part of the digits with captions, some with two and some with none."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for i, path in enumerate(sorted(data.rglob("*.png"))[::8]):
+        shutil.copy(path, folder / f"{i}.png")
+        digit = path.parent.name
+        (folder / f"{i}.txt").write_text(f"a {digit}\nnumber {digit}\n"[: 4 + 9 * (i % 3)])
     return folder
 
 
@@ -105,6 +116,18 @@ def test_a_flow_killed_in_the_middle_of_a_checkpoint(context, data, alone, tmp_p
     step, found = survive(context, data, tmp_path, 1, death, random, RUNS["flow"])
     assert step == 21 and found == alone(1, "flow")
     assert found != alone(1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_while_learning_from_captions(context, captioned, tmp_path, processes):
+    """From outside, and in the middle of a checkpoint."""
+    of = context, captioned
+    end(start(*of, tmp_path / "alone", processes, run=SAID), 0)
+    for name, death in {"out": None, "in": {"at": "byte", "save": 3, "share": 0.5}}.items():
+        folder, source = tmp_path / name, random.Random(time.time_ns())
+        step, found = survive(*of, folder, processes, death, source, SAID)
+        assert found == fingerprint(tmp_path / "alone"), f"killed after step {step}"
 
 
 @pytest.mark.long

@@ -112,7 +112,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         learn_sigma=None, process="diffusion", path=None, prediction=None, loss_weight=None,
         time_sampling=None, time_shift=None, cosine_loss=None, train_eps=None, positions="table",
         norm="layer", mlp="gelu", qk_norm=False, extrapolation=None, aspect_buckets=False,
-        pack=None,
+        pack=None, condition=None, text_length=None, text_encoder=None,
     )  # fmt: skip
     assert args == wild | ours
 

@@ -38,7 +38,8 @@ def test_files_have_what_the_command_line_gave():
     args = flags.build_parser().parse_args(
         ["--data-path", "x", "--ema-decay", "0.5", "0.9", "--grad-clip", "2", "--no-flip"]
     )
-    recorded = vars(args) | {"learn_sigma": True}  # what it stands for in a diffusion
+    # What they stand for in a diffusion, and in a DiT
+    recorded = vars(args) | {"learn_sigma": True, "condition": "labels"}
     assert json.dumps(flags.read_options(args).recorded()) == json.dumps(recorded)
 
 
