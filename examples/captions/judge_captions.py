@@ -59,7 +59,9 @@ def shares(met, asked):
 
 
 def chance(asked):
-    """`shares` of a digit and levels that are guessed: thirds of the digits have each level."""
+    """`shares` of a digit and levels that are guessed. Whatever the levels' sizes, which add up to
+    1, a guess by them is right for a third of prompts that ask for each level as often.
+    """
     third, counts = 1 / LEVELS, [len(said.levels) for said in asked]
     found = {"digit": 1 / len(DIGITS)} | dict.fromkeys(MEASURES, third)
     every = float(np.mean([third**count for count in counts])) / len(DIGITS)

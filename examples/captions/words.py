@@ -1,8 +1,9 @@
 """Words for what measure.py measures of a digit, and which digits they hold for.
 
-A word is one of three levels of a measure: the thirds of the training digits of the same class, so
-sevens are measured against sevens, for the shape of a seven leans by itself. Near the border of two
-thirds a word says little, and captions leave it out.
+A word is one of three levels of a measure: the lowest quarter of the training digits of the same
+class, the middle half and the highest quarter. So sevens are measured against sevens, for the shape
+of a seven leans by itself. Near the border of two levels a word says little, and captions leave it
+out.
 """
 
 from itertools import combinations, product
@@ -24,11 +25,12 @@ WORDS = {
     "slant": ("leaning left", "upright", "leaning right"),
 }
 LEVELS = 3
-GAP = 0.14  # the share of digits, around a border of two thirds, whose captions leave the word out
+ENDS = (0.25, 0.75)  # the shares of digits below the end of the first and of the second level
+GAP = 0.14  # the share of digits, around each end, whose captions leave the word out
 # Left out of training are 12 of the 90 combinations of digit, thickness and slant: every seventh
 # in order, of those that enough digits have
 COMBINED = ("thickness", "slant")
-EVERY, FIRST, LEFT_OUT, ENOUGH = 7, 5, 12, 10
+EVERY, FIRST, LEFT_OUT, ENOUGH = 7, 5, 12, 6
 
 
 class Said(NamedTuple):
@@ -86,7 +88,7 @@ class Digits(NamedTuple):
 
     def captions(self):
         """Of each digit a list: what is clear of it, all of it, and then each part of that; last
-        each clear measure without the digit's name.
+        all of it without the digit's name.
         """
         for i, digit in enumerate(self.digits):
             levels = {name: int(self.levels[name][i]) for name in MEASURES if self.clear[name][i]}
@@ -95,8 +97,7 @@ class Digits(NamedTuple):
                 for part in combinations(levels, count)
             ]  # fmt: skip
             said = [Said(int(digit), {name: levels[name] for name in part}) for part in parts]
-            said += [Said(None, {name: level}) for name, level in levels.items()]
-            yield [one.caption for one in said]
+            yield [one.caption for one in (*said, Said(None, levels))]
 
 
 def measured(images):
@@ -124,8 +125,7 @@ def every_prompt():
 
 def scale_of(images, digits):
     """The Scale of training digits."""
-    thirds = np.arange(1, LEVELS) / LEVELS  # (2,)
-    edges = (thirds[:, None] + np.array([-GAP, GAP]) / 2).ravel()  # (4,)
+    edges = [end + side * GAP / 2 for end in ENDS for side in (-1, 1)]
     found = measured(images)
 
     def quantiles(shares):
@@ -134,7 +134,7 @@ def scale_of(images, digits):
             for name, v in found.items()
         }
 
-    return Scale(quantiles(thirds), quantiles(edges))
+    return Scale(quantiles(ENDS), quantiles(edges))
 
 
 def load_captioned():
