@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints import networks
 from checkpoints.names import FAMILIES, FLOWS, MODELS
 from checkpoints.weights import weights_choice
 from conditions.labels import CLASSES
-from models import DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.table import WORDS
@@ -46,7 +46,7 @@ class NetworkChoice:
         object.__setattr__(self, "weights", weights_choice(self.weights))
         if self.model is not None and self.model not in MODELS:
             raise ValueError(
-                f"`model` is {self.model}; give one of {', '.join(DiT_models)}, "
+                f"`model` is {self.model}; give one of {', '.join(networks.MODELS)}, "
                 "or of the same with SiT for DiT, which is a flow"
             )
         if self.process is not None and self.process not in WORDS:
@@ -61,7 +61,7 @@ class NetworkChoice:
         check_numbers(self, num_classes=CLASSES)
 
     def sizes(self) -> tuple[str, ImageSize, int]:
-        """(key in DiT_models, image size, number of classes), by default those of the
+        """(key in networks.MODELS, image size, number of classes), by default those of the
         constants.
 
         The constants are MODEL, IMAGE_SIZE and NUM_CLASSES.
@@ -80,5 +80,5 @@ class NetworkChoice:
     @property
     def published(self) -> str:
         """The name under which a network of this size and process would be published."""
-        family = FAMILIES[self.learned or GaussianProcess.word]
-        return self.sizes()[0].replace("DiT", family, 1)
+        model, family = self.sizes()[0], FAMILIES[self.learned or GaussianProcess.word]
+        return family + model.removeprefix("DiT") if model.startswith("DiT") else model

@@ -15,7 +15,8 @@ from models import get_2d_sincos_pos_embed
 
 # The second in folders older than the first
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-OWN, OWN_CLASSES = "_dit", "_dit_classes"  # diffusers leaves entries that begin so alone
+# diffusers leaves entries that begin so alone
+OWN, OWN_CLASSES, OWN_TEXT = "_dit", "_dit_classes", "_dit_text"
 # DiT's, and what the first folders of diffusers say, which makes a difference of some 1e-5
 NORM_EPS = (1e-6, 1e-5)
 NULL_LABEL = 1000  # DiTPipeline's

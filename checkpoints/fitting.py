@@ -7,9 +7,9 @@ from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in
-from checkpoints.networks import Network
+from checkpoints.networks import OURS, Network, class_in
 from checkpoints.outline import (
-    FINAL, POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of,
+    FINAL, POSITION_TABLE, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
 from checkpoints.weights import Weights
 from conditions.labels import label_index
@@ -20,6 +20,8 @@ from processes.table import process_of
 from runtime.json_files import read_json
 
 # What of a process's config decides what t and the network's output mean
+# Arguments of networks that read captions which decide what their numbers mean, whatever the shapes
+TOLD = ("streams", "qk_norm", "text_width", "pooled_width", "noise_steps", "position_scale")
 MEANING = ("name", "path", "prediction")
 FLOATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -85,11 +87,20 @@ def check_same_size(network: Network, config: object, origin: Path | str) -> Non
 def check_design(
     network: Network, tensors: Tensors, origin: Path | str, config: object = None
 ) -> None:
-    """Raise ValueError if a state dict has blocks of another design, or of other parts, than the
-    network.
+    """Raise ValueError if a state dict is of another class of networks, or has blocks of another
+    design, or of other parts, than the network.
 
-    `tensors` is the state dict, `config` DiT's arguments where its file, `origin`, has them.
+    `tensors` is the state dict, `config` its arguments where its file, `origin`, has them.
     """
+    kind, here = class_of(tensors), class_in(network.config)
+    if kind != here:
+        raise ValueError(
+            f"{origin} has the weights of a {kind}, the network here is a {here}; pass a `model` "
+            f"whose name begins with {kind}"
+        )
+    if here != OURS:
+        _check_told(network, config, origin)
+        return
     theirs, ours = design_of(tensors), network.config["block"]
     if theirs != ours:
         raise ValueError(
@@ -106,6 +117,19 @@ def check_design(
             raise ValueError(
                 f"{origin} has {name} {there}, the network here {wanted[name]}; pass "
                 f"`{name}={there if isinstance(there, bool) else _quoted(there)}`"
+            )
+
+
+def _check_told(network, config, origin):
+    """Raise ValueError if a configuration has other arguments of TOLD than a network that reads
+    captions.
+    """
+    said = config if isinstance(config, dict) else {}
+    for name in TOLD:
+        if name in said and said[name] != network.config.get(name):
+            raise ValueError(
+                f"{origin} has {name} {said[name]!s:.60}, the network here "
+                f"{network.config.get(name)}; the two must be the same"
             )
 
 

@@ -7,21 +7,25 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.diffusers_format import is_diffusers
 from checkpoints.fitting import check_fits, check_table, learned_process
+from checkpoints.formats import format_of
 from checkpoints.names import local_path, weights_file
 from checkpoints.network_config import Tensors, arguments_in, check_outline
-from checkpoints.networks import Network, create_network
-from checkpoints.outline import POSITION_TABLE, design_of, grid_in, learns_sigma, parts_of
+from checkpoints.networks import (
+    MODELS, NETWORKS, OURS, Network, class_in, create_network,
+)  # fmt: skip
+from checkpoints.outline import (
+    POSITION_TABLE, class_of, design_of, grid_in, learns_sigma, parts_of,
+)  # fmt: skip
 from checkpoints.released import download_model, released_name
 from checkpoints.weights import Weights, load_weights
 from conditions.labels import imagenet_names
-from models import DiT_models
 from processes.process import Process
 from processes.table import WORDS, process_of
 from runtime.image_size import ImageSize, settled, written
 from runtime.json_files import read_json
 from vae import LatentShape, latent_shape
+from variants.text_network import TextNetwork
 
 
 def network_of(weights: Weights, origin: Path | str) -> Network:
@@ -45,6 +49,8 @@ def network_of(weights: Weights, origin: Path | str) -> Network:
     check_table(network, weights.tensors, origin)
     network.load_state_dict(weights.tensors, assign=True)
     network.process = weights.process
+    if isinstance(network, TextNetwork):
+        network.text = weights.text
     return network.float().eval().requires_grad_(False)
 
 
@@ -55,8 +61,9 @@ def load_pretrained(
     checkpoints.load_weights, or the hub's OWNER/NAME.
 
     The network is in float32, for evaluation, without gradients; for training call
-    `.train().requires_grad_(True)` and then `pos_embed.requires_grad_(False)`. `config` are DiT's
-    arguments for a file that does not carry them. Raises ValueError if it cannot be loaded.
+    `.train().requires_grad_(True)` and then `pos_embed.requires_grad_(False)`. `config` are the
+    network's arguments, as its `config` has them, for a file that does not carry them. Raises
+    ValueError if it cannot be loaded.
     """
     weights = load_weights(local_path(name), which)
     config = weights.config or config
@@ -68,13 +75,13 @@ def load_pretrained(
 
 
 def import_diffusers(folder: Path | str) -> tuple[Network, list[str] | None]:
-    """(network, class names or None) of a DiT in diffusers' format.
+    """(network, class names or None) of a DiT, an MM-DiT or a PixArt in diffusers' format.
 
-    The DiT is a pipeline's folder, its transformer/, or OWNER/NAME. Its autoencoder is the folder's
-    vae/. Raises ValueError if it is none, or its blocks have embedders of their own.
+    It is a pipeline's folder, its transformer/, or OWNER/NAME. Its autoencoder is the folder's
+    vae/. Raises ValueError if it is none, or one that ours cannot be.
     """
     file = weights_file(local_path(folder)).with_name("config.json")
-    if not file.is_file() or not is_diffusers(read_json(file)):
+    if not file.is_file() or format_of(read_json(file)) is None:
         raise ValueError(f"{folder} is no DiT of diffusers; load_pretrained reads everything else")
     return load_pretrained(folder)
 
@@ -96,7 +103,7 @@ def find_files(choice: NetworkChoice, vae: str) -> NetworkFiles:
     shape = latent_shape(str(choice.vae or vae))
     if choice.ckpt is None:
         model, image_size, _ = choice.sizes()
-        shape.size(image_size, DiT_models[model].keywords["patch_size"])
+        shape.size(image_size, MODELS[model].keywords["patch_size"])
     checkpoint = find_checkpoint(choice)
     return NetworkFiles(checkpoint, choose_vae(choice, checkpoint) or vae)
 
@@ -141,8 +148,18 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
             )
         _check_choice(choice, network, origin)
         return network
+    if (kind := class_of(weights.tensors)) != OURS:
+        raise ValueError(
+            f"{origin} has the weights of a {kind} and not its configuration; give a folder with "
+            "config.json, or a file of ours that has it"
+        )
     model, _, num_classes = choice.sizes()
-    patch_size = DiT_models[model].keywords["patch_size"]
+    if MODELS[model].func is not NETWORKS[OURS]:
+        raise ValueError(
+            f"`model` is {model}, but {origin} is of a {OURS}; leave the argument out, or give a "
+            f"model whose name begins with {OURS}"
+        )
+    patch_size = MODELS[model].keywords["patch_size"]
     sizes: dict[str, Any] = dict(
         input_size=trained_size(choice, weights.tensors, shape, patch_size),
         in_channels=shape.channels, num_classes=num_classes,
@@ -150,7 +167,7 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
     )  # fmt: skip
     with torch.device("meta"):
         parts = {"block": design_of(weights.tensors), **parts_of(weights.tensors)}
-        config = DiT_models[model](**sizes, **parts).config
+        config = MODELS[model](**sizes, **parts).config
     return network_of(weights._replace(config=config), origin)
 
 
@@ -185,8 +202,11 @@ def check_trained_size(choice: NetworkChoice, network: Network, shape: LatentSha
 
 def _check_choice(choice, network, origin):
     """Raise ValueError if something that is given contradicts the network."""
-    sizes = DiT_models[choice.sizes()[0]].keywords
-    same_model = all(network.config[key] == value for key, value in sizes.items())
+    factory = MODELS[choice.sizes()[0]]
+    kind = NETWORKS[class_in(network.config)]
+    same_model = kind is factory.func and all(
+        network.config[key] == value for key, value in factory.keywords.items()
+    )
     found = {
         "model": choice.model if same_model else "another size",
         "num_classes": network.num_classes,

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 import re
 
+from checkpoints import networks
 from checkpoints.files import newest_checkpoint
 from models import DiT_models
 from processes.flow import FlowProcess
@@ -16,9 +17,9 @@ from runtime.offline import cache_of_the_hub, why_offline
 # Process → the family of names under which networks that learned it were published
 FAMILIES = {GaussianProcess.word: "DiT", FlowProcess.word: "SiT"}
 FLOWS = {name.replace("DiT", "SiT", 1): name for name in DiT_models}
-# What a network may be called → its key in DiT_models. One called SiT has learned a flow; one
+# What a network may be called → its key in networks.MODELS. One called SiT has learned a flow; one
 # called DiT, either.
-MODELS = {name: name for name in DiT_models} | FLOWS
+MODELS = {name: name for name in networks.MODELS} | FLOWS
 
 PRETRAINED = "model.safetensors"  # in a folder with config.json, as on the Hugging Face hub
 PRETRAINED_FILES = (
@@ -58,7 +59,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is needed of a repository on the hub.
 HUB_FILES = [
     "config.json", PRETRAINED, "diffusion_pytorch_model.*", "model_index.json", "transformer/*",
-    "vae/*",
+    "vae/*", "scheduler/scheduler_config.json",
 ]  # fmt: skip
 
 

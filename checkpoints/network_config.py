@@ -20,7 +20,9 @@ ROOM = 1 << 26
 MOST = 1 << 53  # of a whole number beside the weights: floats have all of them up to here
 ARGUMENTS = arguments_of(OURS)
 # Arguments that are None unless they are given, and are not texts
-NONE_OR = {"text_width": int, "pooled_width": int, "table_side": int}
+NONE_OR = {"text_width": int, "pooled_width": int, "table_side": int, "noise_steps": int}
+TIMES_WIDTH = ("text_width", "pooled_width", "table_side", "text_length")  # rows of so many numbers
+MOST_ENCODERS = 16  # of a text, that a file says something of
 # Arguments that files of earlier versions lack, at what they meant there
 LATER = {"block": "adaln_zero", **DEFAULTS}
 
@@ -56,9 +58,27 @@ def process_in(config: object) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
-def with_process(arguments: dict, process: dict | None) -> dict:
-    """A configuration: DiT's arguments and what is said of the process, if anything is."""
-    return arguments | ({} if process is None else {"process": process})
+def text_in(config: dict, key: str = "text") -> list[dict] | None:
+    """What a configuration says under a key of each encoder of its network's text; None where it
+    says nothing.
+
+    Raises ValueError for anything but a few dicts of plain values.
+    """
+    said = config.get(key)
+    fits = isinstance(said, list) and all(isinstance(one, dict) for one in said)
+    if said is not None and (not fits or len(said) > MOST_ENCODERS):
+        raise ValueError(f"{key} is {shown(said)}; wanted is a list of a dict for each encoder")
+    for one in said or []:
+        check_plain(one)
+    return said or None
+
+
+def with_process(arguments: dict, process: dict | None, text: list[dict] | None = None) -> dict:
+    """A configuration: a network's arguments and what is said of the process, and of the encoders
+    of its text, if anything is.
+    """
+    said = {"process": process, "text": text}
+    return arguments | {key: value for key, value in said.items() if value is not None}
 
 
 def check_plain(said: dict) -> None:
@@ -114,7 +134,7 @@ def check_outline(config: dict, tensors: Tensors) -> None:
         "num_heads": full["num_heads"], "mlp_ratio": full["mlp_ratio"] * hidden,
         "depth": room + 1 if full["depth"] > blocks else 0,
     }  # fmt: skip
-    asked |= {name: (full.get(name) or 0) * hidden for name in [*NONE_OR, "text_length"]}
+    asked |= {name: (full.get(name) or 0) * hidden for name in TIMES_WIDTH}
     for key, numbers in asked.items():
         if numbers > room:
             raise ValueError(

@@ -13,14 +13,15 @@ from layers.text import Text
 from layers.text_encoder import PIECE
 from models import DiT, DiT_models
 from variants.mmdit import MMDiT, MMDiT_models
+from variants.pixart import PixArt, PixArt_models
 from variants.text_network import TextNetwork
 
 CLASS = "_class_name"  # in a configuration; one without it is DiT's
 OURS = "DiT"
 Network = DiT | TextNetwork
-NETWORKS: dict[str, type[Network]] = {OURS: DiT, "MMDiT": MMDiT}
+NETWORKS: dict[str, type[Network]] = {OURS: DiT, "MMDiT": MMDiT, "PixArt": PixArt}
 # "DiT-XL/2" → a factory that takes the network's other arguments as keywords
-MODELS: dict[str, partial] = {**DiT_models, **MMDiT_models}
+MODELS: dict[str, partial] = {**DiT_models, **MMDiT_models, **PixArt_models}
 
 # What else stands in a configuration of ours: not an argument that decides the network
 NOT_ARGUMENTS = (CLASS, "id2label", "process", "text")

@@ -6,12 +6,22 @@ from typing import Any
 import torch
 
 from checkpoints.network_config import Tensors
+from checkpoints.networks import OURS
 from layers.parts import PAPERS
 
 FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
 POSITION_TABLE = "pos_embed"
 FIRST_BLOCK = "blocks.0."
+# A tensor that networks of a class alone have
+OF_CLASS = {"MMDiT": "words_embedder.weight", "PixArt": "words_embedder.2.weight"}
 CLOSE = 0.01  # two sines that are equal but for bfloat16's rounding
+
+
+def class_of(tensors: Tensors) -> str:
+    """The class, a key of checkpoints.networks.NETWORKS, of the network whose state dict this is;
+    DiT's where nothing tells another.
+    """
+    return next((name for name, mark in OF_CLASS.items() if mark in tensors), OURS)
 
 
 def first_block(tensors: Tensors) -> Tensors:
@@ -24,7 +34,7 @@ def first_block(tensors: Tensors) -> Tensors:
 
 
 def design_of(tensors: Tensors) -> str:
-    """The block design, a key of models.BLOCKS, of the network whose state dict this is."""
+    """The block design, a key of models.BLOCKS, of the DiT whose state dict this is."""
     first = first_block(tensors)
     if "scale_shift_table" in first:
         return "adaln_single"
@@ -37,7 +47,7 @@ def design_of(tensors: Tensors) -> str:
 
 
 def parts_of(tensors: Tensors) -> dict[str, Any]:
-    """Positions, norm, MLP and qk_norm of the network whose state dict this is, as DiT takes them.
+    """Positions, norm, MLP and qk_norm of the DiT whose state dict this is, as DiT takes them.
 
     A table that is there is taken as all that tells positions: "table+rope" has no other tensors.
     """

@@ -1,32 +1,36 @@
 """Networks for others: folders as the Hugging Face hub has them, and pipelines of diffusers.
 
-A pretrained folder has `model.safetensors`, `config.json` (DiT's arguments, class names under
-id2label) and a model card, `README.md`. Reading is checkpoints.load_weights' task; here are the
-hub's names, and what writes.
+A pretrained folder has `model.safetensors`, `config.json` (the network's class and arguments, class
+names under id2label) and a model card, `README.md`. Reading is checkpoints.load_weights' task; here
+are the hub's names, and what writes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+import diffusers
+from diffusers import DiTPipeline
 from safetensors import SafetensorError
 
 from checkpoints.choice import NetworkChoice
-from checkpoints.diffusers_format import OWN, OWN_CLASSES, config_to_diffusers, to_diffusers
+from checkpoints.diffusers_format import OWN_CLASSES, OWN_TEXT
+from checkpoints.formats import EULER, FORMATS as THEIRS
 from checkpoints.loading import (
     build_network, check_trained_size, choose_vae, class_names, find_checkpoint, process_learned,
 )  # fmt: skip
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.network_config import with_process
-from checkpoints.networks import Network
+from checkpoints.networks import CLASS, OURS, Network, class_in, reads_text
 from checkpoints.weights import (
-    OUR_CLASS, Weights, check_classes, check_readable, id2label, load_weights, save_weights,
+    Weights, check_classes, check_readable, id2label, load_weights, save_weights,
 )  # fmt: skip
 from diffusion import create_diffusion
 from runtime.disk import check_name, check_writable
+from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
@@ -64,13 +68,15 @@ def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "
     check_trained_size(choice, network, latent_shape(vae))
     process = process_learned(choice, weights, network)
     if format == "diffusers":
-        check_pipeline(process)
+        check_pipeline(process, network)
         export_diffusers(network, load_vae(vae), output, classes, process)
     elif format == "hub":
         save_pretrained(network, output, classes, weights.training, vae, process)
     else:
         tensors = network.state_dict()
-        save_weights(output, Weights(tensors, network.config, classes, process=process.config))
+        said, text = process.config, weights.text
+        weights = Weights(tensors, network.config, classes, process=said, text=text)
+        save_weights(output, weights)
 
 
 def _trained_with(choice, checkpoint, weights):
@@ -102,13 +108,13 @@ def save_pretrained(
     check_classes(classes, network.config, "the network")
     check_readable(classes)
     process = process or process_of(network)
-    said = process.config
+    said, text = process.config, getattr(network, "text", None)
     with whole_folder(folder) as partial:
         tensors = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-        weights = Weights(tensors, network.config, classes, process=said)
+        weights = Weights(tensors, network.config, classes, process=said, text=text)
         save_weights(partial / PRETRAINED, weights)
         names = {"id2label": id2label(classes)} if classes else {}
-        contents = {"_class_name": OUR_CLASS, **with_process(network.config, said), **names}
+        contents = {CLASS: OURS, **with_process(network.config, said, text), **names}
         (partial / "config.json").write_text(
             json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -117,12 +123,78 @@ def save_pretrained(
         (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
-def check_pipeline(process: Process) -> None:
-    """Raise ValueError for a process that diffusers' DiTPipeline cannot sample."""
-    if not isinstance(process, GaussianProcess):
+class Pipeline(NamedTuple):
+    """A pipeline of diffusers that a class of our networks goes into: names of diffusers' classes
+    of pipeline and network, and the parts of the pipeline that are left out, the encoders of text.
+    `process` is the one that it samples, `shifts` whether it also takes latents that are shifted;
+    `scheduler` makes its scheduler.
+    """
+
+    name: str
+    transformer: str
+    process: type[Process]
+    scheduler: Callable[[Process], Any]
+    shifts: bool = False
+    without: tuple[str, ...] = ()
+
+
+def gaussian_scheduler(kind: str, **options: Any) -> Any:
+    """A scheduler of diffusers, of this class, with the betas of the Gaussian process."""
+    betas = create_diffusion("").betas
+    return getattr(diffusers, kind)(
+        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]),
+        beta_schedule="linear", **options,
+    )  # fmt: skip
+
+
+def ddim_scheduler(process: Process) -> Any:
+    """The DDIM scheduler of the Gaussian process, with our own times."""
+    return gaussian_scheduler(
+        "DDIMScheduler", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+
+
+def multistep_scheduler(process: Process) -> Any:
+    """The multistep scheduler of the Gaussian process, as PixArt's pipelines have it."""
+    return gaussian_scheduler("DPMSolverMultistepScheduler")
+
+
+def euler_scheduler(process: Process) -> Any:
+    """The scheduler of a flow, its times shifted as in training.
+
+    Raises ValueError for a flow on another path than the straight one, or of another prediction
+    than the velocity.
+    """
+    flow = process.config
+    if (flow["path"], flow["prediction"]) != ("linear", "velocity"):
         raise ValueError(
-            f"diffusers' DiTPipeline cannot sample a {process.word}; write a folder for the hub "
-            '(`format="hub"`) or one file (`format="safetensors"`)'
+            f"diffusers' {EULER} is for the velocity on the path linear, and this network has "
+            f"learned the {flow['prediction']} on the path {flow['path']}"
+        )
+    return getattr(diffusers, EULER)(shift=flow["time_shift"])
+
+
+PIPELINES = {  # by the class of our network
+    OURS: Pipeline("DiTPipeline", "DiTTransformer2DModel", GaussianProcess, ddim_scheduler),
+    "MMDiT": Pipeline(
+        "StableDiffusion3Pipeline", "SD3Transformer2DModel", FlowProcess, euler_scheduler, True,
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
+         "tokenizer_3"),
+    ),
+    "PixArt": Pipeline(
+        "PixArtAlphaPipeline", "PixArtTransformer2DModel", GaussianProcess, multistep_scheduler,
+        without=("text_encoder", "tokenizer"),
+    ),
+}  # fmt: skip
+
+
+def check_pipeline(process: Process, network: Network) -> None:
+    """Raise ValueError for a process that diffusers' pipeline of a network cannot sample."""
+    pipeline = PIPELINES[class_in(network.config)]
+    if not isinstance(process, pipeline.process):
+        raise ValueError(
+            f"diffusers' {pipeline.name} cannot sample a {process.word}; write a folder for the "
+            'hub (`format="hub"`) or one file (`format="safetensors"`)'
         )
 
 
@@ -130,14 +202,47 @@ def export_diffusers(
     network: Network, space: Space, folder: Path | str, classes: list[str] | None = None,
     process: Process | None = None,
 ) -> None:  # fmt: skip
-    """Write a network and its LatentSpace as a pipeline of diffusers, with a DDIM scheduler.
+    """Write a network and its LatentSpace as the pipeline of PIPELINES that it goes into.
 
-    The network was trained behind that space. `process` is what it has learned, the Gaussian
-    process unless told otherwise. `load_exported` loads it and gives our numbers;
-    DiTPipeline.from_pretrained loads it as well, and is a little off (see there). Raises ValueError
-    for a network, process or space that diffusers' pipeline cannot have, and as save_pretrained.
+    The network was trained behind that space. `process` is what it has learned; None for what it
+    was loaded with, else the Gaussian process. Of a DiT, `load_exported` loads the folder and gives
+    our numbers; DiTPipeline.from_pretrained loads it as well, and is a little off (see there). Of a
+    network that reads captions, the encoders of text are not in it: they are given to
+    from_pretrained, or the pipeline is called with what they gave. Raises ValueError for a network,
+    process or space that diffusers' pipeline cannot have, and as save_pretrained.
     """
-    check_pipeline(process or process_of(network))
+    process, kind = process or process_of(network), class_in(network.config)
+    check_pipeline(process, network)
+    row, theirs = PIPELINES[kind], THEIRS[kind]
+    autoencoder = decoder(space, row)
+    check_classes(classes, network.config, "the network")
+    check_readable(classes)
+    config, scheduler = theirs.config_to(network.config), row.scheduler(process)
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    transformer = getattr(diffusers, row.transformer)(**public)
+    kept = {OWN_CLASSES: classes, OWN_TEXT: getattr(network, "text", None)}
+    transformer.register_to_config(**config, **{key: one for key, one in kept.items() if one})
+    # strict: every weight of theirs is given
+    transformer.load_state_dict(theirs.tensors_to(network.state_dict(), network.config))
+    pipeline = getattr(diffusers, row.name)(
+        transformer=transformer.eval(), vae=autoencoder, scheduler=scheduler,
+        **dict.fromkeys(row.without),
+    )  # fmt: skip
+    with whole_folder(folder) as partial:
+        pipeline.save_pretrained(partial)
+        if classes:  # the pipeline reads them and does not write them
+            index = partial / "model_index.json"
+            contents = json.loads(index.read_text(encoding="utf-8")) | {
+                "id2label": id2label(classes)
+            }
+            index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def decoder(space: Space, row: Pipeline) -> Any:
+    """The autoencoder of a Space, as diffusers' pipeline decodes with it.
+
+    Raises ValueError for a space without one, or whose latents the pipeline takes otherwise.
+    """
     if not isinstance(space, LatentSpace):
         raise ValueError(
             "diffusers' pipeline decodes latents, and this network makes pixels; it cannot be "
@@ -148,34 +253,12 @@ def export_diffusers(
             "the autoencoder's latents are normalised in each channel (latents_mean and "
             "latents_std), which diffusers' pipeline leaves out"
         )
-    if space.shift:
+    if space.shift and not row.shifts:
         raise ValueError(
             f"the autoencoder's latents are shifted by {space.shift}, which diffusers' pipeline "
             "leaves out"
         )
-    check_classes(classes, network.config, "the network")
-    check_readable(classes)
-    config = config_to_diffusers(network.config)
-    transformer = DiTTransformer2DModel(
-        **{key: value for key, value in config.items() if key != OWN}
-    )
-    transformer.register_to_config(**config, **({OWN_CLASSES: classes} if classes else {}))
-    # strict: every weight of theirs is given
-    transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))
-    betas = create_diffusion("").betas
-    scheduler = DDIMScheduler(
-        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]),
-        beta_schedule="linear", clip_sample=False, set_alpha_to_one=True,
-        timestep_spacing="leading",
-    )  # fmt: skip
-    with whole_folder(folder) as partial:
-        DiTPipeline(transformer.eval(), space.autoencoder, scheduler).save_pretrained(partial)
-        if classes:  # the pipeline reads them and does not write them
-            index = partial / "model_index.json"
-            contents = json.loads(index.read_text(encoding="utf-8")) | {
-                "id2label": id2label(classes)
-            }
-            index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    return space.autoencoder
 
 
 def load_exported(folder: Path | str) -> DiTPipeline:
@@ -248,7 +331,7 @@ read it.
 In a clone of REPOSITORY, after `pip install .`:
 
 ```bash
-python sample.py --ckpt OWNER/NAME --vae {vae}
+python sample.py --ckpt OWNER/NAME --vae {vae}{prompt}
 ```
 
 ```python
@@ -294,11 +377,15 @@ def model_card(
     with suppress(OSError, ValueError):  # of what is no path
         # A folder of this machine
         vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae
+    count = network.num_classes
+    task, what = ("other", f"images of {count} classes") if count else (
+        ("text-to-image", "images of captions") if reads_text(network)
+        else ("unconditional-image-generation", "images")
+    )  # fmt: skip
     return CARD.format(
-        title=args.get("model", "DiT"), vae=vae,
-        parameters=sum(p.numel() for p in network.parameters()),
-        task="unconditional-image-generation" if not config["num_classes"] else "other",
-        what=f"images of {config['num_classes']} classes" if config["num_classes"] else "images",
+        title=args.get("model", class_in(config)), vae=vae,
+        parameters=sum(p.numel() for p in network.parameters()), task=task, what=what,
+        prompt=' --prompt "WORDS"' if reads_text(network) else "",
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
     )  # fmt: skip
 

@@ -1,12 +1,13 @@
 """Checkpoint files: reading any that a DiT may come in, and writing our own.
 
 A half-written one of ours never counts. Ours is a dict of plain values and tensors: model, ema
-(state dicts), opt, args, step, config (DiT's arguments and, under process, which process the
-network has learned), classes (names in index order, or None), rng (seed, processes, device type),
-log (the unfinished log window) and, where there are several decays, emas ({decay: state dict}, all
-but the first, which is ema). Also read: such a dict with model and ema alone, a bare state dict, a
-.safetensors file with `config` and `classes` as JSON in its metadata or with a config.json beside
-it, and diffusers' DiT. Nothing is ever unpickled beyond tensors, plain containers and what
+(state dicts), opt, args, step, config (the network's arguments, its class unless that is DiT, under
+process which process it has learned, under text which outside encoders read its captions), classes
+(names in index order, or None), rng (seed, processes, device type), log (the unfinished log window)
+and, where there are several decays, emas ({decay: state dict}, all but the first, which is ema).
+Also read: such a dict with model and ema alone, a bare state dict, a .safetensors file with
+`config` and `classes` as JSON in its metadata or with a config.json beside it, and the networks of
+diffusers that formats.py has. Nothing is ever unpickled beyond tensors, plain containers and what
 plain_pickle.py admits by name.
 """
 
@@ -20,18 +21,16 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from checkpoints.diffusers_format import (
-    OWN_CLASSES, config_from_diffusers, from_diffusers, is_diffusers,
-)  # fmt: skip
+from checkpoints.diffusers_format import OWN_CLASSES, OWN_TEXT
 from checkpoints.files import _read_safetensors, read_checkpoint
+from checkpoints.formats import Format, format_of
 from checkpoints.lightning_format import LEARNED, from_lightning, is_lightning
 from checkpoints.names import PRETRAINED_FILES, weights_file
-from checkpoints.network_config import Tensors, arguments_in, with_process
-from checkpoints.process_marks import check_process, process_said
+from checkpoints.network_config import Tensors, arguments_in, text_in, with_process
+from checkpoints.process_marks import process_said
 from runtime.disk import write_whole
 from runtime.json_files import read_json
 
-OUR_CLASS = "DiT"  # what such a config.json calls our network under _class_name
 # Left in names by DistributedDataParallel, torch.compile, FSDP, checkpointing and Lightning's
 # Fabric
 WRAPPERS = re.compile(
@@ -57,9 +56,10 @@ WITHOUT_MARKS = {
 class Weights(NamedTuple):
     """One set of weights, a state dict on the CPU.
 
-    DiT's arguments and class names are with it where the file has them. `training` is {"step": ...,
-    "args": ...} of the run, where the file has them; `process` is what the file says of the process
-    that the network has learned, a Process's `config`.
+    The network's arguments and class names are with it where the file has them. `training` is
+    {"step": ..., "args": ...} of the run, where the file has them; `process` is what the file says
+    of the process that the network has learned, a Process's `config`; `text` is what it says of the
+    outside encoders of its captions, a Reader's `says`.
     """
 
     tensors: Tensors
@@ -67,6 +67,7 @@ class Weights(NamedTuple):
     classes: list[str] | None
     training: dict | None = None
     process: dict | None = None
+    text: list[dict] | None = None
 
 
 def load_weights(path: Path | str, which: str = "ema") -> Weights:
@@ -97,11 +98,12 @@ def load_weights(path: Path | str, which: str = "ema") -> Weights:
     try:
         if foreign:
             tensors, config = from_lightning(tensors)
+        text = text_in(config) if isinstance(config, dict) else None
         config = arguments_in(config) if isinstance(config, dict) else None
     except ValueError as error:
         of = "" if foreign else "in its configuration "
         raise ValueError(f"{path}: {of}{error}") from None
-    weights = Weights(tensors, config, classes, training, process)
+    weights = Weights(tensors, config, classes, training, process, text)
     beside = path.with_name("config.json")
     is_pretrained = path.suffix == ".safetensors" or path.name in PRETRAINED_FILES
     if is_pretrained and config is None and beside.is_file():
@@ -202,43 +204,36 @@ def check_classes(classes: object, config: dict | None, origin: Path | str) -> N
 
 
 def _configured(weights, file):
-    """Weights with what a config.json says, and as ours if it is diffusers'.
+    """Weights with what a config.json says, and as ours if it is of a network of diffusers'.
 
     Raises ValueError if it is of another network.
     """
     config = read_json(file)
-    name = config.get("_class_name", OUR_CLASS)
     process = process_said(config, file)
     try:
-        if is_diffusers(config):
-            theirs, config, pipeline = (
-                config, config_from_diffusers(config), file.parent.parent / "model_index.json",
-            )  # fmt: skip
-            named = names_of(_checked_pipeline(pipeline)) if pipeline.is_file() else None
-            return Weights(
-                from_diffusers(weights.tensors, config), config, named or theirs.get(OWN_CLASSES),
-                process=process,
-            )  # fmt: skip
-        if name != OUR_CLASS:
-            raise ValueError(f"it is of {str(name)[:60]}, not of a DiT")
+        if (theirs := format_of(config)) is not None:
+            converted = _converted(weights, config, theirs, file)
+            return converted._replace(process=process or converted.process)
         return weights._replace(
             config=arguments_in(config), classes=names_of(config),
-            process=process or weights.process,
+            process=process or weights.process, text=text_in(config),
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _checked_pipeline(index):
-    """What a pipeline's model_index.json says.
+def _converted(weights: Weights, said: dict, theirs: Format, file: Path) -> Weights:
+    """Weights of a network of diffusers', whose config.json, `file`, has `said` this, as ours.
 
-    Raises ValueError if it, or its scheduler, is of another process.
+    Raises ValueError for a network or a pipeline that ours cannot be.
     """
-    contents, scheduler = read_json(index), index.parent / "scheduler" / "scheduler_config.json"
-    check_process(contents, index)
-    if scheduler.is_file():
-        check_process(read_json(scheduler), scheduler)
-    return contents
+    config, place = theirs.config_from(said), file.parent.parent / "model_index.json"
+    index = place if place.is_file() else None
+    process = theirs.learned(index)
+    classes = (names_of(read_json(index)) if index else None) or said.get(OWN_CLASSES)
+    tensors = theirs.tensors_from(weights.tensors, config)
+    text = text_in(said, OWN_TEXT)
+    return Weights(tensors, config, classes, process=process, text=text)
 
 
 def names_of(config: dict) -> list[str] | None:
@@ -384,7 +379,7 @@ def save_weights(path: Path, weights: Weights) -> None:
     The file's metadata has the config, the process in it, and the classes. Raises OSError, with the
     reason, if it cannot be written.
     """
-    config = weights.config and with_process(weights.config, weights.process)
+    config = weights.config and with_process(weights.config, weights.process, weights.text)
     metadata = {"config": json.dumps(config), "classes": json.dumps(weights.classes)}
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
 

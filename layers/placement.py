@@ -14,7 +14,7 @@ class Placement(NamedTuple):
     """How a network tells its tokens where they are. `trained` is the grid that it was trained on,
     rows and columns; `head`, how many numbers a head of its attention has; `extrapolation`, for
     other grids, a name of EXTRAPOLATIONS; `kind` is that of the weights' numbers, in which tokens
-    are added up, also under autocast.
+    are added up, also under autocast; a table's coordinates are divided by `scale`.
     """
 
     positions: Positions
@@ -22,6 +22,7 @@ class Placement(NamedTuple):
     head: int
     extrapolation: str
     kind: torch.dtype
+    scale: float = 1.0
 
     def in_images(
         self, tokens: Tensor, grid: tuple[int, int], trained_table: Tensor | None
@@ -61,8 +62,21 @@ class Placement(NamedTuple):
         """What is added to tokens with this index in this grid, (..., width); None for nothing."""
         if not self.positions.has_table:
             return None
-        found = table(index, grid, self.trained, width, self.extrapolation, self._exact)
+        trained: tuple[float, float] = self.trained
+        if self.scale != 1:  # whatever the extrapolation, coordinates go with all three
+            index, grid = (of.to(self._exact) / self.scale for of in (index, grid))
+            trained = trained[0] / self.scale, trained[1] / self.scale
+        found = table(index, grid, trained, width, self.extrapolation, self._exact)
         return found.to(self.kind)  # (..., width)
+
+    def of_grid(
+        self, grid: tuple[int, int], width: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """What a table adds to the tokens of a grid, (T, width)."""
+        index = grid_index(*grid, device=device)  # (T, 2)
+        found = self.added(index, (index[-1] + 1).expand(index.shape), width)
+        assert found is not None  # positions without a table are not asked
+        return found
 
     def rope(self, index: Tensor, grid: Tensor) -> Tensor | None:
         """How they are rotated, (..., 2·head); None for not at all."""

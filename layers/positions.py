@@ -49,8 +49,8 @@ class Extrapolation(NamedTuple):
     wavelength of a rotation is to be.
     """
 
-    coordinate: Callable[[Tensor, Tensor, int], Tensor]
-    stretch: Callable[[Tensor, int], Tensor]
+    coordinate: Callable[[Tensor, Tensor, float], Tensor]
+    stretch: Callable[[Tensor, float], Tensor]
 
 
 def _counted(i, n, trained):
@@ -103,7 +103,7 @@ def check_grid(extrapolation: str, grid: tuple[int, int], trained: tuple[int, in
 
 
 def table(
-    index: Tensor, grid: Tensor, trained: tuple[int, int], width: int, extrapolation: str,
+    index: Tensor, grid: Tensor, trained: tuple[float, float], width: int, extrapolation: str,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """What is added to tokens with this index in images of this grid, (..., width).

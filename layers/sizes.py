@@ -18,7 +18,7 @@ WHOLE_NUMBERS = {
 # Of networks that read captions; the least and the most likewise
 TEXT_NUMBERS = {
     "text_width": (1, 2**16), "pooled_width": (1, 2**16), "text_length": (1, 2**12),
-    "streams": (1, 2), "table_side": (1, 2**12),
+    "streams": (1, 2), "table_side": (1, 2**12), "noise_steps": (1, 2**14),
 }  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def check_sizes(
 
 def check_text_sizes(
     class_dropout_prob: float, mlp_ratio: float, learn_sigma: bool, text_width: int | None,
-    pooled_width: int | None, text_length: int, input_size: int | Sequence[int],
-    **others: Any,
+    text_length: int, input_size: int | Sequence[int], pooled_width: int | None = None,
+    position_scale: float = 1.0, **others: Any,
 ) -> None:  # fmt: skip
     """Raise ValueError for arguments of a network that reads captions that are of the wrong kind,
     out of bounds or that do not fit.
@@ -104,12 +104,16 @@ def check_text_sizes(
     network = {name: others[name] for name in WHOLE_NUMBERS.keys() & others.keys()}
     check_sizes(
         input_size, class_dropout_prob, mlp_ratio, learn_sigma, num_classes=0,
-        qk_norm=others.get("qk_norm", False), **network,
+        qk_norm=others.get("qk_norm", False), extrapolation=others.get("extrapolation"), **network,
     )  # fmt: skip
     if text_width is None and pooled_width is not None:
         raise ValueError(
             f"pooled_width is {pooled_width} and text_width None; give the widths of outside "
             "encoders, or neither for the network's own"
+        )
+    if not is_number(position_scale) or not 0 < position_scale <= MOST_RATIO:
+        raise ValueError(
+            f"position_scale is {position_scale!r}; it must be above 0 and at most {MOST_RATIO}"
         )
     whole = {"text_width": text_width, "pooled_width": pooled_width, "text_length": text_length}
     whole |= {name: others[name] for name in TEXT_NUMBERS.keys() & others.keys()}

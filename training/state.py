@@ -125,7 +125,9 @@ class TrainState:
         contents = {
             "model": self.network.state_dict(), "ema": self.ema.state_dict(),
             "opt": self.opt.state_dict(), "args": args, "step": self.step,
-            "config": with_process(self.network.config, self.process.config),
+            "config": with_process(
+                self.network.config, self.process.config, getattr(self.network, "text", None)
+            ),
             "classes": classes, "rng": rng, "log": log,
         }  # fmt: skip
         if len(self.emas) > 1:

@@ -123,8 +123,10 @@ class MMDiT(TextNetwork):
     those of the trained grid; None: of the trained grid itself. It takes any grid. qk_norm: RMSNorm
     of queries and keys in each head. text_width, pooled_width: widths of what outside encoders
     give; None for both: captions come as pieces, at most text_length of them, for an encoder of the
-    network's own. class_dropout_prob: how often training drops a caption. Raises ValueError for
-    sizes that do not fit.
+    network's own. noise_steps: for a flow, whose t is 0 at noise and 1 at data; the network is told
+    the noise level 1 - t, so many times, as Stable Diffusion 3's is with 1000; None: t as it is.
+    class_dropout_prob: how often training drops a caption. Raises ValueError for sizes that do not
+    fit.
     """
 
     def __init__(
@@ -133,16 +135,21 @@ class MMDiT(TextNetwork):
         class_dropout_prob: float = 0.1, learn_sigma: bool = False, qk_norm: bool = False,
         streams: int = 2, table_side: int | None = None, text_width: int | None = None,
         pooled_width: int | None = None, text_length: int = 32, process: dict | None = None,
-        text: list | None = None,
+        text: list | None = None, noise_steps: int | None = None,
     ) -> None:  # fmt: skip
         config: dict[str, Any] = dict(
             input_size=input_size, patch_size=patch_size, in_channels=in_channels,
             hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
             class_dropout_prob=class_dropout_prob, learn_sigma=learn_sigma, qk_norm=qk_norm,
             streams=streams, table_side=table_side, text_width=text_width,
-            pooled_width=pooled_width, text_length=text_length,
+            pooled_width=pooled_width, text_length=text_length, noise_steps=noise_steps,
         )  # fmt: skip
         super().__init__(config, process, text)
+        if self.pooled_width is None:
+            raise ValueError(
+                f"text_width is {text_width} and pooled_width None; give both widths of outside "
+                "encoders, or neither for the network's own"
+            )
         width = hidden_size
         table = torch.zeros(1, math.prod(self.grid), width)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -172,6 +179,11 @@ class MMDiT(TextNetwork):
         table = kept if grid == self.grid else self.position_table(grid, kept)
         return self.x_embedder(x).to(kept.dtype) + table  # (N, T, D)
 
+    def told(self, t: Tensor) -> Tensor:
+        """Times (N,) as they are embedded."""
+        steps = self.config["noise_steps"]
+        return t if steps is None else steps * (1 - t)
+
     def forward(self, x: Tensor, t: Tensor, y: Text | None = None) -> Tensor:
         """Noisy latents x (N, C, H, W), times t (N,), captions y (N) → (N, C_out, H, W).
 
@@ -180,7 +192,7 @@ class MMDiT(TextNetwork):
         text, tokens = self.read(y), self.placed(x)  # (N, T, D)
         if text.pooled is None:
             raise ValueError("the network takes a vector of each caption; y.pooled is missing")
-        c = self.t_embedder(t) + self.pooled_embedder(text.pooled)  # (N, D)
+        c = self.t_embedder(self.told(t)) + self.pooled_embedder(text.pooled)  # (N, D)
         words, mask = self.words_embedder(text.tokens), None  # (N, L, D)
         if text.mask is not None:
             seen = text.mask.new_ones(len(x), tokens.shape[1])

@@ -47,7 +47,7 @@ class TextNetwork(nn.Module):
         self.grad_checkpointing = False  # True saves memory: the backward pass runs blocks again
         width, own = config["hidden_size"], config["text_width"] is None
         self.text_width = width if own else config["text_width"]
-        self.pooled_width = width if own else config["pooled_width"]
+        self.pooled_width: int | None = width if own else config.get("pooled_width")
         self.x_embedder = PatchEmbed(None, self.patch_size, self.in_channels, width)  # of any grid
         self.t_embedder = TimestepEmbedder(width)
         self.text_encoder = TextEncoder(width, self.text_length) if own else None
