@@ -134,23 +134,29 @@ def test_captions_of_a_digit_are_true_of_it(loaded):
         clear = sum(few.clear[name][i] for name in words.MEASURES)
         assert len(set(captions)) == len(captions) == 2**clear + 1
         assert len(captions[0].split()) == max(len(caption.split()) for caption in captions)
-    assert not np.isin(train.combinations(), left).any() and len(left) == 12
+    assert len(train.digits) == 1251 and not np.isin(train.combinations(), left).any()
+    assert len(left) == 12
     assert np.isin(parts["left-out"].combinations(), left).all()
     assert np.bincount(parts["left-out"].combinations())[left].min() >= words.ENOUGH
     assert len({words.combination(n).digit for n in left}) == 9
     assert not any(np.isin(left, few.combinations()))
 
 
-def test_a_data_set_is_written_once_and_as_image_folders_have_it(tmp_path, capsys):
+def test_a_data_set_is_written_once_and_as_image_folders_have_it(
+    tmp_path, capsys, monkeypatch, loaded
+):
+    parts, scale, left = loaded
+    few = {name: digits.chosen(slice(30)) for name, digits in parts.items()}
+    monkeypatch.setattr(make_captions, "load_captioned", lambda: (few, scale, left))
     make_captions.main(["--output", str(tmp_path / "data")])
     told = capsys.readouterr().out
-    assert "1251 digits" in told and "a thin six leaning left" in told
+    assert "30 digits" in told and "a thin six leaning left" in told
     rows = [
         json.loads(line)
         for line in (tmp_path / "data" / "heldout" / "metadata.jsonl").read_text().splitlines()
     ]
     heldout = tmp_path / "data" / "heldout"
-    assert len(rows) == 360 and all((heldout / row["file_name"]).exists() for row in rows)
+    assert len(rows) == 30 and all((heldout / row["file_name"]).exists() for row in rows)
     assert all(isinstance(text, str) for row in rows for text in row["text"])
     first = tmp_path / "data" / "train" / "0000.png"
     first.write_bytes(b"kept")
@@ -250,7 +256,11 @@ def test_networks_of_the_study_have_as_many_parameters():
     assert max(counts.values()) < 1.05 * min(counts.values()), counts
 
 
-def test_a_study_has_every_network_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_study_has_every_network_and_goes_on(tmp_path, monkeypatch, capsys, loaded, judge):
+    parts, *rest = loaded
+    few = {name: digits.chosen(slice(40)) for name, digits in parts.items()}
+    for name, value in {"load_captioned": (few, *rest), "load_judge": judge}.items():
+        monkeypatch.setattr(caption_study, name, lambda *_, value=value: value)
     monkeypatch.setattr(caption_study, "SEEDS", (0,))
     plan = caption_study.PRESETS["tiny"]
     flags = ["--output", str(tmp_path / "study"), "--preset", "tiny", "--device", "cpu"]

@@ -28,10 +28,11 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import find_files
 from conditions.text import TextCondition, pieces
 from make_dataset import IMAGE_SIZE
-from runtime.disk import write_whole
+from runtime.disk import check_writable
 from runtime.limits import Range, check_numbers
 from sampling.loading import build_sampler
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, check_seed
+from sampling.pictures import write_file
 from scores import draw, load_judge
 from words import (
     COMBINED, DIGITS, LEVELS, MEASURES, WORDS, Said, combination, every_prompt, load_captioned,
@@ -177,12 +178,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args, num_samples=JUDGED)
+        check_seed(args.seed)
+        if args.output:
+            check_writable(args.output)
         sampler = load_sampler(args)
         _, scale, left = load_captioned()
-    found = judge_all(load_judge(scale), sampler, left, args.num_samples, args.seed)
-    text = json.dumps(settings(args) | found, indent=1) + "\n"
-    if args.output:
-        write_whole(args.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        found = judge_all(load_judge(scale), sampler, left, args.num_samples, args.seed)
+        text = json.dumps(settings(args) | found, indent=1) + "\n"
+        if args.output:
+            write_file(args.output, text.encode())
     print(text, end="")
 
 
