@@ -145,8 +145,8 @@ def build_parser():
         help="of a network that reads captions (default: the one here)")  # fmt: skip
     add("--vae", default=EXAMPLES / "digits" / "vae", help="(default: that of the digits)")
     add("--num-samples", type=int, default=1000, help="of all prompts (default: %(default)s)")
-    add("--num-sampling-steps", type=int, default=20, help="of heun (default: %(default)s)")
-    add("--cfg-scale", type=float, default=2.0, help="(default: %(default)s)")
+    add("--num-sampling-steps", type=int, default=10, help="of heun (default: %(default)s)")
+    add("--cfg-scale", type=float, default=3.0, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--output", type=Path, help="file of JSON to write as well")
     return parser
