@@ -25,7 +25,9 @@ from test_readme import DOORS, PAGES, python_blocks, run_python
 # What a command needs that is not here → how such a command is told. The first that fits counts.
 NEEDS = {
     "a package index": r"^(pip|conda) ", "a test of its own, in test_readme.py": r"^make ",
-    "a test of its own, in test_scaling.py": r"examples/scaling/", "ImageNet": r"imagenet",
+    "a test of its own, in test_scaling.py": r"examples/scaling/",
+    "a test of its own, in test_captions.py": r"examples/captions/caption_",
+    "ImageNet": r"imagenet",
     "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared", "somebody's photos": r"photos",
     "a network trained on ImageNet": r"results/000-DiT-XL-2", "LightningDiT's": r"lightningdit\.pt",
     "released weights":
@@ -35,11 +37,12 @@ NEEDS = {
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
     "examples/digits/train_vae.py": "--steps 20", "--max-steps 14000": "--max-steps 20",
-    "--max-steps 1300 ": "--max-steps 20",
+    "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
     "--max-steps 400 ": "--max-steps 40 --sample-every 20",
     "examples/digits/train_classifier.py": "--epochs 1",
     "examples/digits/judge.py": "--num-samples 50",
     "examples/digits/compare_likelihood.py": "--num-digits 3",
+    "examples/captions/judge_captions.py": "--num-samples 20 --num-sampling-steps 2",
 }  # fmt: skip
 # What must be there when a page has been run.
 LEAVES = {
@@ -67,6 +70,9 @@ LEAVES = {
         "digits-dit.safetensors",
         "digits-flow.safetensors",
         "digits-classifier/*",
+    ],
+    "examples/captions/README.md": [
+        "sample.png", "captioned/train/metadata.jsonl", "captions-mmdit.safetensors",
     ],
 }
 LIMIT = 300  # seconds for one command

@@ -33,7 +33,7 @@ from conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
-sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling")]
+sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling"), str(EXAMPLES / "captions")]
 
 from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
@@ -278,6 +278,20 @@ DOORS = {
     "ladder_study": Door(
         "ladder_study", [["--output", "ladder", "--device", "cpu"]], {"studies.run_job": nothing}
     ),
+    "make_captions": Door("make_captions", [["--output", "captioned"], []], {}),
+    "judge_captions": Door(
+        "judge_captions",
+        [["--output", "judged.json"], []],
+        {
+            "judge_captions.load_captioned": lambda: (None, None, None),
+            "judge_captions.load_judge": nothing,
+            "judge_captions.judge_all": lambda *_: {},
+            **QUIET,
+        },
+    ),
+    "caption_study": Door(
+        "caption_study", [["--output", "captions", "--device", "cpu"]], {"studies.run_job": nothing}
+    ),
     "plot": Door(
         "plot",
         [["--output", "figures"]],
@@ -295,6 +309,10 @@ def late_stubs(name):
         return {"grids.draw": lambda *args: black(*args[2:])[0], "grids.prepare": nothing}
     if name == "make_dataset":
         return {"make_dataset.load_split": one_image(module.load_split)}
+    if name == "make_captions":
+        parts, *rest = module.load_captioned()
+        few = {part: digits.chosen(slice(1)) for part, digits in parts.items()}
+        return {"make_captions.load_captioned": lambda: (few, *rest)}
     if name == "train_vae":
         return {"train_vae.train": lambda *_: module.AutoencoderKL(**module.ARCHITECTURE)}
     return {}

@@ -204,7 +204,7 @@ class MMDiT(TextNetwork):
 
 # Ti is ours; the numbers are the paper's depths, of 64 times as wide networks (section 4), 24 that
 # of the released medium one.
-SIZES: dict[str, dict[str, Any]] = {"Ti": dict(depth=4, hidden_size=128, num_heads=4)} | {
+SIZES: dict[str, dict[str, Any]] = {"Ti": dict(depth=4, hidden_size=96, num_heads=3)} | {
     str(depth): dict(depth=depth, hidden_size=64 * depth, num_heads=depth)
     for depth in (15, 18, 21, 24, 30, 38)
 }

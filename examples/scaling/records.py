@@ -1,6 +1,6 @@
 """The files of a study: study.json, what it is of and where it was made, and points.jsonl, a line
 for each network. A network is named by a Point in study.py, by a FlowPoint in flow_study.py, by a
-LadderPoint in ladder_study.py.
+LadderPoint in ladder_study.py, by a CaptionPoint in captions/caption_study.py.
 """
 
 import json
@@ -37,6 +37,16 @@ class LadderPoint(NamedTuple):
 
     def __str__(self):
         return f"{self.rung}, seed {self.seed}"
+
+
+class CaptionPoint(NamedTuple):
+    """One network of a study of captions: how text comes in, and its seed."""
+
+    network: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.network}, seed {self.seed}"
 
 
 def read_about(folder, kind=Point):

@@ -28,13 +28,28 @@ from training.folder_lock import FolderLock
 from trial import load_judge, make_judge, save_judge, save_real
 
 
+def judge_of_patches(plan, device, folder):
+    """(a new Judge of patches, what is to be told of it), once both are in the folder."""
+    print("training the classifier that scores", flush=True)
+    judge, told = make_judge(plan, device)
+    save_real(plan, folder / "samples" / "real.png")
+    save_judge(judge, folder / "judge.pt")
+    return judge, told
+
+
+def kept_judge(folder, device):
+    """The Judge that judge_of_patches left in a folder. Raises ValueError if it cannot be read."""
+    return load_judge(folder / "judge.pt", device)
+
+
 class Study(NamedTuple):
     """What is asked: plans by name, and what is done for each network of a plan.
 
     `point` is the NamedTuple that names a network; list_points(plan) lists them all in the order in
     which they begin; run_point(plan, point, judge, device, folder) returns a line of points.jsonl,
     a dict with the fields of the point, "curve" and "seconds". tell(plan, judge, device) is what
-    else study.json says of the plan's patches.
+    else study.json says of the plan's patches. begin_judge(plan, device, folder) and
+    load_judge(folder, device) make what scores, and have it again, as those of patches do.
     """
 
     script: str
@@ -44,6 +59,8 @@ class Study(NamedTuple):
     list_points: Callable
     run_point: Callable
     tell: Callable = lambda plan, judge, device: {}
+    begin_judge: Callable = judge_of_patches
+    load_judge: Callable = kept_judge
 
 
 class Job(NamedTuple):
@@ -125,11 +142,8 @@ def open_folder(job):
             raise ValueError(
                 f"{folder} has a points.jsonl without its study.json; choose another --output"
             )
-        print("training the classifier that scores", flush=True)
-        judge, told = make_judge(plan, device)
+        judge, told = job.study.begin_judge(plan, device, folder)
         told |= job.study.tell(plan, judge, device)
-        save_real(plan, folder / "samples" / "real.png")
-        save_judge(judge, folder / "judge.pt")
         points = {"points": [list(point) for point in job.study.list_points(plan)]}
         about = json.dumps(describe(job) | told | points) + "\n"
         write_whole(
@@ -143,17 +157,17 @@ def open_folder(job):
                 f"{folder} holds another study ({begun}); go on with that, "
                 "or choose another --output"
             )
-    return about, load_judge(folder / "judge.pt", device), read_rows(folder, about, point)
+    return about, job.study.load_judge(folder, device), read_rows(folder, about, point)
 
 
 def describe(job):
     """What study.json says of the plan, and of where and how the study was begun."""
-    device, script = job.device, Path(job.study.script).name
+    device, script = job.device, "/".join(Path(job.study.script).parts[-3:])
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "plan": job.plan._asdict(), "torch": torch.__version__,
         "device_type": device.type, **gpu, "cores": os.cpu_count(), "workers": job.workers,
-        "command": f"python examples/scaling/{script} --output OUTPUT --preset {job.preset}",
+        "command": f"python {script} --output OUTPUT --preset {job.preset}",
     }  # fmt: skip
 
 

@@ -38,6 +38,8 @@ INTERRUPTIBLE = [
     "examples/scaling/study.py", "examples/scaling/plot.py", "examples/scaling/flow_study.py",
     "examples/scaling/flow_plot.py", "examples/scaling/ladder_study.py",
     "examples/scaling/ladder_plot.py",
+    "examples/captions/make_captions.py", "examples/captions/judge_captions.py",
+    "examples/captions/caption_study.py", "examples/captions/caption_plot.py",
 ]  # fmt: skip
 
 
@@ -364,7 +366,7 @@ def test_ctrl_c_while_any_door_is_imported(script):
 
 def test_every_door_can_be_interrupted_while_it_is_imported():
     """Each ends at Ctrl-C from its first line on, and its main is answered for by `door`."""
-    folders = (ROOT, *(ROOT / "examples" / name for name in ("", "digits", "scaling")))
+    folders = (ROOT, *(ROOT / "examples" / name for name in ("", "digits", "scaling", "captions")))
     doors = {
         path
         for folder in folders
