@@ -1,5 +1,4 @@
-"""Copies of digits that lean, are thickened and stretched a little, so that words have more examples.
-"""
+"""Copies of digits, leaning, thicker and wider by a little, so that words have more examples."""
 
 import numpy as np
 from scipy import ndimage
