@@ -26,7 +26,7 @@ from test_readme import DOORS, PAGES, python_blocks, run_python
 NEEDS = {
     "a package index": r"^(pip|conda) ", "a test of its own, in test_readme.py": r"^make ",
     "a test of its own, in test_scaling.py": r"examples/scaling/",
-    "a test of its own, in test_captions.py": r"examples/captions/caption_",
+    "a test of its own, in test_captioned_digits.py": r"examples/captions/caption_",
     "ImageNet": r"imagenet",
     "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared", "somebody's photos": r"photos",
     "a network trained on ImageNet": r"results/000-DiT-XL-2", "LightningDiT's": r"lightningdit\.pt",
