@@ -197,8 +197,8 @@ def test_what_cannot_be_run_here_can_be_parsed(command):
     if words[1].startswith("examples/"):  # whose parsers are parts of their mains
         source = (ROOT / words[1]).read_text()
         for name in re.findall(r"^from (\w+) import", source, re.MULTILINE):
-            beside = (ROOT / words[1]).with_name(f"{name}.py")  # may have the parser
-            source += beside.read_text() if beside.exists() else ""
+            for beside in ROOT.glob(f"examples/*/{name}.py"):  # may have the parser
+                source += beside.read_text()
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     else:
         parse(command)
