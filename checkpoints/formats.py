@@ -26,7 +26,7 @@ OTHER_TIMES = (
 
 
 class PipelineEncoder(NamedTuple):
-    """A text encoder of a pipeline: its kind, its folder, how many tokens it reads, and what becomes
+    """A text encoder of a pipeline: its kind and folder, how many tokens it reads, and what becomes
     of those that fill a caption up, as conditions.encoders has them.
     """
 
