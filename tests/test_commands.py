@@ -33,6 +33,7 @@ NEEDS = {
     "released weights":
         r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",
+    "Stable Diffusion 3's weights": r"stable-diffusion-3",
 }  # fmt: skip
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
@@ -48,6 +49,7 @@ SHORTER = {
 LEAVES = {
     "README.md": ["sample.png"],
     "docs/flow.md": ["results/000-DiT-Ti-1/checkpoints/0000020.pt", "sample.png"],
+    "docs/text.md": ["sample.png", "negative.png", "samples/*.npz"],
     "docs/architecture.md": [],
     "docs/checkpoints.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/evaluation.md": ["samples/*.npz"],
