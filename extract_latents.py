@@ -38,7 +38,10 @@ from data.text_writer import cache_text, prepare_text, told
 def build_parser() -> Parser:
     parser = Parser(__file__, description=__doc__)
     data = parser.add_argument_group("data").add_argument
-    data("--data-path", help="folder with one folder of images per class")
+    data(
+        "--data-path",
+        help="folder with one folder of images per class, or of captioned images in any folders",
+    )  # fmt: skip
     data("--output", metavar="DIR", help="folder to write; for train.py --latents")
     data(
         "--verify", metavar="DIR",
@@ -61,7 +64,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     data(
         "--num-classes", type=int, default=CacheOptions.num_classes,
-        help="0: none, all images below --data-path (default: %(default)s)",
+        help="0: none, all images below --data-path, as for captions (default: %(default)s)",
     )  # fmt: skip
     data(
         "--flip", action=argparse.BooleanOptionalAction, default=CacheOptions.flip,

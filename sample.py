@@ -142,7 +142,7 @@ def parse_asked(
     if not prompts:
         raise ValueError(
             'the network reads text; say with --prompt what it is to draw, such as --prompt "a '
-            'thick three" "a thin seven"'
+            'thick three" "a thin seven"; " " is the empty prompt'
         )
     return checked_prompts(prompts, "prompt")
 

@@ -144,7 +144,7 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
         if shape.channels != network.in_channels:
             raise ValueError(
                 f"`vae` {vae} has {shape.channels} channels, the network of {origin} takes "
-                f"{network.in_channels}; pass the VAE that it was trained with"
+                f"{network.in_channels}; pass the VAE that it was trained with, none for pixels"
             )
         _check_choice(choice, network, origin)
         return network

@@ -66,9 +66,8 @@ def list_images(root: Path | str, num_classes: int, argument: str = "data_path")
     root = Path(root)
     given = f"`{argument}` {root}"
     if not root.is_dir():
-        raise ValueError(
-            f"{given} is not a folder; give one that holds one folder of images per class"
-        )
+        held = "one folder of images per class" if num_classes else "images"
+        raise ValueError(f"{given} is not a folder; give one that holds {held}")
     left_out: Counter[str] = Counter()
     folders = _walk(str(root), argument, left_out)
     if num_classes == 0:

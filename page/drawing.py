@@ -196,7 +196,7 @@ def answer(
     with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
         path = str(Path(folder) / f"dit-seed-{number}.png")
         save(drawn, path, settings | chosen)
-        yield ". ".join([f"Seed {number}", *sampler.notes(labels)]), path, rows, path
+        yield "; ".join([f"Seed {number}", *sampler.notes(labels)]), path, rows, path
 
 
 def read_choices(

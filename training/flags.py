@@ -58,7 +58,8 @@ def adder(group: Any) -> Add:
 def add_data_flags(add: Add) -> None:
     add(
         "--data-path",
-        help="folder with one folder of images per class; required unless --latents is given",
+        help="folder with one folder of images per class, or of captioned images in any folders; "
+        "required unless --latents is given",
     )
     add(
         "--latents", metavar="DIR",
@@ -70,7 +71,8 @@ def add_data_flags(add: Add) -> None:
     )  # fmt: skip
     add(
         "--num-classes", type=int,
-        help="0: none, all images below --data-path (default: %(default)s)",
+        help="0: none, all images below --data-path (default: %(default)s; of a network that reads "
+        "text 0)",
     )  # fmt: skip
     reading = (
         "what is learned with each image: its class folder, or its captions, from NAME.txt beside "
