@@ -368,7 +368,10 @@ def model_card(
     `process` is as in save_pretrained.
     """
     config, args = network.config, (training or {}).get("args") or {}
-    rows = {key.replace("_", " "): value for key, value in config.items()}
+    rows = {
+        key.strip("_").replace("_", " "): value
+        for key, value in config.items() if value is not None
+    }  # fmt: skip
     if process is not None and not isinstance(process, GaussianProcess):
         rows["process"] = ", ".join(f"{name} {value}" for name, value in process.config.items())
     if training:
