@@ -175,7 +175,7 @@ def test_a_network_comes_back_from_every_file_of_ours(tmp_path, kind):
     ({"text": [{"a": 10**30}]}, "a is 10000"),
 ])  # fmt: skip
 def test_a_hostile_configuration_ends_in_one_message(tmp_path, change, says):
-    publish.save_pretrained(network("sd3"), tmp_path / "hub")
+    publish.save_pretrained(network("sd3"), tmp_path / "hub", process=FlowProcess())
     file = tmp_path / "hub" / "config.json"
     config = json.loads(file.read_text()) | change
     file.write_text(json.dumps(config))
@@ -500,7 +500,7 @@ def test_what_diffusers_cannot_be_is_refused(tmp_path, vae, build, options, says
 
 
 @pytest.mark.parametrize(("kind", "process", "says"), [
-    ("sd3", None, "StableDiffusion3Pipeline cannot sample a diffusion"),
+    ("sd3", None, "the network is told the noise level of a flow"),
     ("pixart", FlowProcess(), "PixArtAlphaPipeline cannot sample a flow"),
     ("sd3", FlowProcess(path="gvp"), "learned the velocity on the path gvp"),
     ("sd3", FlowProcess(prediction="score"), "learned the score on the path linear"),
