@@ -25,11 +25,32 @@ OTHER_TIMES = (
 )  # fmt: skip
 
 
+class PipelineEncoder(NamedTuple):
+    """A text encoder of a pipeline: its kind and folder, how many tokens it reads, and what becomes
+    of those that fill a caption up, as conditions.encoders has them.
+    """
+
+    kind: str
+    folder: str
+    length: int
+    padding: str
+
+
+# As Stable Diffusion 3 was trained, and PixArt-α
+SD3_ENCODERS = (
+    PipelineEncoder("clip", "text_encoder", 77, "read"),
+    PipelineEncoder("clip", "text_encoder_2", 77, "read"),
+    PipelineEncoder("t5", "text_encoder_3", 256, "read"),
+)
+PIXART_ENCODERS = (PipelineEncoder("t5", "text_encoder", 120, "masked"),)
+
+
 class Format(NamedTuple):
     """One class of diffusers' and the class of ours that it is. `is_it` says whether a config.json
     is of it. The next four map configurations and state dicts both ways. `learned` says what the
     network has learned, a Process's `config` or None for the Gaussian process, of the pipeline
     whose model_index.json this is, or None for none; it raises ValueError for another process.
+    `encoders` are those of the pipeline that read its prompts.
     """
 
     is_it: Callable[[dict], bool]
@@ -38,6 +59,22 @@ class Format(NamedTuple):
     config_to: Callable[[dict], dict]
     tensors_to: Callable[[Tensors, dict], Tensors]
     learned: Callable[[Path | None], dict[str, Any] | None]
+    encoders: tuple[PipelineEncoder, ...] = ()
+
+    def text(self, index: Path | None) -> list[dict[str, Any]] | None:
+        """What a checkpoint says of the encoders in the pipeline whose model_index.json this is;
+        None if there is no pipeline, or it lacks one of them.
+        """
+        if index is None or not self.encoders:
+            return None
+        folders = [index.parent.absolute() / one.folder for one in self.encoders]
+        if not all((folder / "config.json").is_file() for folder in folders):
+            return None
+        return [
+            {"kind": one.kind, "name": str(folder), "length": one.length, "padding": one.padding,
+             "sha256": ""}  # which is not known
+            for one, folder in zip(self.encoders, folders)
+        ]  # fmt: skip
 
 
 def gaussian(index: Path | None) -> None:
@@ -82,10 +119,11 @@ FORMATS = {
         gaussian,
     ),
     "MMDiT": Format(
-        is_sd3, config_from_sd3, from_sd3, config_to_sd3, to_sd3, rectified_flow
+        is_sd3, config_from_sd3, from_sd3, config_to_sd3, to_sd3, rectified_flow, SD3_ENCODERS
     ),
     "PixArt": Format(
-        is_pixart, config_from_pixart, from_pixart, config_to_pixart, to_pixart, gaussian
+        is_pixart, config_from_pixart, from_pixart, config_to_pixart, to_pixart, gaussian,
+        PIXART_ENCODERS,
     ),
 }  # fmt: skip
 

@@ -232,7 +232,7 @@ def _converted(weights: Weights, said: dict, theirs: Format, file: Path) -> Weig
     process = theirs.learned(index)
     classes = (names_of(read_json(index)) if index else None) or said.get(OWN_CLASSES)
     tensors = theirs.tensors_from(weights.tensors, config)
-    text = text_in(said, OWN_TEXT)
+    text = text_in(said, OWN_TEXT) or theirs.text(index)
     return Weights(tensors, config, classes, process=process, text=text)
 
 

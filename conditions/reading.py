@@ -31,7 +31,8 @@ def reader_for(network: Any, names: Sequence[str] | None = None) -> Reader | Non
     if not network.text:
         raise ValueError(
             "the network reads what outside text encoders give, and its checkpoint does not say "
-            "which; give one that names them, as train.py writes it"
+            "which; give one that names them, as train.py writes it, or a whole pipeline of "
+            "diffusers in a local folder, with all of its text encoders"
         )
     from conditions.encoders import reader_of  # which few networks need
 

@@ -26,13 +26,14 @@ from test_readme import DOORS, PAGES, python_blocks, run_python
 NEEDS = {
     "a package index": r"^(pip|conda) ", "a test of its own, in test_readme.py": r"^make ",
     "a test of its own, in test_scaling.py": r"examples/scaling/",
-    "a test of its own, in test_captions.py": r"examples/captions/caption_",
+    "a test of its own, in test_captioned_digits.py": r"examples/captions/caption_",
     "ImageNet": r"imagenet",
     "a cluster": r"nproc_per_node=(8|N)|nnodes|/shared", "somebody's photos": r"photos",
     "a network trained on ImageNet": r"results/000-DiT-XL-2", "LightningDiT's": r"lightningdit\.pt",
     "released weights":
         r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",
+    "Stable Diffusion 3's weights": r"stable-diffusion-3",
 }  # fmt: skip
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
@@ -48,6 +49,7 @@ SHORTER = {
 LEAVES = {
     "README.md": ["sample.png"],
     "docs/flow.md": ["results/000-DiT-Ti-1/checkpoints/0000020.pt", "sample.png"],
+    "docs/text.md": ["sample.png", "negative.png", "samples/*.npz"],
     "docs/architecture.md": [],
     "docs/checkpoints.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/evaluation.md": ["samples/*.npz"],
@@ -197,8 +199,8 @@ def test_what_cannot_be_run_here_can_be_parsed(command):
     if words[1].startswith("examples/"):  # whose parsers are parts of their mains
         source = (ROOT / words[1]).read_text()
         for name in re.findall(r"^from (\w+) import", source, re.MULTILINE):
-            beside = (ROOT / words[1]).with_name(f"{name}.py")  # may have the parser
-            source += beside.read_text() if beside.exists() else ""
+            for beside in ROOT.glob(f"examples/*/{name}.py"):  # may have the parser
+                source += beside.read_text()
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     else:
         parse(command)

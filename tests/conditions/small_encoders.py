@@ -37,21 +37,23 @@ def randomly(network, seed):
     return network.eval()
 
 
-def clip_sizes(seed, width=CLIP_WIDTH):
+def clip_sizes(seed, width=CLIP_WIDTH, length=CLIP_LENGTH):
     vocabulary = ["<unk>", *WORDS, "<s>", "</s>"]
     return vocabulary, dict(
         vocab_size=len(vocabulary), hidden_size=width, intermediate_size=32,
-        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=CLIP_LENGTH,
+        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=length,
         projection_dim=PROJECTED, bos_token_id=len(vocabulary) - 2,
         eos_token_id=len(vocabulary) - 1,
     )  # fmt: skip
 
 
-def save_clip(folder, seed=0, kind="CLIPTextModelWithProjection", width=CLIP_WIDTH):
+def save_clip(
+    folder, seed=0, kind="CLIPTextModelWithProjection", width=CLIP_WIDTH, length=CLIP_LENGTH
+):
     """A folder with a CLIP's text encoder."""
     import transformers
 
-    vocabulary, sizes = clip_sizes(seed, width)
+    vocabulary, sizes = clip_sizes(seed, width, length)
     network = getattr(transformers, kind)(transformers.CLIPTextConfig(**sizes))
     randomly(network, seed).save_pretrained(folder)
     tokenizer(vocabulary, "<s>", "</s>", "</s>").save_pretrained(folder)
