@@ -15,6 +15,7 @@ from conditions.text import pieces
 from conftest import fill_randomly, randn
 from models import DiT
 import evaluate
+from evaluation.clip_score import captions_of
 import export
 import sample
 import sample_ddp
@@ -400,6 +401,14 @@ def test_many_images_of_prompts_that_take_turns(tmp_path, ckpt):
         indices = range(first, min(first + 2, 5))
         found = latents(sampler, [turns[i] for i in indices], indices)
         assert np.array_equal(images[first : first + 2], sampler.decode(found).numpy())
+
+
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, ckpt):
+    """Captions from the web have separators of other kinds."""
+    prompts = ["one\u2028two\x85three", "a\x0bb\x1ec\rd"]
+    folder = many(tmp_path, ckpt, "".join(f"{prompt}\r\n" for prompt in prompts))
+    turns = [prompts[i % 2] for i in range(5)]
+    assert captions_of(folder).lines == turns
 
 
 def test_prompts_decide_the_folder_and_the_same_command_goes_on(tmp_path, ckpt, capsys):
