@@ -100,8 +100,10 @@ def check_text(network: Network, config: object, origin: Path | str) -> None:
     if wanted and given:
         check_says(wanted)
         check_encoders(wanted, given, str(origin))
+    # How many tokens outside encoders give, they say themselves, and no tensor depends on it
+    free = FREE if network.config.get("text_width") is None else (*FREE, "text_length")
     for name, ours in network.config.items():
-        if name in FREE or theirs.get(name, ours) == ours:
+        if name in free or theirs.get(name, ours) == ours:
             continue
         raise ValueError(
             f"{origin} has {name} {theirs[name]!s:.60}, the network here {ours}; "

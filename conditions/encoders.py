@@ -259,7 +259,11 @@ def check_says(says: Any) -> None:
 
 def in_words(says: Sequence[dict[str, Any]]) -> str:
     """What encoders there are, for a message."""
-    return " and ".join(f"{one['kind']} {one['name']} ({one['length']} tokens)" for one in says)
+    fillers = {MASKED: "", READ: ", those that fill up among them"}
+    return " and ".join(
+        f"{one['kind']} {one['name']} ({one['length']} tokens{fillers[one['padding']]})"
+        for one in says
+    )
 
 
 def check_encoders(

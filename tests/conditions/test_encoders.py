@@ -328,10 +328,9 @@ def test_numbers_of_names_and_tokens(folders):
             load_reader(folders, length)
 
 
-def test_clips_of_two_lengths(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("small_encoders.CLIP_LENGTH", 12)
+def test_clips_of_two_lengths(folders, tmp_path):
     with pytest.raises(ValueError, match="has CLIPs of 10 and 12 tokens"):
-        load_reader([folders[0], save_clip(tmp_path / "clip")])
+        load_reader([folders[0], save_clip(tmp_path / "clip", length=12)])
 
 
 def test_without_transformers(folders, monkeypatch):
