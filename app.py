@@ -35,7 +35,7 @@ from page.layout import HOUR, build_page, page_theme
 from page.visitors import ENDPOINT, Gate, Visitors
 from runtime.devices import choose_device, tf32
 from runtime.surroundings import is_installed
-from sampling.flags import add_network_flags, check_flags, network_choice
+from sampling.flags import add_encoder_flag, add_network_flags, check_flags, network_choice
 from sampling.loading import VAE, build_sampler
 from sampling.options import OWN, SamplingOptions
 from sampling.sampler import Sampler
@@ -71,6 +71,7 @@ def build_parser() -> Parser:
         without=f"the digits of {EXAMPLE.parent.name}/{EXAMPLE.name} beside this file and their "
         f"own VAE; {RELEASED} is the released network, fetched on first use",
     )
+    add_encoder_flag(network)
     network.add_argument(
         "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
     )

@@ -40,6 +40,7 @@ from runtime.team import Team
 # Flags that go with --likelihood alone, and others that do not go with it
 OF_LIKELIHOOD = (
     "vae", "weights", "model", "num_classes", "process", "exact", "seed", "cfg_scale",
+    "text_encoder",
 )  # fmt: skip
 OF_CLIP = ("captions",)
 OF_OTHERS = ("reference", "make_reference", "features", "inception_weights")
@@ -131,6 +132,8 @@ def add_likelihood_flags(parser: Parser) -> None:
     add("--model", help=bare.format(MODEL))
     add("--num-classes", type=int, help=bare.format(NUM_CLASSES))
     add("--process", choices=WORDS, help=bare.format("what --model says, or diffusion"))
+    encoders = "where the text encoders lie that it names (default: where it says)"
+    add("--text-encoder", nargs="+", metavar="NAME", help=encoders)
     exact = "the trace itself, for small latents (default: an estimate, by one probe an image)"
     add("--exact", action="store_true", help=exact)
     seed = "what is drawn for image i depends on it and on i alone (default: 0)"
@@ -216,7 +219,7 @@ def likelihood(
 
     choice = NetworkChoice(
         args.likelihood, args.weights, args.vae, args.model, args.image_size, args.num_classes,
-        args.process,
+        args.process, args.text_encoder,
     )  # fmt: skip
     how = LikelihoodOptions(**{
         field.name: getattr(args, field.name)

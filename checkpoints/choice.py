@@ -1,5 +1,6 @@
 """Which network a user chooses, and what holds where neither the user nor the checkpoint says."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class NetworkChoice:
         trained. Of the released weights those are taken whose own size is nearest.
     process: a key of processes.table.WORDS, what the network has learned, for a checkpoint that
         does not say it; None: what the checkpoint says, or the model's name, else "diffusion".
+    text_encoder: where the text encoders lie that the checkpoint names, each a local folder or a
+        hub id, in their order; None: where the checkpoint says, if they are on this machine.
 
     Raises ValueError for values that no checkpoint can have.
     """
@@ -41,6 +44,7 @@ class NetworkChoice:
     image_size: ImageSize | None = None
     num_classes: int | None = None
     process: str | None = None
+    text_encoder: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", weights_choice(self.weights))
@@ -55,6 +59,10 @@ class NetworkChoice:
             raise ValueError(
                 f"`model` is {self.model}, which is a flow, and `process` is {self.process}; "
                 f"leave `process` out, or pass `model={FLOWS[self.model]}`"
+            )
+        if isinstance(self.text_encoder, str):
+            raise ValueError(
+                f"`text_encoder` is {self.text_encoder!r:.60}; give a list, a name for each encoder"
             )
         if self.image_size is not None:
             object.__setattr__(self, "image_size", settled(self.image_size))

@@ -86,7 +86,9 @@ def check_same_size(network: Network, config: object, origin: Path | str) -> Non
 # Arguments of a network that reads captions that tensors of another network may differ in
 FREE = ("input_size", "class_dropout_prob", "learn_sigma", "table_side")
 # What a user says of such a network, beside its model
-CHOSEN = ("text_length", "qk_norm")
+CHOSEN = ("text_length", "qk_norm", "extrapolation")
+# What a configuration alone says, and no model's name
+UNNAMED = ("noise_steps", "streams", "position_scale")
 
 
 def check_text(network: Network, config: object, origin: Path | str) -> None:
@@ -98,16 +100,24 @@ def check_text(network: Network, config: object, origin: Path | str) -> None:
     if wanted and given:
         check_says(wanted)
         check_encoders(wanted, given, str(origin))
+    # How many tokens outside encoders give, they say themselves, and no tensor depends on it
+    free = FREE if network.config.get("text_width") is None else (*FREE, "text_length")
     for name, ours in network.config.items():
-        if name in FREE or theirs.get(name, ours) == ours:
+        if name in free or theirs.get(name, ours) == ours:
             continue
-        advice = f"pass `{name}={theirs[name]!r}`"
-        if name not in CHOSEN:
-            outside = "width" in name
-            advice = f"give the `{'text_encoder' if outside else 'model'}` that it was trained with"
         raise ValueError(
-            f"{origin} has {name} {theirs[name]!s:.60}, the network here {ours}; {advice}"
+            f"{origin} has {name} {theirs[name]!s:.60}, the network here {ours}; "
+            f"{_advice(name, theirs[name])}"
         )
+
+
+def _advice(name, value):
+    """What to do where weights want another value of an argument than the network has."""
+    if name in CHOSEN:
+        return f"pass `{name}={value!r}`"
+    if name in UNNAMED:
+        return "the two must be the same, and no `model` has what the weights have; use other ones"
+    return f"give the `{'text_encoder' if 'width' in name else 'model'}` that it was trained with"
 
 
 def check_design(

@@ -83,8 +83,8 @@ def config_to_sd3(config: dict) -> dict[str, Any]:
         f"its streams are {c['streams']}; wanted are 2": c["streams"] != 2,
         f"its mlp_ratio is {c['mlp_ratio']}; wanted is 4": c["mlp_ratio"] != 4,
         f"its latents are {c['input_size']}; wanted is a square": isinstance(c["input_size"], list),
-        f"its noise_steps are {c['noise_steps']}, and theirs counts {STEPS}; train it with "
-        f"`noise_steps={STEPS}`": c["noise_steps"] != STEPS,
+        f"its noise_steps are {c['noise_steps']}, and theirs counts {STEPS}; those of an MMDiT "
+        f"built with noise_steps={STEPS} can be exported": c["noise_steps"] != STEPS,
     }  # fmt: skip
     refuse(reasons, NAME)
     return {

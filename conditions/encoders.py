@@ -23,6 +23,7 @@ from layers.text import Text
 T5_LENGTH = 77
 LENGTHS = (2, 4096)  # the least and the most
 MOST_ENCODERS = 8
+LONGEST_NAME = 4096  # of an encoder, in characters: as long as a path
 # What becomes of tokens that fill a caption up: nothing attends to them; or all read them like
 # others, as Stable Diffusion 3 was trained
 MASKED, READ = "masked", "read"
@@ -209,10 +210,13 @@ def load_reader(
 
 
 def load_encoder(
-    name: str, t5_length: int, padding: str, device: torch.device | str, dtype: torch.dtype
-) -> Encoder:
-    """The Encoder of a name. Raises ValueError as load_reader."""
-    folder = local_folder(name, ARGUMENT)
+    name: str, t5_length: int, padding: str, device: torch.device | str, dtype: torch.dtype,
+    fetch: bool = True,
+) -> Encoder:  # fmt: skip
+    """The Encoder of a name, fetched if it is not here and `fetch` is on. Raises ValueError as
+    load_reader.
+    """
+    folder = local_folder(name, ARGUMENT, fetch)
     config = read_config(folder, ARGUMENT)
     called = config.get("model_type")
     if not isinstance(called, str) or called not in KINDS:
@@ -246,6 +250,7 @@ def check_says(says: Any) -> None:
     for one in says if right else ():
         right &= isinstance(one, dict) and one.keys() == SAID.keys()
         right = right and all(type(one[name]) is kind for name, kind in SAID.items())
+        right = right and len(one["name"]) <= LONGEST_NAME
         right = right and one["kind"] in READINGS and one["padding"] in (MASKED, READ)
         right = right and LENGTHS[0] <= one["length"] <= LENGTHS[1]
     if not right:
@@ -254,7 +259,11 @@ def check_says(says: Any) -> None:
 
 def in_words(says: Sequence[dict[str, Any]]) -> str:
     """What encoders there are, for a message."""
-    return " and ".join(f"{one['kind']} {one['name']} ({one['length']} tokens)" for one in says)
+    fillers = {MASKED: "", READ: ", those that fill up among them"}
+    return " and ".join(
+        f"{one['kind']} {one['name']} ({one['length']} tokens{fillers[one['padding']]})"
+        for one in says
+    )
 
 
 def check_encoders(
@@ -291,7 +300,7 @@ def reader_of(
     dtype: torch.dtype = torch.float32,
 ) -> EncoderReader:  # fmt: skip
     """The EncoderReader that said this of itself, loaded again; `names` say where its encoders lie
-    now, in the same order.
+    now, in the same order. Without them nothing is fetched: what was said may be a stranger's.
 
     Raises ValueError if what it said is damaged, and for encoders that are others.
     """
@@ -303,7 +312,7 @@ def reader_of(
         )
     places = [one["name"] for one in says] if names is None else names
     found = EncoderReader([
-        load_encoder(name, one["length"], one["padding"], device, dtype)
+        load_encoder(name, one["length"], one["padding"], device, dtype, names is not None)
         for name, one in zip(places, says)
     ])  # fmt: skip
     check_encoders(says, found.says)

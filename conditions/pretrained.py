@@ -53,9 +53,9 @@ def library() -> Iterator[Any]:
             logging.enable_progress_bar()
 
 
-def local_folder(name: str, argument: str) -> Path:
+def local_folder(name: str, argument: str, fetch: bool = True) -> Path:
     """The folder that a name means: itself; or, for OWNER/NAME or OWNER/NAME/FOLDER on the hub, the
-    copy of what is there, fetched if it is not here yet.
+    copy of what is there, fetched if it is not here yet, unless `fetch` is off.
 
     Errors call it by the name of the `argument` that gave it. Raises ValueError if there is none.
     """
@@ -69,7 +69,7 @@ def local_folder(name: str, argument: str) -> Path:
     if not on_the_hub:
         raise refusal(argument, name, "there is no such folder; give one, or a hub id OWNER/NAME")
     with library():
-        return _fetched(on_the_hub[1], on_the_hub[2], argument)
+        return _fetched(on_the_hub[1], on_the_hub[2], argument, fetch)
 
 
 def _is_folder(name):
@@ -83,7 +83,7 @@ def refusal(argument: str, name: object, reason: str) -> ValueError:
     return ValueError(f"`{argument}` {name}: {reason}")
 
 
-def _fetched(repository, inside, argument):
+def _fetched(repository, inside, argument, fetch):
     """The folder of a repository's copy, or of a folder inside it."""
     from huggingface_hub import snapshot_download
 
@@ -92,10 +92,20 @@ def _fetched(repository, inside, argument):
         for weights in WEIGHTS:
             wanted = [CONFIG, PREPROCESSOR, *WORDS, weights]
             patterns = [f"{place}{pattern}" for place in places for pattern in wanted]
-            folder = Path(snapshot_download(repository, allow_patterns=patterns)) / (inside or "")
+            copy = snapshot_download(
+                repository, allow_patterns=patterns, local_files_only=not fetch
+            )
+            folder = Path(copy) / (inside or "")
             if any(folder.glob(weights)):
                 return folder
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
+        if not fetch:
+            raise refusal(
+                argument, repository,
+                "it is no folder here, there is no copy in the cache of the hub, and nothing is "
+                f"fetched that a checkpoint alone names; name its encoders by `{argument}`, as hub "
+                "ids to have them fetched, or as folders",
+            ) from None  # fmt: skip
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if offline := why_offline(error):
             reason = f"{offline}, and there is no copy in the cache {cache_of_the_hub()}"

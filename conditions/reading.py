@@ -1,6 +1,6 @@
 """Who reads the prompts of a network that takes text, and what prompts there can be."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from conditions.text import PieceReader, Reader
@@ -10,16 +10,23 @@ MOST_NOTES = 4  # prompts that are cut, in notes; the rest is counted
 BEGINNING = 40  # characters of a prompt by which a message names it
 
 
-def reader_for(network: Any) -> Reader | None:
+def reader_for(network: Any, names: Sequence[str] | None = None) -> Reader | None:
     """The Reader of a network's prompts: of its own encoder, or of the outside encoders that its
-    checkpoint names. None for a network that takes labels.
+    checkpoint names; `names` say where these lie now. None for a network that takes labels.
 
-    Raises ValueError if nobody says which encoders these are, or they cannot be loaded.
+    Raises ValueError if nobody says which encoders these are, if they cannot be loaded, and for
+    names that a network has no use for.
     """
     length = getattr(network, "text_length", None)
+    inside = length is None or network.text_encoder is not None
+    if inside and names is not None:
+        reads = "labels" if length is None else "text with an encoder of its own"
+        raise ValueError(
+            f"`text_encoder` is given, and the network reads {reads}; leave the argument out"
+        )
     if length is None:
         return None
-    if network.text_encoder is not None:
+    if inside:
         return PieceReader(length)
     if not network.text:
         raise ValueError(
@@ -29,7 +36,7 @@ def reader_for(network: Any) -> Reader | None:
         )
     from conditions.encoders import reader_of  # which few networks need
 
-    return reader_of(network.text, device=next(network.parameters()).device)
+    return reader_of(network.text, names, device=next(network.parameters()).device)
 
 
 def checked_prompts(prompts: object, name: str = "prompts") -> list[str]:

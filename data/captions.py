@@ -174,12 +174,11 @@ class _Found:
 
     def take_rows(self, file):
         """Take up the rows of a metadata file."""
-        numbers = self._numbers()
         for line, row in _rows_of(file):
             where = f"{file}, line {line}"
             name, captions = _row_said(row, where)
             path = os.path.normpath(os.path.join(os.path.dirname(file), name))
-            number = numbers.get(path)
+            number = self.numbers.get(path)
             if number is None:
                 self.strangers.setdefault(file, []).append(f"{name} in line {line}")
             elif number in self.said_in:
@@ -190,7 +189,8 @@ class _Found:
             else:
                 self.captions[number], self.said_in[number] = captions, where
 
-    def _numbers(self):
+    @cached_property
+    def numbers(self):
         """{path of an image as normpath has it: its number}."""
         return {os.path.normpath(path): number for number, path in enumerate(self.paths)}
 

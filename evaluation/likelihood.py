@@ -180,7 +180,7 @@ def load_measured(
     if cached:
         check_fits(cached, network, shape, files.vae)
     labels = labels_of(images.classes, weights.classes, network.num_classes)
-    reader = reader_for(network.to(device))
+    reader = reader_for(network.to(device), choice.text_encoder)
     return Measured(
         network, process, images, labels,
         stored_space(cached) if cached else load_vae(files.vae, device), options, files.checkpoint,

@@ -76,8 +76,15 @@ class GaussianProcess:
     def of(cls, network: Learner, said: Mapping[str, Any]) -> "GaussianProcess":
         """The process of a network, whose learn_sigma is the process's.
 
-        Raises ValueError for settings that are not of `config`.
+        Raises ValueError for settings that are not of `config`, and for a network that is told a
+        flow's noise level.
         """
+        if (steps := getattr(network, "noise_steps", None)) is not None:
+            raise ValueError(
+                f"the network is told the noise level of a flow, 1 - t, {steps} times, and in the "
+                f"process {cls.name} t counts steps; give a flow as its process, or a network "
+                "whose noise_steps are None"
+            )
         process = cls(network.learn_sigma)
         for key, value in said.items():
             if key not in process.config or process.config[key] != value:

@@ -25,7 +25,7 @@ from sampling.sampler import CFG_CHANNELS, CFG_CHANNELS_OF_TEXT
 from sampling.speed import PRECISIONS
 
 # Flags whose defaults count only where the checkpoint does not say it
-CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes", "process")
+CHECKPOINT_SAYS = ("vae", "model", "image_size", "num_classes", "process", "text_encoder")
 
 
 def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
@@ -37,7 +37,18 @@ def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> No
     network.add_argument(
         "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
     )
+    add_encoder_flag(network)
     add_process_flags(parser, cfg_scale)
+
+
+def add_encoder_flag(network: _ArgumentGroup) -> None:
+    """Add the flag that says where text encoders lie, which is None where it is not given."""
+    network.add_argument(
+        "--text-encoder", nargs="+", metavar="NAME",
+        help="of a network whose captions outside text encoders read: where these lie, each a "
+        "local folder or a hub id, which is fetched (default: where the checkpoint says, if they "
+        "are on this machine)",
+    )  # fmt: skip
 
 
 def add_network_flags(

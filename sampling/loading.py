@@ -12,6 +12,7 @@ from checkpoints.loading import (
 )  # fmt: skip
 from checkpoints.networks import Network, reads_text
 from checkpoints.weights import load_weights
+from conditions.reading import reader_for
 from layers.sizes import MOST_IN_TABLE
 from runtime.devices import choose_device
 from runtime.image_size import sides, written
@@ -82,7 +83,7 @@ def build_sampler(
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
         process=process, solver_options=own, latent_shape=asked_latent(choice, network, files.vae),
-        **plain,
+        reader=reader_for(network, choice.text_encoder), **plain,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))

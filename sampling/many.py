@@ -204,18 +204,18 @@ def _all_prompts(many):
             "the network reads text; say with `prompts` what it is to draw, a file with a prompt "
             "in each line"
         )
-    prompts = [
-        line.strip() for line in _lines_in(many.prompts, "prompts", "a file of text in UTF-8")
-    ]
-    if not prompts:
+    text = _text_in(many.prompts, "prompts", "a file of text in UTF-8")
+    if not text:
         raise ValueError(f"`prompts` {many.prompts} has no line; write a prompt in each")
+    # Not splitlines: a prompt may have what other scripts and old files call ends of lines
+    prompts = [line.strip() for line in text.removesuffix("\n").split("\n")]
     return [prompts[i % len(prompts)] for i in range(many.num_fid_samples)]
 
 
-def _lines_in(path, name, wanted):
-    """The lines in a file that an argument names."""
+def _text_in(path, name, wanted):
+    """What stands in a file that an argument names."""
     try:
-        return read_bounded(path).decode("utf-8-sig").splitlines()
+        return read_bounded(path).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"`{name}` {path} cannot be read ({reason}); give {wanted}") from None
@@ -223,7 +223,7 @@ def _lines_in(path, name, wanted):
 
 def _labels_in(path, count, sampler):
     """The first `count` labels in a file."""
-    lines = _lines_in(path, "labels", "random, balanced, or a file")
+    lines = _text_in(path, "labels", "random, balanced, or a file").splitlines()
     if len(lines) < count:
         raise ValueError(
             f"`labels` {path} has {len(lines)} lines, `num_fid_samples` is {count}; one line per "

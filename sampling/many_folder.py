@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 CAPTIONS = "captions.txt"  # a line for each image, in order: its prompt
 Wishes = Tensor | list[str]  # what every image is to be: labels, int64 (N,), or N prompts
 # Options that change no image
-INCIDENTAL = ("device", "sample_dir", "ckpt")
+INCIDENTAL = ("device", "sample_dir", "ckpt", "text_encoder")
 # Options that earlier versions lacked, at what these did: folders keep the names that they had
 NEWER = {
     "cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None,
@@ -59,6 +59,7 @@ def recorded_options(
     network = {
         "ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae,
         "image_size": sampler.image_size if other_size else None, "device": device,
+        "text_encoder": choice.text_encoder,
     }  # fmt: skip
     return asdict(many) | network | sampling | {"tf32": tf32} | last | own
 

@@ -18,6 +18,7 @@ from checkpoints.fitting import (
 from checkpoints.network_config import Tensors
 from checkpoints.networks import MODELS, Network, arguments_of
 from checkpoints.process_marks import check_process
+from checkpoints.sd3_format import STEPS
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
 from conditions.text import TextCondition
 from data.batches import steps_per_epoch
@@ -31,7 +32,8 @@ from data.source import Source
 from evaluation.features import load_extractor
 from layers.positions import POSITIONS, check_grid
 from layers.sizes import sides
-from processes.table import process_of
+from processes.flow import FlowProcess
+from processes.table import WORDS, process_of
 from runtime.limits import check_memory
 from runtime.surroundings import Place, check_accelerate, is_installed, own_place
 from runtime.team import Team, make_accelerator, once
@@ -311,7 +313,8 @@ def texts_of(source: Source) -> Texts | None:
 
 
 def text_arguments(texts: Texts, options: TrainOptions) -> dict[str, Any]:
-    """What a network is built with to read such Texts.
+    """What a network is built with to read such Texts. Where encoders outside of a network gave
+    them, one that learns a flow is told the noise level as Stable Diffusion 3 is.
 
     Raises ValueError if encoders give no vector of the whole caption, and the network takes one.
     """
@@ -322,6 +325,9 @@ def text_arguments(texts: Texts, options: TrainOptions) -> dict[str, Any]:
             "`text_encoder` do not give; name one that does beside them, such as CLIP's"
         )
     found = {"text_width": width, "pooled_width": pooled, "text_length": texts.length}
+    if width is not None and WORDS[options.process] is FlowProcess:
+        # So that a run can begin with its weights, and can be exported as such
+        found["noise_steps"] = STEPS
     return {name: value for name, value in found.items() if name in known} | {"text": texts.says}
 
 

@@ -150,6 +150,7 @@ class MMDiT(TextNetwork):
                 f"text_width is {text_width} and pooled_width None, but MMDiT takes a vector of "
                 "each caption, which CLIP gives and T5 alone does not; add a CLIP to the encoders"
             )
+        self.noise_steps = noise_steps
         width = hidden_size
         table = torch.zeros(1, math.prod(self.grid), width)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -181,8 +182,7 @@ class MMDiT(TextNetwork):
 
     def told(self, t: Tensor) -> Tensor:
         """Times (N,) as they are embedded."""
-        steps = self.config["noise_steps"]
-        return t if steps is None else steps * (1 - t)
+        return t if self.noise_steps is None else self.noise_steps * (1 - t)
 
     def forward(self, x: Tensor, t: Tensor, y: Text | None = None) -> Tensor:
         """Noisy latents x (N, C, H, W), times t (N,), captions y (N) → (N, C_out, H, W).

@@ -17,7 +17,7 @@ from layers.patches import unpatchify
 from layers.positions import POSITIONS
 from layers.sizes import check_text_sizes, grid_of, plain_size, sides
 from layers.text import Text
-from layers.text_encoder import TextEncoder
+from layers.text_encoder import PIECE, TextEncoder
 from layers.time import TimestepEmbedder
 
 
@@ -65,10 +65,11 @@ class TextNetwork(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def read(self, y: Text | None) -> Text:
-        """The text as an encoder gives it. Raises ValueError for none, or of another width."""
+        """The text as an encoder gives it. Raises ValueError for none, or one of another kind."""
         if not isinstance(y, Text):
             raise ValueError("the network reads captions but y is no Text; pass y=Text(...)")
         if self.text_encoder is not None:
+            self._check_pieces(y)
             return self.text_encoder(y)
         if y.tokens.dim() != 3 or y.tokens.shape[-1] != self.text_width:
             raise ValueError(
@@ -76,6 +77,16 @@ class TextNetwork(nn.Module):
                 f"{self.text_width})"
             )
         return y
+
+    def _check_pieces(self, y):
+        length, shape = self.text_length, tuple(y.tokens.shape)
+        right = len(shape) == 3 and 1 <= shape[1] <= length and shape[2] == PIECE
+        if not right or y.tokens.dtype != torch.int64 or y.mask is None:
+            raise ValueError(
+                f"y.tokens has shape {shape} and {y.tokens.dtype}, and the network's own encoder "
+                f"takes pieces (N, {length}, {PIECE}), torch.int64, with a mask; make them by "
+                f"conditions.text.pieces(captions, {length})"
+            )
 
     def grid_seen(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of tokens of x. Raises ValueError for an x that does not fit."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from make_dataset import enlarge, load_split
 from measure import slant, thickness, width
-from warp import warped
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANY = "digit"  # in the place of its word where a caption does not say which
@@ -26,11 +25,8 @@ WORDS = {
     "slant": ("leaning left", "upright", "leaning right"),
 }
 LEVELS = 3
-COPIES = 5  # of each training digit, warped, beside itself
 ENDS = (0.25, 0.75)  # the shares of digits below the end of the first and of the second level
-# The shares of digits between which captions say the word of each level: far from the next level
-# at its end, and in the midst of the middle one, whose word else says little
-CLEAR = ((0, 0.18), (0.38, 0.62), (0.82, 1))
+GAP = 0.14  # the share of digits, around each end, whose captions leave the word out
 # Left out of training are 12 of the 90 combinations of digit, thickness and slant: every seventh
 # in order, of those that enough digits have
 COMBINED = ("thickness", "slant")
@@ -129,7 +125,7 @@ def every_prompt():
 
 def scale_of(images, digits):
     """The Scale of training digits."""
-    edges = [share for clear in CLEAR for share in clear][1:-1]
+    edges = [end + side * GAP / 2 for end in ENDS for side in (-1, 1)]
     found = measured(images)
 
     def quantiles(shares):
@@ -143,8 +139,7 @@ def scale_of(images, digits):
 
 def load_captioned():
     """{"train", "left-out", "heldout": Digits}, the Scale, and the numbers of the combinations that
-    are left out of training. Each digit of these is in "left-out", if it is not held out. "train"
-    has warped copies of its digits after them, but for those that come to be left out.
+    are left out of training. Each digit of these is in "left-out", if it is not held out.
     """
     pixels, digits, heldout_pixels, heldout_digits = load_split()
     images = enlarge(pixels)
@@ -155,23 +150,10 @@ def load_captioned():
     left = [n for n in range(FIRST, len(enough), EVERY) if enough[n]][:LEFT_OUT]
     out = np.isin(numbers, left)
     parts = {
-        "train": with_copies(every.chosen(~out), scale, left), "left-out": every.chosen(out),
+        "train": every.chosen(~out), "left-out": every.chosen(out),
         "heldout": described(enlarge(heldout_pixels), heldout_digits, scale),
     }  # fmt: skip
     return parts, scale, left
-
-
-def with_copies(digits, scale, left):
-    """Digits, and after them warped copies of them that are of no combination left out."""
-    images = warped(np.tile(digits.images, (COPIES, 1, 1)))
-    copies = described(images, np.tile(digits.digits, COPIES), scale)
-    copies = copies.chosen(~np.isin(copies.combinations(), left))
-    joined = [
-        {name: np.concatenate([values, others[name]]) for name, values in part.items()}
-        for part, others in zip(digits[2:], copies[2:])
-    ]
-    pairs = zip(digits[:2], copies[:2])
-    return Digits(*map(np.concatenate, pairs), *joined)
 
 
 def described(images, digits, scale):

@@ -2,6 +2,7 @@
 
 from itertools import product
 import json
+import os
 from pathlib import Path
 import shutil
 
@@ -254,6 +255,7 @@ def test_the_hash_of_a_large_file_looks_at_all_of_it(tmp_path, monkeypatch):
     [dict(kind="t5", name="x", length=True, padding="masked", sha256="")],
     [dict(kind="t5", name="x", length=10**9, padding="masked", sha256="")],
     [dict(kind="t5", name="x", length=6, padding="left", sha256="")],
+    [dict(kind="t5", name="x" * 4097, length=6, padding="masked", sha256="")],
     [dict(kind="t5", name="x", length=6, padding="masked", sha256="", more=1)],
 ])  # fmt: skip
 def test_damaged_sayings(says):
@@ -326,10 +328,9 @@ def test_numbers_of_names_and_tokens(folders):
             load_reader(folders, length)
 
 
-def test_clips_of_two_lengths(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("small_encoders.CLIP_LENGTH", 12)
+def test_clips_of_two_lengths(folders, tmp_path):
     with pytest.raises(ValueError, match="has CLIPs of 10 and 12 tokens"):
-        load_reader([folders[0], save_clip(tmp_path / "clip")])
+        load_reader([folders[0], save_clip(tmp_path / "clip", length=12)])
 
 
 def test_without_transformers(folders, monkeypatch):
@@ -345,9 +346,9 @@ def test_names_on_the_hub(folders, tmp_path, monkeypatch):
 
     asked = []
 
-    def fetch(repository, allow_patterns):
+    def fetch(repository, allow_patterns, local_files_only):
         asked.append((repository, allow_patterns))
-        if repository == "no/network":
+        if repository == "no/network" or local_files_only:
             raise ConnectionError("no")
         return str(tmp_path)
 
@@ -368,6 +369,39 @@ def test_names_on_the_hub(folders, tmp_path, monkeypatch):
         load_reader(["no/network"])
     with pytest.raises(ValueError, match="there is no such folder"):
         load_reader(["owner/name/../../etc"])
+    says = [dict(reader.says[0])]
+    with pytest.raises(ValueError, match="nothing is fetched that a checkpoint alone names; name"):
+        reader_of(says)
+    assert reader_of(says, ["owner/sd3/text_encoder_3"]).says == says
     (inside / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="it has no weights"):
         load_reader(["owner/sd3/text_encoder_3"])
+
+
+class Bomb:
+    """Makes a folder where somebody unpickles it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_nothing_in_a_folder_of_others_is_run(tmp_path):
+    """Neither pickled weights, nor code that a configuration points to."""
+    folder, marks = Path(save_t5(tmp_path / "t5")), [tmp_path / "weights", tmp_path / "code"]
+    (folder / "code.py").write_text(f"import os; os.mkdir({str(marks[1])!r})")
+    for name in ("config.json", "tokenizer_config.json"):
+        said = json.loads((folder / name).read_text())
+        auto = {kind: "code.Mine" for kind in ("AutoModel", "AutoConfig")}
+        said["auto_map"] = auto | {"AutoTokenizer": ["code.Mine", "code.Mine"]}
+        (folder / name).write_text(json.dumps(said))
+    assert load_reader([str(folder)], LENGTH).width == 24
+    (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": Bomb(str(marks[0]))}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="it cannot be loaded"):
+        load_reader([str(folder)], LENGTH)
+    assert not any(mark.exists() for mark in marks)
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert marks[0].exists()  # whoever trusts it

@@ -4,6 +4,7 @@ is taken, and with cached latents.
 
 import json
 import os
+from os.path import normpath
 import pickle
 
 import numpy as np
@@ -151,6 +152,20 @@ def test_rows_of_no_image_are_told(tmp_path):
         f"{tmp_path}/metadata.jsonl: 2 row(s) are of files that are not among the images, such as "
         "gone.png in line 1",
     )
+
+
+def test_images_are_numbered_once_for_all_files_of_metadata(tmp_path, monkeypatch):
+    """A folder for each class may have one, and there may be a million images."""
+    listing, normed, norm = images(tmp_path, *(f"{i}/{i}.png" for i in range(9))), [], normpath
+    for i in range(9):
+        row = {"file_name": f"{i}.png", "text": f"no. {i}"}
+        (tmp_path / str(i) / "metadata.jsonl").write_text(rows(row))
+    monkeypatch.setattr(
+        captions.os.path, "normpath", lambda path: normed.append(path) or norm(path)
+    )
+    found = read_captions(listing, tmp_path)
+    assert sorted(found) == [[f"no. {i}"] for i in range(9)]
+    assert len(normed) == 9 + 9  # one for each image and each row
 
 
 def test_images_without_any_caption_are_refused(tmp_path):

@@ -10,9 +10,12 @@ from PIL import Image, ImageFont
 import pytest
 import torch
 
+from checkpoints.weights import Weights, save_weights
 from conditions.text import pieces
 from conftest import fill_randomly, randn
 from models import DiT
+import evaluate
+from evaluation.clip_score import captions_of
 import export
 import sample
 import sample_ddp
@@ -220,6 +223,70 @@ def test_outside_encoders_read_the_prompts_of_a_network_that_names_them(tmp_path
     assert null.images(asked).shape == (1, 8, 8, 3)
 
 
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """(a file with a network that a CLIP reads for, the folder of that CLIP, which has moved)."""
+    pytest.importorskip("transformers", reason="text encoders: pip install .[text]")
+    from conditions.encoders import load_reader
+    from small_encoders import save_clip
+
+    folder = tmp_path_factory.mktemp("outside")
+    read = load_reader([save_clip(folder / "there")])
+    network = reader(text_width=read.width, pooled_width=read.pooled_width)
+    weights = Weights(
+        network.state_dict(), network.config, None, process=FlowProcess().config, text=read.says
+    )
+    save_weights(folder / "words.safetensors", weights)
+    drawn_there = load_sampler(
+        folder / "words.safetensors", vae="none", steps=2, device="cpu"
+    ).images(PROMPTS)
+    (folder / "there").rename(folder / "here")
+    return str(folder / "words.safetensors"), str(folder / "here"), drawn_there
+
+
+def test_encoders_that_have_moved_are_named(outside, tmp_path, ckpt):
+    file, place, before = outside
+    options = dict(vae="none", steps=2, device="cpu")
+    with pytest.raises(ValueError, match="`text_encoder` .*there: there is no such folder"):
+        load_sampler(file, **options)
+    sampler = load_sampler(file, text_encoder=[place], **options)
+    assert np.array_equal(sampler.images(PROMPTS), before)
+    for names, message in (
+        ([place, place], "has 2 names, and the captions were read by clip"),
+        (place, "give a list, a name for each encoder"), (["x"] * 9, "it takes 8 at most"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_sampler(file, text_encoder=names, **options)
+    with pytest.raises(ValueError, match="`text_encoder` is given, and the network reads text wi"):
+        load_sampler(ckpt, text_encoder=[place], **options)
+    labels = saved(tmp_path / "labels.safetensors", labelled().network, None)
+    with pytest.raises(ValueError, match="`text_encoder` is given, and the network reads labels"):
+        load_sampler(labels, text_encoder=[place], **options)
+
+
+def test_every_door_is_told_where_encoders_are(outside, tmp_path, capsys):
+    file, place, before = outside
+    with pytest.raises(SystemExit):
+        drawn(tmp_path, file, "--prompt", *PROMPTS[::2])
+    assert "--text-encoder " in capsys.readouterr().err.splitlines()[-1]
+    named = ["--text-encoder", place]
+    found, settings = drawn(tmp_path, file, "--cfg-scale", "1", "--prompt", PROMPTS[0], *named)
+    expected = picture(before[:1], captions(PROMPTS[:1], 0, None))
+    assert np.array_equal(found, np.asarray(expected)) and settings["text_encoder"] == [place]
+    folder = many(tmp_path, file, "a thick three", *named)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["options"]["text_encoder"] == [place]
+    assert "text_encoder" not in manifest["decides"]
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(before[0]).save(images / "0.png")
+    evaluate.main([
+        "--likelihood", file, "--samples", str(images), "--vae", "none", "--num-workers", "0",
+        *named,
+    ])  # fmt: skip
+    assert "bits_per_dim" in capsys.readouterr().out
+
+
 # ---- one picture ----
 
 
@@ -334,6 +401,14 @@ def test_many_images_of_prompts_that_take_turns(tmp_path, ckpt):
         indices = range(first, min(first + 2, 5))
         found = latents(sampler, [turns[i] for i in indices], indices)
         assert np.array_equal(images[first : first + 2], sampler.decode(found).numpy())
+
+
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, ckpt):
+    """Captions from the web have separators of other kinds."""
+    prompts = ["one\u2028two\x85three", "a\x0bb\x1ec\rd"]
+    folder = many(tmp_path, ckpt, "".join(f"{prompt}\r\n" for prompt in prompts))
+    turns = [prompts[i % 2] for i in range(5)]
+    assert captions_of(folder).lines == turns
 
 
 def test_prompts_decide_the_folder_and_the_same_command_goes_on(tmp_path, ckpt, capsys):

@@ -2,7 +2,9 @@
 latents, outside encoders, and what users get wrong.
 """
 
+import json
 import re
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,7 @@ from conditions.text import PieceReader, Share, TextCondition, pieces
 from conftest import fill_randomly, randn
 from data.opening import open_source
 from data.options import DataOptions
+import export
 import extract_latents
 from small_encoders import save_encoders
 from starts import forked
@@ -420,3 +423,26 @@ def test_encoders_that_are_not_named_are_told(encoded, vae, tmp_path, capsys):
     assert "have the output of text encoders beside them, which is not used" in (
         capsys.readouterr().out
     )
+
+
+def test_what_is_learned_becomes_a_pipeline_and_goes_on_from_one(encoded, vae, tmp_path):
+    """Stable Diffusion 3's way to tell the noise level is that of a flow with outside encoders."""
+    latents, encoders = encoded
+    flags = [latents, vae, "--text-encoder", *encoders, "--max-steps", "1", "--lr", "1e-12"]
+    learned = run_latents(tmp_path / "a", *flags, *FLOW)
+    assert learned["config"]["noise_steps"] == 1000
+    pipeline = tmp_path / "pipeline"
+    ckpt = str(tmp_path / "a" / "000-MMDiT-Ti-2")
+    export.main(["--ckpt", ckpt, "--vae", vae, "--format", "diffusers", "--output", str(pipeline)])
+    begun = run_latents(tmp_path / "b", *flags, *FLOW, "--init-from", str(pipeline))
+    for name, tensor in learned["ema"].items():
+        torch.testing.assert_close(begun["model"][name], tensor, rtol=0, atol=1e-6)
+    alone = tmp_path / "alone"  # which says nothing of encoders, nor how many tokens they give
+    shutil.copytree(pipeline / "transformer", alone)
+    said = json.loads((alone / "config.json").read_text())
+    kept = {name: value for name, value in said.items() if not name.startswith("_dit")}
+    (alone / "config.json").write_text(json.dumps(kept))
+    begun = run_latents(tmp_path / "c", *flags, *FLOW, "--init-from", str(alone))
+    assert begun["config"]["text_length"] == learned["config"]["text_length"]
+    diffusion = run_latents(tmp_path / "d", *flags)
+    assert diffusion["config"]["noise_steps"] is None

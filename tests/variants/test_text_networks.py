@@ -180,6 +180,14 @@ def test_what_is_no_caption_is_refused():
     for wrong in (None, torch.zeros(4, dtype=torch.long)):
         with pytest.raises(ValueError, match="pass y=Text"):
             network(x, t, wrong)
+    right = pieces(["a", "b", "c", "d"], 12)
+    for tokens, mask in (
+        (right.tokens.float(), right.mask), (right.tokens[..., :7], right.mask),
+        (right.tokens, None), (right.tokens.repeat(1, 3, 1), right.mask.repeat(1, 3)),
+        (randn(4, 12), right.mask),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"takes pieces \(N, 32, 8\), torch.int64, with"):
+            network(x, t, Text(tokens, mask))
     with pytest.raises(ValueError, match=r"has shape \(4, 5, 11\), the network takes \(N, L, 12"):
         outside(x, t, Text(randn(4, 5, 11)))
     with pytest.raises(ValueError, match="y.pooled is missing"):
@@ -276,6 +284,9 @@ def test_noise_steps_tell_the_noise_level():
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
     expected = plain(x, torch.tensor([1000.0, 750.0, 500.0, 0.0]), y)
     assert torch.equal(network(x, t, y), expected)
+    assert process_of(network, {"name": "flow"}).name == "flow"
+    with pytest.raises(ValueError, match="told the noise level of a flow, 1 - t, 1000 times"):
+        process_of(network)
 
 
 def test_published_sizes():
