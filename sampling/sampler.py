@@ -275,8 +275,10 @@ class Sampler:
         """Images for labels (N,), or of a network that reads text for N prompts, a uint8 array
         (N, H, W, 3): those that sample.py draws. A prompt that is too long is cut, with a note.
 
-        Raises ValueError as `conditions`, and if the images are not finite.
+        Raises ValueError as `conditions`, for none at all, and if the images are not finite.
         """
+        if not len(labels):
+            raise ValueError("`labels` is empty; give a label or a prompt for each image")
         values = self.conditions(labels)
         for note in self.notes(labels):
             print(f"note: {note}", file=sys.stderr)

@@ -141,6 +141,7 @@ def test_a_network_comes_back_from_every_file_of_ours(tmp_path, kind):
     assert said["_class_name"] == type(ours).__name__ and said.get("text") == ours.text
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "text-to-image" in card and f"# {type(ours).__name__}" in card and "--prompt" in card
+    assert f"| class name | {type(ours).__name__} |" in card and "| None |" not in card
 
     weights = Weights(ours.state_dict(), ours.config, None, None, process.config, ours.text)
     save_weights(tmp_path / "one.safetensors", weights)

@@ -233,6 +233,8 @@ def test_what_else_is_left_out_is_counted(tmp_path):
         "2 .gif files, a format that is not read", "1 .heic files, a format that is not read",
         "1 loose images beside the class folders",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="not a folder; give one that holds images$"):
+        list_images(tmp_path / "nothing", 0)
     with pytest.raises(
         ValueError, match="no images in b; left out: 1 .gif files.*One folder of images per class"
     ):

@@ -61,7 +61,8 @@ def test_the_page_draws_prompts_in_turn_and_keeps_them(sampler):
 def test_an_empty_box_is_the_empty_prompt_and_a_long_one_is_told(sampler):
     assert answered(sampler, " \n ")[2]["prompt"] == [""] * 3
     status, _, settings = answered(sampler, LONG, count=1)
-    assert settings["prompt"] == [LONG] and f'which reads "{READ}" of it' in status
+    assert settings["prompt"] == [LONG] and status.startswith("Seed 5; the prompt ")
+    assert status.endswith(f'is too long for the network, which reads "{READ}" of it')
 
 
 @pytest.mark.parametrize("prompts, negative, guidance, message", [

@@ -104,6 +104,8 @@ def test_the_empty_prompt_is_what_guidance_is_against():
             found = sampler.latents(sampler.conditions([empty] * 2), noise)
             assert (found - alone).abs().max() < 1e-5
     assert np.array_equal(plain.images([""], seed=3), plain.images([" \t"], seed=3))
+    with pytest.raises(ValueError, match="`labels` is empty"):
+        plain.images([])
 
 
 def test_guidance_has_an_interval():

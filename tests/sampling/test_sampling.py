@@ -148,6 +148,9 @@ def test_a_sampler_gives_the_images_of_the_picture(sampler, scale):
     assert images.shape == (2, 4, 4, 3) and images.dtype == np.uint8
     assert np.array_equal(images, drawn) and np.array_equal(images, to_uint8(latents).numpy())
     assert np.array_equal(ours.images(torch.tensor([3, 1])), ours.images([3, 1], seed=0))
+    for none in ([], torch.tensor([])):
+        with pytest.raises(ValueError, match="`labels` is empty; give a label or a prompt for"):
+            ours.images(none)
 
 
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
