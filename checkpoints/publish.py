@@ -317,6 +317,13 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
         ) from None
 
 
+# Class of network → its paper, in a card
+PAPERS = {
+    "DiT": "DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)",
+    "MMDiT": "MM-DiT, [Esser et al. 2024](https://arxiv.org/abs/2403.03206)",
+    "PixArt": "PixArt-α, [Chen et al. 2023](https://arxiv.org/abs/2310.00426)",
+}
+
 CARD = """---
 library_name: pytorch
 pipeline_tag: {task}
@@ -327,7 +334,7 @@ tags:
 
 # {title}
 
-A diffusion transformer (DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)), \
+A diffusion transformer ({paper}), \
 {parameters:,} parameters, that makes
 {what}. It is for the PyTorch implementation at REPOSITORY; transformers and diffusers do not \
 read it.
@@ -382,6 +389,12 @@ def model_card(
         rows |= {"training steps": training.get("step")} | {
             key.replace("_", " "): args[key] for key in shown if key in args
         }
+    if encoders := getattr(network, "text", None):
+        names = [str(one.get("name")) for one in encoders]
+        # Of a folder of this machine the last part alone
+        rows["text encoders"] = ", ".join(
+            Path(name).name if Path(name).is_absolute() else name for name in names
+        )
     if classes:
         rows["classes"] = ", ".join(classes[:10]) + (
             f" and {len(classes) - 10} more" if len(classes) > 10 else ""
@@ -396,7 +409,7 @@ def model_card(
         else ("unconditional-image-generation", "images")
     )  # fmt: skip
     return CARD.format(
-        title=args.get("model", class_in(config)), vae=vae,
+        title=args.get("model", class_in(config)), vae=vae, paper=PAPERS[class_in(config)],
         parameters=sum(p.numel() for p in network.parameters()), task=task, what=what,
         prompt=' --prompt "WORDS"' if reads_text(network) else "",
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),

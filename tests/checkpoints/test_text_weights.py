@@ -119,6 +119,16 @@ def theirs_at(transformer, x, t, y):
 # ---- our own files ----
 
 
+def test_a_card_names_the_paper_and_the_encoders():
+    sizes = dict(SIZES, **OUTSIDE)
+    says = [{"name": "openai/clip"}, {"name": "/home/me/t5"}]
+    card = publish.model_card(MMDiT(**sizes, text=says))
+    assert "Esser et al. 2024" in card and "| text encoders | openai/clip, t5 |" in card
+    card = publish.model_card(PixArt(**SIZES))
+    assert "Chen et al. 2023" in card and "text encoders" not in card and "Peebles" not in card
+    assert "DiT, [Peebles & Xie 2023]" in publish.model_card(DiT(**SMALL))
+
+
 def assert_back(found, ours, process, text):
     """A network that was loaded is the one that was saved, and says what was said."""
     assert type(found) is type(ours) and found.config == ours.config
