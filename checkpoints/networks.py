@@ -3,6 +3,8 @@
 A variant of DiT is a file in variants/ and a row in each table.
 """
 
+from collections import ChainMap
+from collections.abc import Mapping
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -20,8 +22,9 @@ CLASS = "_class_name"  # in a configuration; one without it is DiT's
 OURS = "DiT"
 Network = DiT | TextNetwork
 NETWORKS: dict[str, type[Network]] = {OURS: DiT, "MMDiT": MMDiT, "PixArt": PixArt}
-# "DiT-XL/2" → a factory that takes the network's other arguments as keywords
-MODELS: dict[str, partial] = {**DiT_models, **MMDiT_models, **PixArt_models}
+# "DiT-XL/2" → a factory that takes the network's other arguments as keywords. What is put into one
+# of the three tables later is here, too.
+MODELS: Mapping[str, partial] = ChainMap(PixArt_models, MMDiT_models, DiT_models)
 
 # What else stands in a configuration of ours: not an argument that decides the network
 NOT_ARGUMENTS = (CLASS, "id2label", "process", "text")

@@ -107,7 +107,7 @@ def test_loading_a_namespace_leaves_no_permission_behind(tmp_path):
 def test_bare_state_dict_counts_as_the_ema(tmp_path, kind):
     path = saved(tmp_path / "a.pt", state_dict(2.0), kind)
     assert_same(load_weights(path).tensors, state_dict(2.0))
-    assert load_weights(path)[1:] == (None, None, None, None)
+    assert load_weights(path)[1:] == (None,) * 5
     with pytest.raises(ValueError, match="a.pt holds no 'raw' weights.*final_layer.linear.bias"):
         load_weights(path, "raw")
 
@@ -145,7 +145,7 @@ def test_safetensors_without_our_metadata(tmp_path, metadata):
 def test_safetensors_with_our_metadata(tmp_path, config, classes):
     metadata = {"config": json.dumps(config), "classes": json.dumps(classes), "format": "pt"}
     safetensors.torch.save_file(state_dict(2.0), tmp_path / "a.safetensors", metadata)
-    assert load_weights(tmp_path / "a.safetensors")[1:] == (config, classes, None, None)
+    assert load_weights(tmp_path / "a.safetensors")[1:] == (config, classes, None, None, None)
 
 
 def test_saved_weights_come_back(tmp_path):

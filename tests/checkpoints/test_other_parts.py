@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from checkpoints import networks
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import config_to_diffusers
 from checkpoints.files import save_checkpoint
@@ -19,7 +18,7 @@ from checkpoints.publish import save_pretrained
 from checkpoints.weights import Weights, load_weights, save_weights
 from conftest import SMALL, fill_randomly, randn
 from layers.parts import DEFAULTS
-from models import BLOCKS, DiT
+from models import BLOCKS, DiT, DiT_models
 from processes.flow import FlowProcess
 from sampling import load_sampler
 import written_out
@@ -168,7 +167,7 @@ def test_the_tensors_say_design_and_parts(block, parts):
 
 def test_bare_weights_need_no_more_than_a_model(tmp_path, monkeypatch):
     small = partial(DiT, **SMALL | dict(hidden_size=D, num_heads=HEADS))
-    monkeypatch.setitem(networks.MODELS, "DiT-Ti/2", small)
+    monkeypatch.setitem(DiT_models, "DiT-Ti/2", small)
     network = fill_randomly(small(in_channels=3, **ALL | {"positions": "rope"}))
     torch.save(network.state_dict(), tmp_path / "a.pt")
     choice = NetworkChoice(tmp_path / "a.pt", model="DiT-Ti/2", image_size=8, num_classes=10)

@@ -206,7 +206,7 @@ def test_networks_that_read_captions(capsys):
 @pytest.mark.parametrize(("flags", "says"), [
     (["DiT-Ti/4", "--text-width", "8"], "--text-width is 8, and DiT-Ti/4 has no such part"),
     (["PixArt-Ti/2", "--norm", "rms"], "--norm is rms, and PixArt-Ti/2 has no such part"),
-    (["MMDiT-Ti/2", "--text-width", "8"], "pooled_width None; give both"),
+    (["MMDiT-Ti/2", "--text-width", "8"], "pooled_width None, but MMDiT takes a vector"),
     (["MMDiT-Ti/2", "--text-length", "0"], "text_length is 0"),
 ])  # fmt: skip
 def test_what_a_network_has_not_is_named(capsys, flags, says):
