@@ -25,6 +25,7 @@ from layers.layout import ALONE, Layout
 from layers.modulation import Modulation, modulated
 from layers.packing import Packed
 from layers.parts import DEFAULTS, PAPERS, Parts
+from layers.patches import unpatchify
 from layers.placement import Placement
 from layers.positions import POSITIONS
 from layers.sizes import check_choice, check_sizes, grid_of, plain_size, sides
@@ -353,10 +354,7 @@ class DiT(nn.Module):
         """Patches (N, T, P·P·C_out) → (N, C_out, H, W): tokens row by row, channels innermost; grid
         is their rows and columns, None for the trained ones.
         """
-        n, p, (rows, columns) = x.shape[0], self.patch_size, grid or self.grid
-        x = x.reshape(n, rows, columns, p, p, self.out_channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, rows, P, columns, P)
-        return x.reshape(n, self.out_channels, rows * p, columns * p)  # (N, C_out, H, W)
+        return unpatchify(x, self.patch_size, grid or self.grid)
 
     def images(self, patches: Tensor, like: Tensor | Packed) -> Tensor:
         """Patches (N, T, P·P·C_out) as latents (N, C_out, H, W), or packed, (R, L, C_out, P, P)."""
