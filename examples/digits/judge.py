@@ -29,12 +29,14 @@ import torch
 
 from make_dataset import IMAGE_SIZE, load_split, reduce
 from runtime.devices import choose_device
+from runtime.limits import Range, check_numbers
 from checkpoints.loading import find_files
 from sampling.flags import (
     add_sampling_flags, check_flags, network_choice, sampling_options,
 )  # fmt: skip
 from sampling.loading import VAE, build_sampler
 
+SAMPLES = Range(1, 10**5)
 BATCH = 100
 CLASSES = 10
 NEIGHBOURS = 3
@@ -133,6 +135,7 @@ def main(argv=None):
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     with parser.refusing():
+        check_numbers({"num_samples": args.num_samples}, num_samples=SAMPLES)
         check_flags(args)
         choice, options = network_choice(args, given), sampling_options(args, given)
         device = choose_device(args.device)
