@@ -430,15 +430,16 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | Sequence[int]) -> n
     return np.concatenate([by_column, by_row], axis=1)  # (T, D)
 
 
-# Ti is ours, for CPUs and lessons; the others are the paper's Table 1.
+# Ti and XS are ours, for CPUs and lessons; the others are the paper's Table 1.
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(depth=6, hidden_size=128, num_heads=4),
+    "XS": dict(depth=6, hidden_size=160, num_heads=5),
     "S": dict(depth=12, hidden_size=384, num_heads=6),
     "B": dict(depth=12, hidden_size=768, num_heads=12),
     "L": dict(depth=24, hidden_size=1024, num_heads=16),
     "XL": dict(depth=28, hidden_size=1152, num_heads=16),
 }
-PATCH_SIZES = {"Ti": (1, 2, 4, 8), "S": (2, 4, 8), "B": (2, 4, 8), "L": (2, 4, 8), "XL": (2, 4, 8)}
+PATCH_SIZES = {"Ti": (1, 2, 4, 8), "XS": (2,)} | dict.fromkeys(("S", "B", "L", "XL"), (2, 4, 8))
 
 # "DiT-XL/2" → a factory that takes DiT's other arguments as keywords.
 DiT_models = {

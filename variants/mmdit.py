@@ -202,9 +202,12 @@ class MMDiT(TextNetwork):
         return self.latents(self.final_layer(tokens, c), x)  # (N, C_out, H, W)
 
 
-# Ti is ours; the numbers are the paper's depths, of 64 times as wide networks (section 4), 24 that
-# of the released medium one.
-SIZES: dict[str, dict[str, Any]] = {"Ti": dict(depth=4, hidden_size=96, num_heads=3)} | {
+# Ti and XS are ours; the numbers are the paper's depths, of 64 times as wide networks (section 4),
+# 24 that of the released medium one.
+SIZES: dict[str, dict[str, Any]] = {
+    "Ti": dict(depth=4, hidden_size=96, num_heads=3),
+    "XS": dict(depth=5, hidden_size=160, num_heads=5),
+} | {
     str(depth): dict(depth=depth, hidden_size=64 * depth, num_heads=depth)
     for depth in (15, 18, 21, 24, 30, 38)
 }
