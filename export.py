@@ -31,6 +31,9 @@ def build_parser() -> Parser:
         help="hub: model.safetensors, config.json and a model card; diffusers: a DiTPipeline, "
         "autoencoder included; safetensors: one file (default: %(default)s)",
     )
+    group.add_argument(
+        "--half", action="store_true", help="numbers in float16, in half of the space"
+    )
     add_network_flags(parser, vae=None, size="that the network was trained on")
     return parser
 
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     with parser.refusing():
         check_flags(args)
         try:
-            export_checkpoint(network_choice(args, given), args.output, args.format)
+            export_checkpoint(network_choice(args, given), args.output, args.format, args.half)
         except OSError as error:
             raise ValueError(
                 f"{error.filename or args.output}: {error.strerror or error}; nothing is left of "

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import diffusers
 from diffusers import DiTPipeline
 from safetensors import SafetensorError
+import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.diffusers_format import OWN_CLASSES, OWN_TEXT
@@ -41,13 +42,16 @@ RELEASED_VAE = "ema"  # for the released weights, where nobody names the autoenc
 FORMATS = ("hub", "diffusers", "safetensors")
 
 
-def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "hub") -> None:
+def export_checkpoint(
+    choice: NetworkChoice, output: Path | str, format: str = "hub", half: bool = False
+) -> None:
     """Write a chosen network in a form that others read: "hub", a pretrained folder; "diffusers", a
     pipeline of diffusers with the autoencoder; "safetensors", one file.
 
-    The autoencoder is the one that is given, else the pipeline's own, else the one that the
-    checkpoint names. Raises ValueError if nobody names one, if the output exists, or for a network
-    that cannot be written so; OSError where the disk refuses.
+    With `half` the numbers are in float16, in half of the space. The autoencoder is the one that is
+    given, else the pipeline's own, else the one that the checkpoint names. Raises ValueError if
+    nobody names one, if the output exists, or for a network that cannot be written so; OSError
+    where the disk refuses.
     """
     output = Path(output)
     check_name(output)
@@ -66,6 +70,8 @@ def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "
     vae = _trained_with(choice, checkpoint, weights)
     network, classes = build_network(choice, weights, vae), class_names(choice, weights)
     check_trained_size(choice, network, latent_shape(vae))
+    if half:
+        halve(network)
     process = process_learned(choice, weights, network)
     if format == "diffusers":
         check_pipeline(process, network)
@@ -77,6 +83,17 @@ def export_checkpoint(choice: NetworkChoice, output: Path | str, format: str = "
         said, text = process.config, weights.text
         weights = Weights(tensors, network.config, classes, process=said, text=text)
         save_weights(output, weights)
+
+
+def halve(network: Network) -> None:
+    """Cast a network to float16. Raises ValueError if a weight is too large for it."""
+    network.half()
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"`half`: {name} has a number beyond {torch.finfo(torch.half).max:,.0f}, which "
+                "float16 does not have; export without it"
+            )
 
 
 def _trained_with(choice, checkpoint, weights):
@@ -214,7 +231,8 @@ def export_diffusers(
     process, kind = process or process_of(network), class_in(network.config)
     check_pipeline(process, network)
     row, theirs = PIPELINES[kind], THEIRS[kind]
-    autoencoder = decoder(space, row)
+    dtype = next(network.parameters()).dtype
+    autoencoder = decoder(space, row).to(dtype)
     check_classes(classes, network.config, "the network")
     check_readable(classes)
     config, scheduler = theirs.config_to(network.config), row.scheduler(process)
@@ -226,7 +244,7 @@ def export_diffusers(
     transformer.load_state_dict(theirs.tensors_to(network.state_dict(), network.config))
     with quiet(), whole_folder(folder) as partial:
         getattr(diffusers, row.name)(
-            transformer=transformer.eval(), vae=autoencoder, scheduler=scheduler,
+            transformer=transformer.eval().to(dtype), vae=autoencoder, scheduler=scheduler,
             **dict.fromkeys(row.without),
         ).save_pretrained(partial)  # fmt: skip
         if classes:  # the pipeline reads them and does not write them

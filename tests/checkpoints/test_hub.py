@@ -601,6 +601,41 @@ def test_every_form_gives_the_same_picture(tmp_path, vae, exported):
     assert np.array_equal(picture(tmp_path, "--ckpt", exported), expected)
 
 
+@pytest.mark.parametrize("form", publish.FORMATS)
+def test_half_of_the_space_and_the_same_network(tmp_path, vae, form):
+    whole = network()
+    path, output = str(tmp_path / "dit.pt"), tmp_path / "half.safetensors"
+    save_checkpoint(path, dict(ema=whole.state_dict(), config=whole.config))
+    export.main(["--ckpt", path, "--vae", vae, "--half", "--format", form, "--output", str(output)])
+    files = [output] if form == "safetensors" else list(output.rglob("*.safetensors"))
+    assert len(files) == 1 + (form == "diffusers")  # with the autoencoder's
+    kept = [one for file in files for one in safetensors.torch.load_file(file).values()]
+    assert {tensor.dtype for tensor in kept} == {torch.float16}
+    read = load_weights(output)
+    again = DiT(**read.config)
+    again.load_state_dict(read.tensors)
+    for name, tensor in whole.state_dict().items():
+        found = again.state_dict()[name]
+        assert found.dtype == torch.float32
+        if name == "pos_embed" or "_embedder.pos" in name:  # diffusers makes it anew
+            assert torch.allclose(found, tensor, atol=1e-3)
+        else:
+            assert torch.equal(found, tensor.half().float())
+
+
+def test_half_refuses_what_float16_does_not_have(tmp_path, vae, capsys):
+    whole = network()
+    whole.blocks[1].mlp.fc2.bias.data[3] = 1e5
+    path, output = str(tmp_path / "dit.pt"), tmp_path / "half.safetensors"
+    save_checkpoint(path, dict(ema=whole.state_dict(), config=whole.config))
+    flags = ["--ckpt", path, "--vae", vae, "--format", "safetensors", "--output", str(output)]
+    with pytest.raises(SystemExit):
+        export.main([*flags, "--half"])
+    assert "--half: blocks.1.mlp.fc2.bias has a number beyond 65,504" in capsys.readouterr().err
+    assert not output.exists()
+    export.main(flags)
+
+
 def test_export_says_what_is_wrong(tmp_path, vae, capsys):
     publish.save_pretrained(network(), tmp_path / "dit")
     publish.save_pretrained(network(num_classes=0), tmp_path / "none")
