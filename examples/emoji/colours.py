@@ -13,11 +13,11 @@ HUES = {
 BLACK, WHITE, GREY = 0.35, 0.8, 0.15  # value below, value above, saturation below
 BROWN = (8, 40, 0.8)  # its hue from and to, and the value below which orange is brown
 BACKGROUND = 240  # of 255: what has all channels at least there is background
-# Name → the hue that a drawing is turned to, and factors of its saturation and value.
+# Name → hue, saturation and value that the middle of a drawing is turned to.
 TURNED = {
-    "red": (354, 1.1, 0.9), "orange": (30, 1.1, 1), "yellow": (47, 0.9, 1.05),
-    "green": (110, 0.8, 0.8), "blue": (207, 0.9, 1), "purple": (272, 0.8, 0.9),
-    "brown": (20, 0.8, 0.6), "black": (210, 0.2, 0.3),
+    "red": (354, 0.8, 0.88), "orange": (30, 0.92, 0.97), "yellow": (48, 0.75, 1),
+    "green": (110, 0.6, 0.72), "blue": (207, 0.7, 0.95), "purple": (272, 0.55, 0.8),
+    "brown": (20, 0.62, 0.5), "black": (210, 0.2, 0.25),
 }  # fmt: skip
 COLOURED = 0.25  # saturation from which a pixel counts as coloured
 NEAR = 30  # degrees from the main hue within which pixels are turned with it
@@ -57,26 +57,27 @@ def main_hue(image):
     counts = np.histogram(hues, bins=72, range=(0, 360))[0]
     around = sum(np.roll(counts, by) for by in range(-5, 6))
     best = around.argmax() * 5 + 2.5
-    if (distance(hues, best) <= NEAR).mean() < ONE_COLOUR[0]:
-        return None
-    return best
+    off = beyond(hues, best)  # (pixels,)
+    near = np.abs(off) <= NEAR
+    return None if near.mean() < ONE_COLOUR[0] else float((best + off[near].mean()) % 360)
 
 
-def distance(hues, hue):
-    """Degrees between hues and a hue, 0 to 180."""
-    return np.abs((hues - hue + 180) % 360 - 180)
+def beyond(hues, hue):
+    """How many degrees hues are beyond a hue, -180 to 180."""
+    return (hues - hue + 180) % 360 - 180
 
 
 def turned(image, hue, colour):
     """An RGBA drawing with what is near its main hue in another colour; what else it has stays."""
-    to, saturation, value = TURNED[colour]
+    to, *wanted = TURNED[colour]
     hsv = np.asarray(image.convert("RGB").convert("HSV"), np.float64) / 255  # (H, W, 3)
-    near = (distance(hsv[..., 0] * 360, hue) <= NEAR) & (hsv[..., 1] > COLOURED / 2)
-    new = hsv.copy()
-    off = (hsv[..., 0] * 360 - hue + 180) % 360 - 180
-    new[..., 0] = (to + off / 2) % 360 / 360
-    new[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 1)
-    new[..., 2] = np.clip(hsv[..., 2] * value, 0, 1)
+    off = beyond(hsv[..., 0] * 360, hue)  # (H, W)
+    near = (np.abs(off) <= NEAR) & (hsv[..., 1] > COLOURED / 2)
+    shown = near & (np.asarray(image)[..., 3] > 127)
+    middle = np.maximum(np.median(hsv[shown][:, 1:], axis=0), 0.01)  # (2,)
+    new = np.concatenate(
+        [((to + off / 2) % 360 / 360)[..., None], hsv[..., 1:] * wanted / middle], axis=-1
+    ).clip(0, 1)  # (H, W, 3)
     result = np.where(near[..., None], new, hsv)
     rgb = Image.fromarray(np.uint8(result * 255 + 0.5), "HSV").convert("RGB")
     rgb.putalpha(image.getchannel("A"))
