@@ -1,4 +1,4 @@
-"""A few emoji in the form of npm's packages, so that examples/emoji can be made without a network."""
+"""A few emoji in the form of npm's packages, for examples/emoji without a network."""
 
 import io
 import json

@@ -30,10 +30,13 @@ import pytest
 import torch
 
 from conftest import ROOT
+from emoji_packages import write_packages
 
 EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
-sys.path[:0] = [str(EXAMPLES), str(DIGITS), str(EXAMPLES / "scaling"), str(EXAMPLES / "captions")]
+sys.path[:0] = [
+    str(EXAMPLES / name) for name in ("", "digits", "scaling", "captions", "shapes", "emoji")
+]
 
 from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
@@ -279,6 +282,14 @@ DOORS = {
         "ladder_study", [["--output", "ladder", "--device", "cpu"]], {"studies.run_job": nothing}
     ),
     "make_captions": Door("make_captions", [["--output", "captioned"], []], {}),
+    "make_emoji": Door(
+        "make_emoji",
+        [["--output", "emoji", "--packages", "packages"]],
+        {"make_emoji.all_images": lambda _: {"train": []}, "sources.shutil.which": nothing},
+    ),
+    "train_autoencoder": Door(
+        "train_autoencoder", [["--data-path", "images", "--output", "autoencoder-{n}"]], {}
+    ),
     "judge_captions": Door(
         "judge_captions",
         [["--output", "judged.json"], []],
@@ -313,8 +324,8 @@ def late_stubs(name):
         parts, *rest = module.load_captioned()
         few = {part: digits.chosen(slice(1)) for part, digits in parts.items()}
         return {"make_captions.load_captioned": lambda: (few, *rest)}
-    if name == "train_vae":
-        return {"train_vae.train": lambda *_: module.AutoencoderKL(**module.ARCHITECTURE)}
+    if name in ("train_vae", "train_autoencoder"):
+        return {f"{name}.train": lambda *_: module.AutoencoderKL(**module.ARCHITECTURE)}
     return {}
 
 
@@ -333,6 +344,7 @@ def place(tmp_path, monkeypatch):
         (folder / name).mkdir()
     shutil.copy(DIGITS / "logs" / "scores.jsonl", folder / "run" / "metrics.jsonl")
     saved(folder / "words.safetensors", reader())
+    write_packages(folder / "packages")
     (folder / "folder" / "config.json").write_text(
         '{"depth": 1e400, "_class_name": "AutoencoderKL"}'
     )

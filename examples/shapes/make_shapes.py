@@ -35,6 +35,7 @@ def write_images(folder, images):
     """Write [(name below the folder, image, captions)] and metadata.jsonl; files that are there
     already are left alone.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, image, captions in images:
         path = folder / name

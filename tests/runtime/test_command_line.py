@@ -40,6 +40,7 @@ INTERRUPTIBLE = [
     "examples/scaling/ladder_plot.py",
     "examples/captions/make_captions.py", "examples/captions/judge_captions.py",
     "examples/captions/caption_study.py", "examples/captions/caption_plot.py",
+    "examples/emoji/make_emoji.py", "examples/emoji/train_autoencoder.py",
 ]  # fmt: skip
 
 
@@ -366,7 +367,8 @@ def test_ctrl_c_while_any_door_is_imported(script):
 
 def test_every_door_can_be_interrupted_while_it_is_imported():
     """Each ends at Ctrl-C from its first line on, and its main is answered for by `door`."""
-    folders = (ROOT, *(ROOT / "examples" / name for name in ("", "digits", "scaling", "captions")))
+    names = ("", "digits", "scaling", "captions", "emoji")
+    folders = (ROOT, *(ROOT / "examples" / name for name in names))
     doors = {
         path
         for folder in folders
