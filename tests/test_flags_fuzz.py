@@ -535,6 +535,26 @@ def test_every_door_answers_much_nonsense(name, seed, place, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("name", DOORS)
+def test_no_option_takes_a_number_that_none_may(name, place, capsys, monkeypatch):
+    """Each option that is a number, with each of NO_WHOLE or NO_REAL; chance may miss one."""
+    for target, stub in (DOORS[name].stubs | late_stubs(name)).items():
+        monkeypatch.setattr(target, stub)
+    base, wrong = [word.format(n="numbers") for word in DOORS[name].bases[0]], []
+    for action in options_of(name):
+        for value in sorted({int: NO_WHOLE, float: NO_REAL}.get(action.type, ())):
+            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            # "=" alone takes what begins with a minus
+            words = values if not action.option_strings else (
+                [action.option_strings[0], *values] if len(values) > 1
+                else [f"{action.option_strings[0]}={value}"]
+            )  # fmt: skip
+            code, _ = run(name, [*base, *words], capsys)
+            if code in (None, 0):
+                wrong.append(words)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", DOORS)
 def test_what_the_cases_begin_with_is_taken(name, place, capsys, monkeypatch):
     """Or no case would come to the checks that are behind others."""
     for target, stub in (DOORS[name].stubs | late_stubs(name)).items():
