@@ -3,22 +3,31 @@ PYTHON ?= python3
 BIN = .venv/bin
 DIGITS = demo/digits
 VAE = examples/digits/vae
+EMOJI = examples/emoji
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests: a file at a time on each of two workers, one thread each, in the order of tests/conftest.py.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
+# What the demo draws by words. Those of the last line are no emoji.
+PROMPTS = "a green apple" "blue heart" "cat with a hat" "red car" \
+  "smiling face" "a yellow star" "a house" "pink flower" \
+  "purple banana" "blue strawberry" "green elephant" "orange whale"
 DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-steps 50 --cfg-scale 1.5
 
 .PHONY: demo page lint test test-long browser
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" ".[digits,track,evaluate,text,demo,notebook,test,lint]"
+	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" \
+	  ".[digits,emoji,track,evaluate,text,demo,notebook,test,lint]"
 	touch $@
 
-# Digits from the committed weights; then a network trained from scratch for two minutes, and digits from that.
+# Emoji by words, and digits, from the committed weights; then a network trained from scratch for
+# two minutes, and digits from that.
 demo: .venv/installed
 	mkdir -p demo
+	$(BIN)/python sample.py --ckpt $(EMOJI)/text.safetensors --vae $(EMOJI)/vae --steps 20 --cfg-scale 4 \
+	  --prompt $(PROMPTS) --output demo/emoji.png
 	$(BIN)/python sample.py --ckpt examples/digits/dit.safetensors $(DEMO_FLAGS) --output demo/digits.png
 	$(BIN)/python examples/digits/make_dataset.py --output $(DIGITS)
 	$(BIN)/python train.py --data-path $(DIGITS)/train --results-dir demo/results --vae $(VAE) \

@@ -1,6 +1,6 @@
 """A page for sampling: choose classes or write prompts, and watch the images come about.
 
-    python app.py                     # the digits of examples/digits, with nothing to download
+    python app.py                     # emoji by words, by class, and digits: nothing to download
     python app.py --ckpt released     # the released XL/2, ImageNet at 256 pixels, names to search
     python app.py --ckpt results/000-DiT-XL-2 --vae ema --port 7861
 
@@ -14,9 +14,9 @@ if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
 import argparse
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 import errno
 import os
 from pathlib import Path
@@ -25,14 +25,14 @@ import socket
 from tempfile import TemporaryDirectory
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import find_files
-from page.layout import HOUR, build_page, page_theme
-from page.visitors import ENDPOINT, Gate, Visitors
+from page.layout import GUIDANCE, HOUR, Shown, build_page, page_theme
+from page.visitors import Function, Gate, Visitors, endpoint
 from runtime.devices import choose_device, tf32
 from runtime.surroundings import is_installed
 from sampling.flags import add_encoder_flag, add_network_flags, check_flags, network_choice
@@ -40,10 +40,9 @@ from sampling.loading import VAE, build_sampler
 from sampling.options import OWN, SamplingOptions
 from sampling.sampler import Sampler
 
-EXAMPLE = Path(__file__).resolve().parent / "examples" / "digits"
-DIGITS, DIGITS_VAE = str(EXAMPLE / "dit.safetensors"), str(EXAMPLE / "vae")
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+EMOJI, DIGITS = EXAMPLES / "emoji", EXAMPLES / "digits"
 RELEASED = "released"
-OPTIONS = SamplingOptions()  # until a visitor chooses others
 MOST_WAITING = 16  # drawings in the queue, of all visitors
 END_SECONDS = 2
 ALL = "everybody who reaches this machine, without a password"
@@ -52,6 +51,35 @@ ADVICE = {
         "another program has the port, perhaps another page; end it or pass another --port",
     errno.EACCES: "ports below 1024 are the administrator's; pass another --port",
 }
+
+
+class Opening(NamedTuple):
+    """A network of the page, and what its tab opens with, until a visitor chooses something else.
+
+    name: the tab's, where there are several; options: the solver and its steps; guidance and
+    prompts as in Shown.
+    """
+
+    name: str
+    choice: NetworkChoice
+    options: SamplingOptions = SamplingOptions()
+    guidance: float = GUIDANCE
+    prompts: tuple[str, ...] = ()
+
+
+# On which the page opens without --ckpt
+OPENINGS = (
+    Opening(
+        "Emoji by words", NetworkChoice(EMOJI / "text.safetensors", vae=EMOJI / "vae"),
+        SamplingOptions("heun", 20), 4.0,
+        ("a green apple", "blue heart", "cat with a hat", "purple banana", "red car"),
+    ),
+    Opening(
+        "Emoji by class", NetworkChoice(EMOJI / "classes.safetensors", vae=EMOJI / "vae"),
+        SamplingOptions("heun", 20), 3.0,
+    ),
+    Opening("Digits", NetworkChoice(DIGITS / "dit.safetensors", vae=DIGITS / "vae")),
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -68,8 +96,8 @@ def build_parser() -> Parser:
     network = add_network_flags(
         parser,
         VAE,
-        without=f"the digits of {EXAMPLE.parent.name}/{EXAMPLE.name} beside this file and their "
-        f"own VAE; {RELEASED} is the released network, fetched on first use",
+        without=f"emoji and digits, of the networks in {EXAMPLES.name}/ beside this file and their "
+        f"own VAEs; {RELEASED} is the released network, fetched on first use",
     )
     add_encoder_flag(network)
     network.add_argument(
@@ -88,13 +116,11 @@ def main(argv: list[str] | None = None) -> None:
                 "the page needs Gradio, which is not installed here: pip install .[demo]"
             )
         check_address(args.host, args.port)
-        choice = choose_network(args, given)
+        openings = choose_networks(args, given)
         check_flags(args)
         device = choose_device(args.device)
-        files = find_files(choice, VAE)
-        sampler = build_sampler(choice, files, OPTIONS, device, quick=True)
-        settings = picture_settings(args, choice, files.vae, sampler)
-        serve(sampler, settings, device, (args.host, args.port))
+        networks = [opened(opening, args, device) for opening in openings]
+        serve(networks, device, (args.host, args.port))
 
 
 @contextmanager
@@ -181,36 +207,46 @@ def bare(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
-def choose_network(args: argparse.Namespace, given: Collection[str]) -> NetworkChoice:
-    """The network that the flags ask for: the digits without --ckpt. `given` are the names of the
-    flags that the command line gives.
+def choose_networks(args: argparse.Namespace, given: Collection[str]) -> tuple[Opening, ...]:
+    """The networks that the flags ask for: one with --ckpt, OPENINGS without. `given` are the names
+    of the flags that the command line gives.
 
-    Raises ValueError for an autoencoder without a checkpoint.
+    Raises ValueError for a flag about a network without a checkpoint.
     """
     choice = network_choice(args, given)
-    if choice.ckpt == RELEASED:
-        return replace(choice, ckpt=None)
-    if choice.ckpt is None:
-        if choice.vae is not None:
+    if choice.ckpt is not None:
+        return (Opening("", replace(choice, ckpt=None) if choice.ckpt == RELEASED else choice),)
+    for field in fields(choice):
+        if getattr(choice, field.name) != field.default:
             raise ValueError(
-                f"--vae {choice.vae} goes with --ckpt; without it the page opens on digits, which "
-                "have their own"
+                f"`{field.name}` goes with `ckpt`; without `ckpt` the page opens on emoji and "
+                f"digits, which need no such flag: pass `ckpt`, or leave `{field.name}` out"
             )
-        return replace(choice, ckpt=DIGITS, vae=DIGITS_VAE)
-    return choice
+    return OPENINGS
+
+
+def opened(opening: Opening, args: argparse.Namespace, device: torch.device) -> Shown:
+    """A network of the page, loaded.
+
+    Raises ValueError for a checkpoint and an autoencoder that do not fit together.
+    """
+    files = find_files(opening.choice, VAE)
+    sampler = build_sampler(opening.choice, files, opening.options, device, quick=True)
+    settings = picture_settings(args, opening, files.vae, sampler)
+    return Shown(opening.name, sampler, settings, opening.guidance, opening.prompts)
 
 
 def picture_settings(
-    args: argparse.Namespace, choice: NetworkChoice, vae: str, sampler: Sampler
+    args: argparse.Namespace, opening: Opening, vae: str, sampler: Sampler
 ) -> dict[str, Any]:
     """What a picture depends on beside a visitor's choices, to be written into it.
 
     Where files lie on this machine is not in it.
     """
     flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
-    names = {"ckpt": Path(choice.ckpt or RELEASED).name, "vae": Path(vae).name}
+    names = {"ckpt": Path(opening.choice.ckpt or RELEASED).name, "vae": Path(vae).name}
     chosen = dict.fromkeys(("sampler", "num_sampling_steps", "cfg_scale"))  # come first
-    settled = OPTIONS.settled(sampler.process, sampler.sampler, sampler.reads_text)
+    settled = opening.options.settled(sampler.process, sampler.sampler, sampler.reads_text)
     # A solver's own come with a visitor's choice
     options = {name: value for name, value in settled.items() if name not in OWN}
     size = {"image_size": sampler.image_size}
@@ -220,17 +256,15 @@ def picture_settings(
 # ---- the page ----
 
 
-def serve(
-    sampler: Sampler, settings: dict[str, Any], device: torch.device, address: tuple[str, int]
-) -> None:
-    """Run the page at an address, (host, port), until SystemExit ends it.
+def serve(networks: Sequence[Shown], device: torch.device, address: tuple[str, int]) -> None:
+    """Run the page of these networks at an address, (host, port), until SystemExit ends it.
 
     Raises ValueError if it cannot be started.
     """
     try:
         with (
             tf32(True), private_folder() as folder,
-            served(sampler, settings, device, folder, address) as url,
+            served(networks, device, folder, address) as url,
         ):  # fmt: skip
             print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
             while True:
@@ -251,22 +285,25 @@ def serve(
 
 @contextmanager
 def served(
-    sampler: Sampler, settings: dict[str, Any], device: torch.device, folder: str,
-    address: tuple[str, int],
-) -> Iterator[str]:  # fmt: skip
+    networks: Sequence[Shown], device: torch.device, folder: str, address: tuple[str, int]
+) -> Iterator[str]:
     """Within it, the page runs at an address, (host, port), with its files in the folder; its URL
-    comes back. `settings` are written into every picture.
+    comes back.
 
     Raises ValueError if it cannot be started.
     """
     from starlette.middleware import Middleware
 
     visitors = Visitors(folder)
-    page = build_page(sampler, settings, device, visitors)
+    page = build_page(networks, device, visitors)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
     visitors.queue = page._queue
-    function = next(number for number, fn in page.fns.items() if fn.api_name == ENDPOINT)
-    gate = Middleware(Gate, visitors, function, len(page.fns[function].inputs))
+    numbers = {fn.api_name: number for number, fn in page.fns.items()}
+    names = map(endpoint, range(len(networks)))
+    functions = {
+        name: Function(numbers[name], len(page.fns[numbers[name]].inputs)) for name in names
+    }
+    gate = Middleware(Gate, visitors, functions)
     host, port = bare(address[0]), address[1]
     ask_directly(host)
     try:

@@ -7,14 +7,14 @@ before a byte of it is read.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 import json
 from pathlib import Path
 import re
 import reprlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 Scope = dict[str, Any]
@@ -22,13 +22,12 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 API = "/gradio_api"
-ENDPOINT = "respond"  # the one function that visitors run
-JOIN, CALL, CANCEL = f"{API}/queue/join", f"{API}/call/{ENDPOINT}", f"{API}/cancel"
+ENDPOINT = "respond"  # the function that visitors run; the second network's is respond_2
+JOIN, CALL, CANCEL = f"{API}/queue/join", f"{API}/call", f"{API}/cancel"
 LISTEN = f"{API}/queue/data"
 READABLE = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(static|assets|svelte)/.+"
-    rf"|{API}/(info/?|app_id/?|startup-events|theme\.css|heartbeat/[^/]+|queue/data"
-    rf"|call/{ENDPOINT}/[^/]+)"
+    rf"|{API}/(info/?|app_id/?|startup-events|theme\.css|heartbeat/[^/]+|queue/data)"
 )
 FILE = f"{API}/file="
 LARGEST_BODY = 2**21  # bytes of a request: room for any choice that a visitor can make
@@ -37,6 +36,18 @@ POLL_SECONDS = 0.1
 MOST_KEPT = 2**30  # bytes of pictures, the newest, that visitors can still download
 MOST_EACH = 4  # jobs of one visitor that wait or run
 REFUSAL = "this page draws images and does nothing else: it takes no files and fetches none"
+
+
+def endpoint(place: int) -> str:
+    """The name of the function that draws with the page's network number `place`, from 0."""
+    return f"{ENDPOINT}_{place + 1}" if place else ENDPOINT
+
+
+class Function(NamedTuple):
+    """A function as Gradio knows it: by its number; and how many values it takes."""
+
+    number: int
+    inputs: int
 
 
 class Visitors:
@@ -135,9 +146,13 @@ class Gate:
     Visitors hears from it who is there.
     """
 
-    def __init__(self, app: Any, visitors: Visitors, function: int, inputs: int) -> None:
-        """`function` is Gradio's number of ENDPOINT, which takes `inputs` values."""
-        self.app, self.visitors, self.function, self.inputs = app, visitors, function, inputs
+    def __init__(self, app: Any, visitors: Visitors, functions: Mapping[str, Function]) -> None:
+        """`functions` are those that visitors may run, {endpoint: Function}.
+
+        The first is meant by a job that names none.
+        """
+        self.app, self.visitors, self.functions = app, visitors, [*functions.values()]
+        self.calls = {f"{CALL}/{name}": function for name, function in functions.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -147,22 +162,28 @@ class Gate:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["method"] in ("GET", "HEAD") and self.readable(path):
             await self.read(path, scope, receive, send)
-        elif scope["method"] == "POST" and path in (JOIN, CALL, CANCEL):
+        elif scope["method"] == "POST" and (path in (JOIN, CANCEL) or path in self.calls):
             await self.ask(path, scope, receive, send)
         else:
             await refuse(send, 403, REFUSAL)
 
     def readable(self, path: str) -> bool:
-        """Whether anybody may read what is there: parts of the page, or a picture that it drew."""
+        """Whether anybody may read what is there: parts of the page, a picture that it drew, or
+        what comes of a call.
+        """
         inside = path.startswith(f"{FILE}{self.visitors.folder}/") and ".." not in path
-        return inside or READABLE.fullmatch(path) is not None
+        return inside or READABLE.fullmatch(path) is not None or self.answers(path)
+
+    def answers(self, path: str) -> bool:
+        """Whether a path is that of what comes of a call: the call's own, and the job's name."""
+        return path.rpartition("/")[0] in self.calls
 
     async def read(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a GET on; while it lasts, somebody listens if it is for results."""
         key = None
         if path == LISTEN:
             key = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        elif path.startswith(CALL):
+        elif self.answers(path):
             key = path.rpartition("/")[2]
         if key is None:
             await self.app(scope, self.until_closed(receive), send)
@@ -207,7 +228,7 @@ class Gate:
         """Pass a POST on, with what Gradio needs of its body."""
         try:
             body = await read_body(receive)
-            asked = json.loads(body) if path == CANCEL else self.job(json.loads(body))
+            asked = json.loads(body) if path == CANCEL else self.job(path, json.loads(body))
         except ConnectionError:
             return
         except OverflowError:
@@ -230,14 +251,17 @@ class Gate:
         await self.app(with_length(scope, len(body)), replay(body, receive), send)
         self.visitors.notice()
 
-    def job(self, asked: Any) -> dict[str, Any]:
-        """What Gradio needs to know of a job.
+    def job(self, path: str, asked: Any) -> dict[str, Any]:
+        """What Gradio needs to know of a job that is asked for at a path.
 
-        Raises ValueError if it is none that ENDPOINT can take.
+        Raises ValueError if it is none that the page's functions can take.
         """
-        data = asked.get("data") if isinstance(asked, dict) else None
-        if not isinstance(data, list) or len(data) != self.inputs:
-            raise ValueError(f"give data, a list of the {self.inputs} choices")
+        if not isinstance(asked, dict):
+            raise ValueError("give an object with data, a list of choices")
+        function = self.calls.get(path) or self.function(asked.get("fn_index"))
+        data, inputs = asked.get("data"), function.inputs
+        if not isinstance(data, list) or len(data) != inputs:
+            raise ValueError(f"give data, a list of the {inputs} choices")
         session, trigger = asked.get("session_hash"), asked.get("trigger_id")
         if session is not None and not (
             isinstance(session, str) and re.fullmatch(r"[\w-]{1,64}", session, re.ASCII)
@@ -245,9 +269,19 @@ class Gate:
             raise ValueError("session_hash is up to 64 letters and digits")
         known = {
             "data": [plain(value) for value in data], "session_hash": session,
-            "fn_index": self.function,
+            "fn_index": function.number,
         }  # fmt: skip
         return known | ({"trigger_id": trigger} if type(trigger) is int else {})
+
+    def function(self, number: object) -> Function:
+        """The function of this number, the first for None. Raises ValueError if there is none."""
+        if number is None:
+            return self.functions[0]
+        for function in self.functions:
+            if type(number) is int and function.number == number:
+                return function
+        known = ", ".join(str(function.number) for function in self.functions)
+        raise ValueError(f"fn_index is {reprlib.repr(number)}; give one of {known}")
 
 
 def plain(value: Any) -> Any:

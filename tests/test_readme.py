@@ -196,9 +196,22 @@ def test_make_targets_exist():
     assert {"demo", "lint", "test", "test-long"} <= targets
 
 
+def test_what_make_demo_calls_is_there():
+    said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+    said = re.sub(r"\$\(ls .*?\)", "RUN", said.replace("\\\n", " "))  # the run that is trained
+    calls = [words[1:] for line in said.splitlines() if len(words := shlex.split(line)) > 1]
+    asked = [DOORS[door].build_parser().parse_args(args) for door, *args in calls if door in DOORS]
+    assert [getattr(one, "output", None) for one in asked] == [
+        "demo/emoji.png", "demo/digits.png", None, "demo/two-minutes.png"
+    ]  # fmt: skip
+    emoji, digits, _, _ = asked
+    assert all((ROOT / path).exists() for one in (emoji, digits) for path in (one.ckpt, one.vae))
+    assert len(emoji.prompt) == 12
+
+
 @pytest.mark.alone
-def test_demo_draws_digits_within_six_minutes():
-    """`make demo`, its two pictures, and 500 digits from what it trained."""
+def test_demo_draws_emoji_and_digits_within_six_minutes():
+    """`make demo`, its three pictures, and 500 digits from what it trained."""
     begun = time.monotonic()
     done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
     seconds = time.monotonic() - begun
@@ -212,6 +225,7 @@ def test_demo_draws_digits_within_six_minutes():
     assert losses[-1] < 0.7 * losses[0]
     for name in ("digits.png", "two-minutes.png"):
         assert Image.open(ROOT / "demo" / name).size == (4 * 100 + 4, 3 * 116 + 4)
+    assert Image.open(ROOT / "demo" / "emoji.png").size == (4 * 132 + 4, 3 * 148 + 4)
     found = judged(sorted((ROOT / "demo" / "results").iterdir())[-1], 500)
     print(f"make demo took {seconds:.0f} s; {found}")
     assert found["agreement with the asked-for class"] >= 0.9

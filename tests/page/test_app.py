@@ -28,35 +28,44 @@ from conftest import ROOT, fill_randomly
 from models import DiT
 from sampling.pictures import LEAST_TILE, MARGIN, PER_ROW, STRIP_MOMENTS
 from conditions.labels import imagenet_names
-from checkpoints.loading import find_files
-from sampling.loading import QUICK, VAE, build_sampler
+from page.layout import Shown
+from sampling.loading import QUICK, VAE
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from sampling.sampler import Sampler
 from vae import PixelSpace
-from page.visitors import Gate, Visitors
+from page.visitors import ENDPOINT, Function, Gate, Visitors
 
 CPU = torch.device("cpu")
 STEPS = 4
 TINY = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2)
 FACTOR = LEAST_TILE // 32  # by which the picture enlarges digits
+DIGITS = ["--ckpt", str(app.DIGITS / "dit.safetensors"), "--vae", str(app.DIGITS / "vae")]
 
 
 def arguments(*flags):
     """The arguments of a command line, and the network that it chooses."""
+    args, openings = chosen_by(*flags)
+    (opening,) = openings
+    return args, opening
+
+
+def chosen_by(*flags):
+    """The arguments of a command line, and the networks that it chooses."""
     parser, words = app.build_parser(), [*flags, "--device", "cpu"]
     args = parser.parse_args(words)
-    return args, app.choose_network(args, parser.given(words))
+    return args, app.choose_networks(args, parser.given(words))
 
 
-def opened(choice):
+def opened(*flags):
     """The Sampler that the page opens with."""
-    return build_sampler(choice, find_files(choice, VAE), app.OPTIONS, CPU, quick=True)
+    args, opening = arguments(*flags)
+    return app.opened(opening, args, CPU).sampler
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return opened(arguments()[1])
+    return opened(*DIGITS)
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +100,12 @@ def refusal(capsys, *flags):
 # ---- the door ----
 
 
-def test_page_opens_on_the_digits_from_any_folder_and_for_this_machine_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args, choice = arguments()
+def test_a_checkpoint_alone_is_on_the_page_and_for_this_machine_alone(digits):
+    args, opening = arguments("--ckpt", "x.pt")
     assert (args.host, args.port) == ("127.0.0.1", 7860)
-    sampler = opened(choice)
-    assert sampler.classes == [str(i) for i in range(10)] and sampler.sampler == QUICK
-    args, choice = arguments("--ckpt", "x.pt")
-    assert arguments("--ckpt", "released")[1].ckpt is None
-    assert choice.vae is None and VAE == "mse" == args.vae
+    assert opening.choice.ckpt == "x.pt" and opening.choice.vae is None and VAE == "mse" == args.vae
+    assert arguments("--ckpt", "released")[1].choice.ckpt is None
+    assert digits.classes == [str(i) for i in range(10)] and digits.sampler == QUICK
 
 
 def test_without_gradio_one_message_says_what_to_install(capsys, monkeypatch):
@@ -167,10 +173,12 @@ def test_without_a_place_for_temporary_files_one_message_says_so(tmp_path, monke
             pass
 
 
-def test_an_autoencoder_without_its_network_is_refused(capsys, with_gradio):
-    assert "--vae ema goes with --ckpt" in refusal(
-        capsys, "--vae", "ema", "--port", str(free_port())
-    )
+@pytest.mark.parametrize("flag, value", [
+    ("--vae", "ema"), ("--image-size", "64"), ("--weights", "raw"), ("--num-classes", "10"),
+])  # fmt: skip
+def test_a_flag_about_a_network_without_one_is_refused(capsys, with_gradio, flag, value):
+    said = refusal(capsys, flag, value, "--port", str(free_port())).splitlines()[-1]
+    assert f"{flag} goes with --ckpt; without" in said and f"leave {flag} out" in said
 
 
 # ---- choices ----
@@ -302,7 +310,7 @@ def test_a_single_step_has_a_preview_and_a_strip(digits):
 
 
 def test_the_png_has_the_settings_that_were_asked_for(digits):
-    settings = app.picture_settings(*arguments(), str(app.DIGITS_VAE), digits)
+    settings = app.picture_settings(*arguments(*DIGITS), DIGITS[-1], digits)
     for answered in drawing.answer(digits, settings, CPU, [7, 2], 3, 2.5, "unipc", STEPS, "11"):
         status, shown, rows, path = answered
         assert (path is None) == (rows is None)
@@ -355,13 +363,13 @@ def flow(tmp_path):
     state = fill_randomly(DiT(**config), std=0.3).state_dict()
     path = tmp_path / "dit.safetensors"
     save_weights(path, Weights(state, config, None, process=FlowProcess().config))
-    return opened(arguments("--ckpt", str(path), "--vae", "none")[1])
+    return opened("--ckpt", str(path), "--vae", "none")
 
 
 @pytest.mark.parametrize("solver", FlowProcess.solvers)
 def test_a_flow_is_drawn_by_its_own_solvers(flow, solver, monkeypatch):
     assert (flow.sampler, flow.num_sampling_steps) == ("heun", 125)
-    settings, told = app.picture_settings(*arguments(), "none", flow), []
+    settings, told = app.picture_settings(*arguments(*DIGITS), "none", flow), []
     monkeypatch.setattr(drawing, "strip", lambda frames, texts: told.append(frames))
     way = drawing.answer(flow, settings, CPU, [2, 0], 2, 1.5, solver, STEPS, "7")
     *_, (_, _, _, path) = iter_copied(way)
@@ -407,7 +415,7 @@ def gradio():
 
 
 def shown_controls(sampler):
-    page = app.build_page(sampler, {}, CPU, Visitors(""))
+    page = app.build_page([Shown("", sampler, {})], CPU, Visitors(""))
     assert not page.analytics_enabled
     controls = {
         block.label: block for block in page.blocks.values() if getattr(block, "label", None)
@@ -446,7 +454,9 @@ def test_what_a_network_does_not_have_is_not_shown(gradio):
 # ---- visitors ----
 
 CHOICES = [[0], 2, 1.5, "dpm++", STEPS, "0"]
+CALL = f"{visitors.CALL}/{ENDPOINT}"
 JSON = {"Content-Type": "application/json"}
+OTHER = visitors.endpoint(1)
 
 
 def at_the_gate(method, path, body=b"", chunk=2**16):
@@ -472,7 +482,8 @@ def at_the_gate(method, path, body=b"", chunk=2**16):
         "type": "http", "method": method, "path": path, "headers": [],
         "query_string": b"session_hash=known",
     }  # fmt: skip
-    asyncio.run(Gate(behind, there, function=3, inputs=6)(scope, receive, send))
+    functions = {ENDPOINT: Function(number=3, inputs=6), OTHER: Function(number=5, inputs=7)}
+    asyncio.run(Gate(behind, there, functions)(scope, receive, send))
     return answers[0]["status"], passed, len(messages)
 
 
@@ -485,7 +496,8 @@ def at_the_gate(method, path, body=b"", chunk=2**16):
     ("GET", "/gradio_api/file=http://other"), ("GET", "/gradio_api/file=/etc/passwd"),
     ("GET", "/gradio_api/file=/folder/../etc/passwd"), ("GET", "/gradio_api/deep_link"),
     ("GET", "/gradio_api/file/folder/a"), ("GET", "/gradio_api/call/respond/nobody"),
-    ("DELETE", "/"),
+    ("GET", "/gradio_api/call/respond_3/known"), ("GET", "/gradio_api/call/respond/a/known"),
+    ("POST", "/gradio_api/call/respond_3"), ("POST", "/gradio_api/call/"), ("DELETE", "/"),
 ])  # fmt: skip
 def test_what_the_page_has_no_use_for_is_refused_unread(method, path):
     status, passed, unread = at_the_gate(method, path, b"x")
@@ -495,7 +507,7 @@ def test_what_the_page_has_no_use_for_is_refused_unread(method, path):
 @pytest.mark.parametrize("path", [
     "/", "/config", "/theme.css", "/assets/a.js", "/gradio_api/info", "/gradio_api/queue/data",
     "/gradio_api/heartbeat/abc", "/gradio_api/file=/folder/a/image.webp",
-    "/gradio_api/call/respond/known",
+    "/gradio_api/call/respond/known", "/gradio_api/call/respond_2/known",
 ])  # fmt: skip
 def test_what_the_page_needs_is_let_through(path):
     assert at_the_gate("GET", path)[:2] == (200, [b""])
@@ -507,7 +519,7 @@ def test_of_a_job_gradio_is_told_what_it_needs_and_no_files():
         "data": [[file, 1, [2]], file, None, "ddpm", 5, "0"], "session_hash": "abc",
         "batched": True, "event_data": 1,
     }  # fmt: skip
-    status, passed, _ = at_the_gate("POST", visitors.CALL, json.dumps(asked).encode(), chunk=7)
+    status, passed, _ = at_the_gate("POST", CALL, json.dumps(asked).encode(), chunk=7)
     told = json.loads(passed[0])
     assert (
         status == 200
@@ -517,6 +529,21 @@ def test_of_a_job_gradio_is_told_what_it_needs_and_no_files():
     assert not any(isinstance(value, dict) for value in [*told["data"], *told["data"][0]])
     assert told["data"][2:] == asked["data"][2:]
     assert told["data"][0][1] == 1 and "http://other/" in told["data"][1]
+
+
+@pytest.mark.parametrize(("path", "number", "count", "want"), [
+    (CALL, None, 6, 3), (CALL, 5, 6, 3), (f"{visitors.CALL}/{OTHER}", None, 7, 5),
+    (visitors.JOIN, None, 6, 3), (visitors.JOIN, 3, 6, 3), (visitors.JOIN, 5, 7, 5),
+    (visitors.JOIN, 5, 6, None), (visitors.JOIN, 3, 7, None), (visitors.JOIN, 4, 6, None),
+    (visitors.JOIN, True, 6, None), (visitors.JOIN, "3", 6, None), (visitors.JOIN, [3], 6, None),
+    (f"{visitors.CALL}/{OTHER}", 3, 6, None),
+])  # fmt: skip
+def test_a_job_is_for_one_of_the_pages_functions(path, number, count, want):
+    asked = {"data": [0] * count} | ({} if number is None else {"fn_index": number})
+    status, passed, _ = at_the_gate("POST", path, json.dumps(asked).encode())
+    assert (status, [json.loads(body)["fn_index"] for body in passed]) == (
+        (422, []) if want is None else (200, [want])
+    )
 
 
 @pytest.mark.parametrize(("body", "status"), [
@@ -553,8 +580,9 @@ def live():
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
     network = fill_randomly(DiT(**TINY, num_classes=3)).eval().requires_grad_(False)
     port = free_port()
-    sampler, place = Sampler(network, Slow(), None), ("127.0.0.1", port)
-    with app.private_folder() as folder, app.served(sampler, {}, CPU, folder, place):
+    networks = [Shown("", Sampler(network, Slow(), None), {})]
+    place = ("127.0.0.1", port)
+    with app.private_folder() as folder, app.served(networks, CPU, folder, place):
         yield port, Path(folder)
     assert not Path(folder).exists()
 
@@ -569,15 +597,15 @@ def request(port, method, path, body=None):
         return answer.status, answer.read()
 
 
-def ask(port, choices):
+def ask(port, choices, endpoint=ENDPOINT):
     """The status of the answer to a request for images, and what its job is called."""
-    status, content = request(port, "POST", visitors.CALL, {"data": choices})
+    status, content = request(port, "POST", f"{visitors.CALL}/{endpoint}", {"data": choices})
     return status, json.loads(content).get("event_id")
 
 
-def listen(port, job):
+def listen(port, job, endpoint=ENDPOINT):
     """The last event of a job, as (name, data)."""
-    _, content = request(port, "GET", f"{visitors.CALL}/{job}")
+    _, content = request(port, "GET", f"{visitors.CALL}/{endpoint}/{job}")
     *_, name, data = content.decode().strip().splitlines()
     return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
@@ -670,7 +698,7 @@ def served(folder, *flags):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
-    with served(tmp_path_factory.mktemp("page")) as address:
+    with served(tmp_path_factory.mktemp("page"), *DIGITS) as address:
         yield address
 
 
@@ -761,8 +789,6 @@ def test_ten_digits_in_a_browser_without_a_network(address, visit):
     assert page.request.get(picture).body() == content  # what is shown is what is downloaded
     width, height = Image.open(BytesIO(page.request.get(strip).body())).size
     assert width > STRIP_MOMENTS * LEAST_TILE and height > drawing.STRIP_ROWS * LEAST_TILE
-    (ROOT / "demo").mkdir(exist_ok=True)
-    page.screenshot(path=ROOT / "demo" / "page.png", full_page=True)
     settings = json.loads(image.text["settings"])
     assert settings["seed"] == 2026 and settings["class_labels"] == list(range(10))
     digits = make_dataset.reduce(tiles(image, 10)[:, ::FACTOR, ::FACTOR])
@@ -833,7 +859,7 @@ def test_ctrl_c_ends_a_page_that_is_drawing(tmp_path):
             stdout=subprocess.PIPE, stderr=log, env=os.environ | {"TMPDIR": str(tmp_path)},
         )  # fmt: skip
     assert b"the page is at" in page.stdout.readline() and list(tmp_path.glob("dit-page-*"))
-    assert ask(port, [[0], 16, 1.5, "ddpm", 1000, "0"])[0] == 200
+    assert ask(port, ["a cat", "", 16, 1.5, "euler", 1000, "0"])[0] == 200
     page.send_signal(signal.SIGINT)
     assert page.wait(30) == 130
     assert (tmp_path / "log.txt").read_text() == "" and not list(tmp_path.glob("dit-page-*"))

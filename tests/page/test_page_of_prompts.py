@@ -11,6 +11,7 @@ import pytest
 import app
 from page import drawing, visitors
 from page.drawing import LONGEST_PROMPT, LONGEST_PROMPTS, Written
+from page.layout import Shown
 from page.visitors import Visitors
 from processes.flow import FlowProcess
 from sampling.pictures import SETTINGS
@@ -88,13 +89,13 @@ def test_the_page_opens_on_a_checkpoint_that_reads_text(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "is_installed", lambda name: True)
     monkeypatch.setattr(app, "serve", lambda *given: opened.append(given))
     app.main(["--ckpt", ckpt, "--vae", "none", "--device", "cpu", "--port", str(free_port())])
-    ((found, settings, _, _),) = opened
+    ((((_, found, settings, *_),), _, _),) = opened
     assert found.reads_text and settings["cfg_channels"] == "all"
 
 
 def test_boxes_for_prompts_stand_in_the_place_of_classes(sampler):
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
-    page = app.build_page(sampler, {}, CPU, Visitors(""))
+    page = app.build_page([Shown("", sampler, {})], CPU, Visitors(""))
     labels = [getattr(block, "label", None) for block in page.blocks.values()]
     assert {"Prompts", "Negative prompt", "Guidance"} <= {*labels} and "Classes" not in labels
     (function,) = [fn for fn in page.fns.values() if fn.api_name == visitors.ENDPOINT]
@@ -104,7 +105,8 @@ def test_boxes_for_prompts_stand_in_the_place_of_classes(sampler):
 def test_a_visitor_gets_what_the_prompts_say(sampler):
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install .[demo]")
     place = ("127.0.0.1", free_port())
-    with app.private_folder() as folder, app.served(sampler, {}, CPU, folder, place):
+    networks = [Shown("", sampler, {})]
+    with app.private_folder() as folder, app.served(networks, CPU, folder, place):
         name, (status, _, _, download) = listen(place[1], ask(place[1], CHOICES)[1])
         assert (name, status) == ("complete", "Seed 5")
         code, content = request(place[1], "GET", f"{visitors.FILE}{download['value']['path']}")
