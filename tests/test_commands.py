@@ -20,6 +20,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from conftest import ROOT
+from emoji_packages import write_packages
 from test_readme import DOORS, PAGES, python_blocks, run_python
 
 # What a command needs that is not here → how such a command is told. The first that fits counts.
@@ -37,7 +38,8 @@ NEEDS = {
 }  # fmt: skip
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
-    "examples/digits/train_vae.py": "--steps 20", "--max-steps 14000": "--max-steps 20",
+    "examples/digits/train_vae.py": "--steps 20",
+    "examples/emoji/train_autoencoder.py": "--steps 20", "--max-steps 14000": "--max-steps 20",
     "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
     "--max-steps 400 ": "--max-steps 40 --sample-every 20",
     "examples/digits/train_classifier.py": "--epochs 1",
@@ -73,9 +75,17 @@ LEAVES = {
         "digits-flow.safetensors",
         "digits-classifier/*",
     ],
+    "examples/emoji/README.md": [
+        "sample.png", "groups.png", "emoji/NOTICE.txt", "emoji-vae/config.json",
+        "emoji-classes.safetensors", "emoji-text.safetensors",
+    ],
     "examples/captions/README.md": [
         "sample.png", "captioned/train/metadata.jsonl", "captions-mmdit.safetensors",
     ],
+}
+# What a page finds when its commands are run, so that nothing need be fetched.
+PREPARED = {
+    "examples/emoji/README.md": lambda folder: write_packages(folder / "emoji" / "packages"),
 }
 LIMIT = 300  # seconds for one command
 
@@ -212,6 +222,8 @@ def test_what_cannot_be_run_here_can_be_parsed(command):
 )
 def test_commands_run_one_after_the_other(page, copy):
     output = ""
+    if prepare := PREPARED.get(named(page)):
+        prepare(copy)
     for command in commands(page):
         if need(command) is None:
             shorter = " ".join(flags for sign, flags in SHORTER.items() if sign in command)
