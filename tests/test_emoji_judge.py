@@ -2,6 +2,7 @@
 that is drawn here; the classifier.
 """
 
+import colorsys
 import json
 import math
 import sys
@@ -36,8 +37,8 @@ def shape(name, colour):
     return drawing.drawn(drawing.Shape(name, colour, "big", "in the middle"))
 
 
-def noise(count, side=8):
-    return RANDOM.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def noise(count, random=RANDOM, side=8):
+    return random.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
 # ---- scores ----
@@ -107,7 +108,7 @@ def test_a_drawing_is_left_out_of_its_own_names_mean():
 
 
 def group_colour(label):
-    return np.array([20 * label, 255 - 20 * label, 100], np.uint8)
+    return np.uint8([255 * c for c in colorsys.hsv_to_rgb(label / len(CLASSES), 1, 1)])
 
 
 def by_colour(images):
@@ -121,11 +122,12 @@ def by_colour(images):
 def made(tmp_path_factory):
     """A folder as make_emoji.py writes it: groups with a colour each, shapes, turned drawings."""
     folder, rows = tmp_path_factory.mktemp("made"), {"train": [], "heldout": []}
+    random = np.random.default_rng(1)
     for label, group in enumerate(CLASSES):
         for part in rows:
             for number, style in enumerate(("noto", "twemoji")):
                 picture = np.broadcast_to(group_colour(label), (64, 64, 3)).copy()
-                picture[16:] = noise(1, 64)[0, 16:]
+                picture[40:] = noise(1, random, 64)[0, 40:]
                 captions = [f"a {part} {group}", f"{part} {group}, {style}"]
                 file = f"{group}/{part}-{number}.png"
                 rows[part].append((file, Image.fromarray(picture), captions))
@@ -133,7 +135,7 @@ def made(tmp_path_factory):
         for colour in drawing.COLOURS:
             part = "heldout" if (name, colour) in drawing.UNSEEN else "train"
             captions = [f"{colour} {name}", f"{colour} {name}, noto"]
-            rows[part].append((f"symbols/{colour}-{name}.png", shape(name, colour), captions))
+            rows[part].append((f"symbols/x-{colour}-{name}.png", shape(name, colour), captions))
     words = rows["train"] + [
         (f"animals/cow-{colour}.png", shape("circle", colour),
          [f"a {colour} cow", f"{colour} cow", f"{colour} cow, noto"])
@@ -180,7 +182,9 @@ def test_pictures_of_other_groups_and_held_out_drawings_are_told(judge, monkeypa
     draws(monkeypatch, lambda labels: asked.extend(labels) or held.pictures)
     monkeypatch.setattr(judge, "count", len(held.pictures))
     found = emoji_judge.judge_classes(judge)
-    assert found["group named"] == pytest.approx((held.labels == asked).mean())
+    named = by_colour(emoji_judge.channels_first(held.pictures)).logits.argmax(dim=1).numpy()
+    assert found["group named"] == pytest.approx((named == asked).mean())
+    assert found["group named, held-out"] == pytest.approx((named == held.labels).mean())
     assert found["Fréchet distance"]["samples to held-out"] == pytest.approx(0, abs=0.1)
     assert found["Fréchet distance"]["train to held-out"] > 1
     assert found["nearest of train, of 255, all given back"]["samples"] == (
@@ -222,7 +226,7 @@ def test_a_picture_goes_with_its_own_name(judge, monkeypatch):
     found = emoji_judge.judge_retrieval(judge)
     assert found["samples"] == len(CLASSES) and found["own name is first"] == 1
     assert found["by chance"] == 1 / len(CLASSES)  # which have several drawings, as shapes have not
-    assert 0.2 < found["own name is first, real drawings"] < 1
+    assert found["own name is first, real drawings"] > 0.25
     draws(monkeypatch, lambda prompts: np.stack([first[prompts[i - 1]] for i in range(12)]))
     assert emoji_judge.judge_retrieval(judge)["own name is first"] == 0
 
