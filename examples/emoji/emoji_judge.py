@@ -154,6 +154,7 @@ def judge_classes(judge):
         "group named": share(met),
         "group named, held-out": share(named["held-out"] == real),
         "group named, held-out given back": share(named["held-out given back"] == real),
+        "group named, train given back": share(named["train given back"] == train.labels),
         "group named, by group": {
             name: share(met[labels == label]) for label, name in enumerate(CLASSES)
         },

@@ -123,7 +123,7 @@ def build_parser():
     parser.add_argument(
         "--output", required=True, help="folder to write config.json and weights to"
     )
-    parser.add_argument("--epochs", type=int, default=40, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
 
