@@ -290,6 +290,19 @@ DOORS = {
     "train_autoencoder": Door(
         "train_autoencoder", [["--data-path", "images", "--output", "autoencoder-{n}"]], {}
     ),
+    "train_emoji_classifier": Door(
+        "train_emoji_classifier",
+        [["--data-path", "groups", "--output", "emoji-classifier-{n}"]],
+        {
+            "train_emoji_classifier.train": lambda *_: torch.nn.Flatten(),
+            "train_emoji_classifier.save_for_hf": save_model,
+        },
+    ),
+    "judge_emoji": Door(
+        "judge_emoji",
+        [["--data-path", "groups", "--output", "judged.json"], ["--data-path", "groups"]],
+        {"judge_emoji.judged": lambda *_: {}, **QUIET},
+    ),
     "judge_captions": Door(
         "judge_captions",
         [["--output", "judged.json"], []],
@@ -336,7 +349,8 @@ def place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "a" / "b"
-    for i, name in enumerate(["images/0", "images/1", "split/train/0", "split/heldout/0"]):
+    names = ["images/0", "images/1", "split/train/0", "split/heldout/0"]
+    for i, name in enumerate([*names, "groups/train/faces", "groups/heldout/faces"]):
         (folder / name).mkdir(parents=True)
         for k in range(3):
             Image.new("RGB", (32, 32), (i * 50, k * 50, 0)).save(folder / name / f"{k}.png")

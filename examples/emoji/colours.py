@@ -10,7 +10,7 @@ HUES = {
     "red": (-20, 14), "orange": (14, 40), "yellow": (40, 65), "green": (65, 165),
     "blue": (165, 250), "purple": (250, 305),
 }  # fmt: skip
-BLACK, WHITE, GREY = 0.35, 0.8, 0.15  # value below, value above, saturation below
+BLACK, WHITE, GREY = 0.35, 0.6, 0.15  # value below, value above, saturation below
 BROWN = (8, 40, 0.8)  # its hue from and to, and the value below which orange is brown
 BACKGROUND = 240  # of 255: what has all channels at least there is background
 # Name → hue, saturation and value that the middle of a drawing is turned to.

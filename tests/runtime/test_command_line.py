@@ -41,6 +41,7 @@ INTERRUPTIBLE = [
     "examples/captions/make_captions.py", "examples/captions/judge_captions.py",
     "examples/captions/caption_study.py", "examples/captions/caption_plot.py",
     "examples/emoji/make_emoji.py", "examples/emoji/train_autoencoder.py",
+    "examples/emoji/train_emoji_classifier.py", "examples/emoji/judge_emoji.py",
 ]  # fmt: skip
 
 
