@@ -38,6 +38,7 @@ sys.path[:0] = [
     str(EXAMPLES / name) for name in ("", "digits", "scaling", "captions", "shapes", "emoji")
 ]
 
+from drawing import Shape  # noqa: E402
 from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
 from written import reader, saved  # noqa: E402
@@ -280,6 +281,11 @@ DOORS = {
     ),
     "ladder_study": Door(
         "ladder_study", [["--output", "ladder", "--device", "cpu"]], {"studies.run_job": nothing}
+    ),
+    "make_shapes": Door(
+        "make_shapes",
+        [["--output", "shapes"], []],
+        {"make_shapes.all_shapes": lambda: [Shape("star", "red", "big", "at the top")] * 4},
     ),
     "make_captions": Door("make_captions", [["--output", "captioned"], []], {}),
     "make_emoji": Door(

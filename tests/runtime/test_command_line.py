@@ -42,6 +42,7 @@ INTERRUPTIBLE = [
     "examples/captions/caption_study.py", "examples/captions/caption_plot.py",
     "examples/emoji/make_emoji.py", "examples/emoji/train_autoencoder.py",
     "examples/emoji/train_emoji_classifier.py", "examples/emoji/judge_emoji.py",
+    "examples/shapes/make_shapes.py",
 ]  # fmt: skip
 
 
@@ -368,7 +369,7 @@ def test_ctrl_c_while_any_door_is_imported(script):
 
 def test_every_door_can_be_interrupted_while_it_is_imported():
     """Each ends at Ctrl-C from its first line on, and its main is answered for by `door`."""
-    names = ("", "digits", "scaling", "captions", "emoji")
+    names = ("", "digits", "scaling", "captions", "emoji", "shapes")
     folders = (ROOT, *(ROOT / "examples" / name for name in names))
     doors = {
         path
