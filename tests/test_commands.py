@@ -1,4 +1,4 @@
-"""Every command in the README, docs/ and examples/ is run, on digits, or at least parsed by the
+"""Every command in the README, docs/ and examples/ is run, on small data, or at least parsed by the
 parser of its script.
 
 A command is run unless a rule in NEEDS says what it lacks here; so one that is new and fits no rule
@@ -41,7 +41,8 @@ SHORTER = {
     "examples/digits/train_vae.py": "--steps 20",
     "examples/emoji/train_autoencoder.py": "--steps 20", "--max-steps 14000": "--max-steps 20",
     "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
-    "--max-steps 400 ": "--max-steps 40 --sample-every 20",
+    "--max-steps 600 ": "--max-steps 8 --sample-every 4", "--max-steps 300 ": "--max-steps 8",
+    "--num-fid-samples 519": "--num-fid-samples 24",
     "examples/digits/train_classifier.py": "--epochs 1",
     "examples/digits/judge.py": "--num-samples 50",
     "examples/digits/compare_likelihood.py": "--num-digits 3",
@@ -64,9 +65,10 @@ LEAVES = {
     ],
     "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png", "wide.png"],
     "docs/own-data.md": [
-        "digits-runs/*/previews/0000040.png",
-        "digits-runs/sample.png",
-        "digits-samples/*.npz",
+        "shapes-runs/*/previews/0000008.png",
+        "shapes-runs/sample.png",
+        "shapes-runs/words.png",
+        "shapes-samples/*.npz",
     ],
     "examples/digits/README.md": [
         "sample.png",
@@ -79,6 +81,7 @@ LEAVES = {
         "sample.png", "groups.png", "emoji/NOTICE.txt", "emoji-vae/config.json",
         "emoji-classes.safetensors", "emoji-text.safetensors",
     ],
+    "examples/shapes/README.md": ["shapes/train/metadata.jsonl", "shapes/heldout/heart/*.png"],
     "examples/captions/README.md": [
         "sample.png", "captioned/train/metadata.jsonl", "captions-mmdit.safetensors",
     ],
@@ -255,16 +258,16 @@ def test_the_rules_are_all_needed():
     assert all(any(sign in text for text in everything) for sign in SHORTER)
 
 
-def test_each_step_of_own_data_is_there_for_digits_too():
-    """docs/own-data.md has the same scripts in the same order for photos and for digits."""
+def test_each_step_of_own_data_is_there_for_shapes_too():
+    """docs/own-data.md has the same scripts in the same order for photos and for shapes."""
     page = ROOT / "docs" / "own-data.md"
     scripts = {True: {}, False: {}}  # whether they run here → names, in order
     for text in commands(page):
         if (name := text.split()[1]) in DOORS and name != "download.py":
             scripts[need(text) is None][name] = text
-    photos, digits = list(scripts[False]), list(scripts[True])
+    photos, shapes = list(scripts[False]), list(scripts[True])
     assert (
         photos
-        == digits
+        == shapes
         == ["extract_latents.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py"]
     )

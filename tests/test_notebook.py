@@ -2,9 +2,13 @@
 they show.
 """
 
+import base64
+import io
 import re
 import shutil
 
+import numpy as np
+from PIL import Image
 import pytest
 
 from conftest import ROOT
@@ -14,6 +18,13 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook needs it: pip in
 NOTEBOOK = ROOT / "examples" / "dit_from_scratch.ipynb"
 MOST_BYTES = 500_000
 LEAST_AGREEMENT = 0.9  # of 200 samples with the class asked for, as an SVM sees them
+COLOURED = 60  # of 255, from which the difference of a pixel's channels is a colour
+# All of the repository that it needs, and that its last part does
+NEEDED = [
+    "models.py", "layers", "diffusion",
+    "vae.py", "variants", "conditions", "processes", "flow", "runtime", "checkpoints", "sampling",
+    "examples/emoji/vae", "examples/emoji/text.safetensors",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +71,28 @@ def test_notebook_shows_the_equality_and_the_agreement(notebook):
     check_figures(notebook)
 
 
+def coloured(notebook):
+    """The shares of pixels that have a colour, of each picture that the cells show."""
+    shares = []
+    for cell in code_cells(notebook):
+        for out in cell.outputs:
+            if "image/png" in out.get("data", {}):
+                content = io.BytesIO(base64.b64decode(out.data["image/png"]))
+                pixels = np.asarray(Image.open(content).convert("RGB"), int)  # (H, W, 3)
+                shares.append((np.ptp(pixels, axis=-1) > COLOURED).mean())
+    return shares
+
+
+def check_colours(notebook):
+    """Digits are grey, and what the last cell shows is in colour, on white."""
+    first, *_, last = coloured(notebook)
+    assert first < 0.01 and 0.1 < last < 0.7
+
+
+def test_notebook_ends_in_colour(notebook):
+    check_colours(notebook)
+
+
 def test_notebook_names_no_path_of_a_machine(notebook):
     texts = [printed(notebook), *(cell.source for cell in notebook.cells), str(notebook.metadata)]
     texts += [
@@ -86,8 +119,8 @@ def test_notebook_runs_whole_in_a_copy(tmp_path):
     nbclient = pytest.importorskip(
         "nbclient", reason="the notebook is run with it: pip install .[notebook]"
     )
-    (tmp_path / "examples").mkdir()
-    for name in ("models.py", "layers", "diffusion"):  # all of the repository that it needs
+    (tmp_path / "examples" / "emoji").mkdir(parents=True)
+    for name in NEEDED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     fresh = nbformat.read(NOTEBOOK, as_version=4)
@@ -97,4 +130,5 @@ def test_notebook_runs_whole_in_a_copy(tmp_path):
     client = nbclient.NotebookClient(fresh, timeout=900, kernel_name="python3", resources=where)
     client.execute()  # raises if a cell does
     check_figures(fresh)
+    check_colours(fresh)
     print(printed(fresh))
