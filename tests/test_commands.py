@@ -39,7 +39,11 @@ NEEDS = {
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
     "examples/digits/train_vae.py": "--steps 20",
-    "examples/emoji/train_autoencoder.py": "--steps 20", "--max-steps 14000": "--max-steps 20",
+    "examples/emoji/train_autoencoder.py": "--steps 20",
+    "examples/emoji/train_emoji_classifier.py": "--epochs 1",
+    "examples/emoji/judge_emoji.py": "--num-samples 24 --num-sampling-steps 2",
+    "--max-steps 5799 ": "--max-steps 20", "--max-steps 6120 ": "--max-steps 20",
+    "--max-steps 14000": "--max-steps 20",
     "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
     "--max-steps 1200 ": "--max-steps 8 --sample-every 4", "--max-steps 300 ": "--max-steps 8",
     "--num-fid-samples 519": "--num-fid-samples 24",
@@ -79,7 +83,8 @@ LEAVES = {
     ],
     "examples/emoji/README.md": [
         "sample.png", "groups.png", "emoji/NOTICE.txt", "emoji-vae/config.json",
-        "emoji-classes.safetensors", "emoji-text.safetensors",
+        "emoji-classes.safetensors", "emoji-text.safetensors", "emoji-classifier/*",
+        "emoji-judged.json",
     ],
     "examples/shapes/README.md": ["shapes/train/metadata.jsonl", "shapes/heldout/heart/*.png"],
     "examples/captions/README.md": [
