@@ -450,4 +450,5 @@ DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{patch}"] for patch in PATCH
 DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{patch}"] for patch in PATCH_SIZES["L"])
 DiT_B_2, DiT_B_4, DiT_B_8 = (DiT_models[f"DiT-B/{patch}"] for patch in PATCH_SIZES["B"])
 DiT_S_2, DiT_S_4, DiT_S_8 = (DiT_models[f"DiT-S/{patch}"] for patch in PATCH_SIZES["S"])
+DiT_XS_2 = DiT_models["DiT-XS/2"]
 DiT_Ti_1, DiT_Ti_2, DiT_Ti_4, DiT_Ti_8 = (DiT_models[f"DiT-Ti/{p}"] for p in PATCH_SIZES["Ti"])
