@@ -8,9 +8,9 @@ SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests: a file at a time on each of two workers, one thread each, in the order of tests/conftest.py.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
-# What the demo draws by words. Those of the last line are no emoji.
+# What the demo draws by words. Those of the last line are no emoji, nor were they in training.
 PROMPTS = "a green apple" "blue heart" "cat with a hat" "smiling face" "red square" "yellow star" \
-  "purple banana" "blue strawberry" "red frog" "green cat" "blue mushroom" "red unicorn"
+  "blue strawberry" "purple pear" "red unicorn" "blue mushroom" "purple fox" "red crown"
 DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-steps 50 --cfg-scale 1.5
 
 .PHONY: demo page lint test test-long browser

@@ -72,11 +72,11 @@ OPENINGS = (
     Opening(
         "Emoji by words", NetworkChoice(EMOJI / "text.safetensors", vae=EMOJI / "vae"),
         SamplingOptions("heun", 20), 4.0,
-        ("a green apple", "blue heart", "cat with a hat", "purple banana", "red car"),
+        ("a green apple", "blue heart", "cat with a hat", "smiling face", "blue strawberry"),
     ),
     Opening(
         "Emoji by class", NetworkChoice(EMOJI / "classes.safetensors", vae=EMOJI / "vae"),
-        SamplingOptions("heun", 20), 3.0,
+        SamplingOptions("heun", 20, cfg_channels="all"), 3.0,
     ),
     Opening("Digits", NetworkChoice(DIGITS / "dit.safetensors", vae=DIGITS / "vae")),
 )  # fmt: skip

@@ -34,8 +34,11 @@ from sources import SETS, all_emoji, fetch, on_white, read_json, rasterised
 TURNED_GROUPS = ("faces", "animals", "plants", "food", "places", "transport", "sky", "things")
 TURNS = 3  # colours that a drawing is also made in
 LEFT_OUT = 8  # one (name, colour) of so many is never made
-# Prompts that are no emoji, to show what was never seen.
-SHOWN = frozenset({("banana", "purple"), ("strawberry", "blue"), ("frog", "red")})
+# What the demo asks for, to show what was never seen.
+SHOWN = frozenset({
+    ("strawberry", "blue"), ("pear", "purple"), ("unicorn", "red"), ("mushroom", "blue"),
+    ("fox", "purple"), ("crown", "red"),
+})  # fmt: skip
 NO_ARTICLE = ("flags", "symbols")
 
 

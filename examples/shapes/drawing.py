@@ -28,6 +28,7 @@ UNSEEN = frozenset({
     ("heart", "orange"), ("heart", "purple"), ("circle", "green"), ("circle", "brown"),
     ("square", "yellow"), ("square", "blue"),
 })  # fmt: skip
+A, AN = ("uni", "eu", "one", "uku"), ("hour",)  # beginnings that sound otherwise than they look
 POINTS_OF_STAR, INNER = 5, 0.45  # how many, and the radius between them over that at them
 HEART_STEPS = 100
 
@@ -50,8 +51,9 @@ class Shape(NamedTuple):
 
 
 def with_article(words):
-    """The words with "a" or "an" before them."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    """The words with "a" or "an" before them, as they sound."""
+    vowel = words.startswith(AN) or words[0] in "aeiou" and not words.startswith(A)
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def all_shapes(unseen=False):
