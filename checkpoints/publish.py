@@ -309,6 +309,13 @@ def load_exported(folder: Path | str) -> DiTPipeline:
     return pipeline
 
 
+def check_free(folder: Path | str) -> None:
+    """Raise ValueError if a folder that is to be written has files, or is a file."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give another name")
+
+
 @contextmanager
 def whole_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing is raised.
@@ -317,8 +324,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     """
     folder = Path(folder)
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists already; give another name")
+        check_free(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name[:20]}.", dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name

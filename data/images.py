@@ -194,3 +194,15 @@ def unreadable(bad: list[BadImage], skip_bad: bool) -> str:
         return f"{first}; mend it, or pass `skip_bad_images=True`"
     others = f"none of the {len(bad):,} images after it"
     return f"{first}, and {others}; look whether their disk is still there"
+
+
+def read_all(listing: Listing, image_size: ImageSize) -> Tensor:
+    """All images of a Listing at a size, uint8 (N, 3, H, W).
+
+    Raises ValueError, naming the file, if one cannot be read.
+    """
+    dataset = ImageDataset(listing, image_size)
+    images, _, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
+    if found := next(filter(None, bad), None):
+        raise ValueError(f"cannot read {found[0].path} ({found[0].reason}); mend or remove it")
+    return torch.stack(images)

@@ -2,7 +2,14 @@
 
 import io
 import json
+import sys
 import tarfile
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "examples" / "emoji"))
+
+from sources import NAMES, archive
 
 SUBGROUPS = {  # of Unicode's, one for each of our groups, and what a name there begins with
     "face-smiling": "smiling face", "person-role": "cook", "hands": "clapping hands",
@@ -16,7 +23,6 @@ COLOURS = {
 }  # fmt: skip
 EACH = 8  # emoji of a subgroup
 SIZES = {"noto": 128, "fluent-emoji-flat": 32, "twemoji": 36}
-VERSIONS = {"noto": "1.2.9", "fluent-emoji-flat": "1.2.6", "twemoji": "1.2.5"}
 
 
 def rows():
@@ -65,7 +71,7 @@ def write_packages(folder):
     ]  # fmt: skip
     data.append(dict(hexcode="1F1E6", label="regional indicator A"))
     pack(
-        folder / "emojibase-data-17.0.0.tgz",
+        archive(folder, NAMES),
         {
             "en/data.json": data[::-1],
             "meta/groups.json": {"subgroups": {str(i): one for i, one in enumerate(subgroups)}},
@@ -78,7 +84,7 @@ def write_packages(folder):
             if prefix != "fluent-emoji-flat" or subgroup != "country-flag"
         }
         pack(
-            folder / f"iconify-json-{prefix}-{VERSIONS[prefix]}.tgz",
+            archive(folder, f"@iconify-json/{prefix}"),
             {
                 "icons.json": {"prefix": prefix, "icons": icons, "width": side, "height": side},
                 "chars.json": {code.lower(): name.replace(" ", "-") for code, _, name, _ in emojis},

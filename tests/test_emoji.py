@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from conftest import ROOT
+from data.images import read_all
+from data.listing import list_images
 
 sys.path[:0] = [str(ROOT / "examples" / "shapes"), str(ROOT / "examples" / "emoji")]
 
@@ -135,7 +137,7 @@ def test_captions_say_name_drawer_keywords_and_colour():
 def test_the_notice_names_each_set_and_its_licence(made):
     notice = (made / "NOTICE.txt").read_text()
     assert notice.count("Some licence (https://example.org/licence)") == 3
-    assert all(package in notice for package, _, _ in sources.SETS.values())
+    assert all(package in notice for package, _ in sources.SETS.values())
 
 
 def test_what_is_there_is_left_alone(made, packages):
@@ -157,15 +159,13 @@ def test_npm_is_asked_for_what_is_missing_alone(packages, tmp_path, monkeypatch)
     monkeypatch.setattr(sources.subprocess, "run", pack)
     folder = tmp_path / "packages"
     sources.fetch(folder)
-    assert asked == [["npm", "pack", "--silent", *(
-        f"{name}@{version}" for name, version in
-        [*((name, version) for name, version, _ in sources.SETS.values()), sources.NAMES]
-    )]]  # fmt: skip
+    wanted = [f"{name}@{version}" for name, version in sources.VERSIONS.items()]
+    assert len(wanted) == 4 and asked == [["npm", "pack", "--silent", *wanted]]
     sources.fetch(folder)
     assert len(asked) == 1
-    sources.archive(folder, sources.NAMES[0]).unlink()
+    sources.archive(folder, sources.NAMES).unlink()
     sources.fetch(folder)
-    assert asked[1] == ["npm", "pack", "--silent", "@".join(sources.NAMES)]
+    assert asked[1] == ["npm", "pack", "--silent", "emojibase-data@17.0.0"]
 
 
 @pytest.mark.parametrize("has_npm", [False, True])
@@ -243,7 +243,7 @@ def test_an_autoencoder_is_trained_and_loads(made, tmp_path, capsys):
     )  # fmt: skip
     assert json.loads(capsys.readouterr().out.splitlines()[0])["step"] == 12
     space = load_vae(str(folder))
-    images = train_autoencoder.load_images(made / "heldout")
+    images = read_all(list_images(made / "heldout", 0), sources.SIDE)
     config = AutoencoderKL.load_config(str(folder))
     noise = torch.zeros(len(images), 4, 16, 16)
     latents = space.encode(train_autoencoder.from_uint8(images), noise)

@@ -12,38 +12,25 @@ from pathlib import Path
 import sys
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES / "digits"), str(EXAMPLES / "captions")]
+sys.path[:0] = [
+    str(EXAMPLES.parent), *(str(EXAMPLES / name) for name in ("digits", "captions", "shapes"))
+]
 
 from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-import json
-
 from PIL import Image
 
-from runtime.disk import write_whole
+from make_shapes import write_images
 from words import combination, load_captioned
 
-METADATA = "metadata.jsonl"
 
-
-def write_folder(folder, digits):
-    """Write Digits and their captions; files already there are left alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+def captioned_images(digits):
+    """(name, image, captions) of each of Digits."""
     for i, (image, captions) in enumerate(zip(digits.images, digits.captions())):
-        path = folder / f"{i:04d}.png"
-        lines.append(json.dumps({"file_name": path.name, "text": captions}) + "\n")
-        if not path.exists():
-            picture = Image.fromarray(image).convert("RGB")
-            write_whole(path, lambda temporary: picture.save(temporary, format="png"))
-    if not (folder / METADATA).exists():
-        text = "".join(lines)
-        write_whole(
-            folder / METADATA, lambda temporary: temporary.write_text(text, encoding="utf-8")
-        )
+        yield f"{i:04d}.png", Image.fromarray(image).convert("RGB"), captions
 
 
 def build_parser():
@@ -61,7 +48,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     parts, _, left = load_captioned()
     for name, digits in parts.items():
-        write_folder(args.output / name, digits)
+        write_images(args.output / name, captioned_images(digits))
         print(f"{len(digits.digits)} digits in {args.output / name}")
     print(f"left out of training: {'; '.join(combination(n).caption for n in left)}")
 

@@ -135,7 +135,7 @@ def main(argv=None):
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     with parser.refusing():
-        check_numbers({"num_samples": args.num_samples}, num_samples=SAMPLES)
+        check_numbers(args, num_samples=SAMPLES)
         check_flags(args)
         choice, options = network_choice(args, given), sampling_options(args, given)
         device = choose_device(args.device)

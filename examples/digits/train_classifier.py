@@ -23,9 +23,9 @@ from timm.models import save_for_hf
 import torch
 import torch.nn.functional as F
 
-from data.images import ImageDataset
+from data.images import read_all
 from data.listing import list_images
-from checkpoints.publish import whole_folder
+from checkpoints.publish import check_free, whole_folder
 from runtime.limits import check_numbers
 from vae import from_uint8
 
@@ -40,11 +40,8 @@ def load_images(folder):
 
     Raises ValueError if one cannot be read.
     """
-    dataset = ImageDataset(list_images(folder, CLASSES), SIZE)
-    images, labels, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
-    if any(bad):
-        raise ValueError(f"cannot read {next(filter(None, bad))[0].path}; mend or remove it")
-    return from_uint8(torch.stack(images)), torch.tensor(labels)
+    listing = list_images(folder, CLASSES)
+    return from_uint8(read_all(listing, SIZE)), torch.tensor(listing.labels)
 
 
 def shifted(images):
@@ -98,10 +95,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args)
-        if Path(args.output).exists():
-            raise ValueError(
-                f"--output {args.output} exists already; give the name of a folder to make"
-            )
+        check_free(args.output)
         (images, labels), heldout = (
             load_images(args.data_path / part) for part in ("train", "heldout")
         )

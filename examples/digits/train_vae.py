@@ -20,9 +20,9 @@ if __name__ == "__main__":
 import torch
 from diffusers import AutoencoderKL
 
-from data.images import ImageDataset
+from data.images import read_all
 from data.listing import list_images
-from checkpoints.publish import whole_folder
+from checkpoints.publish import check_free, whole_folder
 from runtime.limits import check_numbers
 from vae import from_uint8
 
@@ -32,18 +32,6 @@ ARCHITECTURE = dict(
     block_out_channels=[8, 16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
     sample_size=32,
 )  # fmt: skip
-
-
-def load_images(folder):
-    """Every image below the folder, float32 (N, 3, 32, 32) in [-1, 1].
-
-    Raises ValueError if one cannot be read.
-    """
-    dataset = ImageDataset(list_images(folder, num_classes=0), ARCHITECTURE["sample_size"])
-    images, _, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
-    if any(bad):
-        raise ValueError(f"cannot read {next(filter(None, bad))[0].path}; mend or remove it")
-    return from_uint8(torch.stack(images))
 
 
 def loss_of(autoencoder, images):
@@ -112,11 +100,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args)
-        if Path(args.output).exists():
-            raise ValueError(
-                f"--output {args.output} exists already; give the name of a folder to make"
-            )
-        images = load_images(args.data_path)
+        check_free(args.output)
+        listing = list_images(args.data_path, num_classes=0)
+        images = from_uint8(read_all(listing, ARCHITECTURE["sample_size"]))
         with whole_folder(args.output) as folder:
             autoencoder = train(images, args.steps, args.batch_size, args.lr, args.seed)
             autoencoder.save_pretrained(folder)

@@ -13,20 +13,19 @@ import torch
 from colours import TURNED
 from data.captions import read_captions
 from data.listing import list_images
-from drawing import COLOURS, UNSEEN, all_shapes, with_article
+from drawing import UNSEEN, all_shapes, with_article
 from emoji_scores import (
     colour_difference, colour_names, compared, nearest, own_first, psnr, share, share_of_colour,
 )  # fmt: skip
 from evaluation.features import Extractor
 from evaluation.metrics import Moments, frechet_distance
-from make_emoji import is_left_out
+from make_emoji import PAIRS, is_left_out
 from make_shapes import HELD_OUT, shape_images
 from sampling.sampler import Sampler
 from sources import SIDE
 from train_emoji_classifier import CLASSES, load_labelled
 from vae import Space, from_uint8, to_uint8
 
-SHAPES = ("heart", "circle", "square")  # what emoji have in each of nine colours
 NAMES = 100  # that a picture's own name is looked for among
 BATCH = 100
 
@@ -62,6 +61,10 @@ class Judge:
     @cached_property
     def heldout(self):
         return self._drawings("heldout")
+
+    @cached_property
+    def rows_of_train(self):
+        return self.rows(self.train.pictures)
 
     def _drawings(self, part):
         found = load_labelled(self.folder / part)
@@ -141,11 +144,11 @@ def judge_classes(judge):
     labels = np.arange(judge.count) % len(CLASSES)
     pictures = judge.drawn(judge.by_group, labels, "classes")
     sets = {
-        "samples": pictures, "train": train.pictures, "held-out": heldout.pictures,
+        "samples": pictures, "held-out": heldout.pictures,
         "train given back": judge.given_back(train.pictures),
         "held-out given back": judge.given_back(heldout.pictures),
     }  # fmt: skip
-    rows = {name: judge.rows(each) for name, each in sets.items()}
+    rows = {name: judge.rows(each) for name, each in sets.items()} | {"train": judge.rows_of_train}
     named = {name: logits.argmax(dim=1).numpy() for name, (_, logits) in rows.items()}
     met, real = named["samples"] == labels, heldout.labels
     back = sets["train given back"]
@@ -186,7 +189,7 @@ def judge_words(judge):
     """How often hearts, circles and squares have the colour that was asked for, for pairs that were
     in training and for those left out; with real ones, as drawn and as given back.
     """
-    pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    pairs = list(dict.fromkeys(PAIRS.values()))
     asked = spread(pairs, max(1, judge.count // 4 // len(pairs)) * len(pairs))
     prompts = [f"{colour} {shape}" for shape, colour in asked]
     names = colour_names(judge.drawn(judge.by_words, prompts, "words"))
@@ -210,14 +213,10 @@ def real_shapes(judge):
 
     Raises ValueError if there is none.
     """
-    of_name = {
-        name: colour for shape in SHAPES for colour in COLOURS
-        for name in (f"{colour} {shape}", f"{colour} large {shape}")
-    }  # fmt: skip
     found = [
-        (picture, of_name[captions[0]])
+        (picture, PAIRS[captions[0]][1])
         for part in (judge.train, judge.heldout)
-        for picture, captions in zip(part.pictures, part.captions) if captions[0] in of_name
+        for picture, captions in zip(part.pictures, part.captions) if captions[0] in PAIRS
     ]  # fmt: skip
     if not found:
         raise ValueError(
@@ -243,9 +242,10 @@ def judge_retrieval(judge):
     known = [number[name] for name in said[ours]]
     asked = spread(list(range(len(chosen))), max(1, judge.count // 10))
     pictures = judge.drawn(judge.by_words, [str(chosen[i]) for i in asked], "retrieval")
-    middle = judge.rows(train.pictures)[0].mean(dim=0)  # (D,)
+    every = judge.rows_of_train[0]  # (M, D)
     samples, real = (
-        (judge.rows(each)[0] - middle).double().numpy() for each in (pictures, train.pictures[ours])
+        (each - every.mean(dim=0)).double().numpy()
+        for each in (judge.rows(pictures)[0], every[torch.from_numpy(ours)])
     )
     return {
         "samples": len(pictures),

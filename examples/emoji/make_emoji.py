@@ -29,7 +29,7 @@ import numpy as np
 from colours import TURNED, main_colour, main_hue, name_of, turned
 from drawing import COLOURS, UNSEEN, with_article
 from make_shapes import shape_images, write_images
-from sources import SETS, all_emoji, fetch, on_white, read_json, rasterised
+from sources import SETS, VERSIONS, all_emoji, fetch, on_white, read_json, rasterised
 
 TURNED_GROUPS = ("faces", "animals", "plants", "food", "places", "transport", "sky", "things")
 TURNS = 3  # colours that a drawing is also made in
@@ -40,15 +40,18 @@ SHOWN = frozenset({
     ("fox", "purple"), ("crown", "red"),
 })  # fmt: skip
 NO_ARTICLE = ("flags", "symbols")
+# Name of an emoji → (shape, colour), of those shapes that emoji have in all nine colours.
+PAIRS = {
+    f"{colour} {size}{shape}": (shape, colour)
+    for shape in ("heart", "circle", "square") for colour in COLOURS for size in ("", "large ")
+}  # fmt: skip
 
 
 def part_of(emoji):
     """"train" or "heldout"."""
-    for shape in ("heart", "circle", "square"):
-        for colour in COLOURS:
-            if emoji.name in (f"{colour} {shape}", f"{colour} large {shape}"):
-                return "heldout" if (shape, colour) in UNSEEN else "train"
-    return "heldout" if emoji.held_out else "train"
+    pair = PAIRS.get(emoji.name)
+    held_out = emoji.held_out if pair is None else pair in UNSEEN
+    return "heldout" if held_out else "train"
 
 
 def plain(name):
@@ -81,7 +84,7 @@ def file_name(emoji, style, colour=""):
 def drawings(emoji):
     """(its set's name, RGBA image) of each of an Emoji's drawings."""
     for style, svg in emoji.drawings.items():
-        yield style, rasterised(svg, SETS[style][2])
+        yield style, rasterised(svg, SETS[style][1])
 
 
 def colour_of(image, hue):
@@ -123,12 +126,12 @@ def all_images(emojis):
 def write_notice(folder, packages):
     """Say in NOTICE.txt whose the drawings are, and under which licences."""
     lines = ["The drawings in this folder, and the licences that they are under:\n"]
-    for package, version, _ in SETS.values():
+    for package, _ in SETS.values():
         info = read_json(packages, package, "info.json")
         licence, author = info["license"], info["author"]
         lines.append(
             f"{info['name']} by {author['name']} ({author['url']}), {licence['title']} "
-            f"({licence['url']}); package {package} {version}\n"
+            f"({licence['url']}); package {package} {VERSIONS[package]}\n"
         )
     lines.append("They were rasterised, and some of them put in other colours.\n")
     (folder / "NOTICE.txt").write_text("".join(lines), encoding="utf-8")

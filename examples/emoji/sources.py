@@ -11,13 +11,16 @@ import zlib
 from PIL import Image
 
 SIDE = 64
-# Set → (npm's package, its version, how large its drawings are made: Twemoji's have no margin).
+# Set → (npm's package, how large its drawings are made: Twemoji's have no margin).
 SETS = {
-    "noto": ("@iconify-json/noto", "1.2.9", 64),
-    "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", 64),
-    "twemoji": ("@iconify-json/twemoji", "1.2.5", 56),
-}
-NAMES = ("emojibase-data", "17.0.0")  # Unicode's names, keywords and groups
+    "noto": ("@iconify-json/noto", 64), "fluent": ("@iconify-json/fluent-emoji-flat", 64),
+    "twemoji": ("@iconify-json/twemoji", 56),
+}  # fmt: skip
+NAMES = "emojibase-data"  # Unicode's names, keywords and groups
+VERSIONS = {
+    "@iconify-json/noto": "1.2.9", "@iconify-json/fluent-emoji-flat": "1.2.6",
+    "@iconify-json/twemoji": "1.2.5", NAMES: "17.0.0",
+}  # fmt: skip
 # Folder → the beginnings of Unicode's subgroups that are in it; the first that fits counts.
 GROUPS = {
     "faces": ("face-", "cat-face", "monkey-face"),
@@ -63,10 +66,10 @@ def fetch(folder):
 
     Raises ValueError if there is no npm, or if it fails.
     """
-    packages = [(name, version) for name, version, _ in SETS.values()] + [NAMES]
     missing = [
-        f"{name}@{version}" for name, version in packages if not archive(folder, name).exists()
-    ]
+        f"{name}@{version}" for name, version in VERSIONS.items()
+        if not archive(folder, name).exists()
+    ]  # fmt: skip
     if not missing:
         return
     if shutil.which("npm") is None:
@@ -85,8 +88,7 @@ def fetch(folder):
 
 def archive(folder, package):
     """Where npm's client puts a package."""
-    version = dict([NAMES, *((name, version) for name, version, _ in SETS.values())])[package]
-    return folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    return folder / f"{package.removeprefix('@').replace('/', '-')}-{VERSIONS[package]}.tgz"
 
 
 def read_json(folder, package, name):
@@ -125,12 +127,12 @@ def all_emoji(folder):
     Unicode's order.
     """
     sets = {}
-    for name, (package, _, _) in SETS.items():
+    for name, (package, _) in SETS.items():
         icons = read_json(folder, package, "icons.json")
         sets[name] = icons, read_json(folder, package, "chars.json")
-    subgroups = read_json(folder, NAMES[0], "meta/groups.json")["subgroups"]
+    subgroups = read_json(folder, NAMES, "meta/groups.json")["subgroups"]
     found = []
-    for row in read_json(folder, NAMES[0], "en/data.json"):
+    for row in read_json(folder, NAMES, "en/data.json"):
         subgroup = subgroups.get(str(row.get("subgroup")))
         if subgroup is None or subgroup in ("skin-tone", "hair-style"):
             continue

@@ -23,8 +23,8 @@ import json
 from diffusers import AutoencoderKL
 import torch
 
-from checkpoints.publish import whole_folder
-from data.images import ImageDataset
+from checkpoints.publish import check_free, whole_folder
+from data.images import read_all
 from data.listing import list_images
 from runtime.limits import check_numbers
 from sources import SIDE
@@ -38,18 +38,6 @@ ARCHITECTURE = dict(
 ABSOLUTE, KL = 0.5, 0.03  # weights in the loss, beside 1 for the squared error
 WARMUP, GRAD_CLIP = 100, 100.0
 LOG_EVERY = 100
-
-
-def load_images(folder):
-    """Every image below the folder, uint8 (N, 3, 64, 64).
-
-    Raises ValueError if one cannot be read.
-    """
-    dataset = ImageDataset(list_images(folder, num_classes=0), SIDE)
-    images, _, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
-    if any(bad):
-        raise ValueError(f"cannot read {next(filter(None, bad))[0].path}; mend or remove it")
-    return torch.stack(images)
 
 
 def loss_of(autoencoder, images):
@@ -130,11 +118,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args)
-        if Path(args.output).exists():
-            raise ValueError(
-                f"--output {args.output} exists already; give the name of a folder to make"
-            )
-        images = load_images(args.data_path)
+        check_free(args.output)
+        images = read_all(list_images(args.data_path, num_classes=0), SIDE)
         with whole_folder(args.output) as folder:
             autoencoder = train(images, args.steps, args.batch_size, args.lr, args.seed)
             autoencoder.half().save_pretrained(folder)

@@ -26,8 +26,8 @@ from timm.models import save_for_hf
 import torch
 import torch.nn.functional as F
 
-from checkpoints.publish import whole_folder
-from data.images import ImageDataset
+from checkpoints.publish import check_free, whole_folder
+from data.images import read_all
 from data.listing import Listing, list_images
 from layers.sizes import MOST_CLASSES
 from runtime.limits import check_numbers
@@ -62,11 +62,7 @@ def load_labelled(folder):
             "folder that make_emoji.py wrote"
         )
     numbers = [CLASSES.index(listing.classes[label]) for label in listing.labels]
-    dataset = ImageDataset(listing, SIDE)
-    images, _, bad = zip(*(dataset[i, False] for i in range(len(dataset))))
-    if found := next(filter(None, bad), None):
-        raise ValueError(f"cannot read {found[0].path}; mend or remove it")
-    return Labelled(torch.stack(images), torch.tensor(numbers), listing)
+    return Labelled(read_all(listing, SIDE), torch.tensor(numbers), listing)
 
 
 def varied(images):
@@ -134,10 +130,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.refusing():
         check_numbers(args)
-        if Path(args.output).exists():
-            raise ValueError(
-                f"--output {args.output} exists already; give the name of a folder to make"
-            )
+        check_free(args.output)
         drawings, heldout = (load_labelled(args.data_path / part) for part in ("train", "heldout"))
         with whole_folder(args.output) as folder:
             model = train(drawings.images, drawings.labels, args.epochs, args.seed)

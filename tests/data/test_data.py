@@ -24,7 +24,7 @@ from data import images as data_images
 from data import listing as data_listing
 from data import loader
 from data.batches import StepBatches, collate, steps_per_epoch
-from data.images import ImageDataset, center_crop_arr, cover
+from data.images import ImageDataset, center_crop_arr, cover, read_all
 from data.listing import Listing, list_images
 from data.loader import LoaderFailed, make_loader
 
@@ -486,6 +486,20 @@ def test_unreadable_image_is_reported_with_its_path(broken):
         image, _, bad = dataset[i, False]
         assert image is None and [one.path for one in bad] == [path]
         assert bad[0].reason
+
+
+def test_all_images_are_read_at_once_or_the_broken_one_is_named(tmp_path):
+    whole = [save(tmp_path / "whole" / f"{i}.png", noise_picture(8, 8, i)) for i in range(3)]
+    listing = list_images(tmp_path / "whole", 0)
+    assert listing.paths == whole
+    images = read_all(listing, 8)
+    assert images.dtype == torch.uint8
+    for i, image in enumerate(images):
+        assert np.array_equal(image.permute(1, 2, 0), noise_picture(8, 8, i))
+    bad = tmp_path / "whole" / "9.png"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"cannot read .*9\.png .*mend or remove it"):
+        read_all(list_images(tmp_path / "whole", 0), 8)
 
 
 def test_next_readable_image_stands_in(tmp_path, broken):
