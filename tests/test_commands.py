@@ -42,7 +42,7 @@ SHORTER = {
     "examples/emoji/train_autoencoder.py": "--steps 20",
     "examples/emoji/train_emoji_classifier.py": "--epochs 1",
     "examples/emoji/judge_emoji.py": "--num-samples 24 --num-sampling-steps 2",
-    "--max-steps 5799 ": "--max-steps 20", "--max-steps 6120 ": "--max-steps 20",
+    "--max-steps 16242 ": "--max-steps 20", "--max-steps 15228 ": "--max-steps 20",
     "--max-steps 14000": "--max-steps 20",
     "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
     "--max-steps 2000 ": "--max-steps 8 --sample-every 4", "--max-steps 300 ": "--max-steps 8",

@@ -114,7 +114,7 @@ def test_the_readme_is_read_in_two_minutes():
     assert len(README.splitlines()) <= 150
     prose = re.sub(r"```.*?```|\(http[^)]*\)", "", README, flags=re.DOTALL)
     assert len(prose.split()) <= 700
-    assert README.index("make demo") < README.index("](docs/digits.png)") < README.index("## ")
+    assert README.index("make demo") < README.index("](docs/emoji.png)") < README.index("## ")
 
 
 @pytest.mark.parametrize(
