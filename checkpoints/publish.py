@@ -8,6 +8,7 @@ are the hub's names, and what writes.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def export_checkpoint(
     check_name(output)
     if format not in FORMATS:
         raise ValueError(f"`format` is {format}; give one of {', '.join(FORMATS)}")
-    if output.exists():
+    if os.path.lexists(output):  # a link that leads nowhere is somebody's as well
         raise ValueError(f"`output` {output} exists already; give another name")
     if format == "safetensors":
         check_writable(output)
@@ -318,11 +319,12 @@ def check_free(folder: Path | str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path | str) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if nothing is raised.
+    """A temporary folder that becomes `folder` if nothing is raised; a link stays one, and what it
+    leads to is written.
 
     Raises ValueError if that has files or cannot be made.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     try:
         check_free(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)

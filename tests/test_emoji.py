@@ -1,8 +1,10 @@
 """examples/emoji: the set that is made of emoji, their colours, and the autoencoder."""
 
 import colorsys
+import gzip
 import json
 import sys
+import tarfile
 
 from diffusers import AutoencoderKL
 import numpy as np
@@ -18,7 +20,7 @@ sys.path[:0] = [str(ROOT / "examples" / "shapes"), str(ROOT / "examples" / "emoj
 
 import colours  # noqa: E402
 import drawing  # noqa: E402
-from emoji_packages import EACH, SUBGROUPS, write_packages  # noqa: E402
+from emoji_packages import EACH, SUBGROUPS, pack, write_packages  # noqa: E402
 import make_emoji  # noqa: E402
 import sources  # noqa: E402
 import train_autoencoder  # noqa: E402
@@ -186,6 +188,88 @@ def test_a_damaged_package_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         make_emoji.main(["--output", str(tmp_path / "emoji"), "--packages", str(tmp_path)])
     assert f"{path} is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def refused(capsys, folder, packages):
+    """The last line that make_emoji.py ends with, without a traceback."""
+    with pytest.raises(SystemExit):
+        make_emoji.main(["--output", str(folder), "--packages", str(packages)])
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def contents(path):
+    """{name: contents} of a package."""
+    with tarfile.open(path) as files:
+        names = [name.removeprefix("package/") for name in files.getnames()]
+        return {name: json.load(files.extractfile(f"package/{name}")) for name in names}
+
+
+def without_bodies(files):
+    for icon in files["icons.json"]["icons"].values():
+        icon["other"] = icon.pop("body")
+
+
+def broken_drawing(files):
+    files["icons.json"]["icons"]["smiling-face-a"]["body"] = "<rect"
+
+
+def without_licence(files):
+    files["info.json"].pop("license")
+
+
+def code_that_climbs(files):
+    files["en/data.json"][-1]["hexcode"] = "../../1F300"
+
+
+@pytest.mark.parametrize(
+    "package, spoil, wanted",
+    [
+        ("@iconify-json/noto", without_bodies, "not laid out as"),
+        ("@iconify-json/noto", without_licence, "not laid out as"),
+        ("@iconify-json/noto", broken_drawing, "smiling face a of @iconify-json/noto cannot be"),
+        (sources.NAMES, lambda files: files["en/data.json"].append([]), "not laid out as"),
+        (sources.NAMES, code_that_climbs, "'../../1f300', and codes are hexadecimal"),
+    ],
+)
+def test_packages_of_another_layout_are_one_line(tmp_path, capsys, package, spoil, wanted):
+    write_packages(tmp_path)
+    path = sources.archive(tmp_path, package)
+    files = contents(path)
+    spoil(files)
+    pack(path, files)
+    assert wanted in refused(capsys, tmp_path / "emoji", tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_package_whose_checksum_is_wrong_is_named(tmp_path, capsys, monkeypatch):
+    """gzip's error of it is an OSError, and names no file."""
+    write_packages(tmp_path)
+    path = sources.archive(tmp_path, "@iconify-json/noto")
+
+    def load(file):
+        raise gzip.BadGzipFile("CRC check failed 0x1 != 0x2")
+
+    monkeypatch.setattr(sources.json, "load", load)
+    line = refused(capsys, tmp_path / "emoji", tmp_path)
+    assert f"{path} is damaged (CRC check failed" in line
+
+
+def test_without_resvg_nothing_is_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "is_installed", lambda name: name != "resvg_py")
+    assert "pip install .[emoji]" in refused(capsys, tmp_path / "emoji", tmp_path / "packages")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_notice_stays_and_a_folder_that_cannot_be_is_told_first(
+    packages, tmp_path, capsys, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(make_emoji, "all_images", lambda _: pytest.fail("it draws"))
+    (tmp_path / "taken").write_text("")
+    assert "taken" in refused(capsys, tmp_path / "taken", packages)
+    monkeypatch.setattr(make_emoji, "all_images", lambda _: {})
+    (tmp_path / "NOTICE.txt").write_text("mine")
+    make_emoji.main(["--output", str(tmp_path), "--packages", str(packages)])
+    assert (tmp_path / "NOTICE.txt").read_text() == "mine"
 
 
 # ---- colours ----

@@ -5,6 +5,7 @@ that is drawn here; the classifier.
 import colorsys
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -233,6 +234,30 @@ def test_a_picture_goes_with_its_own_name(judge, monkeypatch):
     assert found["own name is first, real drawings"] > 0.25
     draws(monkeypatch, lambda prompts: np.stack([first[prompts[i - 1]] for i in range(12)]))
     assert emoji_judge.judge_retrieval(judge)["own name is first"] == 0
+
+
+@pytest.mark.parametrize(
+    "part, spoil, message",
+    [
+        ("things", lambda set: shutil.rmtree(set / "words"), "is not a folder"),
+        ("things", lambda set: shutil.rmtree(set / "words" / "animals"), "put in another colour"),
+        ("words", lambda set: [path.unlink() for path in set.rglob("x-*.png")], "no heart, circle"),
+        ("retrieval", lambda set: [path.unlink() for path in set.rglob("train-1.png")], "with two"),
+        ("classes", lambda set: shutil.rmtree(set / "heldout"), "is not a folder"),
+        ("classes", lambda set: (set / "train/sky/own.png").write_bytes(
+            (set / "train/sky/train-0.png").read_bytes()), "nothing is said of"),
+    ],
+)  # fmt: skip
+def test_what_a_set_lacks_is_told_before_anything_is_drawn(
+    made, judge, monkeypatch, tmp_path, part, spoil, message
+):  # fmt: skip
+    judge.folder = tmp_path / "set"
+    shutil.copytree(made, judge.folder)
+    spoil(judge.folder)
+    draws(monkeypatch, lambda _: pytest.fail("it draws"))
+    monkeypatch.setattr(emoji_judge.Judge, "given_back", lambda *_: pytest.fail("it encodes"))
+    with pytest.raises(ValueError, match=message):
+        emoji_judge.judged(judge, [*emoji_judge.PARTS][:1] * (part != "classes") + [part])
 
 
 # ---- the doors ----

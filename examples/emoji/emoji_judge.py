@@ -66,9 +66,60 @@ class Judge:
     def rows_of_train(self):
         return self.rows(self.train.pictures)
 
+    @cached_property
+    def real_shapes(self):
+        """Every drawing (N, H, W, 3) of a heart, circle or square, and its colour by its name."""
+        found = [
+            (picture, PAIRS[captions[0]][1])
+            for part in (self.train, self.heldout)
+            for picture, captions in zip(part.pictures, part.captions) if captions[0] in PAIRS
+        ]  # fmt: skip
+        self._check(found, "heart, circle or square")
+        pictures, colours = zip(*found)
+        return np.stack(pictures), colours
+
+    @cached_property
+    def names(self):
+        """The name of each of train's drawings, and those names, sorted, that several have."""
+        said = np.array([captions[0] for captions in self.train.captions])
+        names, counts = np.unique(said, return_counts=True)
+        self._check(several := names[counts > 1].tolist(), "name in train with two drawings")
+        return said, several
+
+    @cached_property
+    def things(self):
+        """{(colour, thing): a drawing's file} of what was turned to a colour, and [(colour, thing)]
+        of what was left out of it.
+        """
+        listing = list_images(self.folder / "words", 0)
+        captions = list(read_captions(listing, self.folder / "words"))
+        pairs = map(turned_pair, captions)
+        made = {pair: path for path, pair in zip(listing.paths, pairs) if pair is not None}
+        every = {caption for text in captions for caption in text}
+        left = [
+            (colour, thing)
+            for thing in sorted({thing for _, thing in made}) for colour in TURNED
+            if is_left_out(thing, colour) and with_article(f"{colour} {thing}") not in every
+        ]  # fmt: skip
+        self._check(made, "drawing in words that was put in another colour")
+        self._check(left, "thing in words that was left out in a colour")
+        return made, left
+
+    def _check(self, found, what):
+        """Raise ValueError, saying what the set has none of, unless something was found."""
+        if not found:
+            raise ValueError(
+                f"`data_path` {self.folder} has no {what}; give the folder that make_emoji.py wrote"
+            )
+
     def _drawings(self, part):
         found = load_labelled(self.folder / part)
         captions = list(read_captions(found.listing, self.folder / part))
+        if [] in captions:
+            raise ValueError(
+                f"`data_path`: nothing is said of {found.listing.paths[captions.index([])]}; give "
+                "the folder that make_emoji.py wrote"
+            )
         pictures = found.images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
         return Drawings(pictures, found.labels.numpy(), captions)
 
@@ -194,7 +245,7 @@ def judge_words(judge):
     prompts = [f"{colour} {shape}" for shape, colour in asked]
     names = colour_names(judge.drawn(judge.by_words, prompts, "words"))
     met = [name == colour for name, (_, colour) in zip(names, asked)]
-    real, colours = real_shapes(judge)
+    real, colours = judge.real_shapes
     return {
         "samples": len(asked),
         "seen pairs": share(m for m, pair in zip(met, asked) if pair not in UNSEEN),
@@ -208,34 +259,12 @@ def judge_words(judge):
     }  # fmt: skip
 
 
-def real_shapes(judge):
-    """Every drawing (N, H, W, 3) of a heart, circle or square, and its colour by its name.
-
-    Raises ValueError if there is none.
-    """
-    found = [
-        (picture, PAIRS[captions[0]][1])
-        for part in (judge.train, judge.heldout)
-        for picture, captions in zip(part.pictures, part.captions) if captions[0] in PAIRS
-    ]  # fmt: skip
-    if not found:
-        raise ValueError(
-            f"`data_path` {judge.folder} has no heart, circle or square; give the folder that "
-            "make_emoji.py wrote"
-        )
-    pictures, colours = zip(*found)
-    return np.stack(pictures), colours
-
-
 def judge_retrieval(judge):
     """How often a picture goes with its own name best, among so many names of train; with the same
     of real drawings, each left out of its name's mean.
     """
-    train = judge.train
-    said = np.array([captions[0] for captions in train.captions])
-    names, counts = np.unique(said, return_counts=True)
+    said, several = judge.names
     chance = np.random.default_rng(judge.seed)
-    several = names[counts > 1]
     chosen = chance.choice(several, min(NAMES, len(several)), replace=False)
     ours = np.isin(said, chosen)
     number = {name: i for i, name in enumerate(chosen)}
@@ -259,16 +288,7 @@ def judge_things(judge):
     """How often things have the colour that was asked for, for pairs of thing and colour that
     drawings were made of, and for those left out; with the drawings that were made.
     """
-    listing = list_images(judge.folder / "words", 0)
-    captions = list(read_captions(listing, judge.folder / "words"))
-    pairs = map(turned_pair, captions)
-    made = {pair: path for path, pair in zip(listing.paths, pairs) if pair is not None}
-    every = {caption for text in captions for caption in text}
-    left = [
-        (colour, thing)
-        for thing in sorted({thing for _, thing in made}) for colour in TURNED
-        if is_left_out(thing, colour) and with_article(f"{colour} {thing}") not in every
-    ]  # fmt: skip
+    made, left = judge.things
     found, count = {}, max(1, judge.count // 10)
     for name, pairs in {"seen pairs": sorted(made), "unseen pairs": left}.items():
         asked = spread(np.random.default_rng(judge.seed).permutation(pairs).tolist(), count)
@@ -300,6 +320,18 @@ PARTS = {
 }  # fmt: skip
 
 
+# Part → what of the set it takes: attributes of a Judge
+TAKEN = {
+    "autoencoder": ("heldout",), "classes": ("train", "heldout"), "words": ("real_shapes",),
+    "retrieval": ("names",), "things": ("things",),
+}  # fmt: skip
+
+
 def judged(judge, parts):
-    """{part: its figures} of the parts that are asked for, keys of PARTS."""
+    """{part: its figures} of the parts that are asked for, keys of PARTS.
+
+    Raises ValueError, before anything is drawn, if the set lacks what a part takes.
+    """
+    for taken in (name for part in parts for name in TAKEN[part]):
+        getattr(judge, taken)
     return {name: PARTS[name](judge) for name in PARTS if name in parts}

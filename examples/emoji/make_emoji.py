@@ -29,8 +29,12 @@ import numpy as np
 from colours import TURNED, main_colour, main_hue, name_of, turned
 from drawing import COLOURS, UNSEEN, with_article
 from make_shapes import shape_images, write_images
-from sources import SETS, VERSIONS, all_emoji, fetch, on_white, read_json, rasterised
+from runtime.disk import write_whole
+from sources import (
+    SETS, VERSIONS, all_emoji, as_laid_out, fetch, on_white, read_json, rasterised,
+)  # fmt: skip
 
+NOTICE = "NOTICE.txt"
 TURNED_GROUPS = ("faces", "animals", "plants", "food", "places", "transport", "sky", "things")
 TURNS = 3  # colours that a drawing is also made in
 LEFT_OUT = 8  # one (name, colour) of so many is never made
@@ -82,9 +86,19 @@ def file_name(emoji, style, colour=""):
 
 
 def drawings(emoji):
-    """(its set's name, RGBA image) of each of an Emoji's drawings."""
+    """(its set's name, RGBA image) of each of an Emoji's drawings.
+
+    Raises ValueError if one is no SVG.
+    """
     for style, svg in emoji.drawings.items():
-        yield style, rasterised(svg, SETS[style][1])
+        try:
+            yield style, rasterised(svg, SETS[style][1])
+        except ValueError as error:
+            package = SETS[style][0]
+            raise ValueError(
+                f"{emoji.name} of {package} cannot be drawn ({error}); remove the archive of "
+                f"{package}, and it is fetched again"
+            ) from None
 
 
 def colour_of(image, hue):
@@ -124,17 +138,24 @@ def all_images(emojis):
 
 
 def write_notice(folder, packages):
-    """Say in NOTICE.txt whose the drawings are, and under which licences."""
+    """Say in NOTICE.txt whose the drawings are, and under which licences, unless it is there.
+
+    Raises ValueError for packages that are damaged, or laid out in another way.
+    """
     lines = ["The drawings in this folder, and the licences that they are under:\n"]
     for package, _ in SETS.values():
         info = read_json(packages, package, "info.json")
-        licence, author = info["license"], info["author"]
-        lines.append(
-            f"{info['name']} by {author['name']} ({author['url']}), {licence['title']} "
-            f"({licence['url']}); package {package} {VERSIONS[package]}\n"
-        )
+        with as_laid_out(packages):
+            licence, author = info["license"], info["author"]
+            lines.append(
+                f"{info['name']} by {author['name']} ({author['url']}), {licence['title']} "
+                f"({licence['url']}); package {package} {VERSIONS[package]}\n"
+            )
     lines.append("They were rasterised, and some of them put in other colours.\n")
-    (folder / "NOTICE.txt").write_text("".join(lines), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / NOTICE).exists():
+        text = "".join(lines)
+        write_whole(folder / NOTICE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def build_parser():
@@ -156,10 +177,11 @@ def main(argv=None):
     with parser.refusing():
         fetch(packages)
         emojis = all_emoji(packages)
-    for part, images in all_images(emojis).items():
+        write_notice(args.output, packages)  # first, as drawing is long, and the disk may refuse
+        found = all_images(emojis)
+    for part, images in found.items():
         write_images(args.output / part, images)
         print(f"{len(images)} images in {args.output / part}", flush=True)
-    write_notice(args.output, packages)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Emoji as Unicode names and groups them, and as three sets draw them; from packages of npm."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 import json
 import io
+import re
 import shutil
 import subprocess
 import tarfile
 import zlib
 
 from PIL import Image
+
+from runtime.surroundings import is_installed
 
 SIDE = 64
 # Set → (npm's package, how large its drawings are made: Twemoji's have no margin).
@@ -40,6 +44,7 @@ GROUPS = {
     ),
     "things": ("",),  # the rest: objects, activities, clocks
 }  # fmt: skip
+CODE = re.compile(r"[0-9a-f]+(-[0-9a-f]+)*")  # it becomes part of a file's name
 SHARES = 5  # one emoji in so many is held out
 
 
@@ -64,8 +69,12 @@ class Emoji:
 def fetch(folder):
     """Have npm's client download what of the packages is not in the folder yet.
 
-    Raises ValueError if there is no npm, or if it fails.
+    Raises ValueError if there is no npm, or if it fails, or nothing to draw with.
     """
+    if not is_installed("resvg_py"):
+        raise ValueError(
+            "emoji are drawn with resvg-py, which is not installed; pip install .[emoji]"
+        )
     missing = [
         f"{name}@{version}" for name, version in VERSIONS.items()
         if not archive(folder, name).exists()
@@ -97,9 +106,27 @@ def read_json(folder, package, name):
     try:
         with tarfile.open(path) as files:
             return json.load(files.extractfile(f"package/{name}"))
-    except (tarfile.TarError, EOFError, KeyError, ValueError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, KeyError, ValueError, AttributeError, OSError,
+            zlib.error) as error:  # fmt: skip
+        if getattr(error, "errno", None):  # the disk's answer, not that of what unpacks
+            raise
         raise ValueError(
             f"{path} is damaged ({error}); remove it, and it is fetched again"
+        ) from None
+
+
+@contextmanager
+def as_laid_out(folder):
+    """Within it, a ValueError is raised if packages in the folder lack what they had when this was
+    written.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        versions = ", ".join(f"{name}@{version}" for name, version in VERSIONS.items())
+        raise ValueError(
+            f"the packages in {folder} are not laid out as {versions} are ({error!r}); remove "
+            "them, and they are fetched again"
         ) from None
 
 
@@ -125,18 +152,30 @@ def svg_of(icons, name):
 def all_emoji(folder):
     """Every Emoji that Unicode puts in a group and a set has drawn, without skin tones, in
     Unicode's order.
+
+    Raises ValueError for packages that are damaged, or laid out in another way.
     """
+    with as_laid_out(folder):
+        return [emoji for _, emoji in sorted(_numbered(folder), key=lambda pair: pair[0])]
+
+
+def _numbered(folder):
+    """Yields (its place in Unicode's order, Emoji) of each."""
     sets = {}
     for name, (package, _) in SETS.items():
         icons = read_json(folder, package, "icons.json")
         sets[name] = icons, read_json(folder, package, "chars.json")
     subgroups = read_json(folder, NAMES, "meta/groups.json")["subgroups"]
-    found = []
     for row in read_json(folder, NAMES, "en/data.json"):
         subgroup = subgroups.get(str(row.get("subgroup")))
         if subgroup is None or subgroup in ("skin-tone", "hair-style"):
             continue
         code = row["hexcode"].lower()
+        if not CODE.fullmatch(code):
+            raise ValueError(
+                f"{archive(folder, NAMES)} has an emoji with the code {code!r}, and codes are "
+                "hexadecimal; remove it, and it is fetched again"
+            )
         drawings = {}
         for name, (icons, characters) in sets.items():
             icon = characters.get(code) or characters.get(code.replace("-fe0f", ""))
@@ -145,8 +184,7 @@ def all_emoji(folder):
         if drawings:
             keywords = tuple(row.get("tags", ()))
             emoji = Emoji(code, row["label"].lower(), keywords, group_of(subgroup), drawings)
-            found.append((row["order"], emoji))
-    return [emoji for _, emoji in sorted(found, key=lambda pair: pair[0])]
+            yield row["order"], emoji
 
 
 def rasterised(svg, side):

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from checkpoints.choice import NetworkChoice
 from checkpoints.files import save_checkpoint
 from checkpoints.names import PRETRAINED, weights_file
 from checkpoints.weights import Weights, load_weights, save_weights
@@ -525,6 +526,20 @@ def offline_cache(tmp_path, monkeypatch):
     publish.save_pretrained(network(), tmp_path / "models--me--dit" / "snapshots" / revision, NAMES)
     (tmp_path / "models--me--dit" / "refs").mkdir()
     (tmp_path / "models--me--dit" / "refs" / "main").write_text(revision)
+
+
+def test_links_stay_and_are_not_written_over(tmp_path, vae):
+    (tmp_path / "disk").mkdir()
+    for name, target in {"empty": "disk", "dit": "disk/new", "one.safetensors": "no"}.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for name in ("dit", "empty"):
+        if name == "empty":
+            shutil.rmtree(tmp_path / "disk/new")
+        publish.save_pretrained(network(), tmp_path / name)
+        assert (tmp_path / name).is_symlink() and (tmp_path / name / PRETRAINED).is_file()
+    choice = NetworkChoice(tmp_path / "dit" / "..", vae=vae)
+    with pytest.raises(ValueError, match="one.safetensors exists already"):
+        publish.export_checkpoint(choice, tmp_path / "one.safetensors", "safetensors")
 
 
 def test_name_on_the_hub(offline_cache, monkeypatch, tmp_path):
