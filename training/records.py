@@ -47,7 +47,7 @@ def log_window(job: Job, meter: Meter) -> None:
     metrics = ", ".join(
         f"{name.replace('_', ' ')} {four_digits(means[name])}" for name in state.window.shown
     )
-    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
+    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} {options.samples}/s")
     state.begin_window()
 
 

@@ -87,7 +87,7 @@ def introduce(job: Job) -> None:
     reading = options.block if options.condition == LABELS else "captions"
     job.log(
         f"{options.model}, {reading}: {size:,} parameters, {len(job.dataset):,} "
-        f"images{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
+        f"{options.samples}{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
     )
     for line in (*notes_on_shapes(job), *notes_on_start(job, classes)):
         job.log(line)
