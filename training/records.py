@@ -47,7 +47,8 @@ def log_window(job: Job, meter: Meter) -> None:
     metrics = ", ".join(
         f"{name.replace('_', ' ')} {four_digits(means[name])}" for name in state.window.shown
     )
-    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} {options.samples}/s")
+    speed = f"{images:.1f} {options.samples}/s"
+    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {speed}")
     state.begin_window()
 
 

@@ -114,7 +114,8 @@ def test_what_is_said_of_given_frames_teaches_nothing():
         seen.append(out)
         return out
 
-    given_losses(FlowProcess(), asked, x, torch.full((N,), 0.5), noise, MASK)["loss"].sum().backward()
+    t = torch.full((N,), 0.5)
+    given_losses(FlowProcess(), asked, x, t, noise, MASK)["loss"].sum().backward()
     gradient = seen[0].grad.abs().amax(dim=(1, 3, 4))  # (N, F)
     assert torch.equal(gradient == 0, MASK)
 
