@@ -33,6 +33,7 @@ class CachedLatents(Dataset):
 
     notes: tuple[str, ...] = ()
     sample_hash = ""  # `hash` says it all
+    lengths: Sequence[int] | None = None
 
     def __init__(self, folder: Path | str, argument: str = "latents") -> None:
         folder = Path(folder)

@@ -103,6 +103,7 @@ class Captioned(Dataset):
         self.hash = hashlib.sha256(f"{source.hash} {texts.hash}".encode()).hexdigest()
         self.sample_hash = source.sample_hash
         self.sizes: Sequence[Size] | None = source.sizes
+        self.lengths: Sequence[int] | None = source.lengths
 
     def __len__(self) -> int:
         return len(self.source)

@@ -19,7 +19,8 @@ class BadImage(NamedTuple):
 # What a source gives for an (index, flip): pixels or moments, None if unreadable; label, or Text of
 # one caption; bad images met.
 TrainingItem = tuple[Tensor | None, int | Text, list[BadImage]]
-# (index, flip), or, where captions are chosen among, (index, flip, chance in [0, 1))
+# (index, flip), or, where captions or windows of clips are chosen among, (index, flip, chance in
+# [0, 1))
 Key = tuple[int, bool] | tuple[int, bool, float]
 
 
@@ -44,6 +45,10 @@ class Source(Protocol):
     # Height and width in pixels of each image as it is returned, for training on many sizes (and
     # then `hash` tells them, too); None if all have one size.
     sizes: Sequence[Size] | None
+    # How many frames each clip has as it is returned, for training on clips: pixels are then uint8
+    # (3, F, height, width), moments (2, C, F, h, w). Those with one are images. None if all are
+    # images, without F.
+    lengths: Sequence[int] | None
 
     def __len__(self) -> int: ...
 
