@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conditions.condition import Values
 from data.batches import Ragged, StepBatches, alike, collate, collate_ragged
-from data.buckets import BucketBatches
+from data.buckets import BucketBatches, ClipBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
 from data.options import TEXT
@@ -71,6 +71,8 @@ def batches_left(job: Job) -> StepBatches:
     )  # fmt: skip
     if options.aspect_buckets:
         return BucketBatches(job.dataset.sizes or [], *others)
+    if options.frames is not None:
+        return ClipBatches(job.dataset.lengths or [], *others)
     return StepBatches(len(job.dataset), *others)
 
 

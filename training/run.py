@@ -94,10 +94,12 @@ def introduce(job: Job) -> None:
 
 
 def notes_on_shapes(job: Job) -> Iterator[str]:
-    """Lines about images of their own shape: how many there are of which."""
+    """Lines about images of their own shape, or clips and images: how many there are of which."""
     options, sizes = job.options, job.dataset.sizes or []
     if options.aspect_buckets:
         yield from buckets.told(sizes, options.global_batch_size)
+    if options.frames is not None:
+        yield from buckets.told_clips(job.dataset.lengths or [], options.global_batch_size)
     if options.pack is not None:
         yield packed.told(sizes, job.space.shape.ratio * options.patch_size, options.pack)
 
