@@ -34,7 +34,8 @@ class ClipDataset(Dataset):
         hashes: tuple[str, str] = ("", ""),
     ) -> None:  # fmt: skip
         self.listing, self.windows, self.image_size = listing, windows, image_size
-        self.skip_bad, self.lengths = skip_bad, windows.lengths
+        self.skip_bad = skip_bad
+        self.lengths: Sequence[int] | None = windows.lengths
         self.classes, self.notes = listing.classes, (*listing.notes, *windows.notes)
         self.hash, self.sample_hash = hashes
 
@@ -47,7 +48,7 @@ class ClipDataset(Dataset):
         bad: list[BadImage] = []
         for i in range(min(len(self), MOST_UNREADABLE)):
             at = (index + i) % len(self)
-            if self.lengths[at] != self.lengths[index]:
+            if self.windows.lengths[at] != self.windows.lengths[index]:
                 continue
             try:
                 return self._read(at, flip, chance), self.listing.labels[at], bad

@@ -1,7 +1,7 @@
 """What training asks of a source of images or latents, whatever keeps them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -25,7 +25,8 @@ Key = tuple[int, bool] | tuple[int, bool, float]
 
 
 class Source(Protocol):
-    """What training learns from: it has a length, and a TrainingItem for each (index, flip).
+    """What training learns from: it has a length, and a TrainingItem for each (index, flip), or of
+    clips for each (index, flip, chance), whose chance says where a window of frames begins.
 
     Pixels are uint8 (3, height, width). Moments are (2, C, h, w): mean and standard deviation of
     latents. All have one size, unless there are `sizes`. The source crops and mirrors, and refuses
@@ -52,4 +53,4 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: tuple[int, bool]) -> TrainingItem: ...
+    def __getitem__(self, key: Any) -> TrainingItem: ...
