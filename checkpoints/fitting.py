@@ -229,9 +229,10 @@ def adapt(
     frames or of other classes; those of a DiT also to fit a VideoDiT that goes on from it.
 
     The network is then trained further. Tables of positions are the network's own, functions of
-    the size. Outputs for a variance are dropped if the network has none. labels: "keep" the label table, for as many classes; "drop" it and keep the network's own, but for the null
-    class; or {index: index in the Weights} of those to take over. Raises ValueError if anything
-    else does not fit.
+    the size. Outputs for a variance are dropped if the network has none. labels: "keep" the label
+    table, for as many classes; "drop" it and keep the network's own, but for the null class; or
+    {index: index in the Weights} of those to take over. Raises ValueError if anything else does not
+    fit.
     """
     config = weights.config and with_process(weights.config, None, weights.text)
     kind = class_in_file(weights.tensors, config)

@@ -176,8 +176,7 @@ def load_data(options: TrainOptions, accelerator: Accelerator) -> tuple[Source, 
 
     Raises ValueError if data_path or latents do not fit the options.
     """
-    names = {field.name for field in fields(DataOptions)} & vars(options).keys()
-    chosen = {name: getattr(options, name) for name in names}
+    chosen = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
     source = open_source(DataOptions(**chosen), partial(once, accelerator))
     if options.sizes != SQUARE and source.sizes is None:
         flag = "aspect_buckets" if options.aspect_buckets else "pack"
