@@ -11,7 +11,6 @@ from checkpoints.outline import class_of, learns_sigma
 from checkpoints.weights import Weights, load_weights
 from conftest import SMALL, fill_randomly, randn, small_dit
 from layers.clips import frames_of
-from models import DiT
 from variants.video import TextVideo, VideoDiT
 
 F, CLASSES = 3, 10
@@ -132,3 +131,67 @@ def test_outputs_for_a_variance_are_dropped_of_patches_of_several_frames():
     wanted = old(x, t, y)[:, :4]
     torch.testing.assert_close(new.eval()(x, t, y), wanted, rtol=1e-12, atol=1e-12)
     assert without_sigma(new.state_dict(), 2, 4, 2).keys() == new.state_dict().keys()
+
+
+# ---- Latte's, by names and shapes ----
+
+
+def small_latte(**changes):
+    """A Latte-Ti/2 of random weights, for evaluation."""
+    sizes = {"input_size": 8, "frames": F, "num_classes": CLASSES, **changes}
+    return fill_randomly(MODELS["Latte-Ti/2"](**sizes)).eval()
+
+
+def as_file(network, path, kind):
+    """A file with the network's tensors and no configuration."""
+    tensors = network.state_dict()
+    wrapped = {f"module.{name}": value for name, value in tensors.items()}
+    other = {name: value + 1 for name, value in wrapped.items()}
+    both = {"ema": wrapped, "model": other}
+    torch.save({"bare": tensors, "wrapped": wrapped, "both": both}[kind], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bare", "wrapped", "both"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_classes": 0}, {"learn_sigma": False, "frames": 5, "input_size": [4, 8]}]
+)
+def test_a_latte_is_loaded_without_configuration(tmp_path, vae, kind, changes):
+    latte = small_latte(**changes)
+    path = as_file(latte, tmp_path / "latte.pt", kind)
+    found = build_network(NetworkChoice(ckpt=path), load_weights(path), vae)
+    assert found.config == latte.config
+    height, width = (8, 8) if latte.input_size == 8 else latte.input_size
+    x, t = randn(2, 4, 7, height, width).float(), torch.tensor([3.0, 700.0])
+    y = torch.tensor([1, CLASSES]) if latte.num_classes else None
+    assert torch.equal(found(x, t, y), latte(x, t, y))
+
+
+def test_a_latte_of_no_known_size_or_another_model_is_refused(tmp_path, vae):
+    path = as_file(small_latte(), tmp_path / "latte.pt", "bare")
+    weights = load_weights(path)
+    for model, message in {
+        "DiT-S/2": "`model` is DiT-S/2, but .* is of a Latte; leave the argument out, or give one",
+        "VideoDiT-S/2": "is of a Latte", "Latte-Ti/4": "is of another configuration",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            build_network(NetworkChoice(ckpt=path, model=model), weights, vae)
+    with pytest.raises(ValueError, match="is of another configuration: y_embedder"):
+        build_network(NetworkChoice(ckpt=path, num_classes=4), weights, vae)
+    fewer = {k: v for k, v in weights.tensors.items() if not k.startswith("blocks.5.")}
+    with pytest.raises(ValueError, match="is of a Latte with 5 blocks and x_embedder.proj.weight"):
+        build_network(NetworkChoice(ckpt=path), weights._replace(tensors=fewer), vae)
+
+
+def test_other_networks_of_clips_are_refused_without_configuration(tmp_path, vae):
+    twice = fill_randomly(MODELS["VideoDiT-Ti/2"](input_size=8, frames=F, num_classes=CLASSES))
+    weights = weights_of(twice, config=False)
+    assert class_of(weights.tensors) == "DiT"
+    for model, message in {
+        "DiT-Ti/2": "a has 12 blocks, twice as many as `model` DiT-Ti/2: it may be of a VideoDiT",
+        "VideoDiT-Ti/2": "a is of a DiT, or of clips without its configuration; leave the argument",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            choice = NetworkChoice(ckpt="a", model=model, num_classes=CLASSES)
+            build_network(choice, weights, vae)
+    assert build_network(NetworkChoice(ckpt="a"), weights_of(twice), vae).config == twice.config
