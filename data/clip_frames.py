@@ -36,9 +36,10 @@ class ClipPlan(NamedTuple):
 
     def entries(self, options: CacheOptions) -> dict:
         """What a plan says more, or otherwise, of clips."""
+        rate = options.frame_rate
         return {
             "clips": len(self.rows), "clips_crc32": zlib.crc32(self.rows.tobytes()),
-            "frame_rate": options.frame_rate,
+            "frame_rate": None if rate is None else float(rate),
             "files_sha256": self.listing.hash(options.data_path),
         }  # fmt: skip
 

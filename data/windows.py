@@ -97,8 +97,14 @@ def check_rates(counts: Sequence[int], rates: Sequence[float | None]) -> None:
 
 
 def step_of(rate: float | None, frame_rate: float | None) -> float:
-    """How many of its frames a clip goes on while one is shown at frame_rate."""
-    return 1.0 if rate is None or frame_rate is None else rate / frame_rate
+    """How many of its frames a clip goes on while one is shown at frame_rate; 1 where a rate is
+    unknown, or both are about the same.
+    """
+    if rate is None or frame_rate is None or max(rate, frame_rate) <= SAME_RATE * min(
+        rate, frame_rate
+    ):
+        return 1.0
+    return rate / frame_rate
 
 
 def resampled(count: int, step: float) -> int:

@@ -26,6 +26,7 @@ CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 GIF_RATE = 50  # frames per second at most: browsers show what is meant to be faster slowly
 GIF_COLOURS = 256
+GIF_ROUNDING = 5.001  # milliseconds
 AT_ONCE = 16  # clips that are looked at: a disk on a network answers after a while
 UNTIMED = 100  # milliseconds of a GIF's frame that says none, as browsers have it
 # How good an H.264 and an MPEG-4 file is: 0 is without loss, and 2 the best there is
@@ -236,12 +237,16 @@ def _count(image):
 
 
 def _gif_rate(image, count):
-    """Frames per second of a GIF, on the average."""
+    """Frames per second of a GIF, on the average: the whole number that fits its times, which are
+    rounded to hundredths of a second, if one does.
+    """
     milliseconds = 0.0
     for number in range(count):
         image.seek(number)
         milliseconds += image.info.get("duration") or UNTIMED
-    return count * 1000 / milliseconds
+    rate = count * 1000 / milliseconds
+    whole = max(1, round(rate))
+    return float(whole) if abs(count * 1000 / whole - milliseconds) <= GIF_ROUNDING else rate
 
 
 def _walk_images(path):
