@@ -69,8 +69,8 @@ class LatentShape(NamedTuple):
         return self.channels, self.side(height), self.side(width)
 
     def image(self, latent: tuple[int, ...]) -> tuple[int, ...]:
-        """Height and width in pixels of the image of a latent (C, h, w), or of the frames of a clip of
-        latents (C, F, h, w).
+        """Height and width in pixels of the image of a latent (C, h, w), or of the frames of a clip
+        (C, F, h, w).
         """
         return tuple(size * self.ratio for size in latent[-2:])
 

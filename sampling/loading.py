@@ -84,7 +84,8 @@ def build_sampler(
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
         process=process, solver_options=own,
-        latent_shape=asked_latent(choice, network, files.vae, options.frames), reader=reader_for(network, choice.text_encoder), **plain,
+        latent_shape=asked_latent(choice, network, files.vae, options.frames),
+        reader=reader_for(network, choice.text_encoder), **plain,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
@@ -111,8 +112,8 @@ def extrapolate(network: Network, extrapolation: str | None) -> None:
 def asked_latent(
     choice: NetworkChoice, network: Network, vae: str, frames: int | None = None
 ) -> tuple[int, ...] | None:
-    """The shape (C, H, W) of the latents of images of the size that is asked for, or (C, F, H, W) of
-    clips of the size and of so many frames; None where neither is asked for.
+    """The shape (C, H, W) of the latents of images of the size that is asked for, or (C, F, H, W)
+    of clips of that size and of so many frames; None where neither is asked for.
 
     Raises ValueError if the network's patches do not fill it, or these are too many, and for frames
     of a network that makes images.

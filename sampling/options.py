@@ -44,8 +44,8 @@ class SamplingOptions:
     network was trained on; None for what the network says.
     negative_prompt: of a network that reads text, what samples are guided away from; None for the
     empty prompt.
-    frames: of a network that makes clips, how many frames they have; None for as many as the network
-    was trained on.
+    frames: of a network that makes clips, how many frames they have; None for as many as it was
+    trained on.
 
     The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
     solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
