@@ -9,7 +9,8 @@ Images go to SAMPLE_DIR/NAME/NNNNNN.png and then to SAMPLE_DIR/NAME.npz (uint8 `
 3)), where NAME tells checkpoint, guidance, steps, sampler, seed and number, and ends in a hash of
 these and all else that decides the content (interval, precision, VAE, size …); NAME/manifest.json
 lists it. The same command goes on where it stopped. A network that reads text takes --prompts; the
-prompt of each image is a line of NAME/captions.txt and of NAME.captions.txt.
+prompt of each image is a line of NAME/captions.txt and of NAME.captions.txt. Of a network of clips
+a PNG file has the frames of a clip, side by side, and `arr_0` is (N, F, H, W, 3).
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt

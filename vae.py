@@ -69,8 +69,10 @@ class LatentShape(NamedTuple):
         return self.channels, self.side(height), self.side(width)
 
     def image(self, latent: tuple[int, ...]) -> tuple[int, ...]:
-        """Height and width in pixels of the image of a latent (C, h, w)."""
-        return tuple(size * self.ratio for size in latent[1:])
+        """Height and width in pixels of the image of a latent (C, h, w), or of the frames of a clip
+        (C, F, h, w).
+        """
+        return tuple(size * self.ratio for size in latent[-2:])
 
 
 PIXELS = LatentShape(channels=3, ratio=1)  # diffusion in pixel space: no autoencoder

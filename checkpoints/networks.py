@@ -71,6 +71,11 @@ def makes_clips(network: Network | type[Network]) -> bool:
     return issubclass(kind, SpaceTime)
 
 
+def patch_frames(network: Network) -> int | None:
+    """How many frames a patch has, of a network that makes clips; None of another."""
+    return network.patch_frames if isinstance(network, SpaceTime) else None
+
+
 def said_of(network: Network) -> list[dict[str, Any]] | None:
     """What a checkpoint says of the encoders that read captions for a network; None for none."""
     return network.text if isinstance(network, TextNetwork) else None

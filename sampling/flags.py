@@ -140,6 +140,11 @@ def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
         "every run, so for many images rather than one picture; results differ by float rounding",
     )
     add_size_flags(process)
+    process.add_argument(
+        "--frames", type=int,
+        help="of a network that makes clips: how many frames they have (default: as many as the "
+        "network was trained on)",
+    )  # fmt: skip
     add_flow_flags(parser.add_argument_group("process: flow, whose t goes from 0, noise, to 1"))
 
 
@@ -157,7 +162,7 @@ def add_guidance_flags(process: _ArgumentGroup, cfg_scale: float) -> None:
     process.add_argument(
         "--cfg-channels", type=_channels, default=CFG_CHANNELS,
         help="latent channels to guide, or all (default: %(default)s; of a network that reads text "
-        f"{CFG_CHANNELS_OF_TEXT})",
+        f"or makes clips {CFG_CHANNELS_OF_TEXT})",
     )  # fmt: skip
     process.add_argument(
         "--cfg-interval",

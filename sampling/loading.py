@@ -10,7 +10,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned,
 )  # fmt: skip
-from checkpoints.networks import Network, reads_text
+from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
 from checkpoints.weights import load_weights
 from conditions.reading import reader_for
 from layers.sizes import MOST_IN_TABLE
@@ -24,7 +24,8 @@ from vae import PixelSpace, latent_shape, load_vae
 VAE = "mse"  # for pictures, where nobody names the autoencoder
 QUICK = "dpm++"  # for pictures to look at, where nobody names a solver and the process has this one
 NOT_BY_NAME = {"ckpt", "vae", "num_sampling_steps"}  # fields with parameters of their own
-OF_NETWORK = ("compile", "extrapolation")  # options that change the network, and not the Sampler
+# Options that the Sampler does not have: what they say is done to the network, or to latent_shape
+OF_NETWORK = ("compile", "extrapolation", "frames")
 
 
 def load_sampler(
@@ -76,13 +77,14 @@ def build_sampler(
     network = build_network(choice, weights, files.vae).to(device)
     process = process_learned(choice, weights, network)
     usual = QUICK if quick and QUICK in process.solvers else None
-    values = options.settled(process, usual, reads_text(network))
+    values = options.settled(process, usual, reads_text(network), makes_clips(network))
     own, compiled = solver_options(values), values["compile"]
     plain = {name: value for name, value in values.items() if name not in (*OWN, *OF_NETWORK)}
     extrapolate(network, options.extrapolation)
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
-        process=process, solver_options=own, latent_shape=asked_latent(choice, network, files.vae),
+        process=process, solver_options=own,
+        latent_shape=asked_latent(choice, network, files.vae, options.frames),
         reader=reader_for(network, choice.text_encoder), **plain,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
@@ -107,20 +109,49 @@ def extrapolate(network: Network, extrapolation: str | None) -> None:
     network.extrapolation = extrapolation or network.extrapolation
 
 
-def asked_latent(choice: NetworkChoice, network: Network, vae: str) -> tuple[int, ...] | None:
-    """The shape (C, H, W) of the latents of images of the size that is asked for; None for none.
+def asked_latent(
+    choice: NetworkChoice, network: Network, vae: str, frames: int | None = None
+) -> tuple[int, ...] | None:
+    """The shape (C, H, W) of the latents of images of the size that is asked for, or (C, F, H, W)
+    of clips of that size and of so many frames; None where neither is asked for.
 
-    Raises ValueError if the network's patches do not fill it, or these are too many.
+    Raises ValueError if the network's patches do not fill it, or these are too many, and for frames
+    of a network that makes images.
     """
-    if choice.image_size is None:
+    check_frames(frames, network)
+    if choice.image_size is None and frames is None:
         return None
-    shape = latent_shape(vae)
-    height, width = sides(shape.size(choice.image_size, network.patch_size))
+    (channels, *count, height, width), named = network.latent_shape, f"`frames` {frames}"
+    if frames is not None:
+        count = [frames]
+    if choice.image_size is not None:
+        shape, named = latent_shape(vae), f"`image_size` {written(choice.image_size)}"
+        channels = shape.channels
+        height, width = sides(shape.size(choice.image_size, network.patch_size))
     tokens = height * width // network.patch_size**2
+    if tube := patch_frames(network):
+        tokens *= count[0] // tube
     most = MOST_IN_TABLE // network.config["hidden_size"]
     if tokens > most:
         raise ValueError(
-            f"`image_size` {written(choice.image_size)} makes {tokens:,} tokens, and a network of "
-            f"this width takes {most:,}; lower it"
+            f"{named} makes {tokens:,} tokens, and a network of this width takes {most:,}; lower it"
         )
-    return shape.channels, height, width
+    return channels, *count, height, width
+
+
+def check_frames(frames: int | None, network: Network) -> None:
+    """Raise ValueError unless a network draws clips of so many frames; None is always right."""
+    if frames is None:
+        return
+    tube = patch_frames(network)
+    if tube is None:
+        raise ValueError(
+            f"`frames` is {frames}, and the network makes images; leave the argument out"
+        )
+    if frames % tube:
+        below = frames // tube * tube
+        near = f"{below} or {below + tube}" if below else tube
+        raise ValueError(
+            f"`frames` {frames} is not a multiple of {tube}, the frames of a patch of the network; "
+            f"use {near}"
+        )

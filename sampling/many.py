@@ -67,7 +67,8 @@ def sample_many(
 ) -> Path:  # fmt: skip
     """Sample many images, as sample_ddp.py does: PNG files in a folder, then an .npz beside it.
     The path of the .npz (uint8 `arr_0`, (N, H, W, 3)) comes back. Of prompts, both have a file with
-    a line for each image beside them: captions.txt in the folder, NAME.captions.txt.
+    a line for each image beside them: captions.txt in the folder, NAME.captions.txt. Of a network
+    that makes clips, a PNG file has a clip's frames side by side, and `arr_0` is (N, F, H, W, 3).
 
     A call with the same arguments goes on where an earlier one stopped. Under torchrun each process
     makes its share; the first one waits for the others and writes the .npz. device: None for the
@@ -135,7 +136,7 @@ def make_all(job: ManyJob) -> Path:
             sample_share(job)
         if job.place.rank == 0:
             wait_for_all(folder, count, presence, job.options.per_proc_batch_size)
-            pack(folder, count, afresh=missing > 0)
+            pack(folder, count, afresh=missing > 0, frames=job.sampler.frames)
             seconds = round(time.monotonic() - began, 1)
             write_manifest(folder, job.manifest, job.run | {"seconds": seconds})
             print(f"{count} images in {folder} and {folder}.npz")
@@ -309,7 +310,8 @@ class Finisher:
             images = self.sampler.decode(latents) if self.stream else latents
             pixels = images.cpu().numpy()
         for i in missing:
-            image = Image.fromarray(pixels[i - indices.start])
+            found = pixels[i - indices.start]
+            image = Image.fromarray(side_by_side(found) if self.sampler.makes_clips else found)
             write_locked(image_path(self.folder, i), partial(image.save, format="PNG"))
 
 
@@ -327,8 +329,9 @@ def wait_for_all(folder: Path, count: int, presence: Presence, size: int) -> Non
         time.sleep(POLL_SECONDS)
 
 
-def pack(folder: Path, count: int, afresh: bool) -> None:
-    """Write the images, one at a time, to FOLDER.npz as ADM's evaluation suite reads them.
+def pack(folder: Path, count: int, afresh: bool, frames: int | None = None) -> None:
+    """Write the images, one at a time, to FOLDER.npz as ADM's evaluation suite reads them; of
+    clips, so many frames of each.
 
     One that is there already and whole is left alone, unless it is to be written afresh. Raises
     ValueError for a damaged image.
@@ -336,15 +339,16 @@ def pack(folder: Path, count: int, afresh: bool) -> None:
     target = npz_of(folder)
     remove_leftovers(folder)
     remove_leftovers(folder.parent, glob.escape(target.name))
-    height, width, _ = shape = read_image(image_path(folder, 0)).shape
+    shape = read_image(image_path(folder, 0)).shape
+    sample = shape if frames is None else (frames, shape[0], shape[1] // frames, 3)
     if not afresh:
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-            if open_array(target, "arr_0").shape == (count, *shape):
+            if open_array(target, "arr_0").shape == (count, *sample):
                 return
-    array = (
-        (count, height, width, 3), np.uint8,
-        (read_image(image_path(folder, i), shape) for i in range(count)),
-    )  # fmt: skip
+    images = (read_image(image_path(folder, i), shape) for i in range(count))
+    if frames is not None:
+        images = (apart(image, frames) for image in images)
+    array = ((count, *sample), np.uint8, images)
 
     def write(file):
         write_npz(file, {"arr_0": array})
@@ -352,6 +356,16 @@ def pack(folder: Path, count: int, afresh: bool) -> None:
         os.fsync(file.fileno())
 
     write_locked(target, write)
+
+
+def side_by_side(clip: np.ndarray) -> np.ndarray:
+    """The frames of a clip (F, H, W, 3) as an image (H, F·W, 3)."""
+    return np.concatenate(clip, axis=1)  # (H, F·W, 3)
+
+
+def apart(image: np.ndarray, frames: int) -> np.ndarray:
+    """The clip (F, H, W, 3) of so many frames in an image (H, F·W, 3): side_by_side backwards."""
+    return np.stack(np.split(image, frames, axis=1))  # (F, H, W, 3)
 
 
 def read_image(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:

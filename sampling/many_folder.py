@@ -39,7 +39,7 @@ INCIDENTAL = ("device", "sample_dir", "ckpt", "text_encoder")
 # Options that earlier versions lacked, at what these did: folders keep the names that they had
 NEWER = {
     "cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None,
-    "prompts": None, "negative_prompt": None,
+    "prompts": None, "negative_prompt": None, "frames": None,
 }  # fmt: skip
 POLICIES = ("random", "balanced")  # of labels; anything else is a file
 
@@ -50,12 +50,17 @@ def recorded_options(
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json has under "options": every option of the job, by the name and in the order
     of sample_ddp.py's flags; of those that some solvers have, the solver's. The device is the one
-    that is asked for. The image size is None where the network was trained on it.
+    that is asked for. Image size and frames are None where the network was trained on them.
     """
-    sampling = options.settled(sampler.process, text=sampler.reads_text)
+    sampling = options.settled(
+        sampler.process, text=sampler.reads_text, clips=sampler.makes_clips
+    )
     own = {name: sampling.pop(name) for name in OWN if name in sampling}
-    last = {name: sampling.pop(name) for name in ("compile", "extrapolation")}
-    other_size = sampler.latent != sampler.network.latent_shape
+    last = {name: sampling.pop(name) for name in ("compile", "extrapolation", "frames")}
+    trained = sampler.network.latent_shape
+    other_size = sampler.latent[-2:] != trained[-2:]
+    if sampler.latent[:-2] == trained[:-2]:
+        last["frames"] = None
     network = {
         "ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae,
         "image_size": sampler.image_size if other_size else None, "device": device,
@@ -157,7 +162,7 @@ def _note_differences(earlier, run):
 
 
 def image_path(folder: Path, i: int) -> Path:
-    """The file of image i."""
+    """The file of image i, or of clip i: its frames, side by side."""
     return folder / f"{i:06d}.png"
 
 

@@ -14,7 +14,7 @@ from processes.process import Process
 from processes.table import KINDS, SOLVERS
 from runtime.limits import RANGES, check_numbers, short
 from sampling.sampler import (
-    CFG_CHANNELS, CFG_CHANNELS_OF_TEXT, check_negative, check_options, check_sampler, check_steps,
+    check_negative, check_options, check_sampler, check_steps, usual_channels,
 )  # fmt: skip
 from sampling.speed import PRECISIONS
 
@@ -37,13 +37,15 @@ class SamplingOptions:
     how many steps it takes, None for its own number.
     eta: the noise that ddim adds, from 0, none, to 1, as much as ddpm.
     cfg_scale: guidance, 1 for none; cfg_channels: how many latent channels it is for, or "all"
-    (None: 3, of a network that reads text all);
+    (None: 3, of a network that reads text or makes clips all);
     cfg_interval: the shares of the noise levels, from 0 (clean) to 1, between which it applies.
     mixed_precision: a key of PRECISIONS, the network's; compile: whether to compile the network.
     extrapolation: a key of EXTRAPOLATIONS, where tokens are in images of another size than the
     network was trained on; None for what the network says.
     negative_prompt: of a network that reads text, what samples are guided away from; None for the
     empty prompt.
+    frames: of a network that makes clips, how many frames they have; None for as many as it was
+    trained on.
 
     The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
     solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
@@ -76,6 +78,7 @@ class SamplingOptions:
     rtol: float | None = None
     extrapolation: str | None = None
     negative_prompt: str | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         # One type for each option: sample_many names folders after the options
@@ -97,14 +100,14 @@ class SamplingOptions:
             _check_steps(self)
 
     def settled(
-        self, process: Process, usual: str | None = None, text: bool = False
+        self, process: Process, usual: str | None = None, text: bool = False, clips: bool = False
     ) -> dict[str, Any]:
         """{name: value} of every option for a network of a process: with the solver, the number of
         steps that are taken, the channels that are guided, and those of OWN that the solver has.
 
         usual: the solver where none is given; None is that of the process. text: whether the
-        network reads text. Raises ValueError for a
-        solver that the process does not have, and for options that the solver does not have.
+        network reads text; clips: whether it makes clips. Raises ValueError for a solver that the
+        process does not have, and for options that the solver does not have.
         """
         sampler = self.sampler or usual or process.usual
         check_sampler(sampler, process)
@@ -117,7 +120,7 @@ class SamplingOptions:
         defaults = {name: value for name, value in solver.options.items() if name in OWN}
         values = {name: value for name, value in asdict(self).items() if name not in OWN}
         if self.cfg_channels is None:
-            values["cfg_channels"] = CFG_CHANNELS_OF_TEXT if text else CFG_CHANNELS
+            values["cfg_channels"] = usual_channels(text, clips)
         return values | {"sampler": sampler, "num_sampling_steps": steps} | defaults | given
 
 

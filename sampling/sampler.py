@@ -1,7 +1,8 @@
-"""Labels or prompts → images: network and VAE, guidance, the solver, each image's own randomness.
+"""Labels or prompts → images or clips: network and VAE, guidance, the solver, each sample's own
+randomness.
 
 Shapes: labels (N,), or a Text of N prompts for a network that reads text; noise and latents
-(N, C, *space), images uint8 (N, H, W, 3).
+(N, C, *space), images uint8 (N, H, W, 3), clips uint8 (N, F, H, W, 3).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.networks import Network, reads_text
+from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
 from conditions.condition import Condition, Values, condition_of
+from conditions.given import Given, check_given
 from conditions.reading import beginning, check_text, checked_prompts, cut_notes, reader_for
 from conditions.text import Reader
 from diffusion.gaussian_diffusion import TensorMap, as_taken
+from layers.clips import frames_of
 from layers.positions import check_grid
-from layers.sizes import grid_of
+from layers.sizes import box_of, grid_of
 from layers.text import Text
 from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
@@ -30,7 +33,8 @@ from runtime.image_size import ImageSize, settled
 from sampling.speed import PRECISIONS
 from vae import Space, to_uint8
 
-# Latent channels that are guided where nobody says it: DiT's convention, which text does not have
+# Latent channels that are guided where nobody says it: DiT's convention, which networks of text and
+# of clips do not have
 CFG_CHANNELS, CFG_CHANNELS_OF_TEXT = 3, "all"
 
 
@@ -43,8 +47,11 @@ class Sampler:
     Gaussian one unless told otherwise; `solver_options` are options of that solver beside eta, as
     the process has them, its defaults in place of those that are left out. Guidance is applied at
     noise levels, 0 clean and 1 noise, inside cfg_interval (Kynkäänniemi et al. 2024). latent_shape,
-    (C, H, W), is that of the latents to sample; None is what the network was trained on.
-    cfg_channels: None is CFG_CHANNELS, of a network that reads text all.
+    (C, H, W), of clips (C, F, H, W), is that of the latents to sample; None is what the network was
+    trained on. cfg_channels: None is CFG_CHANNELS, of a network that reads text or makes clips all.
+
+    Of a network that makes clips, some frames may be `given` to what draws them: of one clip for
+    all samples, or of N clips (conditions.given). They are in the samples as they were given.
 
     Of a network that reads text, `reader` reads the prompts: the network's own unless told
     otherwise. Guidance is against what it makes of negative_prompt; None is the empty prompt.
@@ -84,7 +91,7 @@ class Sampler:
             check_latent(self.latent_shape, self.network)
         self.condition = self._condition()
         if self.cfg_channels is None:
-            self.cfg_channels = CFG_CHANNELS_OF_TEXT if self.reads_text else CFG_CHANNELS
+            self.cfg_channels = usual_channels(self.reads_text, self.makes_clips)
         if self.cfg_scale != 1 and not self.condition.has_null:
             raise ValueError(
                 f"`cfg_scale` {self.cfg_scale}: the network has no null class to guide against; "
@@ -125,6 +132,16 @@ class Sampler:
         return reads_text(self.network)
 
     @property
+    def makes_clips(self) -> bool:
+        """Whether its samples are clips, and not images."""
+        return makes_clips(self.network)
+
+    @property
+    def frames(self) -> int | None:
+        """How many frames its samples have; None where they are images."""
+        return self.latent[1] if self.makes_clips else None
+
+    @property
     def options(self) -> dict[str, Any]:
         """The solver's options: eta, where it has that, and solver_options."""
         known = self.process.solvers[self.sampler].options
@@ -133,7 +150,7 @@ class Sampler:
 
     @property
     def image_size(self) -> ImageSize:
-        """The size of the images in pixels, a number or (height, width)."""
+        """The size of the images, or of the frames, in pixels, a number or (height, width)."""
         return settled(self.space.shape.image(self.latent))
 
     def steps(self) -> list[int] | list[float]:
@@ -188,9 +205,10 @@ class Sampler:
         negative = [] if self.negative_prompt is None else [self.negative_prompt]
         return cut_notes(self.reader, [*asked, *negative])
 
-    def predictor(self, labels: Values) -> StepNetwork:
+    def predictor(self, labels: Values, given: Given | None = None) -> StepNetwork:
         """predict(x, t, step) → what the network makes of x (N, C, *space) at t (N,), guided if the
-        step with this index, a Python number, is inside the interval.
+        step with this index, a Python number, is inside the interval. It is asked with the given
+        frames in their places, if there are any.
 
         The index says so, and not t: to look at t would make the CPU wait for a GPU.
         """
@@ -201,7 +219,7 @@ class Sampler:
 
         def predict(x, t, step):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-                given, x = x, as_taken(self.network, x)
+                before, x = x, as_taken(self.network, x)
                 if guided[step]:
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
                     out = self.network.forward_with_cfg(
@@ -209,44 +227,54 @@ class Sampler:
                     )[: len(x)]
                 else:
                     out = self.network(x, t, **plain)
-            return out.to(given.dtype)
+            return out.to(before.dtype)
 
-        return predict
+        return predict if given is None else given.asked(predict)
 
     def trajectory(
         self, labels: Values, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
-        progress: bool = False,
+        progress: bool = False, given: Given | None = None,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Yields for each of `steps` a dict: `t`, the step; `sample`, the latents (N, C, *space)
-        after it; `pred_xstart`, the clean ones that it predicted.
+        after it; `pred_xstart`, the clean ones that it predicted. In both are the given frames.
 
         Arguments as for `latents`.
         """
+        if given is not None:
+            check_given(given, tuple(noise.shape), patch_frames(self.network))
+            given = given.on(noise.device)
+            noise = given.held(noise)
 
         # Other implementations draw for the doubled batch, and only its first half counts
         def doubled(x):
             return noise_fn(torch.cat([x, x]))[: len(x)]
 
-        yield from self.process.trajectory(
-            self.predictor(labels), noise, self.sampler, self.num_sampling_steps, **self.options,
-            noise_fn=noise_fn if self.cfg_scale == 1 else doubled, clip=self.space.clip_denoised,
-            progress=progress, breaks=self.breaks(),
+        way = self.process.trajectory(
+            self.predictor(labels, given), noise, self.sampler, self.num_sampling_steps,
+            **self.options, noise_fn=noise_fn if self.cfg_scale == 1 else doubled,
+            clip=self.space.clip_denoised, progress=progress, breaks=self.breaks(),
         )  # fmt: skip
+        for out in way:
+            yield out if given is None else out | {
+                name: given.held(out[name]) for name in ("sample", "pred_xstart")
+            }
 
     def latents(
         self, labels: Values, noise: Tensor, noise_fn: TensorMap = torch.randn_like,
-        progress: bool = False,
+        progress: bool = False, given: Given | None = None,
     ) -> Tensor:  # fmt: skip
         """Latents (N, C, *space) for labels (N,), or a Text, from noise of their shape.
 
         With guidance, noise_fn draws for a doubled batch. Solvers such as dpm++, unipc and heun
-        draw nothing.
+        draw nothing. Raises ValueError for given frames that do not fit.
         """
-        for out in self.trajectory(labels, noise, noise_fn, progress):
+        for out in self.trajectory(labels, noise, noise_fn, progress, given):
             last = out["sample"]
         return last
 
-    def numbered_latents(self, seed: int, indices: Sequence[int], labels: Values) -> Tensor:
+    def numbered_latents(
+        self, seed: int, indices: Sequence[int], labels: Values, given: Given | None = None
+    ) -> Tensor:
         """Latents (N, C, *space) of the images with these indices; labels as `conditions` gives
         them.
 
@@ -254,43 +282,50 @@ class Sampler:
         """
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
-        return self.latents(labels, noise, noise_fn)
+        return self.latents(labels, noise, noise_fn, given=given)
 
     def seeded_trajectory(
-        self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0, progress: bool = False
-    ) -> Iterator[dict[str, Any]]:
+        self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0, progress: bool = False,
+        given: Given | None = None,
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """The trajectory for labels (N,), or N prompts, from torch's generator, which is seeded
         just before the first draw; on the network's device.
 
-        Raises ValueError as `conditions`.
+        Raises ValueError as `conditions` and `latents`.
         """
         values = self.conditions(labels)
         torch.manual_seed(seed)
         noise = torch.randn(len(values), *self.latent, device=values.device)  # (N, C, *space)
-        yield from self.trajectory(values, noise, progress=progress)
+        yield from self.trajectory(values, noise, progress=progress, given=given)
 
     def images(
-        self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0
-    ) -> np.ndarray:
+        self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0,
+        given: Given | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Images for labels (N,), or of a network that reads text for N prompts, a uint8 array
-        (N, H, W, 3): those that sample.py draws. A prompt that is too long is cut, with a note.
+        (N, H, W, 3): those that sample.py draws; of a network that makes clips clips,
+        (N, F, H, W, 3). A prompt that is too long is cut, with a note.
 
-        Raises ValueError as `conditions`, for none at all, and if the images are not finite.
+        Raises ValueError as `conditions` and `latents`, for none at all, and if the images are not
+        finite.
         """
         if not len(labels):
             raise ValueError("`labels` is empty; give a label or a prompt for each image")
         values = self.conditions(labels)
         for note in self.notes(labels):
             print(f"note: {note}", file=sys.stderr)
-        for out in self.seeded_trajectory(values, seed):
+        for out in self.seeded_trajectory(values, seed, given=given):
             last = out["sample"]
         return self.decode(last).cpu().numpy()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images uint8 (N, H, W, 3) of latents (N, C, *space), on their device.
+        """Images uint8 (N, H, W, 3) of latents (N, C, H, W), or clips uint8 (N, F, H, W, 3) of
+        latents (N, C, F, H, W), on their device. A clip is decoded at a time.
 
         Raises ValueError if they are not finite.
         """
+        if latents.dim() > 4:
+            return torch.stack([self.decode(frames_of(clip)) for clip in latents.split(1)])
         images = self.space.decode(latents)
         if not images.isfinite().all():
             raise ValueError(
@@ -302,10 +337,23 @@ class Sampler:
 
 
 def check_latent(latent: tuple[int, ...], network: Network) -> None:
-    """Raise ValueError unless a network has positions for latents of a shape (C, H, W)."""
-    grid = grid_of((1, *latent), network.in_channels, network.patch_size)
+    """Raise ValueError unless a network has positions for latents of a shape (C, H, W), of clips
+    (C, F, H, W).
+    """
+    shape, channels, patch_size = (1, *latent), network.in_channels, network.patch_size
+    if tube := patch_frames(network):
+        grid = box_of(shape, channels, patch_size, tube)[1:]
+    else:
+        grid = grid_of(shape, channels, patch_size)
     if network.extrapolation is not None:
         check_grid(network.extrapolation, grid, network.grid)
+
+
+def usual_channels(text: bool, clips: bool) -> int | str:
+    """The latent channels that are guided where nobody says it, of a network that reads text, or
+    makes clips, or does neither.
+    """
+    return CFG_CHANNELS_OF_TEXT if text or clips else CFG_CHANNELS
 
 
 def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVERS) -> None:

@@ -146,8 +146,9 @@ class SpaceTime:
         width, heads = config["hidden_size"], config["num_heads"]
         self.frames, self.patch_frames = config["frames"], config["patch_frames"]
         self.kind = KINDS[config["attention"]]
-        # Where tokens of another grid are: a table is spread over it, rotations go on
-        self.extrapolation = "interpolate" if self.kind.table else "extend"
+        # Where tokens of another grid are: a table is spread over it; rotations go on, by a rule of
+        # their own
+        self.extrapolation = "interpolate" if self.kind.table else None
         self.positions = POSITIONS["table" if self.kind.table else "rope"]
         channels = self.in_channels * self.patch_frames
         self.x_embedder = PatchEmbed(None, self.patch_size, channels, width)  # of any grid

@@ -1,0 +1,227 @@
+"""Clips: what the Sampler draws, with frames that are given and without, and many of them in files.
+"""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from checkpoints.weights import Weights, save_weights
+from conditions.given import Given
+from conditions.labels import random_labels
+from conftest import fill_randomly
+from layers.clips import frames_of
+from processes.flow import FlowProcess
+from processes.gaussian import GaussianProcess
+import sample_ddp
+from sampling.loading import load_sampler
+from sampling.sampler import Sampler
+from variants.video import TextVideo, VideoDiT
+from vae import PixelSpace, load_vae
+
+SIZES = dict(
+    input_size=8, frames=4, patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2,
+    num_classes=5, learn_sigma=False,
+)  # fmt: skip
+FLOW, GAUSSIAN = FlowProcess(), GaussianProcess(learn_sigma=False)
+SOLVERS = [(process, name) for process in (FLOW, GAUSSIAN) for name in process.solvers]
+LABELS = [3, 0, 4]
+
+
+def maker(kind=VideoDiT, **changes):
+    """A network of random weights whose output depends on all that it is given."""
+    network = fill_randomly(kind(**{**SIZES, **changes}), std=0.3)
+    return network.eval().requires_grad_(False)
+
+
+def sampler_of(network, process=FLOW, name="euler", **options):
+    """A Sampler on pixels, of a few steps, guided."""
+    chosen = {"num_sampling_steps": 4, "cfg_scale": 2.0, "process": process, **options}
+    return Sampler(network, PixelSpace(), None, sampler=name, **chosen)
+
+
+def given_frames(places, process=FLOW, frames=4, count=1, seed=7):
+    """Given frames of grey levels as pixels have them, those at `places` alone."""
+    levels = torch.randint(256, (count, 3, frames, 8, 8), generator=torch.manual_seed(seed))
+    mask = torch.zeros(count, frames, dtype=torch.bool)
+    mask[:, places] = True
+    return Given(levels / 127.5 - 1, mask, process.clean), levels.permute(0, 2, 3, 4, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A file with a network of clips of pixels, which has learned a flow."""
+    network, path = maker(), tmp_path_factory.mktemp("clips") / "video.safetensors"
+    said = Weights(network.state_dict(), network.config, None, process=FLOW.config)
+    save_weights(path, said)
+    return str(path)
+
+
+# ---- the Sampler ----
+
+
+@pytest.mark.parametrize("process, name", SOLVERS)
+def test_given_frames_come_back_exactly_and_lead_the_others(process, name):
+    sampler = sampler_of(maker(), process, name, cfg_interval=(0.0, 0.6))
+    given, levels = given_frames([0, -1], process)
+    clips = sampler.images(LABELS, given=given)
+    assert clips.shape == (3, 4, 8, 8, 3) and clips.dtype == np.uint8
+    assert (clips[:, [0, -1]] == levels[:, [0, -1]]).all()
+    other = sampler.images(LABELS, given=given_frames([0, -1], process, seed=8)[0])
+    assert (clips[:, 1:3] != other[:, 1:3]).any()
+
+
+@pytest.mark.parametrize("process, name", SOLVERS)
+def test_no_frame_given_is_nothing_given(process, name):
+    sampler = sampler_of(maker(), process, name)
+    none, _ = given_frames([], process)
+    plain = sampler.latents(torch.tensor(LABELS), noise := noise_of(3))
+    if name not in ("ddpm", "ddim", "sde", "sde-heun"):  # they draw from torch's generator
+        assert torch.allclose(sampler.latents(torch.tensor(LABELS), noise, given=none), plain,
+                              atol=1e-4)  # fmt: skip
+    clips = sampler.images(LABELS)
+    again = sampler.images(LABELS, given=none)
+    assert abs(clips.astype(int) - again).max() <= 1
+
+
+def noise_of(count, frames=4):
+    return torch.randn(count, 3, frames, 8, 8, generator=torch.manual_seed(3))
+
+
+@pytest.mark.parametrize("process", [FLOW, GAUSSIAN], ids=lambda process: process.name)
+def test_the_network_sees_given_frames_clean_and_at_the_time_of_clean_data(process):
+    network, seen = maker(), []
+    forward = network.forward
+
+    def recorded(x, t, *others, **named):
+        seen.append((x.clone(), t.clone()))
+        return forward(x, t, *others, **named)
+
+    network.forward = recorded
+    given, _ = given_frames([0, 2], process, count=3)
+    sampler_of(network, process, process.usual).images(LABELS, given=given)
+    assert len(seen) >= 4
+    for x, t in seen:
+        assert x.shape == (6, 3, 4, 8, 8) and t.shape == (6, 4)  # guided, and so doubled
+        for half in (x[:3], x[3:]):
+            assert torch.equal(half[:, :, [0, 2]], given.clips[:, :, [0, 2]])
+        assert (t[:, [0, 2]] == process.clean).all()
+        assert (t[:, [1, 3]] == t[0, 1]).all()
+    assert seen[0][1][0, 1] != process.clean
+
+
+def test_a_clip_does_not_depend_on_those_drawn_with_it():
+    sampler, labels = sampler_of(maker(), name="sde"), torch.tensor(LABELS)
+    given, _ = given_frames([1])
+    whole = sampler.numbered_latents(5, range(3), labels, given)
+    parts = [
+        sampler.numbered_latents(5, range(1), labels[:1], given),
+        sampler.numbered_latents(5, range(1, 3), labels[1:], given),
+    ]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-4)
+
+
+def test_a_clip_of_one_frame_and_one_of_many_are_drawn():
+    network = maker()
+    for frames in (1, 7):
+        sampler = sampler_of(network, latent_shape=(3, frames, 8, 16))
+        assert sampler.frames == frames and sampler.image_size == (8, 16)
+        assert sampler.images(LABELS).shape == (3, frames, 8, 16, 3)
+
+
+def test_frames_are_decoded_by_the_autoencoder_one_as_another(vae):
+    network, space = maker(in_channels=4), load_vae(vae)
+    sampler = Sampler(network, space, None, 2, "euler", process=FLOW)
+    latents = torch.randn(2, 4, 4, 8, 8, generator=torch.manual_seed(0))
+    clips = sampler.decode(latents)
+    assert clips.shape == (2, 4, 16, 16, 3)
+    alone = sampler.decode(frames_of(latents)[5:6])
+    assert abs(clips[1, 1].int() - alone[0].int()).max() <= 1
+
+
+def test_all_channels_are_guided_unless_told_otherwise():
+    assert sampler_of(maker()).cfg_channels == "all"
+    assert sampler_of(maker(), cfg_channels=1).cfg_channels == 1
+
+
+def test_text_makes_clips():
+    sizes = {key: value for key, value in SIZES.items() if key != "num_classes"}
+    network = fill_randomly(TextVideo(**sizes, text_length=8), std=0.3).eval()
+    clips = sampler_of(network).images(["a thick three", "seven"])
+    assert clips.shape == (2, 4, 8, 8, 3) and (clips[0] != clips[1]).any()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(mask=torch.ones(1, 3, dtype=torch.bool)), "mask of shape .1, 3.; what is drawn wants"),
+    (dict(clips=torch.zeros(2, 3, 4, 8, 8)), "clips of shape .2, 3, 4, 8, 8.; what is drawn wants"),
+])  # fmt: skip
+def test_given_frames_of_another_shape_are_refused(change, message):
+    given, _ = given_frames([0])
+    with pytest.raises(ValueError, match=message):
+        sampler_of(maker()).images(LABELS, given=given._replace(**change))
+
+
+def test_part_of_a_patch_cannot_be_given():
+    sampler = sampler_of(maker(patch_frames=2, attention="full"))
+    with pytest.raises(ValueError, match="patches have 2 frames: give frames 0-1"):
+        sampler.images(LABELS, given=given_frames([0])[0])
+    given, levels = given_frames([2, 3])
+    assert (sampler.images(LABELS, given=given)[:, 2:] == levels[:, 2:]).all()
+
+
+# ---- from a checkpoint, and many in files ----
+
+
+def test_the_number_of_frames_is_an_option(ckpt):
+    options = dict(vae="none", steps=2, device="cpu")
+    assert load_sampler(ckpt, **options).latent == (3, 4, 8, 8)
+    assert load_sampler(ckpt, frames=6, **options).latent == (3, 6, 8, 8)
+    sampler = load_sampler(ckpt, frames=2, image_size=(16, 8), **options)
+    assert sampler.images(LABELS).shape == (3, 2, 16, 8, 3)
+
+
+def many(folder, ckpt, *flags):
+    """sample_ddp.main for three clips; the array in its .npz, and the folder."""
+    sample_ddp.main([
+        "--ckpt", ckpt, "--vae", "none", "--num-fid-samples", "3", "--steps", "2", "--device",
+        "cpu", "--sample-dir", str(folder), *flags,
+    ])  # fmt: skip
+    (npz,) = folder.glob("*.npz")
+    return np.load(npz)["arr_0"], npz.with_suffix("")
+
+
+def test_many_clips_are_strips_and_one_npz(tmp_path, ckpt):
+    clips, folder = many(tmp_path, ckpt, "--frames", "6")
+    assert clips.shape == (3, 6, 8, 8, 3) and clips.dtype == np.uint8
+    strip = np.asarray(Image.open(folder / "000001.png"))
+    assert strip.shape == (8, 48, 3)
+    assert (strip[:, 16:24] == clips[1, 2]).all()
+    sampler = load_sampler(ckpt, vae="none", steps=2, device="cpu", cfg_scale=1.5, frames=6)
+    labels = random_labels(0, range(3), 5)
+    drawn = sampler.decode(sampler.numbered_latents(0, range(3), labels)).numpy()
+    assert np.array_equal(clips, drawn)
+    assert json.loads((folder / "manifest.json").read_text())["options"]["frames"] == 6
+
+
+def test_the_split_into_batches_changes_nothing_and_a_job_goes_on(tmp_path, ckpt, capsys):
+    whole, folder = many(tmp_path / "whole", ckpt)
+    parts, _ = many(tmp_path / "parts", ckpt, "--per-proc-batch-size", "2")
+    assert whole.shape == (3, 4, 8, 8, 3)
+    assert abs(whole.astype(int) - parts).max() <= 1
+    (folder / "000002.png").unlink()
+    again, _ = many(tmp_path / "whole", ckpt)
+    assert "2 of 3 images are in" in capsys.readouterr().out
+    assert np.array_equal(again, whole)
+
+
+def test_frames_as_trained_go_on_in_the_folder_of_none_and_others_do_not(tmp_path, ckpt):
+    _, plain = many(tmp_path, ckpt)
+    _, same = many(tmp_path, ckpt, "--frames", "4")
+    assert plain == same
+    sample_ddp.main([
+        "--ckpt", ckpt, "--vae", "none", "--num-fid-samples", "3", "--steps", "2", "--device",
+        "cpu", "--sample-dir", str(tmp_path), "--frames", "2",
+    ])  # fmt: skip
+    assert len(list(tmp_path.glob("*.npz"))) == 2
