@@ -262,7 +262,7 @@ def add_run_flags(add: Add) -> None:
     add("--on-save-error", help=failing)
     add(
         "--sample-every", type=int, metavar="N",
-        help="steps between preview pictures, from the EMA weights",
+        help="steps between preview pictures, of clips a row of frames, from the EMA weights",
     )  # fmt: skip
     add("--log-with", help="also send the metrics there")
     add(
