@@ -253,7 +253,8 @@ def save_preview(job: Job) -> None:
                 job.accelerator.device, prompts_of(job),
             )  # fmt: skip
             images = side_by_side(samples).permute(0, 3, 1, 2)  # (N, 3, H, W)
-            grid = make_grid(images.cpu().float() / 255, nrow=4 if job.options.frames is None else 1)
+            in_a_row = 4 if job.options.frames is None else 1
+            grid = make_grid(images.cpu().float() / 255, nrow=in_a_row)
             path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
             show(job, images)

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from checkpoints import publish
 from checkpoints.choice import NetworkChoice
 from checkpoints.fitting import adapt, check_design, without_sigma
-from checkpoints.loading import build_network
+from checkpoints.loading import build_network, load_pretrained
 from checkpoints.networks import MODELS
 from checkpoints.outline import class_of, learns_sigma
 from checkpoints.weights import Weights, load_weights
 from conftest import SMALL, fill_randomly, randn, small_dit
+import hubconf
 from layers.clips import frames_of
 from variants.video import TextVideo, VideoDiT
 
@@ -195,3 +197,37 @@ def test_other_networks_of_clips_are_refused_without_configuration(tmp_path, vae
             choice = NetworkChoice(ckpt="a", model=model, num_classes=CLASSES)
             build_network(choice, weights, vae)
     assert build_network(NetworkChoice(ckpt="a"), weights_of(twice), vae).config == twice.config
+
+
+# ---- for others ----
+
+
+@pytest.mark.parametrize("attention", ["alternate", "latte", "full"])
+def test_our_own_formats_take_networks_of_clips(tmp_path, vae, attention):
+    network = fill_randomly(small_video(attention=attention)).eval()
+    file = tmp_path / "video.pt"
+    torch.save({"ema": network.state_dict(), "config": network.config}, file)
+    choice = NetworkChoice(ckpt=file, vae=vae)
+    publish.export_checkpoint(choice, tmp_path / "hub")
+    publish.export_checkpoint(choice, tmp_path / "video.safetensors", "safetensors")
+    x, t, y = randn(1, 4, 5, 8, 8).float(), torch.tensor([3.0]), torch.tensor([1])
+    for place in (tmp_path / "hub", tmp_path / "video.safetensors"):
+        found, _ = load_pretrained(place)
+        assert found.config == network.config
+        torch.testing.assert_close(found(x, t, y), network(x, t, y))
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "clips of 10 classes" in card and "after Latte" in card and "| frames | 3 |" in card
+    with pytest.raises(ValueError, match="a VideoDiT goes into no pipeline of diffusers'; write a"):
+        publish.export_checkpoint(choice, tmp_path / "pipeline", "diffusers")
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_a_card_says_what_a_network_with_captions_makes():
+    network = TextVideo(**{k: v for k, v in SMALL.items() if k != "num_classes"})
+    assert publish.made_by(network) == ("text-to-video", "clips of captions")
+    assert publish.made_by(small_video(num_classes=0)) == ("other", "clips")
+
+
+def test_the_hub_makes_networks_of_clips():
+    network = hubconf.network("Latte-Ti/2", input_size=8, frames=4, num_classes=3)
+    assert network.config["attention"] == "latte" and network.latent_shape == (4, 4, 8, 8)

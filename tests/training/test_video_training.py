@@ -16,9 +16,11 @@ from kill_campaign import end, launcher, start
 from runtime.clip_files import write_gif
 from test_runs import rows, without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
+import train
 from training import TrainOptions
 from training.loop import to_latents
 from training.options import OF_CLIPS
+from training.records import side_by_side
 from vae import LatentShape, LatentSpace, PixelSpace
 
 SIZE, FRAMES = 16, 6
@@ -93,8 +95,6 @@ def test_a_run_from_cached_latents_is_the_same_however_it_is_done(cache, tmp_pat
 
 def begin(results, *flags):
     """Train with these flags alone; the newest checkpoint's contents."""
-    import train
-
     train.main(["--results-dir", str(results), *flags])
     return read_checkpoint(newest_checkpoint(folder_of(results)))
 
@@ -116,20 +116,23 @@ def test_other_networks_of_clips_learn_too(clips, tmp_path, model):
     assert 0.5 < first["mse"] < 2 and found["config"]["attention"] in ("latte", "full")
 
 
-def test_a_network_learns_from_clips_with_captions(clips, tmp_path):
-    said = tmp_path / "said"
-    for i, path in enumerate(sorted(clips.rglob("*.gif"))):
-        said.mkdir(exist_ok=True)
-        (said / path.name).write_bytes(path.read_bytes())
-        (said / path.name).with_suffix(".txt").write_text(f"clip {'abc'[i % 3]}")
-    flags = [flag for flag in CLIPS if flag not in ("--num-classes", "3")]
-    import train
+def without_classes(flags):
+    return [flag for flag in flags if flag not in ("--num-classes", "3")]
 
-    train.main([
-        "--data-path", str(said), "--results-dir", str(tmp_path / "results"), *flags, "--model",
-        "TextVideo-Ti/4", "--max-steps", "2",
-    ])  # fmt: skip
-    found = read_checkpoint(newest_checkpoint(folder_of(tmp_path / "results")))
+
+@pytest.fixture(scope="module")
+def said(clips, tmp_path_factory):
+    """The clips, each with a caption beside it."""
+    folder = tmp_path_factory.mktemp("said")
+    for i, path in enumerate(sorted(clips.rglob("*.gif"))):
+        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).with_suffix(".txt").write_text(f"clip {'abc'[i % 3]}")
+    return folder
+
+
+def test_a_network_learns_from_clips_with_captions(said, tmp_path):
+    flags = [*without_classes(CLIPS), "--model", "TextVideo-Ti/4", "--max-steps", "2"]
+    found = begin(tmp_path, "--data-path", str(said), *flags)
     assert found["config"]["_class_name"] == "TextVideo" and found["config"]["frames"] == 4
 
 
@@ -157,6 +160,24 @@ def test_compiled_runs_learn_what_eager_ones_do(clips, tmp_path):
     compiled = run(clips, tmp_path / "compiled", *flags, "--compile")
     for name in eager["ema"]:
         torch.testing.assert_close(compiled["ema"][name], eager["ema"][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["VideoDiT-Ti/4", "TextVideo-Ti/4"])
+def test_previews_have_the_frames_of_clips_side_by_side(clips, said, tmp_path, model):
+    flags = [*CLIPS, *FLOW, "--model", model, "--max-steps", "2", "--sample-every", "2"]
+    if model.startswith("Text"):
+        flags = without_classes(flags)
+    begin(tmp_path, "--data-path", str(said if model.startswith("Text") else clips), *flags)
+    with Image.open(folder_of(tmp_path) / "previews" / "0000002.png") as picture:
+        assert picture.size == (4 * SIZE + 4, 16 * (SIZE + 2) + 2)  # torchvision's margins
+    assert "was not written" not in (folder_of(tmp_path) / "log.txt").read_text()
+
+
+def test_frames_lie_side_by_side():
+    clips = torch.arange(2 * 3 * 2 * 2 * 3).view(2, 3, 2, 2, 3)
+    found = side_by_side(clips)
+    assert found.shape == (2, 2, 6, 3) and torch.equal(found[1, :, 2:4], clips[1, 1])
+    assert side_by_side(clips[0]) is not None and side_by_side(clips[0]).shape == (3, 2, 2, 3)
 
 
 # ---- how a run begins ----
