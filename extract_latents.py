@@ -66,14 +66,6 @@ def build_parser() -> Parser:
         "latents (default: %(default)s)",
     )  # fmt: skip
     data(
-        "--clips", action="store_true",
-        help="--data-path holds clips (videos, GIFs, folders of frames), for train.py --frames",
-    )  # fmt: skip
-    data(
-        "--frame-rate", type=float, metavar="R",
-        help="with --clips: bring them to so many frames per second (default: as they are)",
-    )  # fmt: skip
-    data(
         "--num-classes", type=int, default=CacheOptions.num_classes,
         help="0: none, all images below --data-path, as for captions (default: %(default)s)",
     )  # fmt: skip
@@ -83,6 +75,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
     data("--skip-bad-images", action="store_true", help=skipping)
+    add_clip_flags(parser)
     run = parser.add_argument_group("run").add_argument
     vae = "ema, mse, a hub id, or a local folder (default: %(default)s)"
     run("--vae", default=CacheOptions.vae, help=vae)
@@ -105,6 +98,17 @@ def build_parser() -> Parser:
         help="such as cpu or cuda:1 (default: the GPU of the process's rank, if there is one)",
     )
     return parser
+
+
+def add_clip_flags(parser: Parser) -> None:
+    """Add the flags for clips."""
+    add = parser.add_argument_group("clips").add_argument
+    add(
+        "--clips", action="store_true",
+        help="--data-path holds clips (videos, GIFs, folders of frames), for train.py --frames",
+    )  # fmt: skip
+    rate = "bring clips to so many frames per second (default: as they are)"
+    add("--frame-rate", type=float, metavar="R", help=rate)
 
 
 def add_text_flags(parser: Parser) -> None:

@@ -1,11 +1,11 @@
 """Clips below a folder to windows of frames, as training sees them."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from PIL import Image
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.images import MOST_UNREADABLE, cover
@@ -60,20 +60,16 @@ class ClipDataset(Dataset):
 
     def _read(self, index, flip, chance):
         numbers, places = np.unique(self.windows.of(index, chance), return_inverse=True)
-        frames = read_frames(self.listing.paths[index], numbers.tolist())
-        return clip_tensor([fitted(frame, self.image_size, flip) for frame in frames], places)
+        crop = partial(fitted, image_size=self.image_size, flip=flip)
+        frames = read_frames(self.listing.paths[index], numbers.tolist(), crop=crop)
+        clip = frames[places].transpose(3, 0, 1, 2)  # (3, F, H, W)
+        return torch.from_numpy(np.ascontiguousarray(clip))
 
 
 def fitted(pixels: np.ndarray, image_size: ImageSize, flip: bool = False) -> np.ndarray:
     """Pixels uint8 (H, W, 3) cropped to image_size as those of images are, and mirrored."""
     cropped = np.asarray(cover(Image.fromarray(pixels), sides(image_size)))  # (H, W, 3)
     return cropped[:, ::-1] if flip else cropped
-
-
-def clip_tensor(frames: Sequence[np.ndarray], places: np.ndarray) -> Tensor:
-    """Frames uint8 (H, W, 3), those at places (F,), as a tensor uint8 (3, F, H, W)."""
-    clip = np.stack(frames)[places]  # (F, H, W, 3)
-    return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))  # (3, F, H, W)
 
 
 def probed(listing: Listing, skip_bad: bool) -> tuple[Listing, list[ClipInfo]]:

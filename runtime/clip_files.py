@@ -66,17 +66,19 @@ def read_clip(path: Path | str, argument: str = "clip") -> Clip:
 
 
 def read_frames(
-    path: Path | str, numbers: Collection[int], argument: str = "clip"
-) -> np.ndarray:
+    path: Path | str, numbers: Collection[int], argument: str = "clip",
+    crop: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> np.ndarray:  # fmt: skip
     """The frames of a clip that have these numbers, from 0, each once and in order: uint8
-    (F, H, W, 3). A video is decoded from its beginning to the last of them.
+    (F, H, W, 3). A video is decoded from its beginning to the last of them. Only what `crop` makes
+    of each frame (H, W, 3) is kept.
 
     Raises ValueError as read_clip, and where there is no such frame.
     """
     wanted, last, found = set(numbers), max(numbers), []
     for number, pixels in enumerate(walk_clip(path, argument)):
         if number in wanted:
-            found.append(pixels())
+            found.append(crop(pixels()))
         if number == last:
             break
     if len(found) < len(wanted):
@@ -291,7 +293,9 @@ def _walk_video(path):
 def _stream(container):
     if not container.streams.video:
         raise ValueError("it holds no pictures")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # those who read many clips have processes for that
+    return stream
 
 
 def _turned(pixels, frame):
@@ -364,6 +368,7 @@ def _encode(path, frames, rate):
         exact = Fraction(rate).limit_denominator(1001)
         stream = container.add_stream("libx264" if _has_h264() else "mpeg4", rate=exact)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # H.264's bytes depend on it
         if stream.codec_context.name == "libx264":
             stream.options = {"crf": H264_QUALITY}
             if height % 2 or width % 2:

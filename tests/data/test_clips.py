@@ -256,6 +256,11 @@ def test_videos(tmp_path):
     pixels, *_ = source[0, False, 0.0]
     apart = pixels[:, :, :, -1].float() - torch.tensor([3.0, 63, 123, 183])[None, :, None]
     assert apart.abs().max() < 12
+    place(tmp_path / "a" / "w.mp4", clip_of(50, 12), 24)
+    both = opened(tmp_path, num_classes=1)
+    batches = ClipBatches(both.lengths, 2, 0, 0, 3)
+    for step, (loaded, *_) in zip(batches, make_loader(both, batches, 2), strict=True):
+        assert torch.equal(loaded, torch.stack([both[key][0] for key in step]))
 
 
 # ---- steps ----
