@@ -132,17 +132,18 @@ def check_clip_file(path: Path | str, frame_rate: float) -> None:
         )
 
 
-def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
-    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS.
+def save(canvas: Image.Image, path: Path | str, settings: dict, **options: object) -> None:
+    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS. `options`
+    are Pillow's for the format.
 
     Raises ValueError as write_file.
     """
     if ending(path) != ".png":
-        write_file(path, encoded(canvas, path))
+        write_file(path, encoded(canvas, path, **options))
         return
     entries = PngImagePlugin.PngInfo()
     entries.add_text(SETTINGS, json.dumps(settings, default=str))
-    write_file(path, encoded(canvas, path, pnginfo=entries))
+    write_file(path, encoded(canvas, path, pnginfo=entries, **options))
 
 
 def encoded(canvas: Image.Image, path: Path | str, **options: object) -> bytes:
@@ -231,10 +232,22 @@ def save_trajectory(
     write_file(path, encoded(strip(frames, texts), path))
 
 
-def played(clips: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """The frames (F, height, width, 3) of a picture of clips (N, F, H, W, 3), with their texts."""
-    moments = np.swapaxes(clips, 0, 1)  # (F, N, H, W, 3)
-    return np.stack([np.asarray(picture(images, texts)) for images in moments])
+def played(clips: np.ndarray, texts: Sequence[str]) -> list[Image.Image]:
+    """The F frames, PIL images, of a picture that plays clips (N, F, H, W, 3), with their texts."""
+    return [picture(images, texts) for images in np.swapaxes(clips, 0, 1)]  # (N, H, W, 3) each
+
+
+def save_moving(
+    frames: Sequence[Image.Image], path: Path | str, frame_rate: float, settings: dict
+) -> None:
+    """Write PIL images as a PNG file that plays so many of them a second, over and over, with the
+    settings as `save` has them.
+
+    Raises ValueError as write_file.
+    """
+    duration = 1000 / frame_rate  # in milliseconds
+    moving = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    save(frames[0], path, settings, **moving)
 
 
 def clip_strip(clips: np.ndarray, texts: Sequence[str]) -> Image.Image:
@@ -263,5 +276,6 @@ def save_clips(
         return
     with TemporaryDirectory() as folder:  # of a video's file, parts are written anew
         file = Path(folder) / f"clips{found}"
-        write(file, played(clips, texts), frame_rate)
+        frames = np.stack([np.asarray(one) for one in played(clips, texts)])
+        write(file, frames, frame_rate)  # (F, height, width, 3)
         write_file(path, file.read_bytes())
