@@ -8,9 +8,11 @@
     python count.py --model DiT-Ti/1 --vae examples/digits/vae --image-size 32 --num-classes 10
     python count.py --model MMDiT-15/2 PixArt-XL/2                 # that read captions
     python count.py --model PixArt-XL/2 --text-width 4096          # of an encoder outside
+    python count.py --model Latte-XL/2 SpaceTime-XL/2 --frames 32  # of clips
 
 One row for each network, whose weights are counted and not made. A caption has as many tokens as
---text-length says; an encoder outside of the network is not in it.
+--text-length says; an encoder outside of the network is not in it. Of a network that makes clips an
+image is a clip, of --frames frames.
   parameters     all of them, the fixed position table too; a flow's last layer has half as many,
                  for it has no learned variance
   GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them
@@ -43,9 +45,11 @@ from runtime.limits import check_numbers
 from training.cost import Cost, count
 from training.options import TrainOptions
 from vae import latent_shape
+from variants.video import VideoDiT
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")
 TEXT = ("text_width", "pooled_width", "text_length")  # arguments of networks that read captions
+OWN = (*TEXT, "frames")  # arguments that some networks have
 ROW = "{:<27} {:>13} {:>9} {:>9} {:>11} {:>11} {:>12}"
 
 
@@ -86,6 +90,10 @@ def build_parser() -> Parser:
             help="of networks that read captions (default: of an encoder in the network, which "
             "reads 32 pieces of words)" if name == TEXT[0] else "likewise",
         )  # fmt: skip
+    frames = arguments_of(VideoDiT.__name__)["frames"]
+    parser.add_argument(
+        "--frames", type=int, help=f"of networks that make clips (default: {frames})"
+    )
     bf16 = "bf16: memory as train.py has it with this flag (default: %(default)s)"
     parser.add_argument(
         "--mixed-precision", choices=["no", "bf16"], default=TrainOptions.mixed_precision, help=bf16
@@ -126,7 +134,7 @@ def described(args: Namespace) -> list[tuple[str, dict]]:
         name: shape.size(args.image_size, MODELS[name].keywords["patch_size"])
         for name in args.model
     }
-    given = {name: getattr(args, name) for name in (*PAPERS._fields, *TEXT)}
+    given = {name: getattr(args, name) for name in (*PAPERS._fields, *OWN)}
     shared = {"in_channels": shape.channels, "num_classes": args.num_classes}
     shared |= {name: value for name, value in given.items() if value != PARTS.get(name)}
     known = {name: arguments_of(MODELS[name].func.__name__) for name in args.model}

@@ -7,9 +7,10 @@ from torch import nn
 
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in, with_process
-from checkpoints.networks import OURS, Network, class_in, said_of
+from checkpoints.from_images import from_images
+from checkpoints.networks import MODELS, NETWORKS, OURS, Network, class_in, makes_clips, said_of
 from checkpoints.outline import (
-    FINAL, POSITION_TABLE, class_of, design_of, grid_in, learns_sigma, parts_of,
+    FINAL, POSITION_TABLE, TABLE_OF_FRAMES, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
 from checkpoints.weights import Weights
 from conditions.encoders import check_encoders, check_says
@@ -83,8 +84,10 @@ def check_same_size(network: Network, config: object, origin: Path | str) -> Non
         )
 
 
-# Arguments of a network that reads captions that tensors of another network may differ in
-FREE = ("input_size", "class_dropout_prob", "learn_sigma", "table_side")
+# Arguments of another network than DiT that tensors of another network may differ in
+FREE = (
+    "input_size", "class_dropout_prob", "learn_sigma", "table_side", "frames", "num_classes",
+)  # fmt: skip
 # What a user says of such a network, beside its model
 CHOSEN = ("text_length", "qk_norm", "extrapolation")
 # What a configuration alone says, and no model's name
@@ -92,8 +95,8 @@ UNNAMED = ("noise_steps", "streams", "position_scale")
 
 
 def check_text(network: Network, config: object, origin: Path | str) -> None:
-    """Raise ValueError if a checkpoint's `config` is of a network that reads captions otherwise
-    than this one, or whose parts are others.
+    """Raise ValueError if a checkpoint's `config` is of a network, not DiT, that reads captions
+    otherwise than this one, or whose parts are others.
     """
     theirs = config if isinstance(config, dict) else {}
     wanted, given = theirs.get("text"), said_of(network)
@@ -120,6 +123,11 @@ def _advice(name, value):
     return f"give the `{'text_encoder' if 'width' in name else 'model'}` that it was trained with"
 
 
+def class_in_file(tensors: Tensors, config: object) -> str:
+    """The class of the network of a state dict, as its configuration says where there is one."""
+    return class_in(config) if isinstance(config, dict) else class_of(tensors)
+
+
 def check_design(
     network: Network, tensors: Tensors, origin: Path | str, config: object = None
 ) -> None:
@@ -128,11 +136,13 @@ def check_design(
 
     `tensors` is the state dict, `config` its arguments where its file, `origin`, has them.
     """
-    kind, here = class_of(tensors), class_in(network.config)
+    kind, here = class_in_file(tensors, config), class_in(network.config)
     if kind != here:
+        names = [name for name, made in MODELS.items() if made.func is NETWORKS[kind]]
+        families = sorted({name.partition("-")[0] for name in names})
         raise ValueError(
             f"{origin} has the weights of a {kind}, the network here is a {here}; pass a `model` "
-            f"whose name begins with {kind}"
+            f"whose name begins with {' or '.join(families)}"
         )
     if here != OURS:
         return check_text(network, config, origin)
@@ -159,11 +169,13 @@ def _quoted(text):
     return f'"{text}"'
 
 
-def without_sigma(tensors: Tensors, patch_size: int, channels: int) -> Tensors:
+def without_sigma(
+    tensors: Tensors, patch_size: int, channels: int, patch_frames: int = 1
+) -> Tensors:
     """The state dict without the outputs for a variance, which are the second half of each patch
     element's. One that has other sizes stays as it is.
     """
-    elements = patch_size**2
+    elements = patch_size**2 * patch_frames
     halves = {
         name: tensors[name].unflatten(0, (elements, 2 * channels))[:, :channels].flatten(0, 1)
         for name in FINAL  # (p²·2C, ...) → (p²·C, ...)
@@ -213,23 +225,31 @@ def _meaning(config):
 def adapt(
     weights: Weights, network: Network, labels: str | dict[int, int], origin: Path | str
 ) -> Tensors:
-    """The tensors of Weights, made to fit a network of another image size or other classes.
+    """The tensors of Weights, made to fit a network of another image size, of another number of
+    frames or of other classes; those of a DiT also to fit a VideoDiT that goes on from it.
 
-    The network is then trained further. The position table is the network's own, for it is a
-    function of the size. Outputs for a variance are dropped if the network has none. labels: "keep"
-    the label table, for as many classes; "drop" it and keep the network's own, but for the null
-    class; or {index: index in the Weights} of those to take over. Raises ValueError if anything
-    else does not fit.
+    The network is then trained further. Tables of positions are the network's own, functions of
+    the size. Outputs for a variance are dropped if the network has none. labels: "keep" the label
+    table, for as many classes; "drop" it and keep the network's own, but for the null class; or
+    {index: index in the Weights} of those to take over. Raises ValueError if anything else does not
+    fit.
     """
     config = weights.config and with_process(weights.config, None, weights.text)
-    check_design(network, weights.tensors, origin, config)
-    own, sizes = network.state_dict(), (network.config["patch_size"], network.in_channels)
+    kind = class_in_file(weights.tensors, config)
+    if kind == OURS and makes_clips(network):
+        theirs = from_images(weights.tensors, config, network, origin)
+        weights = weights._replace(tensors=theirs)
+    else:
+        check_design(network, weights.tensors, origin, config)
+    sizes = network.config["patch_size"], network.in_channels, network.config.get("patch_frames", 1)
+    own = network.state_dict()
     if network.learn_sigma and not learns_sigma(weights.tensors, *sizes):
         raise ValueError(
             f"{origin} has no outputs for a variance, and the network here has them; "
             "pass `learn_sigma=False`"
         )
-    tensors = weights.tensors | {name: own[name] for name in own if name == POSITION_TABLE}
+    tables = {name: own[name] for name in own if name in (POSITION_TABLE, TABLE_OF_FRAMES)}
+    tensors = weights.tensors | tables
     if not network.learn_sigma:
         tensors = without_sigma(tensors, *sizes)
     theirs = tensors.pop(LABEL_TABLE, None)

@@ -1,5 +1,6 @@
 """From a checkpoint's name to its network."""
 
+from functools import partial
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import torch
 from checkpoints.choice import NetworkChoice
 from checkpoints.fitting import check_fits, check_table, learned_process
 from checkpoints.formats import format_of
+from checkpoints.from_images import blocks_in
+from checkpoints.latte_format import latte_config
 from checkpoints.names import local_path, weights_file
 from checkpoints.network_config import Tensors, arguments_in, check_outline
 from checkpoints.networks import (
@@ -26,6 +29,7 @@ from runtime.image_size import ImageSize, settled, written
 from runtime.json_files import read_json
 from vae import LatentShape, latent_shape
 from variants.text_network import TextNetwork
+from variants.video import Video_models, VideoDiT
 
 
 def network_of(weights: Weights, origin: Path | str) -> Network:
@@ -148,27 +152,50 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
             )
         _check_choice(choice, network, origin)
         return network
-    if (kind := class_of(weights.tensors)) != OURS:
+    kind = class_of(weights.tensors)
+    if kind == VideoDiT.__name__:
+        size_of = partial(trained_size, choice, weights.tensors, shape)
+        config = latte_config(choice, weights.tensors, shape.channels, size_of, origin)
+    elif kind == OURS:
+        config = config_of_dit(choice, weights.tensors, shape, origin)
+    else:
         raise ValueError(
             f"{origin} has the weights of a {kind} and not its configuration; give a folder with "
             "config.json, or a file of ours that has it"
         )
+    return network_of(weights._replace(config=config), origin)
+
+
+def config_of_dit(
+    choice: NetworkChoice, tensors: Tensors, shape: LatentShape, origin: Path | str
+) -> dict[str, Any]:
+    """The configuration of a DiT whose file has none, as its tensors and the choice say.
+
+    Raises ValueError for a choice of another network, and for twice the blocks.
+    """
     model, _, num_classes = choice.sizes()
     if MODELS[model].func is not NETWORKS[OURS]:
+        clips = ", or of clips without its configuration" * (model in Video_models)
         raise ValueError(
-            f"`model` is {model}, but {origin} is of a {OURS}; leave the argument out, or give a "
-            f"model whose name begins with {OURS}"
+            f"`model` is {model}, but {origin} is of a {OURS}{clips}; leave the argument out, or "
+            f"give a model whose name begins with {OURS}"
         )
     patch_size = MODELS[model].keywords["patch_size"]
     sizes: dict[str, Any] = dict(
-        input_size=trained_size(choice, weights.tensors, shape, patch_size),
+        input_size=trained_size(choice, tensors, shape, patch_size),
         in_channels=shape.channels, num_classes=num_classes,
-        learn_sigma=learns_sigma(weights.tensors, patch_size, shape.channels),
+        learn_sigma=learns_sigma(tensors, patch_size, shape.channels),
     )  # fmt: skip
     with torch.device("meta"):
-        parts = {"block": design_of(weights.tensors), **parts_of(weights.tensors)}
+        parts = {"block": design_of(tensors), **parts_of(tensors)}
         config = MODELS[model](**sizes, **parts).config
-    return network_of(weights._replace(config=config), origin)
+    if blocks_in(tensors) == 2 * config["depth"]:
+        raise ValueError(
+            f"{origin} has {blocks_in(tensors)} blocks, twice as many as `model` {model}: it may "
+            "be of a VideoDiT, which only a configuration tells; give a folder with config.json, "
+            "or a file of ours that has it"
+        )
+    return config
 
 
 def trained_size(

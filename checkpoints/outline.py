@@ -12,14 +12,18 @@ from layers.parts import PAPERS
 FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
 POSITION_TABLE = "pos_embed"
 FIRST_BLOCK = "blocks.0."
-# A tensor that networks of a class alone have
-OF_CLASS = {"MMDiT": "words_embedder.weight", "PixArt": "words_embedder.2.weight"}
+TABLE_OF_FRAMES = "temp_embed"
+# A tensor that networks of a class alone have; the first that is there counts
+OF_CLASS = {
+    "MMDiT": "words_embedder.weight", "PixArt": "words_embedder.2.weight",
+    "VideoDiT": TABLE_OF_FRAMES,
+}  # fmt: skip
 CLOSE = 0.01  # two sines that are equal but for bfloat16's rounding
 
 
 def class_of(tensors: Tensors) -> str:
     """The class, a key of checkpoints.networks.NETWORKS, of the network whose state dict this is;
-    DiT's where nothing tells another.
+    DiT's where nothing tells another, as nothing does of most networks of clips.
     """
     return next((name for name, mark in OF_CLASS.items() if mark in tensors), OURS)
 
@@ -81,8 +85,10 @@ def grid_in(tensors: Tensors) -> tuple[int, int] | None:
     return None
 
 
-def learns_sigma(tensors: Tensors, patch_size: int, channels: int) -> bool:
+def learns_sigma(
+    tensors: Tensors, patch_size: int, channels: int, patch_frames: int = 1
+) -> bool:
     """Whether a state dict has outputs for a variance beside those for so many channels; yes if it
     has no final layer.
     """
-    return len(tensors.get(FINAL[1], ())) != patch_size**2 * channels
+    return len(tensors.get(FINAL[1], ())) != patch_size**2 * patch_frames * channels

@@ -26,7 +26,7 @@ from checkpoints.loading import (
 )  # fmt: skip
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.network_config import with_process
-from checkpoints.networks import CLASS, OURS, Network, class_in, reads_text
+from checkpoints.networks import CLASS, OURS, Network, class_in, makes_clips, reads_text
 from checkpoints.weights import (
     Weights, check_classes, check_readable, id2label, load_weights, save_weights,
 )  # fmt: skip
@@ -207,12 +207,18 @@ PIPELINES = {  # by the class of our network
 
 
 def check_pipeline(process: Process, network: Network) -> None:
-    """Raise ValueError for a process that diffusers' pipeline of a network cannot sample."""
-    pipeline = PIPELINES[class_in(network.config)]
+    """Raise ValueError for a network that goes into no pipeline of diffusers', and for a process
+    that its pipeline cannot sample.
+    """
+    kind, instead = class_in(network.config), (
+        'write a folder for the hub (`format="hub"`) or one file (`format="safetensors"`)'
+    )
+    if kind not in PIPELINES:
+        raise ValueError(f"a {kind} goes into no pipeline of diffusers'; {instead}")
+    pipeline = PIPELINES[kind]
     if not isinstance(process, pipeline.process):
         raise ValueError(
-            f"diffusers' {pipeline.name} cannot sample a {process.word}; write a folder for the "
-            'hub (`format="hub"`) or one file (`format="safetensors"`)'
+            f"diffusers' {pipeline.name} cannot sample a {process.word}; {instead}"
         )
 
 
@@ -344,11 +350,13 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
 
 
 # Class of network → its paper, in a card
+LATTE = "for clips, after Latte, [Ma et al. 2024](https://arxiv.org/abs/2401.03048)"
 PAPERS = {
     "DiT": "DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)",
     "MMDiT": "MM-DiT, [Esser et al. 2024](https://arxiv.org/abs/2403.03206)",
     "PixArt": "PixArt-α, [Chen et al. 2023](https://arxiv.org/abs/2310.00426)",
-}
+    "VideoDiT": LATTE, "TextVideo": LATTE,
+}  # fmt: skip
 
 CARD = """---
 library_name: pytorch
@@ -429,17 +437,23 @@ def model_card(
     with suppress(OSError, ValueError):  # of what is no path
         # A folder of this machine
         vae = "VAE" if Path(vae).is_absolute() or Path(vae).is_dir() else vae
-    count = network.num_classes
-    task, what = ("other", f"images of {count} classes") if count else (
-        ("text-to-image", "images of captions") if reads_text(network)
-        else ("unconditional-image-generation", "images")
-    )  # fmt: skip
+    task, what = made_by(network)
     return CARD.format(
         title=args.get("model", class_in(config)), vae=vae, paper=PAPERS[class_in(config)],
         parameters=sum(p.numel() for p in network.parameters()), task=task, what=what,
         prompt=' --prompt "WORDS"' if reads_text(network) else "",
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
     )  # fmt: skip
+
+
+def made_by(network: Network) -> tuple[str, str]:
+    """What a network is for: (the hub's name of the task, in words)."""
+    many, one = ("clips", "video") if makes_clips(network) else ("images", "image")
+    if network.num_classes:
+        return "other", f"{many} of {network.num_classes} classes"
+    if reads_text(network):
+        return f"text-to-{one}", f"{many} of captions"
+    return "other" if makes_clips(network) else "unconditional-image-generation", many
 
 
 def _cell(value):

@@ -22,7 +22,7 @@ from checkpoints.sd3_format import STEPS
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
 from conditions.text import TextCondition
 from data.batches import steps_per_epoch
-from data.buckets import bucket_steps, in_buckets
+from data.buckets import ClipBatches, bucket_steps, in_buckets
 from data.captioned import Captioned, Texts
 from data.listing import check_outside
 from data.opening import open_source
@@ -199,6 +199,9 @@ def last_step_of(options: TrainOptions, source: Source) -> int:
     if options.aspect_buckets:
         counts = [len(images) for images in in_buckets(source.sizes or []).values()]
         epoch = bucket_steps(counts, options.global_batch_size)
+    elif options.frames is not None:
+        lengths, size = source.lengths or [], options.global_batch_size
+        epoch = ClipBatches(lengths, size, options.global_seed, 0, 0).steps_per_epoch
     else:
         epoch = steps_per_epoch(len(source), options.global_batch_size)
     return min(options.epochs * epoch, options.max_steps or options.epochs * epoch)

@@ -107,6 +107,26 @@ def add_data_flags(add: Add) -> None:
     add("--pack", type=int, metavar="LENGTH", help=packing)
 
 
+def add_clip_flags(add: Add) -> None:
+    frames = (
+        "train on clips of so many frames: of videos, GIFs and folders of frames below --data-path,"
+        " or of --latents that extract_latents.py --clips wrote (default: images)"
+    )
+    add("--frames", type=int, metavar="F", help=frames)
+    stride = "take every so many-th frame of a clip (default: %(default)s)"
+    add("--frame-stride", type=int, metavar="S", help=stride)
+    rate = (
+        "bring clips to so many frames a second first; needed where theirs differ (default: as "
+        "they are)"
+    )
+    add("--frame-rate", type=float, metavar="R", help=rate)
+    given = (
+        "share of the clips, 0 to 1, of which the network is given some frames clean, to learn "
+        "how a picture or a clip goes on (default: %(default)s)"
+    )
+    add("--given-frames", type=float, metavar="P", help=given)
+
+
 def add_network_flags(add: Add) -> None:
     names = ", ".join(MODELS)
     models = f"{names}; SiT's are DiT's with --process flow (default: %(default)s)"
@@ -242,7 +262,7 @@ def add_run_flags(add: Add) -> None:
     add("--on-save-error", help=failing)
     add(
         "--sample-every", type=int, metavar="N",
-        help="steps between preview pictures, from the EMA weights",
+        help="steps between preview pictures, of clips a row of frames, from the EMA weights",
     )  # fmt: skip
     add("--log-with", help="also send the metrics there")
     add(
@@ -272,7 +292,7 @@ def add_evaluation_flags(add: Add) -> None:
 
 # Title of a group in --help → what adds its flags
 GROUPS: dict[str, Callable[[Add], None]] = {
-    "data": add_data_flags, "network": add_network_flags,
+    "data": add_data_flags, "clips": add_clip_flags, "network": add_network_flags,
     "process": add_process_flags, "recipe": add_recipe_flags,
     "speed and memory: these change a result by rounding at most": add_speed_flags,
     "run": add_run_flags, "scores while training": add_evaluation_flags,

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from conditions.condition import Values
 from data.batches import Ragged, StepBatches, alike, collate, collate_ragged
-from data.buckets import BucketBatches
+from data.buckets import BucketBatches, ClipBatches
 from data.images import BadImage, unreadable
 from data.loader import make_loader, read, say_waiting
 from data.options import TEXT
+from layers.clips import clips_of, frames_of
 from runtime.team import once
 from training.assembly import Job
 from training.records import (
@@ -70,6 +71,8 @@ def batches_left(job: Job) -> StepBatches:
     )  # fmt: skip
     if options.aspect_buckets:
         return BucketBatches(job.dataset.sizes or [], *others)
+    if options.frames is not None:
+        return ClipBatches(job.dataset.lengths or [], *others)
     return StepBatches(len(job.dataset), *others)
 
 
@@ -105,8 +108,9 @@ def one_step(
         options.global_seed, state.step, options.global_batch_size, state.network.latent_shape,
         state.network.config["class_dropout_prob"], state.process, device,
         accelerator.process_index, accelerator.num_processes, state.condition.drops,
+        options.given_frames, options.patch_frames,
     )  # fmt: skip
-    latents = all_latents(job.space, batch, draws.vae_noise)  # (n, C, h, w), or n of (C, h, w)
+    latents = all_latents(job.space, batch, draws.vae_noise)  # (n, C, *space), or n of (C, h, w)
     old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes
     reduce = partial(accelerator.reduce, reduction="sum")
     return train_step(state, latents, labels, draws, reduce, bool(signals.received), old)
@@ -182,16 +186,35 @@ def check_batch(job: Job, batch: Tensor | Ragged | None, bad: list[BadImage]) ->
 
 
 def to_latents(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
-    """Scaled latents (n, C, h, w), drawn with the first numbers of noise, from images or moments.
+    """Scaled latents (n, C, h, w), drawn with the first numbers of noise, from images or moments;
+    of clips (n, C, F, h, w).
 
-    Images are uint8 (n, 3, H, W), moments (n, 2, C, h, w).
+    Images are uint8 (n, 3, H, W), moments (n, 2, C, h, w); of clips (n, 3, F, H, W) and
+    (n, 2, C, F, h, w).
     """
+    if batch.dim() == (5 if batch.dtype == torch.uint8 else 6):
+        return latents_of_clips(space, batch, noise)
     if batch.dtype == torch.uint8:
         shape = space.shape.latent(*batch.shape[2:])
         return space.encode(from_uint8(batch), first_numbers(noise, shape))
     assert isinstance(space, LatentSpace)  # TrainOptions refuses pixels with latents
     mean, std = batch.float().unbind(dim=1)
     return space.draw(mean, std, first_numbers(noise, mean.shape[1:]))
+
+
+def latents_of_clips(space: Space, batch: Tensor, noise: Tensor) -> Tensor:
+    """As to_latents, of clips, frame by frame."""
+    frames, of_moments = batch.shape[-3], batch.dtype != torch.uint8
+    shape = batch.shape[2:] if of_moments else (  # (C, F, h, w)
+        space.shape.channels, frames, *space.shape.latent(*batch.shape[3:])[1:]
+    )
+    noise = frames_of(first_numbers(noise, shape))  # (n·F, C, h, w)
+    if of_moments:
+        parts = [frames_of(part) for part in batch.unbind(dim=1)]
+        images = torch.stack(parts, dim=1)  # (n·F, 2, C, h, w)
+    else:
+        images = frames_of(batch)  # (n·F, 3, H, W)
+    return clips_of(to_latents(space, images, noise), frames)  # (n, C, F, h, w)
 
 
 def all_latents(space: Space, batch: Tensor | Ragged, noise: Tensor) -> Tensor | list[Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.network_config import LATER
-from checkpoints.networks import MODELS, Network, arguments_of, reads_text
+from checkpoints.networks import MODELS, Network, arguments_of, makes_clips, reads_text
 from conditions.labels import CLASSES
 from data.opening import SOURCES
 from data.options import CONDITIONS, LABELS, TEXT, DataOptions
@@ -33,7 +33,7 @@ DECIDING = (
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
     "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
     *SETTINGS, "learn_sigma", *PARTS, "aspect_buckets", "pack", "condition", "text_length",
-    "text_encoder",
+    "text_encoder", "frames", "frame_stride", "frame_rate", "given_frames",
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -49,7 +49,8 @@ PATHS = ("data_path", "latents", "vae", "init_from", "init_labels")
 UNRECORDED = {
     **LATER, "process": GaussianProcess.word, **dict.fromkeys(SETTINGS),
     "learn_sigma": GaussianProcess.learns_sigma, "aspect_buckets": False, "pack": None,
-    "condition": LABELS, "text_length": None, "text_encoder": None,
+    "condition": LABELS, "text_length": None, "text_encoder": None, "frames": None,
+    "frame_stride": 1, "frame_rate": None, "given_frames": 0.0,
 }  # fmt: skip
 
 # Option → what it may be, where that is a few words
@@ -66,6 +67,8 @@ NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
     **{name: (value,) for name, value in PARTS.items()}, "text_length": (None,),
 }  # fmt: skip
 TEXT_LENGTH = 32  # of the network's own encoder: captions of about as many short words
+# Options of clips, and the values that leave them out
+OF_CLIPS = {"frame_stride": 1, "frame_rate": None, "given_frames": 0}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class TrainOptions:
     skip_bad_images: bool = DataOptions.skip_bad_images
     aspect_buckets: bool = False
     pack: int | None = None
+    # clips; None: images
+    frames: int | None = None
+    frame_stride: int = 1
+    frame_rate: float | None = None
+    given_frames: float = 0.0
     # network
     model: str = "DiT-XL/2"
     block: str = "adaln_zero"
@@ -156,6 +164,7 @@ class TrainOptions:
         self._check_decays()
         self._check_choices()
         self._settle_condition()
+        self._check_clips()
         self._check_pairs()
         self._settle_process()
 
@@ -178,7 +187,7 @@ class TrainOptions:
     def network_arguments(self) -> dict[str, Any]:
         """What of the options the network is built with: not what data and captions decide."""
         known = arguments_of(self.network_class.__name__)
-        names = ("num_classes", "block", *PARTS)
+        names = ("num_classes", "block", "frames", *PARTS)
         given = {name: getattr(self, name) for name in names if name in known}
         return given | {"learn_sigma": bool(self.learn_sigma)}
 
@@ -187,6 +196,16 @@ class TrainOptions:
         """What files say of the process that is to be learned, a Process's `config`."""
         kind = WORDS[self.process]
         return {"name": kind.name} | {name: getattr(self, name) for name in kind.settings}
+
+    @property
+    def samples(self) -> str:
+        """What it trains on, in a word."""
+        return "images" if self.frames is None else "clips"
+
+    @property
+    def patch_frames(self) -> int:
+        """How many frames a patch of the network has; 1 of one that makes images."""
+        return MODELS[self.model].keywords.get("patch_frames", 1)
 
     def recorded(self) -> dict[str, Any]:
         """The options as run.json, log.txt and checkpoints have them under "args".
@@ -290,6 +309,50 @@ class TrainOptions:
             value = getattr(self, name)
             if value not in choices and value != getattr(TrainOptions, name):
                 raise ValueError(f"`{name}` is {value}; choose from {', '.join(choices)}")
+
+    def _check_clips(self):
+        """Raise ValueError for options of clips that the model cannot be trained with."""
+        makes, patch = makes_clips(self.network_class), self.patch_frames
+        if makes != (self.frames is not None):
+            raise ValueError(self._other_model(makes))
+        if self.frames is None:
+            for name, without in OF_CLIPS.items():
+                if getattr(self, name) != without:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)}, which is about clips, and `frames` is "
+                        f"not given; give it, or leave `{name}` out"
+                    )
+            return
+        if self.frames % patch:
+            raise ValueError(
+                f"`frames` is {self.frames}, and a patch of `model` {self.model} has {patch} "
+                f"frames; give a multiple of {patch}"
+            )
+        if self.given_frames and self.frames == patch:
+            raise ValueError(
+                f"`given_frames` is {self.given_frames}, and clips of `frames` {self.frames} are "
+                "one patch long: nothing would be left to learn; leave `given_frames` out"
+            )
+        for name in ("aspect_buckets", "pack", "eval_every"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is for images, and `frames` asks for clips; leave `{name}` out"
+                    + (", and score samples of clips with evaluate.py" * (name == "eval_every"))
+                )
+
+    def _other_model(self, makes):
+        """The message for a model that makes clips, and no `frames`, or the other way round."""
+        if makes:
+            return (
+                f"`model` {self.model} makes clips, and `frames` is not given; say how many frames "
+                "a clip has, such as `frames=16`"
+            )
+        names = [name for name, made in MODELS.items() if makes_clips(made.func)]  # type: ignore
+        kinds = sorted({name.partition("-")[0] for name in names})
+        return (
+            f"`frames` is {self.frames}, and `model` {self.model} makes images; leave `frames` "
+            f"out, or choose a `model` whose name begins with {', '.join(kinds)}"
+        )
 
     def _check_pairs(self):
         """Raise ValueError for options that exclude, or need, one another."""

@@ -47,7 +47,8 @@ def log_window(job: Job, meter: Meter) -> None:
     metrics = ", ".join(
         f"{name.replace('_', ' ')} {four_digits(means[name])}" for name in state.window.shown
     )
-    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {images:.1f} images/s")
+    speed = f"{images:.1f} {options.samples}/s"
+    job.log(f"step {state.step:07d} of {job.last_step}: {metrics}, {speed}")
     state.begin_window()
 
 
@@ -231,8 +232,15 @@ def log_scores(job: Job, scores: dict[str, float | None], notes: list[str], seco
         job.log(f"note: {note}")
 
 
+def side_by_side(samples: Tensor) -> Tensor:
+    """Images (N, H, W, 3) as they are, or of clips (N, F, H, W, 3) their frames in a row each,
+    (N, H, F·W, 3).
+    """
+    return samples if samples.dim() == 4 else samples.transpose(1, 2).flatten(2, 3)
+
+
 def save_preview(job: Job) -> None:
-    """Write previews/SSSSSSS.png from the main average.
+    """Write previews/SSSSSSS.png from the main average; of clips, the frames side by side.
 
     Noise and labels, or captions, are the same each time.
     """
@@ -240,11 +248,13 @@ def save_preview(job: Job) -> None:
     if job.accelerator.is_main_process:
         path = job.folder / "previews" / f"{state.step:07d}.png"
         try:
-            images = preview(
+            samples = preview(
                 network, state.process, job.space, job.options.global_seed,
                 job.accelerator.device, prompts_of(job),
-            ).permute(0, 3, 1, 2)  # fmt: skip
-            grid = make_grid(images.cpu().float() / 255, nrow=4)
+            )  # fmt: skip
+            images = side_by_side(samples).permute(0, 3, 1, 2)  # (N, 3, H, W)
+            in_a_row = 4 if job.options.frames is None else 1
+            grid = make_grid(images.cpu().float() / 255, nrow=in_a_row)
             path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda temporary: save_image(grid, temporary, format="png"))
             show(job, images)

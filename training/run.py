@@ -87,17 +87,19 @@ def introduce(job: Job) -> None:
     reading = options.block if options.condition == LABELS else "captions"
     job.log(
         f"{options.model}, {reading}: {size:,} parameters, {len(job.dataset):,} "
-        f"images{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
+        f"{options.samples}{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
     )
     for line in (*notes_on_shapes(job), *notes_on_start(job, classes)):
         job.log(line)
 
 
 def notes_on_shapes(job: Job) -> Iterator[str]:
-    """Lines about images of their own shape: how many there are of which."""
+    """Lines about images of their own shape, or clips and images: how many there are of which."""
     options, sizes = job.options, job.dataset.sizes or []
     if options.aspect_buckets:
         yield from buckets.told(sizes, options.global_batch_size)
+    if options.frames is not None:
+        yield from buckets.told_clips(job.dataset.lengths or [], options.global_batch_size)
     if options.pack is not None:
         yield packed.told(sizes, job.space.shape.ratio * options.patch_size, options.pack)
 

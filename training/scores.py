@@ -142,8 +142,8 @@ def preview(
     network: Network, process: Process, space: Space, seed: int, device: torch.device | str,
     prompts: Prompts | None = None,
 ) -> Tensor:  # fmt: skip
-    """PREVIEW_IMAGES images uint8 (N, H, W, 3) of evenly spread classes, or of the first captions
-    of `prompts`, on the device.
+    """PREVIEW_IMAGES images uint8 (N, H, W, 3), or clips (N, F, H, W, 3), of evenly spread classes,
+    or of the first captions of `prompts`, on the device.
 
     The same seed gives the same noise.
     """

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from conditions.condition import Values
+from conditions.given import draw_masks
 from processes.process import QUARTERS, Process
+from training.given_frames import given_losses
 from training.packed import first_numbers, packed_losses
 from training.sharding import own_part, whole
 from training.state import FLAGS, TrainState
@@ -24,26 +26,29 @@ from training.state import FLAGS, TrainState
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples.
 
-    The numbers are t (n,), drop (n, *drops), and two noises (n, C, *space).
+    The numbers are t (n,), drop (n, *drops), two noises (n, C, *space) and, of clips, which of
+    their frames are given, bool (n, F); None: none.
     """
 
     t: Tensor
     drop: Tensor
     vae_noise: Tensor
     noise: Tensor
+    given: Tensor | None = None
 
 
 def draw(
     seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float,
     process: Process, device: torch.device | str, rank: int = 0, world_size: int = 1,
-    drops: tuple[int, ...] = (),
+    drops: tuple[int, ...] = (), given_frames: float = 0.0, patch_frames: int = 1,
 ) -> Draws:  # fmt: skip
     """The Draws of the `rank`-th of world_size processes at a step.
 
     `latent` is the shape (C, *space) of one sample, `drops` a Condition's: all parts of a value
-    are dropped together with a probability of dropout_prob. Drawn from one generator for the global
-    batch, in the order drop, t, vae_noise, noise. A device's generator is its own: CPU and GPU give
-    different numbers.
+    are dropped together with a probability of dropout_prob. A share of given_frames of clips have
+    frames that are given, whole patches of patch_frames. Drawn from one generator for the global
+    batch, in the order drop, t, vae_noise, noise, given. A device's generator is its own: CPU and
+    GPU give different numbers.
     """
     word = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator = torch.Generator(device).manual_seed(word)
@@ -53,10 +58,13 @@ def draw(
     t = process.draw_times(global_batch_size, generator)
     vae_noise = torch.randn(global_batch_size, *latent, **on)
     noise = torch.randn(global_batch_size, *latent, **on)
+    drawn = [t, drop, vae_noise, noise]
+    if given_frames:
+        count = latent[1] // patch_frames
+        mask = draw_masks(global_batch_size, count, given_frames, generator)  # (N, F / patch)
+        drawn.append(mask.repeat_interleave(patch_frames, dim=1))  # (N, F)
     share = global_batch_size // world_size
-    return Draws(
-        *(values[rank * share : (rank + 1) * share] for values in (t, drop, vae_noise, noise))
-    )
+    return Draws(*(values[rank * share : (rank + 1) * share] for values in drawn))
 
 
 def train_step(
@@ -76,9 +84,9 @@ def train_step(
     share, device = len(latents), draws.t.device
     sums = torch.zeros(len(state.window.summed), device=device)
     per_part = -(-share // state.recipe.grad_accum)
-    of_samples = latents, labels, draws.t, draws.drop, draws.noise
+    of_samples = latents, labels, draws.t, draws.drop, draws.noise, draws.given
     parts: list[Any] = [
-        [values[start : start + per_part] for values in of_samples]
+        [None if values is None else values[start : start + per_part] for values in of_samples]
         for start in range(0, share, per_part)
     ]
     for i, part in enumerate(parts):
@@ -119,7 +127,7 @@ def train_step(
 
 def backward(
     state: TrainState, share: int, latents: Tensor | list[Tensor], labels: Values, t: Tensor,
-    drop: Tensor, noise: Tensor,
+    drop: Tensor, noise: Tensor, given: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Add the gradient of a part of a process's share to the network's.
 
@@ -131,7 +139,7 @@ def backward(
         with torch.autocast(t.device.type, torch.bfloat16, enabled=state.recipe.bf16):
             return state.model(x, t, **condition).float()  # x: latents, or Packed
 
-    losses = losses_of(state, predict, latents, t, noise)
+    losses = losses_of(state, predict, latents, t, noise, given)
     (losses["loss"].sum() / share).backward()
     told_apart = losses[process.told_apart].detach()  # (n,)
     quarter = torch.nn.functional.one_hot(process.quarter(t), QUARTERS)
@@ -142,7 +150,7 @@ def backward(
 
 def losses_of(
     state: TrainState, network: Callable[..., Tensor], latents: Tensor | list[Tensor], t: Tensor,
-    noise: Tensor,
+    noise: Tensor, given: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The parts of the loss, {name: (n,)}, of latents of one shape, or packed ones."""
     if state.recipe.pack is not None:
@@ -150,7 +158,10 @@ def losses_of(
             state.process, network, latents, t, noise, state.network.patch_size, state.recipe.pack
         )
     assert isinstance(latents, Tensor)
-    return state.process.losses(network, latents, t, first_numbers(noise, latents.shape[1:]))
+    noise = first_numbers(noise, latents.shape[1:])
+    if given is not None and latents.shape[2] > 1:  # of single images none can be given
+        return given_losses(state.process, network, latents, t, noise, given)
+    return state.process.losses(network, latents, t, noise)
 
 
 def warm_up(state: TrainState, latents: Tensor) -> None:

@@ -17,6 +17,7 @@ from models import BLOCKS, DiT, DiT_models
 from test_blocks import PAPER
 from training.state import Recipe, new_state
 from training.step import draw, train_step
+from variants.video import VideoDiT
 
 SMALL = dict(input_size=16, patch_size=2, hidden_size=64, depth=3, num_heads=4, num_classes=10)
 
@@ -213,3 +214,59 @@ def test_what_a_network_has_not_is_named(capsys, flags, says):
     with pytest.raises(SystemExit):
         count.main(["--vae", "none", "--image-size", "16", "--model", *flags])
     assert says in capsys.readouterr().err
+
+
+# ---- clips ----
+
+
+@pytest.mark.parametrize(
+    ("attention", "growth"),
+    [
+        # Blocks over space cost as much for each frame; of those along the frames, S² for each of
+        # the T places
+        ("latte", lambda depth, tokens: depth // 2 * tokens),
+        ("alternate", lambda depth, tokens: depth // 2 * tokens),
+        ("full", lambda depth, tokens: depth * tokens**2),
+    ],
+)
+def test_operations_grow_with_frames_as_arithmetic_says(attention, growth):
+    """The second difference over frames is what attention grows by: each token with each other one
+    is 2·D multiply-adds, forward.
+    """
+    network = VideoDiT(**{**SMALL, "depth": 4}, attention=attention)
+    few, more, many = (
+        training_cost.training_flops(network.config | {"frames": frames}) for frames in (2, 4, 6)
+    )
+    tokens = 64  # of 16 / 2 a side
+    second = (many - 2 * more + few) / 2  # of the count's square term, times the step squared
+    assert second == 6 * growth(4, tokens) * 2 * 64 * 2**2
+    assert few > 0 and more > 1.9 * few
+
+
+def test_clips_are_counted_by_the_door(capsys):
+    flags = ["--image-size", "64", "--model", "Latte-Ti/2", "SpaceTime-Ti/2x2"]
+    few, more = (printed(capsys, *flags, "--frames", str(frames)) for frames in (8, 16))
+    default = printed(capsys, *flags)
+    assert default == more and [row[1] for row in few] == ["VideoDiT"] * 2
+    for small, large in zip(few, more):
+        memory = [float(row[7].split()[0]) for row in (small, large)]
+        assert memory[1] == pytest.approx(2 * memory[0], rel=0.05)
+        assert float(large[3]) > 1.99 * float(small[3])
+
+
+def test_memory_of_a_clip_is_what_its_frames_keep():
+    """Without attention over all, a clip of F frames keeps about F times what one frame does."""
+    config = VideoDiT(**SMALL, attention="latte").config
+    one, four = (training_cost.kept(config | {"frames": f}, False, False)[1] for f in (2, 8))
+    assert four == pytest.approx(4 * one, rel=0.02)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model", "DiT-Ti/2", "--frames", "8"], "--frames is 8, and DiT-Ti/2 has no such part"),
+    (["--model", "SpaceTime-Ti/2x2", "--frames", "7"], "frames 7 is not a multiple of patch_frame"),
+    (["--model", "Latte-Ti/2", "--frames", "0"], "frames is 0; it must be at least 1"),
+])  # fmt: skip
+def test_wrong_numbers_of_frames_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        count.main(flags)
+    assert message in capsys.readouterr().err
