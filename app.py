@@ -246,11 +246,13 @@ def picture_settings(
     flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
     names = {"ckpt": Path(opening.choice.ckpt or RELEASED).name, "vae": Path(vae).name}
     chosen = dict.fromkeys(("sampler", "num_sampling_steps", "cfg_scale"))  # come first
-    settled = opening.options.settled(sampler.process, sampler.sampler, sampler.reads_text)
+    settled = opening.options.settled(
+        sampler.process, sampler.sampler, sampler.reads_text, sampler.makes_clips
+    )
     # A solver's own come with a visitor's choice
     options = {name: value for name, value in settled.items() if name not in OWN}
     size = {"image_size": sampler.image_size}
-    return flags | names | size | chosen | options
+    return flags | names | size | chosen | options | {"frames": sampler.frames}
 
 
 # ---- the page ----

@@ -6,10 +6,12 @@
     python sample.py --ckpt examples/digits/dit.safetensors --vae examples/digits/vae \\
       --class-labels 3 1 4 --trajectory 314.gif
     python sample.py --ckpt results/000-MMDiT-Ti-1 --prompt "a thick three" "a thin seven"
+    python sample.py --ckpt results/000-VideoDiT-S-2 --frames 16 --given first.png --output a.gif
 
 A checkpoint of this project says itself how its network is built; for others --model and
 --num-classes do. --image-size 384 or 256x384, HEIGHTxWIDTH, asks for other pictures than the
-network was trained on.
+network was trained on. A network of clips draws as many frames as it was trained on, unless
+--frames says otherwise: as a .gif or .mp4 that plays, or as a strip in another file.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, reason
@@ -17,20 +19,27 @@ from runtime.command_line import Parser, door, end_at_interrupt, reason
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-from collections.abc import Collection
+from argparse import Namespace
+from collections.abc import Collection, Sequence
 from pathlib import Path
 import sys
+from typing import NamedTuple
 
+from PIL import Image
 import numpy as np
 
 from checkpoints.choice import NUM_CLASSES
 from checkpoints.loading import find_files
+from conditions.given import Given, places_in
 from conditions.labels import label_indices, readable
 from conditions.reading import checked_prompts
+from runtime.clip_files import probe_clip, read_clip
 from runtime.devices import choose_device, tf32
 from runtime.disk import check_writable
+from runtime.image_size import sides
 from sampling.pictures import (
-    GIF_MOMENTS, STRIP_MOMENTS, captions, ending, moments, picture, save, save_trajectory,
+    CLIP_ENDINGS, ENDINGS, FRAME_RATE, GIF_MOMENTS, STRIP_MOMENTS, captions, check_clip_file,
+    ending, moments, picture, save, save_clips, save_trajectory,
 )  # fmt: skip
 from sampling.flags import (
     add_sampling_flags, check_flags, network_choice, sampling_options,
@@ -39,6 +48,17 @@ from sampling.loading import VAE, build_sampler
 from sampling.sampler import Sampler
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
+CLIP_OUTPUT, GIVEN_FRAMES = "sample.gif", "0"  # of clips, where nobody says it
+
+
+class ClipWishes(NamedTuple):
+    """What is asked of a network that makes clips: the file to write, frames a second, and frames
+    that are given, None for none.
+    """
+
+    output: str
+    frame_rate: float
+    given: Given | None
 
 
 def build_parser() -> Parser:
@@ -57,7 +77,8 @@ def build_parser() -> Parser:
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
         "--output", default="sample.png",
-        help="file to write, replaced if it exists (default: %(default)s)",
+        help="file to write, replaced if it exists (default: %(default)s; of clips "
+        f"{CLIP_OUTPUT})",
     )  # fmt: skip
     group.add_argument(
         "--trajectory",
@@ -67,7 +88,28 @@ def build_parser() -> Parser:
         f"{STRIP_MOMENTS}; replaced if it exists",
     )
     add_sampling_flags(parser, VAE, cfg_scale=4.0)
+    add_clip_flags(parser)
     return parser
+
+
+def add_clip_flags(parser: Parser) -> None:
+    """Add those that are about clips alone, which are None where they are not given."""
+    group = parser.add_argument_group("clips, of a network that makes them")
+    group.add_argument(
+        "--frame-rate", type=float, metavar="RATE",
+        help=f"frames a second at which the output plays (default: {FRAME_RATE:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--given", metavar="FILE",
+        help="frames that every clip is to have: a picture, a video, a GIF or a folder of frames, "
+        "scaled and cropped centrally as training does it; of more than --given-frames names the "
+        "first ones",
+    )  # fmt: skip
+    group.add_argument(
+        "--given-frames", metavar="PLACES",
+        help="which frames of the clip those are, in order, counted from 0: 0, 0-3, 0,15 or, for "
+        f"the last one, -1 (default: {GIVEN_FRAMES})",
+    )  # fmt: skip
 
 
 @door("--image-size or the number of --class-labels, or of prompts")
@@ -77,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     with parser.refusing():
         check_flags(args)
         choice, options = network_choice(args, given), sampling_options(args, given)
-        check_output("--output", args.output)
+        check_output("--output", args.output, CLIP_ENDINGS)
         if args.trajectory:
             check_output("--trajectory", args.trajectory)
             if Path(args.trajectory).resolve() == Path(args.output).resolve():
@@ -88,17 +130,23 @@ def main(argv: list[str] | None = None) -> None:
         files = find_files(choice, VAE)
         sampler = build_sampler(choice, files, options, device)
         asked = parse_asked(args.class_labels, args.prompt, sampler)
+        clip = clip_wishes(args, "output" in given, sampler)
     for note in sampler.notes(asked):
         print(f"note: {note}", file=sys.stderr)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    used = options.settled(sampler.process, text=sampler.reads_text) | {
+    used = options.settled(
+        sampler.process, text=sampler.reads_text, clips=sampler.makes_clips
+    ) | {
         "vae": files.vae, "prompt" if sampler.reads_text else "class_labels": asked,
         "image_size": sampler.image_size,
     }  # fmt: skip
     try:
         with tf32(args.tf32):
-            images, frames = sample(sampler, asked, args.seed, shown)
+            images, frames = sample(sampler, asked, args.seed, shown, clip and clip.given)
         texts = captions(asked, sampler.network.num_classes, readable(sampler.classes))
+        if clip is not None:
+            write_clips(images, clip, texts, vars(args) | used)
+            return
         save(picture(images, texts), args.output, vars(args) | used)
         size = f"{images.shape[1]}x{images.shape[2]}"  # height x width, as --image-size
         print(f"wrote {args.output}: {len(images)} images of {size} pixels")
@@ -112,13 +160,96 @@ def main(argv: list[str] | None = None) -> None:
         parser.fail(reason(error))
 
 
-def check_output(flag: str, path: str) -> None:
-    """Raise ValueError unless a picture can be written at path, in the format of its ending."""
+def check_output(flag: str, path: str, known: Sequence[str] = ENDINGS) -> None:
+    """Raise ValueError unless a picture can be written at path, in the format of its ending, which
+    is to be one of those that are known.
+    """
     try:
         check_writable(path)
-        ending(path)
+        ending(path, known)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
+
+
+def clip_wishes(args: Namespace, output_given: bool, sampler: Sampler) -> ClipWishes | None:
+    """What a command line asks of a network that makes clips, None for another network; whether it
+    gives --output.
+
+    Raises ValueError for flags that are not this network's, and for what cannot be had.
+    """
+    if not sampler.makes_clips:
+        for name in ("given", "given_frames", "frame_rate"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"`{name}` is for networks that make clips, and this one makes images; leave "
+                    "the argument out"
+                )
+        check_output("--output", args.output)
+        return None
+    if args.trajectory:
+        raise ValueError(
+            "`trajectory` shows how images came about, and this network makes clips; leave the "
+            "argument out"
+        )
+    output = args.output if output_given or sampler.frames == 1 else CLIP_OUTPUT
+    rate = FRAME_RATE if args.frame_rate is None else args.frame_rate
+    check_output("--output", output, CLIP_ENDINGS)
+    check_clip_file(output, rate)
+    return ClipWishes(output, rate, read_given(args.given, args.given_frames, sampler))
+
+
+def read_given(path: str | None, named: str | None, sampler: Sampler) -> Given | None:
+    """The frames that --given and --given-frames give, None for none; with a note, printed, if not
+    all of the file's frames are taken, or if they are brought to another size.
+
+    Raises ValueError for a file that cannot be read or has too few frames, and for places that the
+    clip does not have.
+    """
+    if path is None:
+        if named is not None:
+            raise ValueError(
+                f"`given_frames` {named[:60]} goes with `given`, the file that has these frames; "
+                "give both, or leave the argument out"
+            )
+        return None
+    from data.images import cover  # here, since it takes a second
+
+    assert sampler.frames is not None  # the network makes clips
+    places = places_in(named or GIVEN_FRAMES, sampler.frames)
+    info = probe_clip(path, "given")
+    if info.frames < len(places):
+        raise ValueError(
+            f"`given` {path} has {info.frames} of the {len(places)} frames that `given_frames` "
+            "names; name as many as it has, or give a longer clip"
+        )
+    frames, size = read_clip(path, "given", range(len(places))).frames, sides(sampler.image_size)
+    if info.frames > len(places):
+        print(
+            f"note: of the {info.frames} frames of {path} the first {len(places)} are given",
+            file=sys.stderr,
+        )
+    if frames.shape[1:3] != size:
+        was, now = (f"{height}x{width}" for height, width in (frames.shape[1:3], size))
+        print(
+            f"note: {path} has {was} pixels; it is scaled and cropped centrally to {now}",
+            file=sys.stderr,
+        )
+        frames = np.stack([np.asarray(cover(Image.fromarray(one), size)) for one in frames])
+    return sampler.give(frames, places)
+
+
+def write_clips(
+    clips: np.ndarray, wishes: ClipWishes, texts: Sequence[str], settings: dict
+) -> None:
+    """Write clips (N, F, H, W, 3) with their texts, and tell it.
+
+    Raises ValueError as save_clips.
+    """
+    count, frames, height, width, _ = clips.shape
+    own = {"output": wishes.output, "frame_rate": wishes.frame_rate, "frames": frames}
+    save_clips(clips, wishes.output, texts, wishes.frame_rate, settings | own)
+    named = "a frame" if frames == 1 else f"{frames} frames"
+    print(f"wrote {wishes.output}: {count} clips of {named} of {height}x{width} pixels")
 
 
 def parse_asked(
@@ -172,15 +303,16 @@ def parse_labels(given: list[str] | None, num_classes: int, classes: list[str] |
 
 
 def sample(
-    sampler: Sampler, asked: list[int] | list[str], seed: int, shown: Collection[int] = ()
-) -> tuple[np.ndarray, list[tuple[float, np.ndarray]]]:
-    """Images (N, H, W, 3) of labels or prompts, a uint8 array, and [(t, images as predicted at step
-    t)] for the steps with the indices in `shown`.
+    sampler: Sampler, asked: list[int] | list[str], seed: int, shown: Collection[int] = (),
+    given: Given | None = None,
+) -> tuple[np.ndarray, list[tuple[float, np.ndarray]]]:  # fmt: skip
+    """Images (N, H, W, 3) of labels or prompts, a uint8 array, or clips (N, F, H, W, 3), and [(t,
+    images as predicted at step t)] for the steps with the indices in `shown`.
 
     From torch's generator, seeded with `seed` just before the first draw.
     """
     frames = []
-    for i, out in enumerate(sampler.seeded_trajectory(asked, seed, progress=True)):
+    for i, out in enumerate(sampler.seeded_trajectory(asked, seed, progress=True, given=given)):
         if i in shown:
             frames.append((out["t"], sampler.decode(out["pred_xstart"]).cpu().numpy()))
     return sampler.decode(out["sample"]).cpu().numpy(), frames

@@ -78,7 +78,7 @@ def places_in(text: str, frames: int, argument: str = "given_frames") -> list[in
     Raises ValueError, naming the argument, for another text, for a frame that the clip does not
     have or that is named twice, and where all are named.
     """
-    found = []
+    found: list[int] = []
     for part in text.split(","):
         match = PLACES.fullmatch(part.strip())
         if match is None:

@@ -14,7 +14,8 @@ import torch
 from checkpoints.networks import Network
 from conditions.labels import readable
 from sampling.pictures import (
-    GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, save, strip,
+    FRAME_RATE, GIF_MOMENTS, STRIP_MOMENTS, captions, evenly, legible, picture, played, save,
+    save_moving, strip,
 )  # fmt: skip
 from processes.noise import ImageNoise
 from sampling.sampler import Sampler
@@ -138,10 +139,11 @@ def always() -> bool:
 def draw(
     sampler: Sampler, labels: list[int] | list[str], seed: int, device: torch.device,
     wanted: Callable[[], bool] = always,
-) -> Iterator[tuple[int, Image.Image, Image.Image | None]]:  # fmt: skip
+) -> Iterator[tuple[int, Image.Image | list[Image.Image], Image.Image | None]]:  # fmt: skip
     """Yields (steps done, PIL picture of the images as predicted, None) at up to about GIF_MOMENTS
     steps, and at the end (steps, picture of the images, strip of how the first STRIP_ROWS came
-    about).
+    about). Of clips the pictures are those of middle frames, and the last one is all pictures of
+    one that plays.
 
     Image i depends on (seed, i), its label or prompt and the sampler alone, up to rounding. Raises
     ValueError as Sampler.decode, and before a step if wanted() does not hold.
@@ -155,15 +157,21 @@ def draw(
     way = sampler.trajectory(sampler.conditions(labels), noise, noise_fn)
     for i, out in enumerate(while_wanted(way, wanted)):
         if i in previewed:
-            images = sampler.decode(out["pred_xstart"]).cpu().numpy()
+            images = sampler.decode(middle(out["pred_xstart"])).cpu().numpy()
             if i in in_strip:
                 frames.append((out["t"], images[:STRIP_ROWS]))
             yield i + 1, picture(images, texts), None
-    images = sampler.decode(out["sample"]).cpu().numpy()
+    whole = sampler.decode(out["sample"]).cpu().numpy()
+    images = whole[:, whole.shape[1] // 2] if sampler.makes_clips else whole  # (N, H, W, 3)
     yield (
-        steps, picture(images, texts),
+        steps, played(whole, texts) if sampler.makes_clips else picture(images, texts),
         strip([*frames[:-1], (None, images[:STRIP_ROWS])], texts[:STRIP_ROWS]),
     )  # fmt: skip
+
+
+def middle(latents: torch.Tensor) -> torch.Tensor:
+    """The middle frames (N, C, H, W) of clips (N, C, F, H, W); images as they are."""
+    return latents[:, :, latents.shape[2] // 2] if latents.dim() > 4 else latents
 
 
 def while_wanted(way: Iterator[dict], wanted: Callable[[], bool]) -> Iterator[dict]:
@@ -179,12 +187,12 @@ def answer(
     base: Sampler, settings: dict[str, Any], device: torch.device, asked: object, count: object,
     guidance: object, solver: object, steps: object, seed: object,
     wanted: Callable[[], bool] = always,
-) -> Iterator[tuple[str, Image.Image | str, Image.Image | None, str | None]]:  # fmt: skip
+) -> Iterator[tuple[str, Any, Image.Image | None, str | None]]:  # fmt: skip
     """draw for a visitor's choices, of whatever type, of a base Sampler: classes are asked for, or
-    what is Written; yields (status, picture,
-    strip, PNG file), the last two None before the end. At the end the picture is that file too,
-    which is gone when the generator goes on. The PNG file has the choices inside, and `settings`:
-    what a picture depends on beside them.
+    what is Written; yields (status, picture, strip, PNG file), the last two None before the end.
+    At the end the picture is that file too, which is gone when the generator goes on, and plays if
+    it is of clips. The PNG file has the choices inside, and `settings`: what a picture depends on
+    beside them.
 
     Raises ValueError for choices that make no sense, before any work, and as draw.
     """
@@ -195,7 +203,10 @@ def answer(
             yield f"Step {done} of {sampler.num_sampling_steps}", drawn, None, None
     with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
         path = str(Path(folder) / f"dit-seed-{number}.png")
-        save(drawn, path, settings | chosen)
+        if isinstance(drawn, list):
+            save_moving(drawn, path, FRAME_RATE, settings | chosen)
+        else:
+            save(drawn, path, settings | chosen)
         yield "; ".join([f"Seed {number}", *sampler.notes(labels)]), path, rows, path
 
 

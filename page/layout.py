@@ -81,13 +81,15 @@ def add_network(
         with gr.Column(scale=2, min_width=400):
             look = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
             status = gr.Markdown("Nothing drawn yet", container=True)
-            shown = gr.Image(label="Images", height=360, **look)
+            shown = gr.Image(
+                label="Clips" if sampler.makes_clips else "Images", height=360, **look
+            )
             download = gr.DownloadButton(
                 "Download PNG, with its settings inside", interactive=False
             )
             gr.Markdown(
                 f"How the first {STRIP_ROWS} came about: what the network took for the clean "
-                "image at time t"
+                f"{'middle frame' if sampler.makes_clips else 'image'} at time t"
             )
             rows = gr.Image(label="Over time", format="png", height=380, **look)
     gr.Markdown(HELP_ON_TEXT if sampler.reads_text else HELP)

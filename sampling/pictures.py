@@ -1,6 +1,8 @@
-"""Images as people look at them: a labelled picture, or how it came about, with its settings.
+"""Images as people look at them: a labelled picture, or how it came about, with its settings; and
+clips, as a labelled picture that plays, or as a strip.
 
-An animation or a strip shows how it came about. Images are uint8 arrays (N, H, W, 3).
+An animation or a strip shows how it came about. Images are uint8 arrays (N, H, W, 3), clips
+(N, F, H, W, 3).
 """
 
 from collections.abc import Sequence
@@ -9,11 +11,13 @@ import json
 import os
 from pathlib import Path
 import stat
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from runtime.clip_files import GIF_RATE, check_pyav, write_gif, write_mp4
 from runtime.disk import write_whole
 
 PER_ROW = 4
@@ -24,6 +28,9 @@ MARGIN, FONT_SIZE = 4, 12
 GIF_MOMENTS, STRIP_MOMENTS = 30, 8
 FRAME_MS, LAST_FRAME_MS = 120, 2000
 ENDINGS = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PLAYS = {".gif": write_gif, ".mp4": write_mp4}  # the endings of clips that play
+CLIP_ENDINGS = (*ENDINGS, ".mp4")
+FRAME_RATE = 8.0  # frames a second at which clips play, where nobody says it
 LONGEST_TEXT = 200  # characters of a caption that are looked at
 PROMPT_LINES = 3  # below an image, at most, of its prompt
 SETTINGS = "settings"  # the text entry of a PNG file that has them, as JSON
@@ -97,31 +104,46 @@ def picture(images: np.ndarray, texts: Sequence[str], per_row: int = PER_ROW) ->
     return canvas
 
 
-def ending(path: Path | str) -> str:
+def ending(path: Path | str, known: Sequence[str] = ENDINGS) -> str:
     """The format that a file's name asks for: its ending, with the dot.
 
-    Raises ValueError if it is none of ENDINGS.
+    Raises ValueError if it is none of those that are known.
     """
     found = Path(path).suffix.lower()
-    if found not in ENDINGS:
+    if found not in known:
         raise ValueError(
-            f"{path}: {found or 'no ending'} is not an image format here; use .png, or "
-            f"{', '.join(ENDINGS[1:])}"
+            f"{path}: {found or 'no ending'} is not an image format here; use {known[0]}, or "
+            f"{', '.join(known[1:])}"
         )
     return found
 
 
-def save(canvas: Image.Image, path: Path | str, settings: dict) -> None:
-    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS.
+def check_clip_file(path: Path | str, frame_rate: float) -> None:
+    """Raise ValueError unless clips can be written to path, in the format of its ending, to play at
+    so many frames a second.
+    """
+    found = ending(path, CLIP_ENDINGS)
+    if found == ".mp4":
+        check_pyav(f"{path} is a video")
+    if found == ".gif" and frame_rate > GIF_RATE:
+        raise ValueError(
+            f"`frame_rate` is {frame_rate:g}, and a GIF shows at most {GIF_RATE} frames a second; "
+            "give a lower one, or write .mp4"
+        )
+
+
+def save(canvas: Image.Image, path: Path | str, settings: dict, **options: object) -> None:
+    """Write a PIL image; a PNG file gets the settings, a dict, as JSON under SETTINGS. `options`
+    are Pillow's for the format.
 
     Raises ValueError as write_file.
     """
     if ending(path) != ".png":
-        write_file(path, encoded(canvas, path))
+        write_file(path, encoded(canvas, path, **options))
         return
     entries = PngImagePlugin.PngInfo()
     entries.add_text(SETTINGS, json.dumps(settings, default=str))
-    write_file(path, encoded(canvas, path, pnginfo=entries))
+    write_file(path, encoded(canvas, path, pnginfo=entries, **options))
 
 
 def encoded(canvas: Image.Image, path: Path | str, **options: object) -> bytes:
@@ -208,3 +230,52 @@ def save_trajectory(
         write_file(path, encoded(pictures[0], path, **options))
         return
     write_file(path, encoded(strip(frames, texts), path))
+
+
+def played(clips: np.ndarray, texts: Sequence[str]) -> list[Image.Image]:
+    """The F frames, PIL images, of a picture that plays clips (N, F, H, W, 3), with their texts."""
+    return [picture(images, texts) for images in np.swapaxes(clips, 0, 1)]  # (N, H, W, 3) each
+
+
+def save_moving(
+    frames: Sequence[Image.Image], path: Path | str, frame_rate: float, settings: dict
+) -> None:
+    """Write PIL images as a PNG file that plays so many of them a second, over and over, with the
+    settings as `save` has them.
+
+    Raises ValueError as write_file.
+    """
+    duration = 1000 / frame_rate  # in milliseconds
+    moving = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    save(frames[0], path, settings, **moving)
+
+
+def clip_strip(clips: np.ndarray, texts: Sequence[str]) -> Image.Image:
+    """A PIL image of clips (N, F, H, W, 3): each a row, with its text below its first frame; clips
+    of one frame as `picture` has images.
+    """
+    count = clips.shape[1]
+    if count == 1:
+        return picture(clips[:, 0], texts)
+    below = [text for name in texts for text in [name, *[""] * (count - 1)]]
+    return picture(clips.reshape(-1, *clips.shape[2:]), below, per_row=count)
+
+
+def save_clips(
+    clips: np.ndarray, path: Path | str, texts: Sequence[str], frame_rate: float, settings: dict
+) -> None:
+    """Write clips (N, F, H, W, 3) with their texts: .gif and .mp4 play so many frames a second,
+    another file is a strip, and a PNG file gets the settings.
+
+    Raises ValueError as check_clip_file and write_file.
+    """
+    check_clip_file(path, frame_rate)
+    write = PLAYS.get(found := ending(path, CLIP_ENDINGS))
+    if write is None:
+        save(clip_strip(clips, texts), path, settings)
+        return
+    with TemporaryDirectory() as folder:  # of a video's file, parts are written anew
+        file = Path(folder) / f"clips{found}"
+        frames = np.stack([np.asarray(one) for one in played(clips, texts)])
+        write(file, frames, frame_rate)  # (F, height, width, 3)
+        write_file(path, file.read_bytes())

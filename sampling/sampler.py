@@ -29,9 +29,9 @@ from layers.text import Text
 from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
-from runtime.image_size import ImageSize, settled
+from runtime.image_size import ImageSize, settled, sides
 from sampling.speed import PRECISIONS
-from vae import Space, to_uint8
+from vae import Space, from_uint8, to_uint8
 
 # Latent channels that are guided where nobody says it: DiT's convention, which networks of text and
 # of clips do not have
@@ -272,9 +272,7 @@ class Sampler:
             last = out["sample"]
         return last
 
-    def numbered_latents(
-        self, seed: int, indices: Sequence[int], labels: Values, given: Given | None = None
-    ) -> Tensor:
+    def numbered_latents(self, seed: int, indices: Sequence[int], labels: Values) -> Tensor:
         """Latents (N, C, *space) of the images with these indices; labels as `conditions` gives
         them.
 
@@ -282,7 +280,7 @@ class Sampler:
         """
         noise_fn = ImageNoise(seed, indices, labels.device)
         noise = noise_fn(torch.empty(len(indices), *self.latent, device=labels.device))
-        return self.latents(labels, noise, noise_fn, given=given)
+        return self.latents(labels, noise, noise_fn)
 
     def seeded_trajectory(
         self, labels: Sequence[int] | Sequence[str] | Values, seed: int = 0, progress: bool = False,
@@ -317,6 +315,32 @@ class Sampler:
         for out in self.seeded_trajectory(values, seed, given=given):
             last = out["sample"]
         return self.decode(last).cpu().numpy()
+
+    def give(self, frames: np.ndarray, places: Sequence[int]) -> Given:
+        """Frames uint8 (K, H, W, 3), of the size of those that are drawn, as what a clip is to have
+        at K places, counted from 0: a Given of one clip, which is for all samples.
+
+        Raises ValueError for a network of images, for frames of another number or size, and for a
+        part of a patch.
+        """
+        wanted = (len(places), *sides(self.image_size), 3)
+        if not self.makes_clips or frames.shape != wanted or frames.dtype != np.uint8:
+            raise ValueError(
+                f"`frames` are {frames.dtype} of shape {frames.shape}; wanted are, for a network "
+                f"that makes clips, uint8 of shape {wanted}"
+            )
+        device = next(self.network.parameters()).device
+        images = from_uint8(torch.from_numpy(frames).permute(0, 3, 1, 2).to(device))
+        channels, count, height, width = self.latent
+        no_noise = torch.zeros(len(places), channels, height, width, device=device)
+        latents = self.space.encode(images, no_noise)  # (K, C, h, w)
+        clip = torch.zeros(self.latent, device=device)
+        clip[:, places] = latents.transpose(0, 1)  # (C, F, h, w)
+        mask = torch.zeros(1, count, dtype=torch.bool, device=device)
+        mask[:, places] = True
+        given = Given(clip.unsqueeze(0), mask, self.process.clean)
+        check_given(given, (1, *self.latent), patch_frames(self.network))
+        return given
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images uint8 (N, H, W, 3) of latents (N, C, H, W), or clips uint8 (N, F, H, W, 3) of

@@ -1,5 +1,4 @@
-"""Clips: what the Sampler draws, with frames that are given and without, and many of them in files.
-"""
+"""Clips: what the Sampler draws, with given frames and without, and what doors write of them."""
 
 import json
 
@@ -11,12 +10,16 @@ import torch
 from checkpoints.weights import Weights, save_weights
 from conditions.given import Given
 from conditions.labels import random_labels
-from conftest import fill_randomly
+from conftest import ROOT, fill_randomly
 from layers.clips import frames_of
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
+from processes.noise import ImageNoise
 import sample_ddp
+from runtime.clip_files import read_clip, write_gif
+import sample
 from sampling.loading import load_sampler
+from sampling.pictures import MARGIN
 from sampling.sampler import Sampler
 from variants.video import TextVideo, VideoDiT
 from vae import PixelSpace, load_vae
@@ -115,12 +118,14 @@ def test_the_network_sees_given_frames_clean_and_at_the_time_of_clean_data(proce
 def test_a_clip_does_not_depend_on_those_drawn_with_it():
     sampler, labels = sampler_of(maker(), name="sde"), torch.tensor(LABELS)
     given, _ = given_frames([1])
-    whole = sampler.numbered_latents(5, range(3), labels, given)
-    parts = [
-        sampler.numbered_latents(5, range(1), labels[:1], given),
-        sampler.numbered_latents(5, range(1, 3), labels[1:], given),
-    ]
-    assert torch.allclose(torch.cat(parts), whole, atol=1e-4)
+
+    def drawn(numbers):
+        noise_fn = ImageNoise(5, numbers, "cpu")
+        noise = noise_fn(torch.empty(len(numbers), *sampler.latent))
+        return sampler.latents(labels[numbers.start : numbers.stop], noise, noise_fn, given=given)
+
+    parts = torch.cat([drawn(range(1)), drawn(range(1, 3))])
+    assert torch.allclose(parts, drawn(range(3)), atol=1e-4)
 
 
 def test_a_clip_of_one_frame_and_one_of_many_are_drawn():
@@ -225,3 +230,142 @@ def test_frames_as_trained_go_on_in_the_folder_of_none_and_others_do_not(tmp_pat
         "cpu", "--sample-dir", str(tmp_path), "--frames", "2",
     ])  # fmt: skip
     assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+# ---- one picture ----
+
+TILE, LINE = 96 + MARGIN, 100 + MARGIN + 12  # of 8 pixels enlarged, and of one with its text
+
+
+def drawn(ckpt, output, *flags):
+    """sample.main for two classes, its file."""
+    sample.main([
+        "--ckpt", ckpt, "--vae", "none", "--steps", "2", "--device", "cpu", "--class-labels", "3",
+        "1", "--output", str(output), *flags,
+    ])  # fmt: skip
+    return output
+
+
+def tiles(frame, count=2):
+    """The first `count` images in a row of a picture, back at 8 pixels."""
+    starts = [MARGIN + i * TILE for i in range(count)]
+    return np.stack([frame[MARGIN : MARGIN + 96 : 12, x : x + 96 : 12] for x in starts])
+
+
+def test_a_gif_plays_the_clips_that_the_sampler_draws(tmp_path, ckpt, capsys):
+    clip = read_clip(drawn(ckpt, tmp_path / "a.gif", "--frames", "3", "--frame-rate", "10"))
+    assert "2 clips of 3 frames of 8x8 pixels" in capsys.readouterr().out
+    assert clip.rate == 10 and len(clip.frames) == 3
+    sampler = load_sampler(ckpt, vae="none", steps=2, device="cpu", cfg_scale=4.0, frames=3)
+    clips = sampler.images([3, 1])
+    assert len(np.unique(clips.reshape(-1, 3), axis=0)) < 200  # a GIF has them all
+    got = np.stack([tiles(frame) for frame in clip.frames], axis=1)  # (N, F, H, W, 3)
+    assert np.array_equal(got, clips)
+
+
+def test_another_ending_is_a_strip_with_its_settings(tmp_path, ckpt):
+    path = drawn(ckpt, tmp_path / "a.png", "--frame-rate", "12")
+    clips = load_sampler(ckpt, vae="none", steps=2, device="cpu", cfg_scale=4.0).images([3, 1])
+    with Image.open(path) as image:
+        settings, pixels = json.loads(image.text["settings"]), np.asarray(image)
+    assert (tiles(pixels, 4) == clips[0]).all()
+    assert (settings["frames"], settings["frame_rate"], settings["cfg_channels"]) == (4, 12, "all")
+    one = np.asarray(Image.open(drawn(ckpt, tmp_path / "b.png", "--frames", "1")))
+    assert tiles(one).shape == (2, 8, 8, 3) and one.shape[1] == 2 * TILE + MARGIN
+
+
+def test_a_video_plays_as_long(tmp_path, ckpt):
+    pytest.importorskip("av", reason="videos need PyAV: pip install .[clips]")
+    clip = read_clip(drawn(ckpt, tmp_path / "a.mp4", "--frame-rate", "5"))
+    assert (len(clip.frames), clip.rate) == (4, 5)
+
+
+def test_clips_go_to_a_gif_and_one_frame_to_a_picture_where_nobody_says(
+    tmp_path, ckpt, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", ckpt, "--vae", "none", "--steps", "2", "--device", "cpu"]
+    sample.main(flags)
+    sample.main([*flags, "--frames", "1"])
+    assert {path.name for path in tmp_path.iterdir()} == {"sample.gif", "sample.png"}
+
+
+@pytest.mark.parametrize("places, where", [(None, [0]), ("-1", [3]), ("0,3", [0, 3]),
+                                           ("1-2", [1, 2])])  # fmt: skip
+def test_frames_of_a_file_are_in_every_clip(tmp_path, ckpt, places, where):
+    levels = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
+    write_gif(tmp_path / "given.gif", levels, 10)
+    flags = [] if places is None else ["--given-frames", places]
+    path = drawn(ckpt, tmp_path / "a.png", "--given", str(tmp_path / "given.gif"), *flags)
+    pixels = np.asarray(Image.open(path))
+    for top in (0, LINE):  # of each clip's row
+        assert (tiles(pixels[top:], 4)[where] == levels[: len(where)]).all()
+
+
+def test_a_folder_of_frames_of_another_size_is_cropped_as_training_does(tmp_path, ckpt, capsys):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, level in ((2, 40), (10, 200)):
+        pixels = np.full((16, 32, 3), level, np.uint8)
+        pixels[:, :8] = 0  # is cut away
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    flags = ["--given", str(folder), "--given-frames", "1-2"]
+    pixels = np.asarray(Image.open(drawn(ckpt, tmp_path / "a.png", *flags)))
+    assert (tiles(pixels, 4)[1] == 40).all() and (tiles(pixels, 4)[2] == 200).all()
+    assert "16x32 pixels; it is scaled and cropped centrally to 8x8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--given-frames", "0"], "--given-frames 0 goes with --given"),
+    (["--given", "{dir}/no.gif"], "no.gif cannot be read as a clip"),
+    (["--given", "{dir}/one.png", "--given-frames", "0-1"],
+     "one.png has 1 of the 2 frames that --given-frames names"),
+    (["--given", "{dir}/one.png", "--given-frames", "4"],
+     "names frame 4, and the clip has 4: give numbers from 0 to 3"),
+    (["--given", "{dir}/one.png", "--given-frames", "0,-4"], "names a frame twice"),
+    (["--given", "{dir}/one.png", "--given-frames", "0-3"], "names all 4 frames"),
+    (["--given", "{dir}/one.png", "--given-frames", "3-1"], "ends before it begins"),
+    (["--given", "{dir}/one.png", "--given-frames", "1;2"], "names no frames"),
+    (["--frame-rate", "51"], "--frame-rate is 51, and a GIF shows at most 50"),
+    (["--frame-rate", "0"], "--frame-rate is 0"),
+    (["--frames", "0"], "--frames is 0; it must be at least 1"),
+    (["--frames", "16384", "--image-size", "4096"], "tokens, and a network of this width takes"),
+    (["--trajectory", "{dir}/way.gif"], "this network makes clips; leave the flag out"),
+    (["--output", "{dir}/a.xyz"], ".xyz is not an image format here"),
+])  # fmt: skip
+def test_what_cannot_be_had_is_told_before_anything_is_drawn(
+    tmp_path, ckpt, capsys, flags, message
+):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(SystemExit):
+        drawn(ckpt, tmp_path / "a.gif", *[flag.format(dir=tmp_path) for flag in flags])
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"one.png"}
+
+
+@pytest.mark.parametrize("flags", [
+    ["--frames", "2"], ["--frame-rate", "9"], ["--given", "x.png"], ["--given-frames", "0"],
+    ["--output", "x.mp4"],
+])  # fmt: skip
+def test_options_of_clips_are_not_for_networks_of_images(tmp_path, capsys, flags, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = ROOT / "examples" / "digits"
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(digits / "dit.safetensors"), "--vae", str(digits / "vae"),
+                     "--device", "cpu", *flags])  # fmt: skip
+    assert flags[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_frames_of_whole_patches_are_asked_for(tmp_path, capsys):
+    network = maker(patch_frames=2, attention="full")
+    path = tmp_path / "tubes.safetensors"
+    save_weights(path, Weights(network.state_dict(), network.config, None, process=FLOW.config))
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    for flags, message in (
+        (["--frames", "5"], "--frames 5 is not a multiple of 2, the frames of a patch"),
+        (["--given", str(tmp_path / "one.png")], "patches have 2 frames: give frames 0-1"),
+    ):
+        with pytest.raises(SystemExit):
+            drawn(str(path), tmp_path / "a.gif", *flags)
+        assert message in capsys.readouterr().err

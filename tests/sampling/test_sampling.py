@@ -89,7 +89,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         class_labels=None, sampler="ddpm", device=None, eta=0.0, output="sample.png", weights="ema",
         cfg_channels=3, mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
         trajectory=None, extrapolation=None, prompt=None, negative_prompt=None,
-        text_encoder=None, frames=None, **FLOWS,
+        text_encoder=None, frames=None, frame_rate=None, given=None, given_frames=None, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
