@@ -164,6 +164,7 @@ SCORING = [
     "--eval-every", "1", "--eval-reference", "images", "--eval-features",
     str(DIGITS / "classifier"),
 ]  # fmt: skip
+FILMING = ["--model", "VideoDiT-Ti/2", "--frames", "3", "--given-frames", "0.5"]
 CACHING = [
     "--data-path", "images", "--num-classes", "2", "--image-size", "32", "--vae",
     str(DIGITS / "vae"), "--device", "cpu",
@@ -178,6 +179,7 @@ DOORS = {
             ["--data-path", "images", *TRAINING],
             ["--data-path", "images", *TRAINING, *SCORING],
             ["--data-path", "images", *TRAINING, "--process", "flow"],
+            ["--data-path", "split", *TRAINING, *FILMING],
             [
                 "--data-path",
                 "images",
@@ -192,6 +194,7 @@ DOORS = {
             "training.run.train": nothing,
             "training.assembly.build_state": state_without_weights,
             "models.DiT.to": lambda self, *_, **__: self,
+            "variants.video.VideoDiT.to": lambda self, *_, **__: self,
             "training.assembly.new_state": lambda network, *_, **__: SimpleNamespace(
                 network=network, step=0, bad_in_a_row=0, window=None
             ),

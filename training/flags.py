@@ -105,6 +105,7 @@ def add_data_flags(add: Add) -> None:
         "several share a row of LENGTH tokens"
     )
     add("--pack", type=int, metavar="LENGTH", help=packing)
+    add_clip_flags(add)
 
 
 def add_clip_flags(add: Add) -> None:
@@ -292,7 +293,7 @@ def add_evaluation_flags(add: Add) -> None:
 
 # Title of a group in --help → what adds its flags
 GROUPS: dict[str, Callable[[Add], None]] = {
-    "data": add_data_flags, "clips": add_clip_flags, "network": add_network_flags,
+    "data": add_data_flags, "network": add_network_flags,
     "process": add_process_flags, "recipe": add_recipe_flags,
     "speed and memory: these change a result by rounding at most": add_speed_flags,
     "run": add_run_flags, "scores while training": add_evaluation_flags,
