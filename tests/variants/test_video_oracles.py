@@ -276,7 +276,8 @@ def by_dit_blocks(network, x, t, y):
     w = dict(network.named_parameters())
 
     def part(name):
-        return {key[len(name) + 1 :]: value for key, value in w.items() if key.startswith(name + ".")}
+        found = {key.partition(f"{name}.") for key in w if key.startswith(f"{name}.")}
+        return {rest: w[first + rest] for _, first, rest in found}
 
     frames = [network.x_embedder(x[:, :, f]) + network.pos_embed for f in range(x.shape[2])]
     tokens = torch.stack(frames, dim=1)  # (N, F, T, D)
@@ -291,10 +292,12 @@ def by_dit_blocks(network, x, t, y):
         if i == 1 and not turns:
             tokens = tokens + sines(range(x.shape[2]), width)[:, None]
         tokens = along(
-            axis, tokens, lambda rows: functional_call(block, part(f"blocks.{i}"), (rows, c, layout))
-        )
+            axis, tokens,
+            lambda rows: functional_call(block, part(f"blocks.{i}"), (rows, c, layout)),
+        )  # fmt: skip
     last = FinalLayer(width, config["patch_size"], network.out_channels).double()
-    done = [functional_call(last, part("final_layer"), (tokens[:, f], c)) for f in range(x.shape[2])]
+    own = part("final_layer")
+    done = [functional_call(last, own, (frame, c)) for frame in tokens.unbind(1)]
     dit = DiT(**{key: config[key] for key in ("input_size", "patch_size", "in_channels")}, depth=1)
     return torch.stack([dit.unpatchify(patches) for patches in done], dim=2)
 
