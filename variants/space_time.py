@@ -147,7 +147,8 @@ class SpaceTime:
         width, heads = config["hidden_size"], config["num_heads"]
         self.frames, self.patch_frames = config["frames"], config["patch_frames"]
         self.kind = KINDS[config["attention"]]
-        # Where tokens of another grid are: a table is spread over it, rotations always go on
+        # Where tokens of another grid are: a table is spread over it; rotations go on, by a rule of
+        # their own
         self.extrapolation = "interpolate" if self.kind.table else None
         self.positions = POSITIONS["table" if self.kind.table else "rope"]
         channels = self.in_channels * self.patch_frames
