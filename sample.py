@@ -33,7 +33,7 @@ from checkpoints.loading import find_files
 from conditions.given import Given, places_in
 from conditions.labels import label_indices, readable
 from conditions.reading import checked_prompts
-from runtime.clip_files import probe_clip, read_clip
+from runtime.clip_files import probe_clip, read_frames
 from runtime.devices import choose_device, tf32
 from runtime.disk import check_writable
 from runtime.image_size import sides
@@ -222,7 +222,7 @@ def read_given(path: str | None, named: str | None, sampler: Sampler) -> Given |
             f"`given` {path} has {info.frames} of the {len(places)} frames that `given_frames` "
             "names; name as many as it has, or give a longer clip"
         )
-    frames, size = read_clip(path, "given", range(len(places))).frames, sides(sampler.image_size)
+    frames, size = read_frames(path, range(len(places)), "given"), sides(sampler.image_size)
     if info.frames > len(places):
         print(
             f"note: of the {info.frames} frames of {path} the first {len(places)} are given",

@@ -329,7 +329,7 @@ def test_a_folder_of_frames_of_another_size_is_cropped_as_training_does(tmp_path
     (["--frame-rate", "51"], "--frame-rate is 51, and a GIF shows at most 50"),
     (["--frame-rate", "0"], "--frame-rate is 0"),
     (["--frames", "0"], "--frames is 0; it must be at least 1"),
-    (["--frames", "16384", "--image-size", "4096"], "tokens, and a network of this width takes"),
+    (["--frames", "4096", "--image-size", "4096"], "tokens, and a network of this width takes"),
     (["--trajectory", "{dir}/way.gif"], "this network makes clips; leave the flag out"),
     (["--output", "{dir}/a.xyz"], ".xyz is not an image format here"),
 ])  # fmt: skip
