@@ -97,7 +97,8 @@ def add_clip_flags(parser: Parser) -> None:
     group = parser.add_argument_group("clips, of a network that makes them")
     group.add_argument(
         "--frame-rate", type=float, metavar="RATE",
-        help=f"frames a second at which the output plays (default: {FRAME_RATE:g})",
+        help="frames a second at which the output plays (default: as many as the clips of a run of "
+        f"train.py had with --frame-rate, else {FRAME_RATE:g})",
     )  # fmt: skip
     group.add_argument(
         "--given", metavar="FILE",
@@ -192,7 +193,7 @@ def clip_wishes(args: Namespace, output_given: bool, sampler: Sampler) -> ClipWi
             "argument out"
         )
     output = args.output if output_given or sampler.frames == 1 else CLIP_OUTPUT
-    rate = FRAME_RATE if args.frame_rate is None else args.frame_rate
+    rate = args.frame_rate or sampler.frame_rate or FRAME_RATE
     check_output("--output", output, CLIP_ENDINGS)
     check_clip_file(output, rate)
     return ClipWishes(output, rate, read_given(args.given, args.given_frames, sampler))
