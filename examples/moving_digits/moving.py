@@ -6,6 +6,9 @@ A digit fills a square of 14×14 pixels, whose upper left corner is at 0 to 18 o
 
 import numpy as np
 from PIL import Image
+import torch
+
+from vae import from_uint8
 
 FIELD, BOX = 32, 14
 ROOM = FIELD - BOX  # how far the corner of a digit can move on an axis
@@ -62,3 +65,8 @@ def render(digits, corners):
 def random_frames(digits, generator):
     """Digits (N, 14, 14) → uint8 frames (N, 32, 32), each somewhere in the field."""
     return render(digits, generator.uniform(0, ROOM, (len(digits), 1, 2)))[:, 0]  # (N, 32, 32)
+
+
+def as_batch(frames):
+    """Grey frames uint8 (N, 32, 32) → what networks take, float32 (N, 3, 32, 32) in [-1, 1]."""
+    return from_uint8(torch.from_numpy(frames)[:, None].expand(-1, 3, -1, -1))  # (N, 3, 32, 32)

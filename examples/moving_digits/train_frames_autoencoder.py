@@ -27,9 +27,8 @@ import torch
 
 from checkpoints.publish import check_free, whole_folder
 from make_dataset import load_split
-from moving import FIELD, enlarge, random_frames
+from moving import FIELD, as_batch, enlarge, random_frames
 from runtime.limits import check_numbers
-from vae import from_uint8
 
 ARCHITECTURE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
@@ -42,9 +41,9 @@ LOG_EVERY = 200
 
 
 def draw_batch(digits, count, generator):
-    """Frames (N, 3, 32, 32) in [-1, 1] of digits (M, 14, 14), and where they lie."""
-    frames = random_frames(digits[generator.integers(len(digits), size=count)], generator)
-    return from_uint8(torch.from_numpy(frames)[:, None].expand(-1, 3, -1, -1))  # (N, 3, 32, 32)
+    """Frames (N, 3, 32, 32) in [-1, 1] of so many of digits (M, 14, 14), anywhere in the field."""
+    chosen = generator.integers(len(digits), size=count)
+    return as_batch(random_frames(digits[chosen], generator))  # (N, 3, 32, 32)
 
 
 def loss_of(autoencoder, frames):
