@@ -8,6 +8,7 @@ from contextlib import closing
 import hashlib
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -136,10 +137,25 @@ class ArrayImages(Dataset):
 ImageSet = FolderImages | ArrayImages
 
 
+class Scored(Protocol):
+    """What `read_batches` needs of a set: its items, and whether they have several sizes."""
+
+    mixed: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> HashedImage: ...
+
+
 def hashed(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """(uint8 (3, H, W), SHA-256 of the pixels, uint8 (32,)) of an image (H, W, 3)."""
+    return channels_first(pixels), digest_of(pixels)
+
+
+def digest_of(pixels: np.ndarray) -> Tensor:
+    """The SHA-256 of pixels, uint8 (32,)."""
     digest = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8).copy()
-    return channels_first(pixels), torch.from_numpy(digest)
+    return torch.from_numpy(digest)
 
 
 def collate_hashed(items: list[HashedImage]) -> HashedImage:
@@ -154,7 +170,7 @@ def collate_hashed(items: list[HashedImage]) -> HashedImage:
 
 
 def read_batches(
-    images: ImageSet, batch_size: int, device: torch.device, team: Team = Team(),
+    images: Scored, batch_size: int, device: torch.device, team: Team = Team(),
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
     """This process's batches of a set of images, as `summaries.summarize` takes them.
