@@ -18,7 +18,7 @@ DEMO_FLAGS = --vae $(VAE) --class-labels 0 1 2 3 4 5 6 7 8 9 --num-sampling-step
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "torch>=2.14" "torchvision>=0.29" \
-	  ".[digits,emoji,track,evaluate,text,demo,notebook,test,lint]"
+	  ".[digits,emoji,clips,track,evaluate,text,demo,notebook,test,lint]"
 	touch $@
 
 # Emoji by words, and digits, from the committed weights; then a network trained from scratch for

@@ -1,4 +1,4 @@
-"""Folders of images, or of cached latents, to batches."""
+"""Folders of images or clips, or of cached latents, to batches."""
 
 from runtime.handing_on import handed_on
 
@@ -14,7 +14,7 @@ __getattr__ = handed_on(
         "data.captioned": "Captioned",
         "data.captions": "Captions read_captions",
         "data.images": "center_crop_arr open_image read_pixels to_rgb ImageDataset unreadable",
-        "data.listing": "Listing sample_hash list_images check_outside",
+        "data.listing": "Listing sample_hash list_images list_clips check_outside",
         "data.loader": "heed_the_trainer make_loader LoaderFailed say_waiting read explained",
         "data.opening": "open_source",
         "data.options": "CacheOptions DataOptions TextCacheOptions",

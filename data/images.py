@@ -1,12 +1,11 @@
-"""A file to an image: opening, colours, the central crop, and the data set of a Listing."""
+"""A file to an image as training sees it: the central crop, and the data set of a Listing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 import math
 from pathlib import Path
 
-from PIL import Image, ImageColor, PngImagePlugin
+from PIL import Image
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,12 +14,11 @@ from torch.utils.data import Dataset
 from data.listing import Listing
 from data.shapes import Size
 from data.source import BadImage, TrainingItem
+from runtime.image_files import long_texts, open_image, to_rgb
 from runtime.image_size import ImageSize, sides
 
-BACKGROUND = "white"  # behind what is transparent
 # Of a resized image; a strip that would have more is cropped first
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
-MOST_TEXT = 2**26  # bytes of text in a PNG file that are passed over; Pillow refuses one of 1 MB
 HEADERS_AT_ONCE = 16  # a disk on a network answers after a while
 MOST_UNREADABLE = 1000  # images in a row; with more, the disk is gone rather than an image broken
 
@@ -61,32 +59,11 @@ def _central(image, sides):
     return image.crop((left, top, left + sides[0], top + sides[1]))
 
 
-@contextmanager
-def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """The image in a file, not decoded yet, whatever text is stored with it.
-
-    Raises what Pillow raises, of many kinds.
-    """
-    with _long_texts(), Image.open(path) as image:
-        yield image
-
-
-@contextmanager
-def _long_texts():
-    """Have Pillow pass over MOST_TEXT of text in a PNG file."""
-    before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT
-    try:
-        yield
-    finally:
-        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
-
-
 def sizes_in_headers(paths: Sequence[Path | str]) -> list[tuple[Size | None, str]]:
     """(height and width, "") of each of these images as its header has them, or (None, why it
     cannot be read). Several are read at a time.
     """
-    with _long_texts(), ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+    with long_texts(), ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         return list(pool.map(_size_in_header, paths))
 
 
@@ -96,39 +73,6 @@ def _size_in_header(path):
             return image.size[::-1], ""
     except Exception as error:  # of as many kinds as Pillow's decoders raise
         return None, str(error) or type(error).__name__
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any kind as RGB with 8 bits a channel, on BACKGROUND where it is transparent.
-
-    Raises ValueError for kinds without a known range.
-    """
-    # Image.convert would clip the levels at 255
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        image = _eight_bits(image)
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"pixels of mode {image.mode} have no range that is known; save it with 8 or 16 bits"
-        )
-    key = image.info.get("transparency")
-    # Of a PNG with 16 bits, which Pillow halves
-    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        image.info["transparency"] = tuple(level >> 8 for level in key)
-    if image.has_transparency_data:  # what lies under it is often what an editor left there
-        image = image.convert("RGBA")
-        if np.asarray(image)[..., 3].min() < 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-    return image.convert("RGB")
-
-
-def _eight_bits(image):
-    """A grey image with 16 bits as one with 8. Pixels of the transparent colour become BACKGROUND.
-    """
-    levels, key = np.asarray(image), image.info.get("transparency")
-    grey = (levels >> 8).astype(np.uint8)
-    if isinstance(key, int):
-        grey[levels == key] = ImageColor.getcolor(BACKGROUND, "L")
-    return Image.fromarray(grey)
 
 
 def read_pixels(path: Path | str, image_size: ImageSize | None = None) -> np.ndarray:

@@ -82,10 +82,11 @@ HOMES = {
     "torchode": {"flow/adaptive.py"},
     "gradio": {"page/layout.py"},
     "starlette": {"app.py", "page/layout.py"},
+    "av": {"runtime/clip_files.py"},
     "fcntl": {"runtime/presence.py", "checkpoints/released.py"},
 }
 # Libraries that an extra brings, and under which name one is installed if not under its own.
-OPTIONAL = {"torch_fidelity", "transformers", "gradio", "starlette"}
+OPTIONAL = {"torch_fidelity", "transformers", "gradio", "starlette", "av"}
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 # What only Unix has
 UNIX = {"fcntl", "pwd", "grp", "resource", "termios"}
