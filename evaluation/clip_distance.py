@@ -5,11 +5,11 @@ clips, or of their single frames.
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
 import torch
 
-from evaluation.clip_sets import ArrayClips, ClipOptions, FolderClips, Frames, check_clip_numbers
-from evaluation.clip_sets import open_clips
+from evaluation.clip_sets import (
+    ArrayClips, ClipOptions, FolderClips, Frames, check_clip_numbers, open_clips,
+)  # fmt: skip
 from evaluation.features import (
     MANIFOLD_IMAGES, MOST_FEATURES, Extractor, Rows, load_extractor, scripted_classifier,
 )  # fmt: skip
@@ -86,7 +86,8 @@ def evaluate_clips(options: EvaluationOptions, clips: ClipOptions) -> dict | Non
         name: open_clips(path, name, clips, whole=team.rank == 0)
         for name, path in (("samples", options.samples), ("reference", options.reference))
     }
-    extractor = load(options, clips, accelerator)
+    with accelerator.local_main_process_first():
+        extractor = load(options, clips, accelerator.device)
     for side in sides.values():
         check_fit(extractor, side, clips, accelerator.device)
     found = {
@@ -106,12 +107,11 @@ def evaluate_clips(options: EvaluationOptions, clips: ClipOptions) -> dict | Non
     }  # fmt: skip
 
 
-def load(options: EvaluationOptions, clips: ClipOptions, accelerator: Accelerator) -> Extractor:
-    """The Extractor of clips, or of frames; one process of each machine fetches what is missing."""
-    with accelerator.local_main_process_first():
-        if clips.per_frame:
-            return load_extractor(options.features, accelerator.device, options.inception_weights)
-        return load_clip_extractor(options.features, accelerator.device)
+def load(options: EvaluationOptions, clips: ClipOptions, device: torch.device) -> Extractor:
+    """The Extractor of clips, or of their frames. Raises ValueError if it cannot be had."""
+    if clips.per_frame:
+        return load_extractor(options.features, device, options.inception_weights)
+    return load_clip_extractor(options.features, device)
 
 
 def check_fit(

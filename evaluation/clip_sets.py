@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from data.clip_listing import list_clips
-from evaluation.image_sets import MOST_SIDE, HashedImage, digest_of, hashed, in_pixels
-from runtime.clip_files import read_clip
+from data.listing import list_clips
+from evaluation.image_sets import MOST_SIDE, HashedImage, Scored, digest_of, hashed, in_pixels
+from runtime.clip_files import probe_clip, read_clip
 from runtime.limits import Range, check_numbers
 from runtime.npz import IMAGES, array_names, open_array
 
@@ -31,9 +29,9 @@ class ClipOptions:
     per_frame: bool = False
 
     @property
-    def span(self) -> int:
-        """How many frames a clip must have."""
-        return (self.frames - 1) * self.frame_stride + 1
+    def numbers(self) -> range:
+        """The numbers of the frames that are scored."""
+        return range(0, (self.frames - 1) * self.frame_stride + 1, self.frame_stride)
 
 
 def check_clip_numbers(clips: ClipOptions) -> None:
@@ -42,35 +40,28 @@ def check_clip_numbers(clips: ClipOptions) -> None:
     check_numbers(clips, frames=counts, frame_stride=counts)
 
 
-class ClipSet(Dataset):
+class ClipSet(Scored):
     """Clips of one size and so many frames, in the order of their paths or of their array.
 
     Items are (uint8 (3, F, H, W), digest) or (None, what is wrong). `size` is (W, H). Errors call
     the set by the name of the `argument` that gave it.
     """
 
-    mixed = False
     notes: tuple[str, ...] = ()
+    size: tuple[int, int]
 
     def __init__(self, path: Path | str, argument: str, clips: ClipOptions) -> None:
         self.named, self.argument, self.clips = f"`{argument}` {path}", argument, clips
 
-    def chosen(self, frames: np.ndarray) -> np.ndarray:
-        """Of frames (F', H, W, 3) those that are scored, (F, H, W, 3)."""
-        return frames[: self.clips.span : self.clips.frame_stride]
-
     def check_length(self, frames: int, what: str) -> None:
         """Raise ValueError unless a clip, or clips, called `what` have frames enough."""
-        if frames < self.clips.span:
-            stride = self.clips.frame_stride
-            apart = f" taken {stride} apart, which span {self.clips.span}" if stride > 1 else ""
+        last, stride = self.clips.numbers[-1], self.clips.frame_stride
+        if frames <= last:
+            apart = f", {stride} apart, which is {last + 1} in all" if stride > 1 else ""
             raise ValueError(
                 f"{what} has {frames} frames; `frames` asks for {self.clips.frames}{apart}: leave "
                 "short clips out, or ask for fewer"
             )
-
-    def __len__(self) -> int:
-        raise NotImplementedError
 
     def frames_of_clip(self, i: int) -> np.ndarray:
         """The frames uint8 (F, H, W, 3) of a clip that are scored. Raises ValueError."""
@@ -102,9 +93,9 @@ class FolderClips(ClipSet):
         """The frames uint8 (F, H, W, 3) of a clip of any size. Raises ValueError if it cannot be
         read or is too short.
         """
-        frames = read_clip(self.paths[i], self.argument).frames
-        self.check_length(len(frames), str(self.paths[i]))
-        return self.chosen(frames)
+        path = self.paths[i]
+        self.check_length(probe_clip(path, self.argument).frames, path)
+        return read_clip(path, self.argument, self.clips.numbers).frames
 
     def frames_of_clip(self, i: int) -> np.ndarray:
         frames = self.read(i)
@@ -143,7 +134,7 @@ class ArrayClips(ClipSet):
         return len(self.array)
 
     def frames_of_clip(self, i: int) -> np.ndarray:
-        return np.array(self.chosen(self.array[i]))
+        return np.array(self.array[i][self.clips.numbers])  # (F, H, W, 3)
 
     # A worker process maps the file itself rather than being sent what is in it
     def __getstate__(self) -> dict:
@@ -153,13 +144,11 @@ class ArrayClips(ClipSet):
         vars(self).update(state, array=open_array(state["path"], IMAGES))
 
 
-class Frames(Dataset):
+class Frames(Scored):
     """The frames of all clips of a ClipSet, one after another, as images.
 
     Items are (uint8 (3, H, W), digest) or (None, what is wrong).
     """
-
-    mixed = False
 
     def __init__(self, clips: ClipSet) -> None:
         self.clips, self.size, self.each = clips, clips.size, clips.clips.frames

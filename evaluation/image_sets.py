@@ -8,7 +8,6 @@ from contextlib import closing
 import hashlib
 import os
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +30,19 @@ MOST_SIDE = 16_384  # pixels of images that are scored
 HashedImage = tuple[Batch | None, Tensor | str]
 
 
-class FolderImages(Dataset):
+class Scored(Dataset):
+    """What is read for scores: items (uint8 (3, ...), digest), or (None, what is wrong).
+
+    `mixed`: whether they have several sizes.
+    """
+
+    mixed = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class FolderImages(Scored):
     """All images below a folder, in the order of their paths.
 
     Items are (uint8 (3, H, W), digest) or (None, what is wrong). Errors call the folder by the name
@@ -39,8 +50,6 @@ class FolderImages(Dataset):
     (W, H), of the first image where `strange` says that one in `share` has another; both are looked
     up in `share`. Whoever knows all shares sets `mixed`: whether images have several sizes.
     """
-
-    mixed = False
 
     def __init__(
         self, folder: Path | str, argument: str, image_size: ImageSize | None = None,
@@ -95,7 +104,7 @@ def in_pixels(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-class ArrayImages(Dataset):
+class ArrayImages(Scored):
     """The images `arr_0` of an .npz, which are not held in memory unless they are compressed.
 
     Items as in FolderImages.
@@ -105,7 +114,6 @@ class ArrayImages(Dataset):
 
     folders = 1
     notes: tuple[str, ...] = ()
-    mixed = False  # an array has images of one size
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
@@ -135,16 +143,6 @@ class ArrayImages(Dataset):
 
 
 ImageSet = FolderImages | ArrayImages
-
-
-class Scored(Protocol):
-    """What `read_batches` needs of a set: its items, and whether they have several sizes."""
-
-    mixed: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> HashedImage: ...
 
 
 def hashed(pixels: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -23,15 +23,15 @@ if __name__ == "__main__":
 import json
 
 import numpy as np
-from PIL import Image
 
 from make_dataset import load_split
 from moving import draw_motion, enlarge, places, render
+from runtime.clip_files import write_gif
 from runtime.disk import write_whole
 from runtime.json_files import read_json
 from runtime.limits import Range, check_numbers
 
-MILLISECONDS = 100  # that a frame is shown: 10 frames a second
+RATE = 10  # frames a second
 MADE_FROM = "made_from.json"
 COUNT, LENGTH = Range(1, 10**6), Range(2, 1000)
 
@@ -44,13 +44,6 @@ def make_clip(digit, frames, seed):
     return render(digit[None], places(starts, velocities, frames))[0]  # (F, 32, 32)
 
 
-def write_clip(path, clip):
-    """Write frames uint8 (F, H, W) as a GIF of 256 greys."""
-    first, *others = map(Image.fromarray, clip)
-    options = dict(format="gif", save_all=True, duration=MILLISECONDS, loop=0, optimize=False)
-    write_whole(path, lambda temporary: first.save(temporary, append_images=others, **options))
-
-
 def write_part(folder, digits, labels, count, frames, seed):
     """Write `count` clips as folder/LABEL/NNNNN.gif, which show the digits (N, 14, 14) in turns;
     files already there are left alone.
@@ -60,7 +53,8 @@ def write_part(folder, digits, labels, count, frames, seed):
         path = folder / str(labels[chosen]) / f"{number:05d}.gif"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_clip(path, make_clip(digits[chosen], frames, [*seed, number]))
+            clip = make_clip(digits[chosen], frames, [*seed, number])
+            write_gif(path, np.repeat(clip[..., None], 3, axis=-1), RATE)  # (F, 32, 32, 3)
 
 
 def check_made_from(folder, frames, seed):
