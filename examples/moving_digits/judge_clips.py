@@ -59,6 +59,8 @@ def check_together(args):
     for name in ("labels", "truth"):
         if getattr(args, name) and not args.samples:
             raise ValueError(f"`{name}` goes with `samples`; give both")
+    if args.output and args.output.exists():
+        raise ValueError(f"`output` {args.output} exists already; remove it or give another name")
     if args.output:
         check_writable(args.output)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moving import BOX, ROOM, fold
 
-FAINT = 24  # of 255: what is darker is no ink, such as what an autoencoder leaves on black
+FAINT = 16  # of 255: what is darker is no ink, such as what an autoencoder leaves on black
 WINDOW = 16  # frames that one way is fitted to, in which a digit turns at most twice on an axis
 MOST_TURNS = 2
 MIDDLE = (BOX - 1) / 2  # of a box, from its first pixel
