@@ -2,8 +2,8 @@
 
     python examples/moving_digits/judge_clips.py --samples samples/NAME.npz \\
         --real moving-digits/heldout --output judged.json
-    python examples/moving_digits/judge_clips.py --samples continued --truth moving-digits/heldout \\
-        --given-frames 4
+    python examples/moving_digits/judge_clips.py --samples continued \\
+        --truth moving-digits/heldout --given-frames 4
 
 Clips are an .npz of sample_ddp.py, or a folder of clips. A classifier reads every frame. Each
 clip's centres of mass are compared with the nearest way that is straight but for turns at the
@@ -39,7 +39,7 @@ def build_parser():
     parser = Parser(__file__, description=__doc__)
     add = parser.add_argument
     add("--samples", type=Path, help=".npz of clips uint8 (N, F, 32, 32, 3), or a folder of clips")
-    add("--labels", type=Path, help="file with a digit a line, which the samples were asked to show "
+    add("--labels", type=Path, help="file with a digit a line, which the samples were asked for "
         "(default: what sample_ddp.py noted of them, or the names of their folders)")  # fmt: skip
     add("--real", type=Path, help="real clips to judge as well, such as moving-digits/heldout")
     add("--truth", type=Path, help="clips that the samples go on from, in their order")
@@ -106,7 +106,9 @@ def judge(args):
         space = load_vae(str(args.vae))
         again = real._replace(frames=through_autoencoder(real.frames, space, args.seed))
         found |= {"real": judged(real, features), "real, autoencoder": judged(again, features)}
-    return {name: {key: round(float(x), 4) for key, x in row.items()} for name, row in found.items()}
+    return {
+        name: {key: round(float(x), 4) for key, x in row.items()} for name, row in found.items()
+    }
 
 
 def as_table(found):

@@ -69,8 +69,8 @@ def _in_array(path, argument):
         ) from None
     if frames.dtype != np.uint8 or frames.ndim != 5:
         raise ValueError(
-            f"`{argument}` {path} has {frames.dtype} {frames.shape}; wanted are clips, uint8 (N, F, "
-            f"{FIELD}, {FIELD}, 3)"
+            f"`{argument}` {path} has {frames.dtype} {frames.shape}; wanted are clips, uint8 "
+            f"(N, F, {FIELD}, {FIELD}, 3)"
         )
     return np.array(frames)
 
