@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 extract_latents.py --data-path imagenet/train --output latents
     python extract_latents.py --data-path captioned --output latents \\
         --text-encoder sd3/text_encoder sd3/text_encoder_2 sd3/text_encoder_3
+    python extract_latents.py --data-path clips --output latents --clips --frame-rate 8
     python extract_latents.py --verify latents
 
 What is cached is the mean and standard deviation of the VAE's posterior, of each image and its
@@ -13,6 +14,8 @@ per chunk of images, and appears when all is done. Where images have captions (N
 or metadata.jsonl), captions.jsonl has them. With --sizes images keep their shape: moments.npy is
 then one row of numbers, and shapes.npy (images, 2) has h and w of each. The same command goes on
 where it stopped; the result is the same on any number of processes.
+With --clips the images are all frames of videos, GIFs and folders of frames, end to end, and
+clips.npy has a row for each clip: its first frame, how many it has, its label and its rate.
 With --text-encoder the folder text/ beside them has what encoders made of the images' captions.
 """
 
@@ -72,6 +75,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     skipping = "put the next image in place of an unreadable one and list it, instead of stopping"
     data("--skip-bad-images", action="store_true", help=skipping)
+    add_clip_flags(parser)
     run = parser.add_argument_group("run").add_argument
     vae = "ema, mse, a hub id, or a local folder (default: %(default)s)"
     run("--vae", default=CacheOptions.vae, help=vae)
@@ -96,6 +100,17 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_clip_flags(parser: Parser) -> None:
+    """Add the flags for clips."""
+    add = parser.add_argument_group("clips").add_argument
+    add(
+        "--clips", action="store_true",
+        help="--data-path holds clips (videos, GIFs, folders of frames), for train.py --frames",
+    )  # fmt: skip
+    rate = "bring clips to so many frames per second (default: as they are)"
+    add("--frame-rate", type=float, metavar="R", help=rate)
+
+
 def add_text_flags(parser: Parser) -> None:
     """Add the flags that say which encoders read the images' captions."""
     add = parser.add_argument_group("captions").add_argument
@@ -117,6 +132,11 @@ def main(argv: list[str] | None = None) -> None:
             return verify(parser, args.verify)
         if args.text_encoder is None and "text_length" in parser.given(argv):
             raise ValueError("`text_length` is for `text_encoder`; give that too, or neither")
+        if args.text_encoder is not None and args.clips:
+            raise ValueError(
+                "`text_encoder` reads the captions of images; leave it out with `clips`, and train "
+                "a network that has an encoder of its own"
+            )
         planned = plan_cache(chosen(args))
         text = None if args.text_encoder is None else prepare_text(chosen(args, TextCacheOptions))
     try:
@@ -124,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"note: {note}", flush=True)
         fill_cache(planned)
         if planned.place.rank == 0:
-            print(f"{planned.plan['images']} images in {planned.folder}")
+            print(f"{told_of(planned.plan)} in {planned.folder}")
         if text is not None:
             report(cache_text(text), planned.place.rank)
     except BrokenPipeError:  # of the output, which `door` answers
@@ -134,6 +154,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.fail(f"{where}; when that is mended, the same command goes on")
     except ValueError as error:
         parser.fail(str(error))
+
+
+def told_of(plan: dict) -> str:
+    """How much a plan is of."""
+    if "clips" in plan:
+        return f"{plan['clips']} clips, {plan['images']} frames,"
+    return f"{plan['images']} images"
 
 
 def report(text: dict, rank: int) -> None:

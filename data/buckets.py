@@ -3,6 +3,7 @@
 A bucket is all images that are brought to one size, (height, width).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class BucketBatches(StepBatches):
     """
 
     def __init__(
-        self, sizes: Sequence[Size], global_batch_size: int, *others: Any, **more: Any
+        self, sizes: Sequence[tuple[int, ...]], global_batch_size: int, *others: Any, **more: Any
     ) -> None:
         self.buckets = list(in_buckets(sizes).values())
         super().__init__(len(sizes), global_batch_size, *others, **more)
@@ -40,12 +41,36 @@ class BucketBatches(StepBatches):
         return generator.permutation(cut).ravel()  # (steps·batch,)
 
 
-def in_buckets(sizes: Sequence[Size]) -> dict[Size, np.ndarray]:
+class ClipBatches(BucketBatches):
+    """As BucketBatches, of clips with these numbers of frames: all of a step have as many. The
+    third entry of a key, a number in [0, 1), says where the clip's window begins.
+
+    Raises ValueError if neither clips nor images fill a batch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], global_batch_size: int, *others: Any, **more: Any
+    ) -> None:
+        super().__init__([(length,) for length in lengths], global_batch_size, *others, **more)
+        self.chances = True
+
+    def count_steps(self) -> int:
+        """Steps of an epoch. Raises ValueError if there is none."""
+        counts = [len(clips) for clips in self.buckets]
+        if max(counts) < self.batch:
+            raise ValueError(
+                f"there are {' and '.join(f'{count:,}' for count in counts)} clips of one length, "
+                f"which do not fill one batch of {self.batch}; lower `global_batch_size`"
+            )
+        return bucket_steps(counts, self.batch)
+
+
+def in_buckets(sizes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
     """Size → the indices (n,) of the images that have it, sizes in order."""
     found, bucket = np.unique(np.array(sizes), axis=0, return_inverse=True)
     order = np.argsort(bucket, kind="stable")
     images = np.split(order, np.cumsum(np.bincount(bucket))[:-1])
-    return {(int(height), int(width)): of for (height, width), of in zip(found, images)}
+    return {tuple(size): of for size, of in zip(found.tolist(), images)}
 
 
 def bucket_steps(counts: Sequence[int], global_batch_size: int) -> int:
@@ -71,4 +96,18 @@ def told(sizes: Sequence[Size], global_batch_size: int) -> list[str]:
             f"note: {sum(small.values()):,} images are never seen: their buckets "
             f"({', '.join(small)}) do not fill a batch of {global_batch_size}"
         )
+    return lines
+
+
+def told_clips(lengths: Sequence[int], global_batch_size: int) -> list[str]:
+    """Lines for a log: how many clips of each length there are, and which are never seen."""
+    counts = dict(sorted(Counter(lengths).items()))
+    names = {frames: "images" if frames == 1 else f"clips of {frames} frames" for frames in counts}
+    lines = ["; ".join(f"{count:,} {names[frames]}" for frames, count in counts.items())]
+    lines += [
+        f"note: {count:,} {names[frames]} are never seen: they do not fill a batch of "
+        f"{global_batch_size}"
+        for frames, count in counts.items()
+        if count < global_batch_size
+    ]
     return lines

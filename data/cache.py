@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from data.cache_format import (
-    CAPTIONS_HASH, LABELS, MANIFEST, MOMENTS, SHAPES, Extents, check_manifest, check_shapes,
-    keeps_shapes, moments_shape, sizes_of,
+    CAPTIONS_HASH, CLIPS, LABELS, MANIFEST, MOMENTS, SHAPES, Extents, check_clips, check_manifest,
+    check_shapes, keeps_shapes, moments_shape, sizes_of,
 )  # fmt: skip
 from data.captions import STORED, stored_captions
 from data.source import TrainingItem
@@ -27,12 +27,14 @@ class CachedLatents(Dataset):
     An item is (moments (2, C, h, w): mean and std, label, []). `manifest` is what it says of
     itself, `hash` a hash of that, checksums included. `kind` is how images were brought to their
     `sizes`, (height, width) in pixels, by a name of SIZES; both are of images that keep their
-    shape, and otherwise "square" and None. Errors call the folder by the name of the `argument`
+    shape, and otherwise "square" and None. `clips` are the rows of clips.npy, of which the images
+    are frames; None for images by themselves. Errors call the folder by the name of the `argument`
     that gave it. Raises ValueError if the folder is incomplete, or its parts do not fit together.
     """
 
     notes: tuple[str, ...] = ()
     sample_hash = ""  # `hash` says it all
+    lengths: Sequence[int] | None = None
 
     def __init__(self, folder: Path | str, argument: str = "latents") -> None:
         folder = Path(folder)
@@ -41,6 +43,7 @@ class CachedLatents(Dataset):
             self.manifest, self.moments, labels = open_cache(folder)
             self._find_images(folder)
             check_labels(self.manifest, labels)
+            self.clips = read_clips(folder, self.manifest)
             self.hash = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         except (OSError, ValueError) as error:
             advice = "it is damaged: remove it and make it again with extract_latents.py"
@@ -126,6 +129,18 @@ def read_shapes(folder: Path, manifest: dict) -> np.ndarray | None:
     return np.array(shapes)
 
 
+def read_clips(folder: Path, manifest: dict) -> np.ndarray | None:
+    """The rows (clips,) of CLIP_ROW by which a cache's images are frames; None without clips.
+
+    Raises ValueError if clips.npy is damaged.
+    """
+    if "clips" not in manifest:
+        return None
+    rows = map_array(folder, CLIPS)
+    check_clips(manifest, rows)
+    return np.array(rows)
+
+
 def map_array(folder: Path, name: str) -> np.memmap:
     """An array file of a cache, mapped. Raises ValueError, naming it, if it cannot be read."""
     try:
@@ -171,9 +186,13 @@ def find_damage(folder: Path | str, argument: str = "folder") -> list[str]:
             wrong.append(f"{MOMENTS} is damaged in images {first} to {last}")
     if zlib.crc32(labels.tobytes()) != manifest.get("labels_crc32"):
         wrong.append(f"{LABELS} is damaged")
+    try:
+        read_clips(folder, manifest)
+    except ValueError as error:
+        wrong.append(str(error))
     if CAPTIONS_HASH in manifest:
         try:
-            stored_captions(folder / STORED, images, manifest[CAPTIONS_HASH])
+            stored_captions(folder / STORED, manifest.get("clips", images), manifest[CAPTIONS_HASH])
         except (OSError, ValueError) as error:
             wrong.append(reason(error))
     return wrong

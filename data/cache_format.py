@@ -4,8 +4,9 @@ moments.npy is one array (images, flips, 2, C, h, w): mean and standard deviatio
 each image and, with `flip`, of its mirror image. Where images keep their shape (`sizes` is not
 "square"), it is one row of numbers: an image's (flips, 2, C, h, w) follow those of the image before
 it, and shapes.npy (images, 2) has h and w of each. labels.npy is (images,). captions.jsonl, where
-the images had captions, has a line for each image, a list of its own. manifest.json says what they
-are, and appears when all is done. Until then plan.json says what they will be, and
+the images had captions, has a line for each image, a list of its own. Where the images
+are frames of clips, clips.npy has a row for each clip, and captions.jsonl a line. manifest.json
+says what they are, and appears when all is done. Until then plan.json says what they will be, and
 chunks/NNNNNNN.json is the note of a chunk of images that is written.
 """
 
@@ -21,6 +22,10 @@ from runtime.image_size import settled, sides
 
 MANIFEST, PLAN, MOMENTS, LABELS = "manifest.json", "plan.json", "moments.npy", "labels.npy"
 SHAPES = "shapes.npy"  # where images keep their shape
+CLIPS = "clips.npy"  # where images are frames of clips, which lie end to end
+# A row of it: which frame is the clip's first and how many it has, its label and its frames per
+# second, 0 where that is unknown
+CLIP_ROW = np.dtype([("first", "<i8"), ("frames", "<i8"), ("label", "<i8"), ("rate", "<f8")])
 CHUNKS = "chunks"  # the folder of notes
 CAPTIONS_HASH = "captions_sha256"  # a manifest's entry, of the captions that are stored
 DTYPES = ("float16", "float32")  # of moments.npy
@@ -91,6 +96,20 @@ def check_shapes(manifest: dict[str, Any], shapes: np.ndarray) -> None:
         )
     if zlib.crc32(shapes.tobytes()) != manifest["shapes_crc32"] or (shapes < 1).any():
         raise ValueError(f"{SHAPES} is damaged")
+
+
+def check_clips(manifest: dict[str, Any], rows: np.ndarray) -> None:
+    """Raise ValueError unless clips.npy, rows of CLIP_ROW, is what a manifest tells of."""
+    if rows.shape != (manifest["clips"],) or rows.dtype != CLIP_ROW:
+        raise ValueError(f"{CLIPS} is {rows.dtype} {rows.shape} for {manifest['clips']} clips")
+    ends = rows["frames"].cumsum()
+    fits = len(rows) and ends[-1] == manifest["images"] and (rows["frames"] > 0).all()
+    if (
+        zlib.crc32(rows.tobytes()) != manifest.get("clips_crc32")
+        or not fits
+        or (rows["first"] != ends - rows["frames"]).any()
+    ):
+        raise ValueError(f"{CLIPS} is damaged")
 
 
 def latent_moments_shape(latent: tuple[int, ...]) -> list[int]:

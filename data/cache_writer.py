@@ -6,15 +6,12 @@ The same options go on where the work stopped. The result is the same on any num
 from contextlib import closing
 from collections.abc import Callable
 from dataclasses import dataclass
-import errno
 from functools import partial
-from io import BytesIO
 import json
-import math
 import os
 from pathlib import Path
 import time
-from typing import BinaryIO
+from typing import NoReturn
 import zlib
 
 import numpy as np
@@ -24,19 +21,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from conditions.labels import CLASSES
+from data.array_files import make_array, npy_layout, write_durably
 from data.batches import Ragged, alike, collate_ragged
 from data.cache import read_shapes
 from data.cache_format import (
-    CAPTIONS_HASH, CHUNKS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents, chunk_note,
-    keeps_shapes, latent_moments_shape, moments_shape,
+    CAPTIONS_HASH, CHUNKS, CLIPS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents,
+    chunk_note, keeps_shapes, latent_moments_shape, moments_shape,
 )  # fmt: skip
 from data.captions import STORED, Captions, find_captions, stand_ins, write_captions
+from data.clip_frames import ClipFrames, ClipPlan, plan_clips
 from data.images import ImageDataset, unreadable
 from data.listing import Listing, check_outside, list_images
 from data.loader import make_loader, read
 from data.opening import pixels_of_token, planned_sizes
 from data.options import CacheOptions
 from data.shapes import SQUARE, size_for
+from data.source import BadImage
 from runtime.devices import process_device, tf32
 from runtime.disk import write_whole
 from runtime.image_size import sides
@@ -65,6 +65,12 @@ class PlannedCache:
     place: Place
     captions: Captions | None  # of the images, in the first process, if they have any
     notes: tuple[str, ...]  # what a user should know, in sentences
+    clips: ClipPlan | None = None  # whose frames the images of the plan and the listing are
+
+    @property
+    def items(self) -> Listing:
+        """What captions are of, images or clips."""
+        return self.listing if self.clips is None else self.clips.listing
 
 
 def cache_latents(options: CacheOptions) -> Path:
@@ -88,19 +94,21 @@ def plan_cache(options: CacheOptions) -> PlannedCache:
     place = own_place()
     check_options(options)
     device = process_device(options.device)
-    listing = list_images(options.data_path, options.num_classes)
+    clips = plan_clips(options) if options.clips else None
+    listing = clips.frames() if clips else list_images(options.data_path, options.num_classes)
     space = load_vae(options.vae, device)
     assert isinstance(space, LatentSpace)  # check_options refuses pixels
     folder = Path(options.output)
     # The folder of images itself is refused by begin_folder, as one that holds something else
     if folder.resolve() != Path(options.data_path).resolve():
         check_outside(options.data_path, "output", folder)
-    plan = make_plan(options, listing, space)
+    plan = make_plan(options, listing, space) | (clips.entries(options) if clips else {})
     plan, shapes = begin_folder(folder, plan, place, partial(plan_shapes, options, listing))
-    captions, notes = captions_in(options, listing) if place.rank == 0 else (None, ())
+    items = clips.listing if clips else listing
+    captions, notes = captions_in(options, items) if place.rank == 0 else (None, ())
     return PlannedCache(
         options, folder, plan, shapes, listing, space, device, place, captions,
-        (*listing.notes, *notes),
+        (*listing.notes, *notes), clips,
     )  # fmt: skip
 
 
@@ -130,7 +138,11 @@ def check_options(options: CacheOptions) -> None:
             "`vae=none`: pixels have no latents to cache; train on the images themselves"
         )
     latent_shape(options.vae).size(options.image_size)
+    if options.frame_rate is not None and not options.clips:
+        raise ValueError("`frame_rate` is for clips; pass `clips=True` too, or leave it out")
     if options.sizes != SQUARE:
+        if options.clips:
+            raise ValueError(f"`sizes` is {options.sizes}; `clips` are squares: leave one out")
         size_for(options.sizes, options.image_size, pixels_of_token(options))
 
 
@@ -253,8 +265,8 @@ def check_same_plan(folder: Path, plan: dict) -> None:
     An autoencoder with equal files may have another name.
     """
     wanted, found = json.loads(json.dumps(plan)), read_json(folder / PLAN)
-    # `sizes` stands in no plan of squares
-    names = dict.fromkeys([*wanted, "sizes"])
+    # `sizes` stands in no plan of squares, `clips` in none of images
+    names = dict.fromkeys([*wanted, "sizes", "clips"])
     others = [name for name in names if found.get(name) != wanted.get(name)]
     if wanted["vae_sha256"] and "vae" in others:
         others.remove("vae")
@@ -283,32 +295,6 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def array_layout(plan: dict, shapes: np.ndarray | None) -> tuple[bytes, int]:
     """(header, size of the file) of moments.npy."""
     return npy_layout(moments_shape(plan, shapes), plan["dtype"])
-
-
-def npy_layout(shape: tuple[int, ...], kind: str) -> tuple[bytes, int]:
-    """(header, size of the file) of an .npy file with an array of a shape and a kind of number."""
-    dtype, header = np.dtype(kind), BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    )
-    return header.getvalue(), len(header.getvalue()) + math.prod(shape) * dtype.itemsize
-
-
-def make_array(path: Path, header: bytes, size: int) -> None:
-    """Write an .npy file of a header and size, empty as yet.
-
-    The disk space is taken at once where the system can do that.
-    """
-    with open(path, "wb") as file:
-        file.write(header)
-        file.flush()
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
-        file.truncate(size)
 
 
 # ---- the work ----
@@ -342,7 +328,7 @@ def encode_share(planned: PlannedCache) -> None:
     ):
         for start, (images, labels, bad) in zip(progress, loaded):
             if images is None or (bad and not options.skip_bad_images):
-                raise ValueError(unreadable(bad, options.skip_bad_images))
+                refuse(planned, bad)
             content = encode(planned, images, start).tobytes()
             write_durably(file, len(header) + int(starts_in_file[start]), content)
             # Only now, when the data are safely there
@@ -351,6 +337,13 @@ def encode_share(planned: PlannedCache) -> None:
                 "bad_images": sorted({f"{path} ({reason})" for path, reason in bad}),
             }  # fmt: skip
             write_json(chunk_note(folder, start // CHUNK), note, indent=None)
+
+
+def refuse(planned: PlannedCache, bad: list[BadImage]) -> NoReturn:
+    """Raise ValueError for images, or a clip, that cannot be read."""
+    if planned.clips is None:
+        raise ValueError(unreadable(bad, planned.options.skip_bad_images))
+    raise ValueError(f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or take it away")
 
 
 def missing_chunks(planned: PlannedCache) -> list[int]:
@@ -369,9 +362,11 @@ def chunk_loader(planned: PlannedCache, starts: list[int]) -> DataLoader:
     options, sizes = planned.options, None
     if planned.shapes is not None:
         sizes = [(h, w) for h, w in (planned.shapes * planned.plan["ratio"]).tolist()]
-    dataset = ImageDataset(
+    dataset: ImageDataset | ClipFrames = ImageDataset(
         planned.listing, options.image_size, options.skip_bad_images, sizes=sizes
     )
+    if planned.clips is not None:
+        dataset = ClipFrames(planned.clips, options.image_size)
     pin_memory = planned.device.type == "cuda"
     return make_loader(dataset, keys, options.num_workers, pin_memory, collate_ragged)
 
@@ -398,14 +393,6 @@ def encode(planned: PlannedCache, images: Ragged, start: int) -> np.ndarray:
     return stored
 
 
-def write_durably(file: BinaryIO, offset: int, content: bytes) -> None:
-    """Write bytes at an offset of an open file, and wait until the disk has them."""
-    file.seek(offset)
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-
-
 # ---- the end ----
 
 
@@ -429,6 +416,8 @@ def finish(planned: PlannedCache, presence: Presence) -> None:
         print(f"skipped unreadable image {image}")
     labels = np.array([label for chunk in chunks for label in chunk["labels"]])  # (images,)
     write_array(folder / LABELS, labels)
+    if planned.clips is not None:
+        write_array(folder / CLIPS, planned.clips.rows)
     sums = {
         "bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes()),
         "crc32": [chunk["crc32"] for chunk in chunks],
@@ -440,7 +429,7 @@ def store_captions(planned: PlannedCache, bad: list[str]) -> dict:
     """Write the captions of the images whose latents are cached; what the manifest says of them."""
     if planned.captions is None:
         return {}
-    captions = planned.captions.chosen(stand_ins(planned.listing.paths, bad))
+    captions = planned.captions.chosen(stand_ins(planned.items.paths, bad))
     write_captions(planned.folder / STORED, captions)
     return {CAPTIONS_HASH: captions.hash, "captions_missing": captions.missing}
 

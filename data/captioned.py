@@ -15,6 +15,7 @@ from data.text_cache import CachedText
 from layers.text import Text
 
 
+SEVERAL = 2**20  # many times as many as a clip has captions
 Widths = tuple[int | None, int | None]
 
 
@@ -103,15 +104,22 @@ class Captioned(Dataset):
         self.hash = hashlib.sha256(f"{source.hash} {texts.hash}".encode()).hexdigest()
         self.sample_hash = source.sample_hash
         self.sizes: Sequence[Size] | None = source.sizes
+        self.lengths: Sequence[int] | None = source.lengths
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> TrainingItem:
-        index, flip, *chance = key
-        image, number, bad = self.source[index, flip]
+        index, flip, *others = key
+        chance = others[0] if others else 0.0
+        inside = (index, flip) if self.lengths is None else (index, flip, self._rest(chance))
+        image, number, bad = self.source[inside]
         assert isinstance(number, int)
-        return image, self.texts.of(number, *(chance or [0.0])), bad
+        return image, self.texts.of(number, chance), bad
+
+    def _rest(self, chance):
+        """A chance for where a clip's window begins, which tells nothing of the caption."""
+        return chance * SEVERAL % 1
 
     def drawn(self, seed: int, indices: Sequence[int]) -> Text:
         """Captions for samples with these indices: those of images that are drawn at random, each

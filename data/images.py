@@ -99,6 +99,8 @@ class ImageDataset(Dataset):
     for it, in its size, else the image is None.
     """
 
+    lengths: Sequence[int] | None = None
+
     def __init__(
         self, listing: Listing, image_size: ImageSize, skip_bad: bool = False,
         hashes: tuple[str, str] = ("", ""), sizes: Sequence[Size] | None = None,

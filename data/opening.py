@@ -16,12 +16,15 @@ from data.cache import CachedLatents
 from data.cache_format import CAPTIONS_HASH
 from data.captioned import CachedTexts, Captioned, ReadTexts, notes_on_length
 from data.captions import STORED, Captions, read_captions, stand_ins, stored_captions
+from data.clip_cache import CachedClips
+from data.clips import ClipDataset, probed
 from data.images import ImageDataset, sizes_in_headers, unreadable
-from data.listing import Listing, list_images, sample_hash
+from data.listing import Listing, list_clips, list_images, sample_hash
 from data.options import LABELS, TEXT, CacheOptions, DataOptions
 from data.shapes import SQUARE, Size, size_for
 from data.source import BadImage, Source
 from data.text_cache import TEXT_MANIFEST, CachedText
+from data.windows import Windows
 from runtime.image_size import settled, sides, written
 from vae import latent_shape, vae_hashes
 
@@ -52,6 +55,8 @@ def open_images(options: DataOptions, call: Call) -> Source:
     """The images below `data_path`, cropped to `image_size`, or to what is nearest to their aspect,
     with their labels or captions.
     """
+    if options.frames is not None:
+        return open_clips(options, call)
     listing = listed(options, call, options.num_classes)
     assert listing is not None  # for this source is chosen by its data_path
     sizes = call(planned_sizes, options, listing.paths) if options.sizes != SQUARE else None
@@ -66,6 +71,35 @@ def open_images(options: DataOptions, call: Call) -> Source:
     texts = read_texts(options, call, partial(read_captions, listing, options.data_path or ""))
     numbers = list(range(len(listing.paths)))
     return Captioned(ImageDataset(listing._replace(labels=numbers), *others), texts)
+
+
+def open_clips(options: DataOptions, call: Call) -> Source:
+    """Windows of the clips below `data_path`, with their labels or captions."""
+    check_one_size(options)
+    found = listed(options, call, options.num_classes)
+    assert found is not None and options.frames is not None
+    listing, infos = call(probed, found, options.skip_bad_images)
+    counts, rates = [info.frames for info in infos], [info.rate for info in infos]
+    window = options.frames, options.frame_stride, options.frame_rate
+    windows = Windows(listing.paths, counts, rates, *window)
+    told = f"{listing.hash(options.data_path or '')} {counts} {rates}"
+    hashes = hashlib.sha256(told.encode()).hexdigest(), call(sample_hash, listing.paths)
+    others = windows, options.image_size, options.skip_bad_images, hashes
+    if options.condition == LABELS:
+        return ClipDataset(listing, *others)
+    check_inside(options)
+    texts = read_texts(options, call, partial(read_captions, listing, options.data_path or ""))
+    numbers = list(range(len(listing.paths)))
+    return Captioned(ClipDataset(listing._replace(labels=numbers), *others), texts)
+
+
+def check_one_size(options: DataOptions) -> None:
+    """Raise ValueError if clips are to keep their aspect."""
+    if options.sizes != SQUARE:
+        raise ValueError(
+            f"`frames` is {options.frames}, and clips are all brought to one size; leave out "
+            f"`{'aspect_buckets' if options.sizes == 'buckets' else 'pack'}`"
+        )
 
 
 def check_inside(options: DataOptions) -> None:
@@ -114,15 +148,25 @@ def open_latents(options: DataOptions, call: Call) -> Source:
     listing = listed(options, call, options.num_classes)
     cached = CachedLatents(options.latents or "")
     check_fitting(cached, options, listing)
-    return cached
+    return cached if options.frames is None else windows_of(cached, options)
+
+
+def windows_of(cached: CachedLatents, options: DataOptions) -> CachedClips:
+    """Windows of cached clips. Raises ValueError, naming the cache, if there are none."""
+    assert options.frames is not None
+    try:
+        return CachedClips(cached, options.frames, options.frame_stride, options.frame_rate)
+    except ValueError as error:
+        raise ValueError(f"`latents` {options.latents}: {error}") from None
 
 
 def open_captioned_latents(options: DataOptions, call: Call) -> Captioned:
     """The same, with captions."""
     folder = Path(options.latents or "")
-    cached = CachedLatents(folder)  # its classes, if any, decide the order of its images
-    listing = listed(options, call, len(cached.classes or ()))
-    check_fitting(cached, options, listing)
+    latents = CachedLatents(folder)  # its classes, if any, decide the order of its images
+    listing = listed(options, call, len(latents.classes or ()))
+    check_fitting(latents, options, listing)
+    cached = latents if options.frames is None else windows_of(latents, options)
     texts: CachedTexts | ReadTexts
     captions = partial(captions_of_latents, cached, options, listing)
     if options.text_encoder is not None:
@@ -163,7 +207,7 @@ def cached_texts(folder: Path, encoders: Sequence[str]) -> CachedTexts:
 
 
 def captions_of_latents(
-    cached: CachedLatents, options: DataOptions, listing: Listing | None
+    cached: CachedLatents | CachedClips, options: DataOptions, listing: Listing | None
 ) -> Captions:
     """The captions of images whose latents are cached: from `data_path` if it is given, else those
     that were cached with them. Raises ValueError if there are none.
@@ -193,10 +237,13 @@ def check_fitting(cached: CachedLatents, options: DataOptions, listing: Listing 
 
 
 def listed(options: DataOptions, call: Call, num_classes: int) -> Listing | None:
-    """The Listing of the images below `data_path`, in so many classes; None without it."""
+    """The Listing of the images below `data_path`, or with `frames` of the clips, in so many
+    classes; None without it.
+    """
     if options.data_path is None:
         return None
-    return call(list_images, options.data_path, num_classes)
+    what = list_images if options.frames is None else list_clips
+    return call(what, options.data_path, num_classes)
 
 
 def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None) -> list[str]:
@@ -208,6 +255,8 @@ def misfits(cached: CachedLatents, options: DataOptions, listing: Listing | None
         wrong.append(f"`image_size` is {ours}, the latents' {written(theirs)}")
     if options.sizes != cached.kind:
         wrong.append(FOR_TRAINING[cached.kind])
+    if options.frames is None and cached.clips is not None:
+        wrong.append("the latents are of clips, for training with `frames`")
     if not is_same_autoencoder(options.vae, manifest):
         wrong.append(f"`vae` is {options.vae}, the latents' {manifest['vae']}")
     if options.num_classes and classes is None:

@@ -23,6 +23,9 @@ class DataOptions:
     skip_bad_images: bool = False  # whether the next image stands in for an unreadable one
     vae: str = "ema"  # the autoencoder, which cached latents must come from
     sizes: str = SQUARE  # or "buckets" or "own": images keep their aspect (data/shapes.py)
+    frames: int | None = None  # of the clips to learn from; None: images
+    frame_stride: int = 1  # every so many frames of a clip one is taken
+    frame_rate: float | None = None  # frames per second that clips are brought to; None: their own
     patch_size: int = 2  # of the network; with the autoencoder's ratio, the pixels of a token
     condition: str = LABELS  # or "text": captions
     text_length: int | None = None  # tokens of a caption, for a network's own encoder
@@ -60,6 +63,8 @@ class CacheOptions:
     vae: str = DataOptions.vae  # "ema", "mse", a hub id, or a local folder
     sizes: str = DataOptions.sizes  # or "buckets" or "own": images keep their shape
     patch_size: int = DataOptions.patch_size  # of networks to train, where images keep their shape
+    clips: bool = False  # whether data_path holds clips, of which all frames are cached
+    frame_rate: float | None = DataOptions.frame_rate  # that clips are brought to before
     latents_dtype: str = "float16"  # or "float32"
     tf32: bool = True  # whether NVIDIA GPUs may use TF32
     num_workers: int = 4  # loader processes of each process

@@ -1,7 +1,7 @@
 """What training asks of a source of images or latents, whatever keeps them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,12 +19,14 @@ class BadImage(NamedTuple):
 # What a source gives for an (index, flip): pixels or moments, None if unreadable; label, or Text of
 # one caption; bad images met.
 TrainingItem = tuple[Tensor | None, int | Text, list[BadImage]]
-# (index, flip), or, where captions are chosen among, (index, flip, chance in [0, 1))
+# (index, flip), or, where captions or windows of clips are chosen among, (index, flip, chance in
+# [0, 1))
 Key = tuple[int, bool] | tuple[int, bool, float]
 
 
 class Source(Protocol):
-    """What training learns from: it has a length, and a TrainingItem for each (index, flip).
+    """What training learns from: it has a length, and a TrainingItem for each (index, flip), or of
+    clips for each (index, flip, chance), whose chance says where a window of frames begins.
 
     Pixels are uint8 (3, height, width). Moments are (2, C, h, w): mean and standard deviation of
     latents. All have one size, unless there are `sizes`. The source crops and mirrors, and refuses
@@ -44,7 +46,11 @@ class Source(Protocol):
     # Height and width in pixels of each image as it is returned, for training on many sizes (and
     # then `hash` tells them, too); None if all have one size.
     sizes: Sequence[Size] | None
+    # How many frames each clip has as it is returned, for training on clips: pixels are then uint8
+    # (3, F, height, width), moments (2, C, F, h, w). Those with one are images. None if all are
+    # images, without F.
+    lengths: Sequence[int] | None
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: tuple[int, bool]) -> TrainingItem: ...
+    def __getitem__(self, key: Any) -> TrainingItem: ...

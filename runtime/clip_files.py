@@ -3,7 +3,8 @@
 PyAV, the extra `clips`, reads and writes videos. All else needs Pillow alone.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -16,7 +17,7 @@ from PIL import GifImagePlugin, Image
 import numpy as np
 
 from runtime.disk import readable_name, write_whole
-from runtime.image_files import open_image, to_rgb
+from runtime.image_files import long_texts, open_image, to_rgb
 from runtime.limits import check_memory
 from runtime.surroundings import is_installed
 
@@ -25,6 +26,8 @@ CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 GIF_RATE = 50  # frames per second at most: browsers show what is meant to be faster slowly
 GIF_COLOURS = 256
+GIF_ROUNDING = 5.001  # milliseconds
+AT_ONCE = 16  # clips that are looked at: a disk on a network answers after a while
 UNTIMED = 100  # milliseconds of a GIF's frame that says none, as browsers have it
 # How good an H.264 and an MPEG-4 file is: 0 is without loss, and 2 the best there is
 H264_QUALITY, MPEG4_QUALITY = "14", 2
@@ -49,30 +52,40 @@ class ClipInfo(NamedTuple):
 Pixels = Callable[[], np.ndarray]
 
 
-def read_clip(
-    path: Path | str, argument: str = "clip", wanted: Collection[int] | None = None
-) -> Clip:
+def read_clip(path: Path | str, argument: str = "clip") -> Clip:
     """The Clip in a video, a GIF, a folder of frames (images in natural order) or a picture, which
-    is a clip of one frame. Of the `wanted` frames, numbers from 0, if they are given: in order.
+    is a clip of one frame.
 
     A video's frames are turned as it says, and what is transparent lies on white. Errors call the
     file by the name of the `argument` that gave it. Raises ValueError, naming the file, if it
-    cannot be read, has no such frames or none, has frames of several sizes, or is too large.
+    cannot be read, holds no frames or frames of several sizes, or is too large.
     """
     info = probe_clip(path, argument)
-    numbers = sorted(range(info.frames) if wanted is None else set(wanted))
-    check_memory(len(numbers), info.size, "the number of frames")
-    last, chosen, found = max(numbers, default=-1), set(numbers), []
+    check_memory(info.frames, info.size, f"the number of frames of `{argument}`")
+    return Clip(read_frames(path, range(info.frames), argument), info.rate)
+
+
+def read_frames(
+    path: Path | str, numbers: Collection[int], argument: str = "clip",
+    crop: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> np.ndarray:  # fmt: skip
+    """The frames of a clip that have these numbers, from 0, each once and in order: uint8
+    (F, H, W, 3). A video is decoded from its beginning to the last of them. Only what `crop` makes
+    of each frame (H, W, 3) is kept.
+
+    Raises ValueError as read_clip, and where there is no such frame.
+    """
+    wanted, last, found = set(numbers), max(numbers), []
     for number, pixels in enumerate(walk_clip(path, argument)):
-        if number in chosen:
-            found.append(pixels())
+        if number in wanted:
+            found.append(crop(pixels()))
         if number == last:
             break
-    if not numbers or len(found) < len(numbers):
-        raise _unreadable(path, argument, f"it holds {info.frames} frames, not frame {last}")
+    if len(found) < len(wanted):
+        raise UnreadableClip(path, argument, f"it has no frame {last}: it ends too early")
     if len({frame.shape for frame in found}) > 1:
-        raise _unreadable(path, argument, "its frames have several sizes")
-    return Clip(np.stack(found), info.rate)  # (F, H, W, 3)
+        raise UnreadableClip(path, argument, "its frames have several sizes")
+    return np.stack(found)  # (F, H, W, 3)
 
 
 def walk_clip(path: Path | str, argument: str = "clip") -> Iterator[Pixels]:
@@ -95,6 +108,23 @@ def probe_clip(path: Path | str, argument: str = "clip") -> ClipInfo:
         if info.frames < 1:
             raise ValueError("it holds no frames")
         return info
+
+
+def probe_clips(
+    paths: Sequence[Path | str], argument: str = "clip"
+) -> list[tuple[ClipInfo | None, str]]:
+    """(its ClipInfo, "") of each of these clips, or (None, why it cannot be read). Several are
+    looked at at a time. Raises ValueError where PyAV is lacking for one.
+    """
+    with long_texts(), ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(partial(_probed, argument=argument), paths))
+
+
+def _probed(path, argument):
+    try:
+        return probe_clip(path, argument), ""
+    except UnreadableClip as error:
+        return None, error.reason
 
 
 def natural(name: str) -> tuple:
@@ -151,11 +181,11 @@ def _told(path, argument):
     """Have whatever goes wrong told by one ValueError that names the file."""
     try:
         yield
-    except MissingPyAV:
+    except (MissingPyAV, UnreadableClip):
         raise
     except Exception as error:  # of as many kinds as decoders raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise _unreadable(path, argument, reason) from None
+        raise UnreadableClip(path, argument, reason) from None
 
 
 def _told_pixels(pixels, path, argument):
@@ -163,11 +193,15 @@ def _told_pixels(pixels, path, argument):
         return pixels()
 
 
-def _unreadable(path, argument, reason):
-    return ValueError(
-        f"`{argument}` {path} cannot be read as a clip ({reason}); mend it, or give another video, "
-        "GIF, folder of frames or picture"
-    )
+class UnreadableClip(ValueError):
+    """A clip cannot be read; `reason` says why, and the text what to do."""
+
+    def __init__(self, path: Path | str, argument: str, reason: str) -> None:
+        super().__init__(
+            f"`{argument}` {path} cannot be read as a clip ({reason}); mend it, or give another "
+            "video, GIF, folder of frames or picture"
+        )
+        self.reason = reason
 
 
 # ---- folders of frames, GIFs and pictures ----
@@ -205,12 +239,16 @@ def _count(image):
 
 
 def _gif_rate(image, count):
-    """Frames per second of a GIF, on the average."""
+    """Frames per second of a GIF, on the average: the whole number that fits its times, which are
+    rounded to hundredths of a second, if one does.
+    """
     milliseconds = 0.0
     for number in range(count):
         image.seek(number)
         milliseconds += image.info.get("duration") or UNTIMED
-    return count * 1000 / milliseconds
+    rate = count * 1000 / milliseconds
+    whole = max(1, round(rate))
+    return float(whole) if abs(count * 1000 / whole - milliseconds) <= GIF_ROUNDING else rate
 
 
 def _walk_images(path):
@@ -255,7 +293,9 @@ def _walk_video(path):
 def _stream(container):
     if not container.streams.video:
         raise ValueError("it holds no pictures")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # those who read many clips have processes for that
+    return stream
 
 
 def _turned(pixels, frame):
@@ -328,6 +368,7 @@ def _encode(path, frames, rate):
         exact = Fraction(rate).limit_denominator(1001)
         stream = container.add_stream("libx264" if _has_h264() else "mpeg4", rate=exact)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # H.264's bytes depend on it
         if stream.codec_context.name == "libx264":
             stream.options = {"crf": H264_QUALITY}
             if height % 2 or width % 2:

@@ -27,6 +27,10 @@ class Range(NamedTuple):
 RANGES = {
     "image_size": Range(1, IMAGE_SIZE),
     "patch_size": Range(1, 2**10),
+    # clips
+    "frames": Range(1, 2**12),
+    "frame_stride": Range(1, 2**12),
+    "frame_rate": Range(0.01, 1000.0),
     # training
     "epochs": Range(1, COUNTS),
     "max_steps": Range(1, COUNTS),

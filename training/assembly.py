@@ -176,7 +176,8 @@ def load_data(options: TrainOptions, accelerator: Accelerator) -> tuple[Source, 
 
     Raises ValueError if data_path or latents do not fit the options.
     """
-    chosen = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
+    names = (field.name for field in fields(DataOptions))
+    chosen = {name: getattr(options, name) for name in names if hasattr(options, name)}
     source = open_source(DataOptions(**chosen), partial(once, accelerator))
     if options.sizes != SQUARE and source.sizes is None:
         flag = "aspect_buckets" if options.aspect_buckets else "pack"

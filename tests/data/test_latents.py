@@ -74,7 +74,8 @@ def test_flags_and_their_defaults():
     assert vars(extract_latents.build_parser().parse_args([])) == dict(
         data_path=None, output=None, verify=None, image_size=256, num_classes=1000, flip=True,
         skip_bad_images=False, vae="ema", latents_dtype="float16", tf32=True, num_workers=4,
-        device=None, sizes="square", patch_size=2, text_encoder=None, text_length=77,
+        device=None, sizes="square", patch_size=2, text_encoder=None, text_length=77, clips=False,
+        frame_rate=None,
     )  # fmt: skip
 
 
