@@ -85,8 +85,7 @@ def test_names_of_weights_are_dits():
         assert {name: tensor.shape for name, tensor in network.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("size, millions", [("S", 32.48), ("B", 129.54), ("L", 456.81),
-                                            ("XL", 673.68)])  # fmt: skip
+@pytest.mark.parametrize("size, millions", [("S", 32.48), ("XL", 673.68)])
 def test_published_sizes(size, millions):
     """Of Latte (Ma et al. 2024, table 1), which counts what learns of networks without labels."""
     with torch.device("meta"):
