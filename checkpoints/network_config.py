@@ -21,7 +21,10 @@ MOST = 1 << 53  # of a whole number beside the weights: floats have all of them 
 ARGUMENTS = arguments_of(OURS)
 # Arguments that are None unless they are given, and are not texts
 NONE_OR = {"text_width": int, "pooled_width": int, "table_side": int, "noise_steps": int}
-TIMES_WIDTH = ("text_width", "pooled_width", "table_side", "text_length")  # rows of so many numbers
+# Each so many rows, or columns, of hidden_size numbers
+TIMES_WIDTH = (
+    "text_width", "pooled_width", "table_side", "text_length", "frames", "patch_frames",
+)  # fmt: skip
 MOST_ENCODERS = 16  # of a text, that a file says something of
 # Arguments that files of earlier versions lack, at what they meant there
 LATER = {"block": "adaln_zero", **DEFAULTS}

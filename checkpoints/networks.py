@@ -16,15 +16,19 @@ from layers.text_encoder import PIECE
 from models import DiT, DiT_models
 from variants.mmdit import MMDiT, MMDiT_models
 from variants.pixart import PixArt, PixArt_models
+from variants.space_time import SpaceTime
 from variants.text_network import TextNetwork
+from variants.video import TextVideo, Video_models, VideoDiT
 
 CLASS = "_class_name"  # in a configuration; one without it is DiT's
 OURS = "DiT"
-Network = DiT | TextNetwork
-NETWORKS: dict[str, type[Network]] = {OURS: DiT, "MMDiT": MMDiT, "PixArt": PixArt}
+Network = DiT | TextNetwork | VideoDiT
+NETWORKS: dict[str, type[Network]] = {
+    OURS: DiT, "MMDiT": MMDiT, "PixArt": PixArt, "VideoDiT": VideoDiT, "TextVideo": TextVideo,
+}  # fmt: skip
 # "DiT-XL/2" → a factory that takes the network's other arguments as keywords. What is put into one
-# of the three tables later is here, too.
-MODELS: Mapping[str, partial] = ChainMap(PixArt_models, MMDiT_models, DiT_models)
+# of the four tables later is here, too.
+MODELS: Mapping[str, partial] = ChainMap(Video_models, PixArt_models, MMDiT_models, DiT_models)
 
 # What else stands in a configuration of ours: not an argument that decides the network
 NOT_ARGUMENTS = (CLASS, "id2label", "process", "text")
@@ -59,6 +63,12 @@ def reads_text(network: Network | type[Network]) -> bool:
     """Whether a network, or the networks of a class, take captions."""
     kind = network if isinstance(network, type) else type(network)
     return issubclass(kind, TextNetwork)
+
+
+def makes_clips(network: Network | type[Network]) -> bool:
+    """Whether the samples of a network, or of the networks of a class, are clips."""
+    kind = network if isinstance(network, type) else type(network)
+    return issubclass(kind, SpaceTime)
 
 
 def said_of(network: Network) -> list[dict[str, Any]] | None:

@@ -143,8 +143,46 @@ def rotation(
     second by its column (Su et al. 2021, once per axis).
     """
     angles = _angles(index, grid, trained, width // 4, EXTRAPOLATIONS[extrapolation], dtype)
-    of_pairs = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)  # (..., width)
+    return turned(torch.cat(angles, dim=-1))  # (..., 2·width)
+
+
+def turned(angles: Tensor) -> Tensor:
+    """Sines and then cosines (..., 2·width) of the angles (..., width / 2) of pairs of neighbouring
+    numbers, as timm's attention takes them.
+    """
+    of_pairs = angles.repeat_interleave(2, dim=-1)  # (..., width)
     return torch.cat([of_pairs.sin(), of_pairs.cos()], dim=-1)  # (..., 2·width)
+
+
+def of_line(count: int, waves: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The places 0, 1, ... of `count` tokens in a line, such as frames, times so many frequencies
+    BASE^(-k/waves): angles (count, waves).
+    """
+    k = torch.arange(waves, dtype=dtype, device=device)
+    return torch.outer(torch.arange(count, dtype=dtype, device=device), BASE ** (-k / waves))
+
+
+def line_table(count: int, width: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """What is added to `count` tokens in a line, (count, width): sines, then cosines."""
+    angles = of_line(count, width // 2, dtype, device)  # (count, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (count, width)
+
+
+def of_box(
+    box: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """How the tokens of a box of (frames, rows, columns) are rotated, (F·T, 2·width), frame by
+    frame and row by row: about a quarter of the numbers by the frame, the others by row and column.
+    """
+    in_plane = 3 * width // 16  # pairs that each of the two turns: 3/8 of the numbers
+    waves = width // 2 - 2 * in_plane, in_plane, in_plane
+    axes = [of_line(count, pairs, dtype, device) for count, pairs in zip(box, waves)]
+    shapes = (-1, 1, 1), (1, -1, 1), (1, 1, -1)
+    spread = [
+        angles.view(*shape, angles.shape[-1]).expand(*box, -1)  # (F, rows, columns, pairs)
+        for angles, shape in zip(axes, shapes)
+    ]
+    return turned(torch.cat(spread, dim=-1).flatten(0, 2))  # (F·T, 2·width)
 
 
 def _angles(index, grid, trained, count, extrapolation, dtype):

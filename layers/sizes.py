@@ -9,6 +9,7 @@ from layers.positions import POSITIONS, Positions
 # The least and the most that a DiT takes. The most is far beyond every network that exists: a
 # damaged configuration, or a slip of the keyboard, ends in a message and does not fill the memory.
 MOST_CLASSES, MOST_RATIO = 10**6, 1024
+LEAST_HEAD = 8  # numbers of a head that a frame, a row and a column turn
 MOST_IN_TABLE = 2**28  # numbers in the position table, which is made in float64: 2 GiB
 WHOLE_NUMBERS = {
     "input_size": (1, 2**14), "patch_size": (1, 2**10), "in_channels": (1, 2**12),
@@ -20,6 +21,9 @@ TEXT_NUMBERS = {
     "text_width": (1, 2**16), "pooled_width": (1, 2**16), "text_length": (1, 2**12),
     "streams": (1, 2), "table_side": (1, 2**12), "noise_steps": (1, 2**14),
 }  # fmt: skip
+
+# Of networks that make clips
+CLIP_NUMBERS = {"frames": (1, 2**14), "patch_frames": (1, 2**8)}
 
 
 def plain_size(input_size: int | Sequence[int]) -> int | list[int]:
@@ -59,6 +63,26 @@ def grid_of(shape: Sequence[int], channels: int, patch_size: int) -> tuple[int, 
     return height // patch_size, width // patch_size
 
 
+def box_of(
+    shape: Sequence[int], channels: int, patch_size: int, patch_frames: int
+) -> tuple[int, int, int]:
+    """Frames, rows and columns of tokens of latents of a shape (N, C, F, H, W).
+
+    Raises ValueError as grid_of does, and for frames that patches do not fill.
+    """
+    if len(shape) != 5:
+        raise ValueError(
+            f"x has shape {tuple(shape)}, the network takes (N, {channels}, frames, height, width)"
+        )
+    grid, frames = grid_of((*shape[:2], *shape[3:]), channels, patch_size), shape[2]
+    if not frames or frames % patch_frames:
+        raise ValueError(
+            f"x has shape {tuple(shape)}, of {frames} frames; the network takes a multiple of "
+            f"{patch_frames}"
+        )
+    return frames // patch_frames, *grid
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise ValueError unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
@@ -91,6 +115,25 @@ def check_sizes(
     for name, value in {"learn_sigma": learn_sigma, "qk_norm": qk_norm}.items():
         if value not in (True, False):
             raise ValueError(f"{name} is {value!r:.60}; it is true or false")
+
+
+def check_clip_sizes(
+    frames: int, patch_frames: int, num_heads: int, hidden_size: int, rotates: bool, **_: Any
+) -> None:
+    """Raise ValueError for arguments of a network of clips that check_sizes does not look at.
+    `rotates`: whether its attention over frames rotates queries and keys.
+    """
+    check_whole({"frames": frames, "patch_frames": patch_frames}, CLIP_NUMBERS)
+    if frames % patch_frames:
+        raise ValueError(
+            f"frames {frames} is not a multiple of patch_frames {patch_frames}; choose one that is"
+        )
+    head = hidden_size // num_heads
+    if rotates and (head % 4 or head < LEAST_HEAD):
+        raise ValueError(
+            f"hidden_size {hidden_size} gives each of num_heads {num_heads} {head} numbers; "
+            f"rotations over frames need a multiple of 4, at least {LEAST_HEAD}"
+        )
 
 
 def check_text_sizes(

@@ -60,6 +60,7 @@ class FlowProcess:
         "sde-heun": Solver(125, MOST_STEPS, SDE, least=2),
     }
     usual: ClassVar[str] = "heun"
+    clean: ClassVar[float] = 1
     quick: ClassVar[tuple[str, int]] = ("heun", 25)
     told_apart: str = "mse"
 

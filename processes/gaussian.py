@@ -60,6 +60,7 @@ class GaussianProcess:
         "unipc": Solver(20, TRAINED_STEPS - 1),
     }
     usual: ClassVar[str] = "ddpm"
+    clean: ClassVar[float] = 0
     quick: ClassVar[tuple[str, int]] = ("ddim", 50)  # scores near those of 250 DDPM steps
 
     def __init__(self, learn_sigma: bool = True) -> None:

@@ -71,7 +71,7 @@ HOMES = {
     },
     "timm": {
         "models.py", "layers/parts.py", "layers/positions.py", "variants/text_network.py",
-        "variants/mmdit.py", "conditions/labels.py",
+        "variants/mmdit.py", "variants/space_time.py", "conditions/labels.py",
         "evaluation/features.py",
     },
     "torchvision": {"conditions/labels.py", "data/listing.py", "training/records.py"},

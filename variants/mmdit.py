@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from layers.modulation import Modulation, modulated
 from layers.positions import of_middle
 from layers.text import Text
-from variants.text_network import TextNetwork, set_to_zero
+from variants.initial import set_to_zero
+from variants.text_network import TextNetwork
 
 EPS = 1e-6  # in the norms
 

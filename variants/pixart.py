@@ -19,7 +19,8 @@ from layers.modulation import Modulation, modulated
 from layers.parts import PAPERS
 from layers.placement import Placement
 from layers.text import Text
-from variants.text_network import TextNetwork, set_to_zero
+from variants.initial import set_to_zero
+from variants.text_network import TextNetwork
 
 
 class PixArtBlock(nn.Module):

@@ -19,6 +19,7 @@ from layers.sizes import check_text_sizes, grid_of, plain_size, sides
 from layers.text import Text
 from layers.text_encoder import PIECE, TextEncoder
 from layers.time import TimestepEmbedder
+from variants.initial import fill_as_vit
 
 
 class TextNetwork(nn.Module):
@@ -113,24 +114,7 @@ class TextNetwork(nn.Module):
 
     def initialize_common(self) -> None:
         """Fill every parameter as in a ViT; a variant sets to zero what begins at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as a Linear (D, C·P·P)
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+        fill_as_vit(self)
         if self.text_encoder is not None:
             nn.init.normal_(self.text_encoder.bytes, std=0.02)
             nn.init.normal_(self.text_encoder.places, std=0.02)
-
-
-def set_to_zero(network: nn.Module, parts: Sequence[str]) -> None:
-    """Fill with zero the parameters whose names contain one of the parts."""
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if any(part in name for part in parts):
-                parameter.zero_()
