@@ -11,7 +11,7 @@ import torch
 
 from data.listing import list_clips
 from evaluation.image_sets import MOST_SIDE, HashedImage, Scored, digest_of, hashed, in_pixels
-from runtime.clip_files import probe_clip, read_clip
+from runtime.clip_files import probe_clip, read_frames
 from runtime.limits import Range, check_numbers
 from runtime.npz import IMAGES, array_names, open_array
 
@@ -95,7 +95,7 @@ class FolderClips(ClipSet):
         """
         path = self.paths[i]
         self.check_length(probe_clip(path, self.argument).frames, path)
-        return read_clip(path, self.argument, self.clips.numbers).frames
+        return read_frames(path, self.clips.numbers, self.argument)
 
     def frames_of_clip(self, i: int) -> np.ndarray:
         frames = self.read(i)
