@@ -3,6 +3,7 @@ refused.
 """
 
 from pathlib import Path
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -42,6 +43,14 @@ def clips(tmp_path_factory):
             write_gif(path, np.repeat(grey, 3, axis=-1), 10)
         else:
             Image.fromarray(np.repeat(grey[0], 3, axis=-1)).save(path.with_suffix(".png"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moving(clips, tmp_path_factory):
+    """The clips among them."""
+    folder = tmp_path_factory.mktemp("moving") / "train"
+    shutil.copytree(clips, folder, ignore=shutil.ignore_patterns("*.png"))
     return folder
 
 
@@ -110,8 +119,8 @@ def test_half_precision_learns_about_the_same(cache, tmp_path, vae):
 
 
 @pytest.mark.parametrize("model", ["Latte-Ti/4", "SpaceTime-Ti/4x2"])
-def test_other_networks_of_clips_learn_too(clips, tmp_path, model):
-    found = run(clips, tmp_path, *CLIPS, "--model", model, "--max-steps", "2")
+def test_other_networks_of_clips_learn_too(moving, tmp_path, model):
+    found = run(moving, tmp_path, *CLIPS, "--model", model, "--max-steps", "2")
     first = rows(folder_of(tmp_path))[0]
     assert 0.5 < first["mse"] < 2 and found["config"]["attention"] in ("latte", "full")
 
@@ -210,6 +219,18 @@ def test_a_dit_that_begins_no_such_run_is_refused(images, clips, tmp_path, capsy
     assert message in capsys.readouterr().err and not (tmp_path / "video").exists()
 
 
+def test_a_run_goes_on_with_as_many_frames_alone(clips, tmp_path, capsys):
+    run(clips, tmp_path / "first", *CLIPS, "--max-steps", "1")
+    here = ["--resume", str(folder_of(tmp_path / "first")), "--max-steps", "2"]
+    for more, message in {
+        ("--frames", "3"): "was trained on clips of 4 frames, and those here have 3; pass the same",
+        ("--model", "Latte-Ti/4"): "has depth 12, the network here 6; give the --model",
+    }.items():
+        with pytest.raises(SystemExit):
+            run(clips, tmp_path / "second", *CLIPS, *more, *here)
+        assert message in capsys.readouterr().err and not (tmp_path / "second").exists()
+
+
 def test_options_of_clips_make_another_run(clips, tmp_path):
     flags = [*CLIPS, "--max-steps", "1", "--resume", "auto"]
     for more in ([], ["--frames", "3"], ["--frame-stride", "2", "--frames", "3"],
@@ -261,6 +282,7 @@ def test_what_goes_together():
     [
         (["--frames", "7"], "9 of 15 clips have fewer than the 7 frames that --frames 7 and"),
         (["--global-batch-size", "10"], "which do not fill one batch of 10; lower --global-batch"),
+        (["--model", "SpaceTime-Ti/4x2"], "6 of 15 clips have one frame, and a patch of --model"),
         (["--model", "DiT-Ti/4"], "--frames is 4, and --model DiT-Ti/4 makes images; leave"),
     ],
 )
