@@ -152,7 +152,8 @@ def digits_sampler(steps: int = 50, cfg_scale: float = 1.5, **options: _Any) -> 
 def sampler(checkpoint: "str | None" = None, **options: _Any) -> "Sampler":
     """A sampler of a checkpoint, diffusion or flow, as sampling.load_sampler returns it.
 
-    Its `images` take labels, or of a network that reads text prompts: images(["a thin seven"]).
+    Its `images` take labels, or of a network that reads text prompts: images(["a thin seven"]). Of
+    one that makes clips they are uint8 (N, F, H, W, 3).
     `checkpoint` is what sample.py's --ckpt takes; None: the released weights, with
     model="SiT-XL/2" those of the flow. Raises ValueError for what does not fit together,
     ImportError for a module of another project in the way.

@@ -33,7 +33,7 @@ from checkpoints.loading import find_files
 from conditions.given import Given, places_in
 from conditions.labels import label_indices, readable
 from conditions.reading import checked_prompts
-from runtime.clip_files import probe_clip, read_clip
+from runtime.clip_files import probe_clip, read_frames
 from runtime.devices import choose_device, tf32
 from runtime.disk import check_writable
 from runtime.image_size import sides
@@ -97,7 +97,8 @@ def add_clip_flags(parser: Parser) -> None:
     group = parser.add_argument_group("clips, of a network that makes them")
     group.add_argument(
         "--frame-rate", type=float, metavar="RATE",
-        help=f"frames a second at which the output plays (default: {FRAME_RATE:g})",
+        help="frames a second at which the output plays (default: as many as the clips of a run of "
+        f"train.py had with --frame-rate, else {FRAME_RATE:g})",
     )  # fmt: skip
     group.add_argument(
         "--given", metavar="FILE",
@@ -192,7 +193,7 @@ def clip_wishes(args: Namespace, output_given: bool, sampler: Sampler) -> ClipWi
             "argument out"
         )
     output = args.output if output_given or sampler.frames == 1 else CLIP_OUTPUT
-    rate = FRAME_RATE if args.frame_rate is None else args.frame_rate
+    rate = args.frame_rate or sampler.frame_rate or FRAME_RATE
     check_output("--output", output, CLIP_ENDINGS)
     check_clip_file(output, rate)
     return ClipWishes(output, rate, read_given(args.given, args.given_frames, sampler))
@@ -222,7 +223,7 @@ def read_given(path: str | None, named: str | None, sampler: Sampler) -> Given |
             f"`given` {path} has {info.frames} of the {len(places)} frames that `given_frames` "
             "names; name as many as it has, or give a longer clip"
         )
-    frames, size = read_clip(path, "given", range(len(places))).frames, sides(sampler.image_size)
+    frames, size = read_frames(path, range(len(places)), "given"), sides(sampler.image_size)
     if info.frames > len(places):
         print(
             f"note: of the {info.frames} frames of {path} the first {len(places)} are given",

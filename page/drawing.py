@@ -204,7 +204,7 @@ def answer(
     with TemporaryDirectory() as folder:  # Gradio copies what is not in its own
         path = str(Path(folder) / f"dit-seed-{number}.png")
         if isinstance(drawn, list):
-            save_moving(drawn, path, FRAME_RATE, settings | chosen)
+            save_moving(drawn, path, base.frame_rate or FRAME_RATE, settings | chosen)
         else:
             save(drawn, path, settings | chosen)
         yield "; ".join([f"Seed {number}", *sampler.notes(labels)]), path, rows, path

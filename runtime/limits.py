@@ -56,8 +56,6 @@ RANGES = {
     "per_proc_batch_size": Range(1, 2**16),
     "batch_size": Range(1, 2**14),
     "cfg_scale": Range(-1000.0, 1000.0),
-    "frames": Range(1, 2**14),
-    "frame_rate": Range(0.01, 1e4),
     "steps_between": Range(0, 1000),
     "sample_eps": Range(0.0, 0.5),
     "diffusion_norm": Range(0.0, 1e6),

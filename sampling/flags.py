@@ -245,7 +245,9 @@ def _channels(text):
 def check_flags(args: Namespace) -> None:
     """Raise ValueError for a seed, or another number, that no flag can have."""
     check_seed(getattr(args, "seed", 0) or getattr(args, "global_seed", 0))
-    check_numbers(args, num_classes=CLASSES)
+    # given_frames are places here, and of train.py a number
+    numbers = {name: value for name, value in vars(args).items() if name != "given_frames"}
+    check_numbers(numbers, num_classes=CLASSES)
 
 
 def network_choice(args: Namespace, given: Collection[str]) -> NetworkChoice:

@@ -11,9 +11,9 @@ from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned,
 )  # fmt: skip
 from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
-from checkpoints.weights import load_weights
+from checkpoints.weights import Weights, load_weights
 from conditions.reading import reader_for
-from layers.sizes import MOST_IN_TABLE
+from layers.sizes import MOST_IN_TABLE, is_number
 from runtime.devices import choose_device
 from runtime.image_size import sides, written
 from sampling.options import OWN, SamplingOptions, solver_options
@@ -85,7 +85,7 @@ def build_sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
         process=process, solver_options=own,
         latent_shape=asked_latent(choice, network, files.vae, options.frames),
-        reader=reader_for(network, choice.text_encoder), **plain,
+        reader=reader_for(network, choice.text_encoder), frame_rate=trained_rate(weights), **plain,
     )  # fmt: skip
     prepare(network, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
@@ -137,6 +137,15 @@ def asked_latent(
             f"{named} makes {tokens:,} tokens, and a network of this width takes {most:,}; lower it"
         )
     return channels, *count, height, width
+
+
+def trained_rate(weights: Weights) -> float | None:
+    """Frames a second of the clips that a run was trained on, None where a file does not say it.
+    """
+    args: dict[str, Any] = (weights.training or {}).get("args") or {}
+    rate, stride = args.get("frame_rate") or 0, args.get("frame_stride") or 1
+    known = is_number(rate) and is_number(stride) and rate > 0 and stride > 0
+    return rate / stride if known else None
 
 
 def check_frames(frames: int | None, network: Network) -> None:

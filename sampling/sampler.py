@@ -52,6 +52,8 @@ class Sampler:
 
     Of a network that makes clips, some frames may be `given` to what draws them: of one clip for
     all samples, or of N clips (conditions.given). They are in the samples as they were given.
+    `frame_rate` is how many frames a second of clips like those it was trained on has, None if
+    unknown.
 
     Of a network that reads text, `reader` reads the prompts: the network's own unless told
     otherwise. Guidance is against what it makes of negative_prompt; None is the empty prompt.
@@ -78,6 +80,7 @@ class Sampler:
     reader: Reader | None = None
     negative_prompt: str | None = None
     null: Text | None = None
+    frame_rate: float | None = None
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)

@@ -7,6 +7,7 @@ from PIL import Image
 import pytest
 import torch
 
+from checkpoints.files import save_checkpoint
 from checkpoints.weights import Weights, save_weights
 from conditions.given import Given
 from conditions.labels import random_labels
@@ -329,7 +330,7 @@ def test_a_folder_of_frames_of_another_size_is_cropped_as_training_does(tmp_path
     (["--frame-rate", "51"], "--frame-rate is 51, and a GIF shows at most 50"),
     (["--frame-rate", "0"], "--frame-rate is 0"),
     (["--frames", "0"], "--frames is 0; it must be at least 1"),
-    (["--frames", "16384", "--image-size", "4096"], "tokens, and a network of this width takes"),
+    (["--frames", "4096", "--image-size", "4096"], "tokens, and a network of this width takes"),
     (["--trajectory", "{dir}/way.gif"], "this network makes clips; leave the flag out"),
     (["--output", "{dir}/a.xyz"], ".xyz is not an image format here"),
 ])  # fmt: skip
@@ -369,3 +370,14 @@ def test_frames_of_whole_patches_are_asked_for(tmp_path, capsys):
         with pytest.raises(SystemExit):
             drawn(str(path), tmp_path / "a.gif", *flags)
         assert message in capsys.readouterr().err
+
+
+def test_clips_play_as_fast_as_those_of_the_run(tmp_path):
+    network, path = maker(), tmp_path / "run.pt"
+    args = {"frame_rate": 12.0, "frame_stride": 2}
+    save_checkpoint(
+        path, {"ema": network.state_dict(), "args": args, "step": 3, "config": network.config}
+    )
+    assert read_clip(drawn(str(path), tmp_path / "a.gif", "--process", "diffusion")).rate == 6
+    assert load_sampler(path, vae="none", device="cpu").frame_rate == 6
+    assert sampler_of(network).frame_rate is None
