@@ -3,6 +3,7 @@ refused.
 """
 
 from pathlib import Path
+import random
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from checkpoints.files import newest_checkpoint, read_checkpoint
 from conftest import randn
 import extract_latents
-from kill_campaign import end, launcher, start
+from kill_campaign import end, fingerprint, launcher, start, survive
 from runtime.clip_files import write_gif
 from test_runs import rows, without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
@@ -160,6 +161,19 @@ def test_two_processes_learn_what_one_does(clips, tmp_path, more):
     for ours, theirs in zip(*both, strict=True):
         for key in ("loss", "mse", "gradient_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_end_as_one_that_was_left_alone(clips, tmp_path, processes):
+    """From outside, and in the middle of a checkpoint."""
+    steps, more = 16, ["--num-workers", "1", "--ckpt-every", "5", "--resume", "auto"]
+    run, of = [*CLIPS, *FLOW, *more, "--max-steps", str(steps)], (launcher(), clips)
+    end(start(*of, tmp_path / "alone", processes, run=run), 0)
+    for name, death in {"out": None, "in": {"at": "byte", "save": 2, "share": 0.5}}.items():
+        source = random.Random(processes)
+        step, found = survive(*of, tmp_path / name, processes, death, source, run, steps)
+        assert found == fingerprint(tmp_path / "alone", steps), f"killed after step {step}"
 
 
 @pytest.mark.long
