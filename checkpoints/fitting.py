@@ -69,18 +69,25 @@ def check_table(network: Network, tensors: Tensors, origin: Path | str) -> None:
 
 def check_same_size(network: Network, config: object, origin: Path | str) -> None:
     """Raise ValueError if a checkpoint's `config`, DiT's arguments where it has them, is damaged,
-    or of a network for another image size.
+    or of a network for another image size, or for clips of another number of frames.
     """
     if not isinstance(config, dict):
         return
     try:
-        theirs, ours = arguments_in(config).get("input_size"), network.config["input_size"]
+        arguments = arguments_in(config)
     except ValueError as error:
         raise ValueError(f"{origin}: in its configuration {error}") from None
+    theirs, ours = arguments.get("input_size"), network.config["input_size"]
     if theirs not in (None, ours):
         raise ValueError(
             f"{origin} was trained on latents of size {theirs}, and those here have {ours}; pass "
             "the same `image_size`, or start a new run from its weights with `init_from`"
+        )
+    frames, here = arguments.get("frames"), network.config.get("frames")
+    if None not in (frames, here) and frames != here:
+        raise ValueError(
+            f"{origin} was trained on clips of {frames} frames, and those here have {here}; pass "
+            "the same `frames`, or start a new run from its weights with `init_from`"
         )
 
 

@@ -41,7 +41,6 @@ RANGES = {
     "grad_accum": Range(1, 2**20),
     "pack": Range(1, 2**16),
     "text_length": Range(2, 2**12),
-    "given_frames": Range(0.0, 1.0),
     "log_every": Range(1, COUNTS),
     "ckpt_every": Range(1, COUNTS),
     "sample_every": Range(1, COUNTS),

@@ -82,6 +82,7 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
     accelerator = join_processes(options)
     dataset, data = load_data(options, accelerator)
     data = with_label_map(data, options)
+    check_lengths(options, dataset)
     last_step = last_step_of(options, dataset)
     space = load_space(options, accelerator, dataset)
     check_shapes(options, dataset, space)
@@ -162,8 +163,9 @@ def check_shares(options: TrainOptions, place: Place, processes: int) -> None:
         )
     if options.latents is None:
         check_memory(
-            options.global_batch_size // processes, options.image_size,
-            "`global_batch_size` or `image_size`",
+            options.global_batch_size // processes * (options.frames or 1), options.image_size,
+            "`global_batch_size` or `image_size`" if options.frames is None
+            else "`global_batch_size`, `frames` or `image_size`",
         )  # fmt: skip
     if options.fsdp and processes == 1:
         raise ValueError(
@@ -226,6 +228,17 @@ def check_shapes(options: TrainOptions, source: Source, space: Space) -> None:
             check_grid(extrapolation, (height // unit, width // unit), known)
     if options.pack is not None:
         check_room(source.sizes or (), unit, options.pack)
+
+
+def check_lengths(options: TrainOptions, source: Source) -> None:
+    """Raise ValueError for images among clips that patches of several frames cannot cut."""
+    images = (source.lengths or []).count(1)
+    if images and options.patch_frames > 1:
+        raise ValueError(
+            f"{images:,} of {len(source):,} clips have one frame, and a patch of `model` "
+            f"{options.model} has {options.patch_frames}; take these away, or choose a `model` "
+            "whose patches have one"
+        )
 
 
 def check_left(options: TrainOptions, step: int, last_step: int) -> None:

@@ -24,7 +24,7 @@ from models import BLOCKS, summed
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.image_size import ImageSize, settled
-from runtime.limits import check_numbers
+from runtime.limits import Range, check_numbers
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
 # have them in this order, and so has the hash that names a start.
@@ -67,6 +67,7 @@ NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
     **{name: (value,) for name, value in PARTS.items()}, "text_length": (None,),
 }  # fmt: skip
 TEXT_LENGTH = 32  # of the network's own encoder: captions of about as many short words
+SHARE = Range(0.0, 1.0)
 # Options of clips, and the values that leave them out
 OF_CLIPS = {"frame_stride": 1, "frame_rate": None, "given_frames": 0}
 
@@ -160,7 +161,7 @@ class TrainOptions:
         object.__setattr__(self, "image_size", settled(self.image_size))
         if all(getattr(self, name) is None for name in SOURCES):
             raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
-        check_numbers(self, num_classes=CLASSES, eval_samples=SCORED)
+        check_numbers(self, num_classes=CLASSES, eval_samples=SCORED, given_frames=SHARE)
         self._check_decays()
         self._check_choices()
         self._settle_condition()

@@ -3,6 +3,8 @@ refused.
 """
 
 from pathlib import Path
+import random
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -12,7 +14,7 @@ import torch
 from checkpoints.files import newest_checkpoint, read_checkpoint
 from conftest import randn
 import extract_latents
-from kill_campaign import end, launcher, start
+from kill_campaign import end, fingerprint, launcher, start, survive
 from runtime.clip_files import write_gif
 from test_runs import rows, without_rates
 from test_train import QUICK, fresh_accelerator, images, run, same  # noqa: F401
@@ -42,6 +44,14 @@ def clips(tmp_path_factory):
             write_gif(path, np.repeat(grey, 3, axis=-1), 10)
         else:
             Image.fromarray(np.repeat(grey[0], 3, axis=-1)).save(path.with_suffix(".png"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moving(clips, tmp_path_factory):
+    """The clips among them."""
+    folder = tmp_path_factory.mktemp("moving") / "train"
+    shutil.copytree(clips, folder, ignore=shutil.ignore_patterns("*.png"))
     return folder
 
 
@@ -110,8 +120,8 @@ def test_half_precision_learns_about_the_same(cache, tmp_path, vae):
 
 
 @pytest.mark.parametrize("model", ["Latte-Ti/4", "SpaceTime-Ti/4x2"])
-def test_other_networks_of_clips_learn_too(clips, tmp_path, model):
-    found = run(clips, tmp_path, *CLIPS, "--model", model, "--max-steps", "2")
+def test_other_networks_of_clips_learn_too(moving, tmp_path, model):
+    found = run(moving, tmp_path, *CLIPS, "--model", model, "--max-steps", "2")
     first = rows(folder_of(tmp_path))[0]
     assert 0.5 < first["mse"] < 2 and found["config"]["attention"] in ("latte", "full")
 
@@ -151,6 +161,19 @@ def test_two_processes_learn_what_one_does(clips, tmp_path, more):
     for ours, theirs in zip(*both, strict=True):
         for key in ("loss", "mse", "gradient_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_end_as_one_that_was_left_alone(clips, tmp_path, processes):
+    """From outside, and in the middle of a checkpoint."""
+    steps, more = 16, ["--num-workers", "1", "--ckpt-every", "5", "--resume", "auto"]
+    run, of = [*CLIPS, *FLOW, *more, "--max-steps", str(steps)], (launcher(), clips)
+    end(start(*of, tmp_path / "alone", processes, run=run), 0)
+    for name, death in {"out": None, "in": {"at": "byte", "save": 2, "share": 0.5}}.items():
+        source = random.Random(processes)
+        step, found = survive(*of, tmp_path / name, processes, death, source, run, steps)
+        assert found == fingerprint(tmp_path / "alone", steps), f"killed after step {step}"
 
 
 @pytest.mark.long
@@ -210,6 +233,18 @@ def test_a_dit_that_begins_no_such_run_is_refused(images, clips, tmp_path, capsy
     assert message in capsys.readouterr().err and not (tmp_path / "video").exists()
 
 
+def test_a_run_goes_on_with_as_many_frames_alone(clips, tmp_path, capsys):
+    run(clips, tmp_path / "first", *CLIPS, "--max-steps", "1")
+    here = ["--resume", str(folder_of(tmp_path / "first")), "--max-steps", "2"]
+    for more, message in {
+        ("--frames", "3"): "was trained on clips of 4 frames, and those here have 3; pass the same",
+        ("--model", "Latte-Ti/4"): "has depth 12, the network here 6; give the --model",
+    }.items():
+        with pytest.raises(SystemExit):
+            run(clips, tmp_path / "second", *CLIPS, *more, *here)
+        assert message in capsys.readouterr().err and not (tmp_path / "second").exists()
+
+
 def test_options_of_clips_make_another_run(clips, tmp_path):
     flags = [*CLIPS, "--max-steps", "1", "--resume", "auto"]
     for more in ([], ["--frames", "3"], ["--frame-stride", "2", "--frames", "3"],
@@ -261,6 +296,7 @@ def test_what_goes_together():
     [
         (["--frames", "7"], "9 of 15 clips have fewer than the 7 frames that --frames 7 and"),
         (["--global-batch-size", "10"], "which do not fill one batch of 10; lower --global-batch"),
+        (["--model", "SpaceTime-Ti/4x2"], "6 of 15 clips have one frame, and a patch of --model"),
         (["--model", "DiT-Ti/4"], "--frames is 4, and --model DiT-Ti/4 makes images; leave"),
     ],
 )
