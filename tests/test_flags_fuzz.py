@@ -329,6 +329,16 @@ DOORS = {
             "train_frames_classifier.save_for_hf": save_model,
         },
     ),
+    "continue_clips": Door(
+        "continue_clips",
+        [["--ckpt", "x", "--truth", "images", "--output", "on-{n}.npz"]],
+        {
+            **{f"continue_clips.{name}": nothing for name in (
+                "find_files", "build_sampler", "read_clips", "check_fit", "spread_out",
+            )},
+            "continue_clips.go_on": lambda *_: torch.zeros(1, dtype=torch.uint8).numpy(),
+        },
+    ),
     "judge_clips": Door(
         "judge_clips", [["--samples", "clips.npz"], ["--real", "clips.npz"]],
         {"judge_clips.judge": lambda *_: {}},
