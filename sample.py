@@ -225,9 +225,9 @@ def read_given(path: str | None, named: str | None, sampler: Sampler) -> Given |
         )
     frames, size = read_frames(path, range(len(places)), "given"), sides(sampler.image_size)
     if info.frames > len(places):
+        first = "one is" if len(places) == 1 else f"{len(places)} are"
         print(
-            f"note: of the {info.frames} frames of {path} the first {len(places)} are given",
-            file=sys.stderr,
+            f"note: of the {info.frames} frames of {path} the first {first} given", file=sys.stderr
         )
     if frames.shape[1:3] != size:
         was, now = (f"{height}x{width}" for height, width in (frames.shape[1:3], size))
