@@ -143,7 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     try:
         with tf32(args.tf32):
-            images, frames = sample(sampler, asked, args.seed, shown, clip and clip.given)
+            images, frames = (
+                sample(sampler, asked, args.seed, shown) if clip is None
+                else sample(sampler, asked, args.seed, shown, given=clip.given)
+            )  # fmt: skip
         texts = captions(asked, sampler.network.num_classes, readable(sampler.classes))
         if clip is not None:
             write_clips(images, clip, texts, vars(args) | used)
