@@ -7,12 +7,15 @@
     python evaluate.py --make-reference imagenet/train --image-size 256 --output imagenet256.npz
     python evaluate.py --likelihood results/NAME --samples imagenet/val
     python evaluate.py --clip openai/clip-vit-large-patch14 --samples samples/NAME
+    python evaluate.py --frames 16 --samples samples/NAME.npz --reference clips \\
+        --features i3d.ts
 
 Samples are a folder of images or an .npz with `arr_0`; a reference may also be an .npz with mu and
 sigma, as ADM's are. The scores follow the conventions of ADM's suite, and are printed as JSON, with
 hashes of both sides; what to know about them goes to the error output. --likelihood reports instead
 how likely images are to a network that has learned a flow, in bits per dimension, and --clip how
-near images are to their captions, by the CLIP score of Hessel et al. (2021).
+near images are to their captions, by the CLIP score of Hessel et al. (2021). With --frames both
+sides are sets of clips: folders of videos, GIFs or folders of frames, or an .npz of them.
 """
 
 from runtime.command_line import Parser, door, end_at_interrupt, read_size
@@ -43,9 +46,15 @@ OF_LIKELIHOOD = (
     "text_encoder",
 )  # fmt: skip
 OF_CLIP = ("captions",)
+OF_FRAMES = ("frame_stride", "per_frame")
 OF_OTHERS = ("reference", "make_reference", "features", "inception_weights")
-# What is asked for instead of scores against a reference → the flags that go with it alone
-INSTEAD = {"likelihood": OF_LIKELIHOOD, "clip": OF_CLIP}
+# What is asked for instead of scores of images against a reference → the flags that go with it
+# alone, and those that do not go with it
+INSTEAD = {"likelihood": OF_LIKELIHOOD, "clip": OF_CLIP, "frames": OF_FRAMES}
+STRANGERS = {
+    "likelihood": OF_OTHERS, "clip": (*OF_OTHERS, "image_size"),
+    "frames": ("make_reference", "image_size"),
+}  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -84,6 +93,7 @@ def build_parser() -> Parser:
     weights = "torch-fidelity's weights-inception-2015-12-05 (default: fetched on first use)"
     features("--inception-weights", metavar="FILE", help=weights)
     add_clip_flags(parser)
+    add_frame_flags(parser)
     add_likelihood_flags(parser)
     run = parser.add_argument_group("run").add_argument
     run(
@@ -111,6 +121,21 @@ def add_clip_flags(parser: Parser) -> None:
         "NAME.captions.txt beside NAME.npz, as sample_ddp.py writes them)"
     )
     add("--captions", metavar="FILE", help=beside)
+
+
+def add_frame_flags(parser: Parser) -> None:
+    """Add the flags that say which frames of clips are compared."""
+    add = parser.add_argument_group("clips, instead of images").add_argument
+    add(
+        "--frames", type=int, metavar="F",
+        help="compare clips by their first F frames: their Fréchet distance by --features, then a "
+        "TorchScript file, called with clips (N, 3, F, H, W) from -1 to 1, that returns (N, D)",
+    )  # fmt: skip
+    add(
+        "--frame-stride", type=int, default=1, metavar="S",
+        help="take every S-th frame (default: %(default)s)",
+    )  # fmt: skip
+    add("--per-frame", action="store_true", help="score each frame by itself, as images are")
 
 
 def add_likelihood_flags(parser: Parser) -> None:
@@ -157,6 +182,9 @@ def main(argv: list[str] | None = None) -> None:
         elif args.likelihood:
             if found := likelihood(args, given, options):
                 publish(found, options.output)
+        elif args.frames is not None:
+            if found := clip_distance(args, options):
+                publish(found, options.output)
         elif options.make_reference:
             if told := make_reference(options):
                 print(told)
@@ -173,13 +201,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_together(args: Namespace, given: Collection[str]) -> None:
     """Raise ValueError for flags that are given and do not go with the others."""
-    asked = [name for name in INSTEAD if getattr(args, name)]
+    asked = [name for name in INSTEAD if getattr(args, name) not in (None, "")]
     for name, own in INSTEAD.items():
         wrong = [other for other in own if other in given and name not in asked]
         if wrong:
             raise ValueError(f"`{wrong[0]}` goes with `{name}`; leave one of them out")
     for name in asked:
-        strangers = [*OF_OTHERS, *asked, *(["image_size"] if name == "clip" else [])]
+        strangers = (*STRANGERS[name], *asked)
         wrong = [other for other in strangers if other in given and other != name]
         if wrong:
             raise ValueError(f"`{wrong[0]}` does not go with `{name}`; leave one of them out")
@@ -205,6 +233,17 @@ def clip_scores(args: Namespace, options: EvaluationOptions) -> dict | None:
     report = score_by_clip(clip, pairs, options, team)
     versions = {name: installed(name) for name in (*LIBRARIES, "transformers")}
     return report and report | {"versions": versions}
+
+
+def clip_distance(args: Namespace, options: EvaluationOptions) -> dict | None:
+    """The report on two sets of clips; None in all processes but the first.
+
+    Raises ValueError for clips that cannot be compared.
+    """
+    from evaluation.clip_distance import evaluate_clips
+    from evaluation.clip_sets import ClipOptions
+
+    return evaluate_clips(options, ClipOptions(args.frames, args.frame_stride, args.per_frame))
 
 
 def likelihood(

@@ -54,8 +54,8 @@ def draw_masks(count: int, frames: int, share: float, generator: torch.Generator
     """Which frames of `count` clips are given in training, bool (N, F), on the generator's device.
 
     A clip has given frames with a probability of `share`. Then they are, each as often: the first
-    ones, 1 to F - 1 of them; the first and the last one; or any, each by a chance of a half. At
-    least one is left.
+    ones, 1 to F - 1 of them; the first and the last one; or any, each by a chance of a half, which
+    may be none. At least one is left.
     """
     device = generator.device
     chance = torch.rand(count, 3 + frames, generator=generator, device=device)

@@ -30,7 +30,19 @@ MOST_SIDE = 16_384  # pixels of images that are scored
 HashedImage = tuple[Batch | None, Tensor | str]
 
 
-class FolderImages(Dataset):
+class Scored(Dataset):
+    """What is read for scores: items (uint8 (3, ...), digest), or (None, what is wrong).
+
+    `mixed`: whether they have several sizes.
+    """
+
+    mixed = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class FolderImages(Scored):
     """All images below a folder, in the order of their paths.
 
     Items are (uint8 (3, H, W), digest) or (None, what is wrong). Errors call the folder by the name
@@ -38,8 +50,6 @@ class FolderImages(Dataset):
     (W, H), of the first image where `strange` says that one in `share` has another; both are looked
     up in `share`. Whoever knows all shares sets `mixed`: whether images have several sizes.
     """
-
-    mixed = False
 
     def __init__(
         self, folder: Path | str, argument: str, image_size: ImageSize | None = None,
@@ -94,7 +104,7 @@ def in_pixels(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-class ArrayImages(Dataset):
+class ArrayImages(Scored):
     """The images `arr_0` of an .npz, which are not held in memory unless they are compressed.
 
     Items as in FolderImages.
@@ -104,7 +114,6 @@ class ArrayImages(Dataset):
 
     folders = 1
     notes: tuple[str, ...] = ()
-    mixed = False  # an array has images of one size
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
@@ -138,8 +147,13 @@ ImageSet = FolderImages | ArrayImages
 
 def hashed(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """(uint8 (3, H, W), SHA-256 of the pixels, uint8 (32,)) of an image (H, W, 3)."""
+    return channels_first(pixels), digest_of(pixels)
+
+
+def digest_of(pixels: np.ndarray) -> Tensor:
+    """The SHA-256 of pixels, uint8 (32,)."""
     digest = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8).copy()
-    return channels_first(pixels), torch.from_numpy(digest)
+    return torch.from_numpy(digest)
 
 
 def collate_hashed(items: list[HashedImage]) -> HashedImage:
@@ -154,7 +168,7 @@ def collate_hashed(items: list[HashedImage]) -> HashedImage:
 
 
 def read_batches(
-    images: ImageSet, batch_size: int, device: torch.device, team: Team = Team(),
+    images: Scored, batch_size: int, device: torch.device, team: Team = Team(),
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
     """This process's batches of a set of images, as `summaries.summarize` takes them.

@@ -68,19 +68,25 @@ def box_of(
 ) -> tuple[int, int, int]:
     """Frames, rows and columns of tokens of latents of a shape (N, C, F, H, W).
 
-    Raises ValueError as grid_of does, and for frames that patches do not fill.
+    Raises ValueError for another number of channels, and for sides and frames that patches do not
+    fill.
     """
-    if len(shape) != 5:
+    if len(shape) != 5 or shape[1] != channels:
         raise ValueError(
             f"x has shape {tuple(shape)}, the network takes (N, {channels}, frames, height, width)"
         )
-    grid, frames = grid_of((*shape[:2], *shape[3:]), channels, patch_size), shape[2]
+    frames, height, width = shape[2:]
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"x has shape {tuple(shape)}, whose height and width patches of {patch_size} do not "
+            f"fill; the network takes multiples of {patch_size}"
+        )
     if not frames or frames % patch_frames:
         raise ValueError(
             f"x has shape {tuple(shape)}, of {frames} frames; the network takes a multiple of "
             f"{patch_frames}"
         )
-    return frames // patch_frames, *grid
+    return frames // patch_frames, height // patch_size, width // patch_size
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

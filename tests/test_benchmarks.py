@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import (
     calls, depth, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training,
-    gpu_worker, loading, packing, plot_solvers, process, sampling, sides, solvers, training,
+    gpu_worker, loading, packing, plot_solvers, process, sampling, sides, solvers,
+    space_time, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -68,6 +69,7 @@ def test_a_result_is_never_overwritten(results):
     (flow, ["--models", TINY, "--rounds", "2", "--batch-size", "2"]),
     (loading, ["--images", "16", "--num-workers", "0", "--rounds", "2"]),
     (packing, ["--model", "DiT-Ti/2", "--rounds", "1", "--mixes", "1"]),
+    (space_time, ["--frames", "1", "2", "--rounds", "1", "--batch-size", "1"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_benchmarks_run_and_say_where(benchmark, flags, results):
     benchmark.main(flags)

@@ -35,6 +35,7 @@ NEEDS = {
         r"facebook/|^python (download\.py|sample\.py(?!.*--ckpt)|sample_ddp\.py(?!.*--ckpt))",
     "the released autoencoder": r"load_vae\('ema'\)",
     "Stable Diffusion 3's weights": r"stable-diffusion-3",
+    "a network of clips, such as I3D": r"i3d\.ts",
 }  # fmt: skip
 # What makes a command short enough for a test: flags after its own.
 SHORTER = {
@@ -51,6 +52,9 @@ SHORTER = {
     "examples/digits/judge.py": "--num-samples 50",
     "examples/digits/compare_likelihood.py": "--num-digits 3",
     "examples/captions/judge_captions.py": "--num-samples 20 --num-sampling-steps 2",
+    "examples/moving_digits/make_moving_digits.py": "--clips 60 --heldout 40",
+    "examples/moving_digits/train_frames": "--steps 20", "--max-steps 12000": "--max-steps 8",
+    "--num-fid-samples 500 ": "--num-fid-samples 20 --num-sampling-steps 3",
 }  # fmt: skip
 # What must be there when a page has been run.
 LEAVES = {
@@ -85,6 +89,10 @@ LEAVES = {
         "sample.png", "groups.png", "emoji/NOTICE.txt", "emoji-vae/config.json",
         "emoji-classes.safetensors", "emoji-text.safetensors", "emoji-classifier/*",
         "emoji-judged.json",
+    ],
+    "examples/moving_digits/README.md": [
+        "moving-digits/heldout/3/*.gif", "samples/*.npz", "moving-judged.json",
+        "moving-vae/config.json", "moving-classifier/*",
     ],
     "examples/shapes/README.md": ["shapes/train/metadata.jsonl", "shapes/heldout/heart/*.png"],
     "examples/captions/README.md": [

@@ -35,7 +35,8 @@ from emoji_packages import write_packages
 EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
 sys.path[:0] = [
-    str(EXAMPLES / name) for name in ("", "digits", "scaling", "captions", "shapes", "emoji")
+    str(EXAMPLES / name)
+    for name in ("", "digits", "scaling", "captions", "shapes", "emoji", "moving_digits")
 ]
 
 from drawing import Shape  # noqa: E402
@@ -247,6 +248,7 @@ DOORS = {
         {
             "evaluation.report.summarize": lambda *_, **__: (None, None),
             "evaluation.report.summarize_reference": lambda *_, **__: (None, None),
+            "evaluation.clip_distance.summarize": lambda *_, **__: (None, None),
         },
     ),
     "export": Door("export", [[*NETWORK[:4], "--output", "exported-{n}"]]),
@@ -312,6 +314,25 @@ DOORS = {
         [["--data-path", "groups", "--output", "judged.json"], ["--data-path", "groups"]],
         {"judge_emoji.judged": lambda *_: {}, **QUIET},
     ),
+    "make_moving_digits": Door(
+        "make_moving_digits", [["--output", "moving-{n}", "--clips", "2", "--heldout", "1"]],
+        {"make_moving_digits.write_part": nothing},
+    ),
+    "train_frames_autoencoder": Door(
+        "train_frames_autoencoder", [["--output", "frames-autoencoder-{n}"]], {}
+    ),
+    "train_frames_classifier": Door(
+        "train_frames_classifier", [["--output", "frames-classifier-{n}"]],
+        {
+            "train_frames_classifier.train": lambda *_: torch.nn.Flatten(),
+            "train_frames_classifier.accuracy": lambda *_: 1.0,
+            "train_frames_classifier.save_for_hf": save_model,
+        },
+    ),
+    "judge_clips": Door(
+        "judge_clips", [["--samples", "clips.npz"], ["--real", "clips.npz"]],
+        {"judge_clips.judge": lambda *_: {}},
+    ),
     "judge_captions": Door(
         "judge_captions",
         [["--output", "judged.json"], []],
@@ -346,7 +367,7 @@ def late_stubs(name):
         parts, *rest = module.load_captioned()
         few = {part: digits.chosen(slice(1)) for part, digits in parts.items()}
         return {"make_captions.load_captioned": lambda: (few, *rest)}
-    if name in ("train_vae", "train_autoencoder"):
+    if name in ("train_vae", "train_autoencoder", "train_frames_autoencoder"):
         return {f"{name}.train": lambda *_: module.AutoencoderKL(**module.ARCHITECTURE)}
     return {}
 

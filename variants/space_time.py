@@ -80,7 +80,7 @@ class SpaceTimeBlock(nn.Module):
         self, axis: str, parts: Parts, width: int, heads: int, mlp_ratio: float, reads_text: bool
     ) -> None:
         super().__init__()
-        self.axis = AXES[axis]
+        self.axis = axis
         self.norm1 = parts.make_norm(width, own_weights=False)
         self.attn = parts.make_attention(width, heads)
         self.cross_attn = CrossAttention(width, heads) if reads_text else None
@@ -95,11 +95,12 @@ class SpaceTimeBlock(nn.Module):
         (L, 2·head) for rows of L tokens, words (N, L, D) and their mask (N, 1, 1, L) or None →
         (N, S, T, D).
         """
+        axis = AXES[self.axis]
         vectors = self.adaLN_modulation(c).unsqueeze(2)  # (N, S or 1, 1, 6·D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=-1)
-        rows = self.axis.rows(modulated(self.norm1(x), shift, scale))
+        rows = axis.rows(modulated(self.norm1(x), shift, scale))
         seen = self.attn(rows, **ALONE.rotated(rope).attention)
-        x = x + gate * self.axis.back(seen, x.shape)  # (N, S, T, D)
+        x = x + gate * axis.back(seen, x.shape)  # (N, S, T, D)
         if self.cross_attn is not None:
             x = x + self.cross_attn(x.flatten(1, 2), words, mask).view_as(x)
         return x + mlp_gate * self.mlp(modulated(self.norm2(x), mlp_shift, mlp_scale))
@@ -220,12 +221,17 @@ class SpaceTime:
             embedded, _ = place.in_images(embedded, (rows, columns), self.pos_embed)
         return embedded.to(kind).unflatten(0, (len(x), count))  # (N, S, T, D)
 
-    def embedded_times(self, t: Tensor) -> Tensor:
-        """Times (N,), or (N, F) of each frame, as vectors (N, 1, D) or (N, S, D). A patch of
-        several frames has the mean of their times.
+    def embedded_times(self, t: Tensor, frames: int) -> Tensor:
+        """Times (N,), or (N, F) of each of so many frames, as vectors (N, 1, D) or (N, S, D). A
+        patch of several frames has the mean of their times. Raises ValueError for other shapes.
         """
         if t.dim() == 1:
             return self.t_embedder(t).unsqueeze(1)  # (N, 1, D)
+        if t.dim() != 2 or t.shape[1] != frames:
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}, the network takes (N,), or (N, {frames}): a time "
+                "of each frame"
+            )
         if self.patch_frames > 1:
             t = t.unflatten(1, (-1, self.patch_frames)).float().mean(dim=2)  # (N, S)
         return self.t_embedder(t.flatten()).unflatten(0, t.shape)  # (N, S, D)
@@ -248,7 +254,7 @@ class SpaceTime:
         (N, 1, 1, L), or None.
         """
         tokens, box = self.tokens(x), self.box_seen(x)  # (N, S, T, D)
-        c = self.embedded_times(t)  # (N, S or 1, D)
+        c = self.embedded_times(t, x.shape[2])  # (N, S or 1, D)
         if of_y is not None:
             c = c + of_y.unsqueeze(1)  # (N, S or 1, D)
         ropes = self.ropes(box, x.device)

@@ -425,6 +425,7 @@ def test_a_reference_from_python_is_the_doors(sets, capsys, tmp_path):
 def test_flags_are_the_options_with_their_defaults():
     flags = vars(evaluate.build_parser().parse_args([]))
     of_others = {"likelihood", "clip", *evaluate.OF_LIKELIHOOD, *evaluate.OF_CLIP}
+    of_others |= {"frames", *evaluate.OF_FRAMES}
     assert flags.keys() >= of_others
     others = {name: value for name, value in flags.items() if name not in of_others}
     assert others == vars(EvaluationOptions())
