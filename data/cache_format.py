@@ -102,12 +102,14 @@ def check_clips(manifest: dict[str, Any], rows: np.ndarray) -> None:
     """Raise ValueError unless clips.npy, rows of CLIP_ROW, is what a manifest tells of."""
     if rows.shape != (manifest["clips"],) or rows.dtype != CLIP_ROW:
         raise ValueError(f"{CLIPS} is {rows.dtype} {rows.shape} for {manifest['clips']} clips")
-    ends = rows["frames"].cumsum()
-    fits = len(rows) and ends[-1] == manifest["images"] and (rows["frames"] > 0).all()
+    # Frames of a clip that was skipped, as it could not be read to its end, are no row's
+    firsts, ends = rows["first"], rows["first"] + rows["frames"]
+    begun = np.append(firsts, manifest["images"])  # by what the frames end that lie before it
+    fits = len(rows) and firsts[0] >= 0 and (rows["frames"] > 0).all()
     if (
         zlib.crc32(rows.tobytes()) != manifest.get("clips_crc32")
         or not fits
-        or (rows["first"] != ends - rows["frames"]).any()
+        or (ends > begun[1:]).any()
     ):
         raise ValueError(f"{CLIPS} is damaged")
 

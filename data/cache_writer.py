@@ -28,8 +28,8 @@ from data.cache_format import (
     CAPTIONS_HASH, CHUNKS, CLIPS, DTYPES, LABELS, MANIFEST, MOMENTS, PLAN, SHAPES, Extents,
     chunk_note, keeps_shapes, latent_moments_shape, moments_shape,
 )  # fmt: skip
-from data.captions import STORED, Captions, find_captions, stand_ins, write_captions
-from data.clip_frames import ClipFrames, ClipPlan, plan_clips
+from data.captions import STORED, Captions, find_captions, left, stand_ins, write_captions
+from data.clip_frames import ClipFrames, ClipPlan, clip_entries, plan_clips
 from data.images import ImageDataset, unreadable
 from data.listing import Listing, check_outside, list_images
 from data.loader import make_loader, read
@@ -70,7 +70,7 @@ class PlannedCache:
     @property
     def items(self) -> Listing:
         """What captions are of, images or clips."""
-        return self.listing if self.clips is None else self.clips.listing
+        return self.listing if self.clips is None else self.clips.found
 
 
 def cache_latents(options: CacheOptions) -> Path:
@@ -104,7 +104,7 @@ def plan_cache(options: CacheOptions) -> PlannedCache:
         check_outside(options.data_path, "output", folder)
     plan = make_plan(options, listing, space) | (clips.entries(options) if clips else {})
     plan, shapes = begin_folder(folder, plan, place, partial(plan_shapes, options, listing))
-    items = clips.listing if clips else listing
+    items = clips.found if clips else listing
     captions, notes = captions_in(options, items) if place.rank == 0 else (None, ())
     return PlannedCache(
         options, folder, plan, shapes, listing, space, device, place, captions,
@@ -334,16 +334,15 @@ def encode_share(planned: PlannedCache) -> None:
             # Only now, when the data are safely there
             note = {
                 "crc32": zlib.crc32(content), "labels": labels[:: 1 + plan["flip"]].tolist(),
-                "bad_images": sorted({f"{path} ({reason})" for path, reason in bad}),
+                "bad_images": sorted(f"{path} ({why})" for path, why in dict(bad[::-1]).items()),
             }  # fmt: skip
             write_json(chunk_note(folder, start // CHUNK), note, indent=None)
 
 
 def refuse(planned: PlannedCache, bad: list[BadImage]) -> NoReturn:
     """Raise ValueError for images, or a clip, that cannot be read."""
-    if planned.clips is None:
-        raise ValueError(unreadable(bad, planned.options.skip_bad_images))
-    raise ValueError(f"cannot read {bad[0].path} ({bad[0].reason}); mend it, or take it away")
+    told = unreadable(bad, planned.options.skip_bad_images)
+    raise ValueError(told if planned.clips is None else f"{told} with a new `output`")
 
 
 def missing_chunks(planned: PlannedCache) -> list[int]:
@@ -366,7 +365,7 @@ def chunk_loader(planned: PlannedCache, starts: list[int]) -> DataLoader:
         planned.listing, options.image_size, options.skip_bad_images, sizes=sizes
     )
     if planned.clips is not None:
-        dataset = ClipFrames(planned.clips, options.image_size)
+        dataset = ClipFrames(planned.clips, options.image_size, options.skip_bad_images)
     pin_memory = planned.device.type == "cuda"
     return make_loader(dataset, keys, options.num_workers, pin_memory, collate_ragged)
 
@@ -411,17 +410,19 @@ def finish(planned: PlannedCache, presence: Presence) -> None:
         read_note(path, min(CHUNK, plan["images"] - number * CHUNK))
         for number, path in enumerate(notes)
     ]
-    bad = sorted({image for chunk in chunks for image in chunk["bad_images"]})
+    bad = list(dict.fromkeys(image for chunk in chunks for image in chunk["bad_images"]))
+    rows, bad = (None, sorted(bad)) if planned.clips is None else planned.clips.read(bad)
     for image in bad:
-        print(f"skipped unreadable image {image}")
+        print(f"skipped unreadable {'image' if rows is None else 'clip'} {image}")
     labels = np.array([label for chunk in chunks for label in chunk["labels"]])  # (images,)
     write_array(folder / LABELS, labels)
-    if planned.clips is not None:
-        write_array(folder / CLIPS, planned.clips.rows)
     sums = {
         "bad_images": bad, "labels_crc32": zlib.crc32(labels.tobytes()),
         "crc32": [chunk["crc32"] for chunk in chunks],
     }  # fmt: skip
+    if rows is not None:
+        write_array(folder / CLIPS, rows)
+        sums |= clip_entries(rows)
     write_json(folder / MANIFEST, plan | sums | store_captions(planned, bad))
 
 
@@ -429,7 +430,8 @@ def store_captions(planned: PlannedCache, bad: list[str]) -> dict:
     """Write the captions of the images whose latents are cached; what the manifest says of them."""
     if planned.captions is None:
         return {}
-    captions = planned.captions.chosen(stand_ins(planned.items.paths, bad))
+    chosen = stand_ins if planned.clips is None else left
+    captions = planned.captions.chosen(chosen(planned.items.paths, bad))
     write_captions(planned.folder / STORED, captions)
     return {CAPTIONS_HASH: captions.hash, "captions_missing": captions.missing}
 

@@ -307,8 +307,27 @@ def stand_ins(paths: Sequence[str], bad: Iterable[str]) -> list[int]:
     readable. `bad` are a cache's bad_images, "PATH (reason)". Raises ValueError if one of them is
     none of the paths.
     """
-    known = {path: number for number, path in enumerate(paths)}
-    gone = set[int]()
+    gone = set(bad_numbers(paths, bad))
+    standing, after = [0] * len(paths), next((i for i in range(len(paths)) if i not in gone), 0)
+    for number in reversed(range(len(paths))):
+        after = after if number in gone else number
+        standing[number] = after
+    return standing
+
+
+def left(paths: Sequence[str], bad: Iterable[str]) -> list[int]:
+    """The numbers of the clips that are cached: none stands in for those in `bad`. Raises
+    ValueError as stand_ins.
+    """
+    gone = set(bad_numbers(paths, bad))
+    return [number for number in range(len(paths)) if number not in gone]
+
+
+def bad_numbers(paths: Sequence[str], bad: Iterable[str]) -> list[int]:
+    """For each of a cache's bad_images, "PATH (reason)", which of the paths it is. Raises
+    ValueError for one that is none of them.
+    """
+    known, found = {path: number for number, path in enumerate(paths)}, []
     for image in bad:
         parts = image.split(" (")
         heads = (" (".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
@@ -318,9 +337,5 @@ def stand_ins(paths: Sequence[str], bad: Iterable[str]) -> list[int]:
                 f"the latents have another image in place of {image}, which is not among those of "
                 "`data_path`; give it as extract_latents.py had it, or leave it out"
             )
-        gone.add(number)
-    standing, after = [0] * len(paths), next((i for i in range(len(paths)) if i not in gone), 0)
-    for number in reversed(range(len(paths))):
-        after = after if number in gone else number
-        standing[number] = after
-    return standing
+        found.append(number)
+    return found

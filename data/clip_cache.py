@@ -28,8 +28,8 @@ class CachedClips(Dataset):
     ) -> None:
         if cached.clips is None:
             raise ValueError(
-                "the latents are of images, for training without `frames`; make those of clips "
-                "with `clips=True`"
+                "the latents are of images, for training without `frames`; make those of clips by "
+                "extract_latents.py --clips"
             )
         self.cached, self.manifest = cached, cached.manifest
         self.classes: list[str] | None = cached.classes

@@ -72,8 +72,8 @@ def fitted(pixels: np.ndarray, image_size: ImageSize, flip: bool = False) -> np.
     return cropped[:, ::-1] if flip else cropped
 
 
-def probed(listing: Listing, skip_bad: bool) -> tuple[Listing, list[ClipInfo]]:
-    """The Listing of those clips that can be read, and what they are.
+def probed(listing: Listing, skip_bad: bool) -> tuple[Listing, list[ClipInfo], list[str]]:
+    """The Listing of those clips that can be read, what they are, and the others, "PATH (reason)".
 
     Raises ValueError for one that cannot, without skip_bad, and if there are no others.
     """
@@ -85,9 +85,10 @@ def probed(listing: Listing, skip_bad: bool) -> tuple[Listing, list[ClipInfo]]:
         advice = "mend it" if skip_bad else "mend it, or pass `skip_bad_images=True`"
         raise ValueError(f"cannot read {path} ({why}){more}; {advice}")
     good = [number for number, (info, _) in enumerate(found) if info is not None]
-    skipped = tuple(f"skipped unreadable clip {path} ({why})" for path, why in bad)
+    skipped = [f"{path} ({why})" for path, why in bad]
+    notes = tuple(f"skipped unreadable clip {clip}" for clip in skipped)
     readable = Listing(
         [listing.paths[number] for number in good], [listing.labels[number] for number in good],
-        listing.classes, (*listing.notes, *skipped),
+        listing.classes, (*listing.notes, *notes),
     )  # fmt: skip
-    return readable, [info for info, _ in found if info is not None]
+    return readable, [info for info, _ in found if info is not None], skipped

@@ -15,7 +15,7 @@ from conditions.text import PieceReader
 from data.cache import CachedLatents
 from data.cache_format import CAPTIONS_HASH
 from data.captioned import CachedTexts, Captioned, ReadTexts, notes_on_length
-from data.captions import STORED, Captions, read_captions, stand_ins, stored_captions
+from data.captions import STORED, Captions, left, read_captions, stand_ins, stored_captions
 from data.clip_cache import CachedClips
 from data.clips import ClipDataset, probed
 from data.images import ImageDataset, sizes_in_headers, unreadable
@@ -78,7 +78,7 @@ def open_clips(options: DataOptions, call: Call) -> Source:
     check_one_size(options)
     found = listed(options, call, options.num_classes)
     assert found is not None and options.frames is not None
-    listing, infos = call(probed, found, options.skip_bad_images)
+    listing, infos, _ = call(probed, found, options.skip_bad_images)
     counts, rates = [info.frames for info in infos], [info.rate for info in infos]
     window = options.frames, options.frame_stride, options.frame_rate
     windows = Windows(listing.paths, counts, rates, *window)
@@ -215,7 +215,8 @@ def captions_of_latents(
     if listing is not None:
         captions = read_captions(listing, options.data_path or "")
         bad = cached.manifest.get("bad_images") or []
-        return captions.chosen(stand_ins(listing.paths, bad)) if bad else captions
+        chosen = stand_ins if isinstance(cached, CachedLatents) else left
+        return captions.chosen(chosen(listing.paths, bad)) if bad else captions
     wanted = cached.manifest.get(CAPTIONS_HASH)
     if wanted is None:
         raise ValueError(

@@ -177,16 +177,67 @@ def test_unreadable_clips(folder, tmp_path, vae, capsys):
 def test_a_frame_that_cannot_be_read_stops_the_work(folder, tmp_path, vae, capsys):
     frame = folder / "ape" / "1" / "3.png"
     whole = frame.read_bytes()
-    for flags in ([], ["--skip-bad-images"]):
-        frame.write_bytes(b"no picture")
-        with pytest.raises(SystemExit) as stopped:
-            extract(folder, tmp_path / f"latents{len(flags)}", vae, *flags)
-        told = capsys.readouterr().err
-        assert stopped.value.code == 1 and f"cannot read {frame.parent} (" in told
-        assert "mend it, or take it away" in told and "Traceback" not in told
-        frame.write_bytes(whole)
-        latents = extract(folder, tmp_path / f"latents{len(flags)}", vae, *flags)
-        assert len(opened(latents, vae)) == 8
+    frame.write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stopped:
+        extract(folder, tmp_path / "latents", vae)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 1 and f"cannot read {frame.parent} (" in told
+    assert "pass --skip-bad-images with a new --output" in told and "Traceback" not in told
+    frame.write_bytes(whole)
+    assert len(opened(extract(folder, tmp_path / "latents", vae), vae)) == 8
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-workers", "2"]])
+def test_clips_that_break_off_are_skipped(folder, tmp_path, vae, capsys, one_thread, flags):
+    """A frame of a folder, the rest of a GIF, and all of another, with their captions."""
+    whole = CachedLatents(extract(folder, tmp_path / "whole", vae))
+    listing = list_clips(folder, 2)
+    for path in listing.paths:
+        with open(f"{path.removesuffix('.gif').removesuffix('.png')}.txt", "w") as file:
+            file.write(f"caption of {path[-8:]}\n")
+    (folder / "ape" / "1" / "3.png").write_bytes(b"no picture")
+    place(long := folder / "bee" / "long.gif", clip_of(0, 12))
+    content = long.read_bytes()
+    long.write_bytes(content[: len(content) * 2 // 3])
+    (folder / "bee" / "none.gif").write_bytes(b"")
+    bad = [folder / "ape" / "1", long, folder / "bee" / "none.gif"]
+    latents = extract(folder, tmp_path / "latents", vae, "--skip-bad-images", *flags)
+    told = capsys.readouterr().out
+    cached = CachedLatents(latents)
+    assert find_damage(latents) == [] and cached.manifest["clips"] == len(cached.clips) == 7
+    assert [image.split(" (")[0] for image in cached.manifest["bad_images"]] == [*map(str, bad)]
+    assert all(f"skipped unreadable clip {path} (" in told for path in bad)
+    left = [number for number, path in enumerate(listing.paths) if path != str(bad[0])]
+    for row, number in zip(cached.clips.tolist(), left, strict=True):
+        for frame in range(row[1]):
+            wanted = whole[int(whole.clips[number]["first"]) + frame, True][0]
+            torch.testing.assert_close(cached[row[0] + frame, True][0], wanted)
+    assert len(opened(latents, vae, data_path=folder)) == 7
+    said = [json.loads(line) for line in (latents / "captions.jsonl").read_text().splitlines()]
+    assert [text[0] for text in said] == [f"caption of {listing.paths[i][-8:]}" for i in left]
+    texts = dict(condition="text", text_length=32)
+    for index in range(7):
+        one, other = (
+            opened(latents, vae, **texts, **more)[index, False, 0.5][1].tokens
+            for more in ({}, {"data_path": folder})
+        )
+        assert torch.equal(one, other)
+
+
+def test_no_clip_at_all_is_refused(tmp_path, vae, capsys):
+    for name in ("ape", "bee"):
+        place(tmp_path / "clips" / name / "0", clip_of(0, 3))
+        (tmp_path / "clips" / name / "0" / "2.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        extract(tmp_path / "clips", tmp_path / "latents", vae, "--skip-bad-images")
+    assert "nor any other clip; mend one" in capsys.readouterr().err
+    assert not (tmp_path / "latents" / "manifest.json").exists()
+
+
+def test_clips_of_which_one_frame_is_left_are_told(folder, tmp_path, vae, capsys):
+    extract(folder, tmp_path / "latents", vae, "--frame-rate", "1")
+    told = capsys.readouterr().out
+    assert "note: 3 clips have one frame at this rate, and training takes them for images" in told
 
 
 def test_what_does_not_fit_training(folder, tmp_path, vae):
