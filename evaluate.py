@@ -205,7 +205,7 @@ def check_together(args: Namespace, given: Collection[str]) -> None:
     for name, own in INSTEAD.items():
         wrong = [other for other in own if other in given and name not in asked]
         if wrong:
-            raise ValueError(f"`{wrong[0]}` goes with `{name}`; leave one of them out")
+            raise ValueError(f"`{wrong[0]}` goes with `{name}`; give both, or leave it out")
     for name in asked:
         strangers = (*STRANGERS[name], *asked)
         wrong = [other for other in strangers if other in given and other != name]

@@ -120,7 +120,10 @@ class ArrayImages(Scored):
         self.array = open_array(path, IMAGES)
         shape, dtype = self.array.shape, self.array.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-            raise ValueError(f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3)")
+            clips = ", or for clips `frames`" if len(shape) == 5 else ""
+            raise ValueError(
+                f"{IMAGES} is {dtype} {shape}; wanted are images, uint8 (N, H, W, 3){clips}"
+            )
         self.size = (shape[2], shape[1])
         if max(self.size) > MOST_SIDE:
             raise ValueError(

@@ -15,7 +15,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     build_network, check_trained_size, find_files, process_learned,
 )  # fmt: skip
-from checkpoints.networks import Network
+from checkpoints.networks import Network, makes_clips
 from checkpoints.weights import load_weights
 from conditions.condition import Values, condition_of
 from conditions.reading import reader_for
@@ -165,12 +165,14 @@ def load_measured(
 ) -> Measured:
     """The Measured of a chosen network and the options.
 
-    Raises ValueError for a network of another process, and for images that do not fit the network.
+    Raises ValueError for a network of another process, or of clips, and for images that do not fit
+    the network.
     """
     cached = open_cached(options.samples)
     files = find_files(choice, cached.manifest["vae"] if cached else DataOptions.vae)
     weights = load_weights(files.checkpoint, choice.weights)
     network = build_network(choice, weights, files.vae)
+    check_images(network, choice.ckpt)
     process = checked(process_learned(choice, weights, network), choice.ckpt)
     if options.exact:
         check_exact(math.prod(network.latent_shape))
@@ -186,6 +188,15 @@ def load_measured(
         stored_space(cached) if cached else load_vae(files.vae, device), options, files.checkpoint,
         None if reader is None else reader.null,
     )  # fmt: skip
+
+
+def check_images(network: Network, origin: object) -> None:
+    """Raise ValueError for a network that makes clips."""
+    if makes_clips(network):
+        raise ValueError(
+            f"`likelihood` {origin} makes clips, and a likelihood is that of images; give a network"
+            " of images, or compare sets of clips with `frames`"
+        )
 
 
 def checked(process: Process, origin: object) -> FlowProcess:

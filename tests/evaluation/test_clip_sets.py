@@ -216,9 +216,12 @@ def test_images_and_flags_without_frames_are_refused(sets, capsys, tmp_path):
         capsys, "--samples", tmp_path / "images.npz", "--reference", sets / "real", "--frames", 4
     )
     assert "arr_0 is uint8 (4, 8, 8, 3); wanted are clips, uint8 (N, F, H, W, 3)" in said
+    arrays = ["--samples", sets / "samples.npz", "--reference", sets / "real.npz"]
+    said = refused(capsys, *arrays, "--features", "pixels")
+    assert "wanted are images, uint8 (N, H, W, 3), or for clips --frames" in said
     both = ["--samples", sets / "samples", "--reference", sets / "real"]
     for flag in (["--per-frame"], ["--frame-stride", 2]):
-        assert "goes with --frames" in refused(capsys, *both, *flag)
+        assert "goes with --frames; give both, or leave it" in refused(capsys, *both, *flag)
     for other in ("--clip", "--likelihood"):
         said = refused(capsys, "--samples", sets / "samples", other, "x", "--frames", 4)
         assert f"--frames does not go with {other}" in said

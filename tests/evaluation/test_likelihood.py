@@ -19,6 +19,7 @@ from models import DiT
 from runtime.team import Team
 from evaluation.likelihood import WITHOUT_TEXT, LikelihoodOptions, labels_of, load_measured
 from variants.mmdit import MMDiT
+from variants.video import VideoDiT
 from vae import from_uint8, load_vae
 
 SMALL = dict(patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
@@ -233,6 +234,14 @@ def test_a_diffusion_network_is_refused_by_name(place, capsys):
     flags = ["--likelihood", ckpt, "--samples", place / "images", "--vae", "none"]
     told = refused(capsys, *flags)
     assert told.startswith(f"--likelihood {ckpt} has learned diffusion") and "calc_bpd" in told
+
+
+def test_a_network_of_clips_is_refused_by_name(place, capsys):
+    network = VideoDiT(**PIXELS, frames=2)
+    ckpt = place / "clips.safetensors"
+    save_weights(ckpt, Weights(network.state_dict(), network.config, CLASSES, None, FLOW))
+    flags = ["--likelihood", ckpt, "--samples", place / "images", "--vae", "none"]
+    assert refused(capsys, *flags).startswith(f"--likelihood {ckpt} makes clips, and a likelihood")
 
 
 def test_an_exact_trace_of_many_dimensions_is_refused(place, capsys, tmp_path):
