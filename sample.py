@@ -39,7 +39,7 @@ from runtime.disk import check_writable
 from runtime.image_size import sides
 from sampling.pictures import (
     CLIP_ENDINGS, ENDINGS, FRAME_RATE, GIF_MOMENTS, STRIP_MOMENTS, captions, check_clip_file,
-    ending, moments, picture, save, save_clips, save_trajectory,
+    check_clip_size, ending, moments, picture, save, save_clips, save_trajectory,
 )  # fmt: skip
 from sampling.flags import (
     add_sampling_flags, check_flags, network_choice, sampling_options,
@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
         files = find_files(choice, VAE)
         sampler = build_sampler(choice, files, options, device)
         asked = parse_asked(args.class_labels, args.prompt, sampler)
-        clip = clip_wishes(args, "output" in given, sampler)
+        texts = captions(asked, sampler.network.num_classes, readable(sampler.classes))
+        clip = clip_wishes(args, "output" in given, sampler, texts)
     for note in sampler.notes(asked):
         print(f"note: {note}", file=sys.stderr)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
@@ -147,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
                 sample(sampler, asked, args.seed, shown) if clip is None
                 else sample(sampler, asked, args.seed, shown, given=clip.given)
             )  # fmt: skip
-        texts = captions(asked, sampler.network.num_classes, readable(sampler.classes))
         if clip is not None:
             write_clips(images, clip, texts, vars(args) | used)
             return
@@ -175,9 +175,11 @@ def check_output(flag: str, path: str, known: Sequence[str] = ENDINGS) -> None:
         raise ValueError(f"{flag}: {error}") from None
 
 
-def clip_wishes(args: Namespace, output_given: bool, sampler: Sampler) -> ClipWishes | None:
+def clip_wishes(
+    args: Namespace, output_given: bool, sampler: Sampler, texts: Sequence[str]
+) -> ClipWishes | None:
     """What a command line asks of a network that makes clips, None for another network; whether it
-    gives --output.
+    gives --output, and the texts of its clips.
 
     Raises ValueError for flags that are not this network's, and for what cannot be had.
     """
@@ -199,6 +201,8 @@ def clip_wishes(args: Namespace, output_given: bool, sampler: Sampler) -> ClipWi
     rate = args.frame_rate or sampler.frame_rate or FRAME_RATE
     check_output("--output", output, CLIP_ENDINGS)
     check_clip_file(output, rate)
+    shape = (len(texts), sampler.frames, *sides(sampler.image_size), 3)
+    check_clip_size(output, shape, texts)
     return ClipWishes(output, rate, read_given(args.given, args.given_frames, sampler))
 
 

@@ -26,6 +26,7 @@ CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 GIF_RATE = 50  # frames per second at most: browsers show what is meant to be faster slowly
 GIF_COLOURS = 256
+GIF_SIDE, MP4_SIDE = 2**16 - 1, 2**14  # pixels: more, the format or H.264 do not take
 GIF_ROUNDING = 5.001  # milliseconds
 AT_ONCE = 16  # clips that are looked at: a disk on a network answers after a while
 UNTIMED = 100  # milliseconds of a GIF's frame that says none, as browsers have it
@@ -311,7 +312,7 @@ def write_gif(path: Path | str, frames: np.ndarray, rate: float) -> None:
 
     It is exact where the clip has 256 colours or fewer. Frames end where a rate that does not go
     into hundredths of a second says, within such a hundredth. Raises ValueError for a rate beyond
-    GIF_RATE, OSError if the disk refuses.
+    GIF_RATE and sides beyond GIF_SIDE, OSError if the disk refuses.
     """
     if not 0 < rate <= GIF_RATE:
         raise ValueError(
@@ -320,6 +321,7 @@ def write_gif(path: Path | str, frames: np.ndarray, rate: float) -> None:
         )
     ends = [round(100 * (number + 1) / rate) for number in range(len(frames))]
     height, width = frames.shape[1:3]
+    check_side(path, (height, width), GIF_SIDE)
     repeated = b"\x21\xff\x0bNETSCAPE2.0" + struct.pack("<BBHB", 3, 1, 0, 0)
     parts = [b"GIF89a", struct.pack("<HHBBB", width, height, 0, 0, 0), repeated]
     # Not by Image.save, which leaves out a frame that is as the one before
@@ -327,6 +329,18 @@ def write_gif(path: Path | str, frames: np.ndarray, rate: float) -> None:
         timed = {"duration": 10 * (end - begin), "include_color_table": True}
         parts += GifImagePlugin.getdata(image, (0, 0), **timed)
     write_whole(Path(path), lambda temporary: temporary.write_bytes(b"".join([*parts, b";"])))
+
+
+def check_side(path: Path | str, size: tuple[int, int], most: int) -> None:
+    """Raise ValueError for frames of a size, (height, width), with a side beyond the most that
+    their file takes.
+    """
+    if max(size) > most:
+        height, width = size
+        raise ValueError(
+            f"the frames of {path} would be {height}x{width} pixels, and {Path(path).suffix} takes "
+            f"at most {most:,} a side; ask for fewer clips or smaller ones, or write .png"
+        )
 
 
 def _few_colours(frames):
@@ -354,9 +368,10 @@ def write_mp4(path: Path | str, frames: np.ndarray, rate: float) -> None:
     else MPEG-4.
 
     Colours are halved in resolution, as players want it, unless a side is odd. Raises ValueError if
-    PyAV is lacking, OSError if the disk refuses.
+    PyAV is lacking and for sides beyond MP4_SIDE, OSError if the disk refuses.
     """
     check_pyav(f"{path} is a video")
+    check_side(path, frames.shape[1:3], MP4_SIDE)
     write_whole(Path(path), lambda temporary: _encode(temporary, frames, rate))
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from runtime.clip_files import GIF_RATE, check_pyav, write_gif, write_mp4
+from runtime.clip_files import (
+    GIF_RATE, GIF_SIDE, MP4_SIDE, check_pyav, check_side, write_gif, write_mp4,
+)  # fmt: skip
 from runtime.disk import write_whole
 
 PER_ROW = 4
@@ -30,6 +32,8 @@ FRAME_MS, LAST_FRAME_MS = 120, 2000
 ENDINGS = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PLAYS = {".gif": write_gif, ".mp4": write_mp4}  # the endings of clips that play
 CLIP_ENDINGS = (*ENDINGS, ".mp4")
+# Pixels of a side, at most, of formats that have few
+MOST_SIDE = {".gif": GIF_SIDE, ".mp4": MP4_SIDE, ".webp": 16383, ".jpg": 65500, ".jpeg": 65500}
 FRAME_RATE = 8.0  # frames a second at which clips play, where nobody says it
 LONGEST_TEXT = 200  # characters of a caption that are looked at
 PROMPT_LINES = 3  # below an image, at most, of its prompt
@@ -130,6 +134,16 @@ def check_clip_file(path: Path | str, frame_rate: float) -> None:
             f"`frame_rate` is {frame_rate:g}, and a GIF shows at most {GIF_RATE} frames a second; "
             "give a lower one, or write .mp4"
         )
+
+
+def check_clip_size(path: Path | str, shape: Sequence[int], texts: Sequence[str]) -> None:
+    """Raise ValueError if clips of a shape (N, F, H, W, 3), with these texts, are too large for a
+    file.
+    """
+    black = np.broadcast_to(np.uint8(0), shape)  # without memory
+    if (found := ending(path, CLIP_ENDINGS)) in MOST_SIDE:
+        canvas = picture(black[:, 0], texts) if found in PLAYS else clip_strip(black, texts)
+        check_side(path, canvas.size[::-1], MOST_SIDE[found])
 
 
 def save(canvas: Image.Image, path: Path | str, settings: dict, **options: object) -> None:

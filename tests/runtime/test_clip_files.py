@@ -77,6 +77,16 @@ def test_a_gif_cannot_be_faster(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("write", "side"), [(write_gif, 2**16), (write_mp4, 2**14 + 2)])
+def test_a_side_that_the_format_does_not_take_is_told(tmp_path, write, side):
+    pytest.importorskip("av", reason="needs PyAV, .[clips]")
+    for shape in ((1, 2, side, 3), (1, side, 2, 3)):
+        with pytest.raises(ValueError, match="the frames of .* takes at most .* a side; ask for"):
+            write(tmp_path / "a.gif", np.zeros(shape, np.uint8), 10)
+    write(tmp_path / "a.gif", np.zeros((1, 16, 16, 3), np.uint8), 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
 @pytest.mark.parametrize("h264", [True, False])
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 47)])
 def test_a_video_comes_back_about_right(tmp_path, monkeypatch, h264, height, width):

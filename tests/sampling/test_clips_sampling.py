@@ -345,6 +345,17 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     assert {path.name for path in tmp_path.iterdir()} == {"one.png"}
 
 
+@pytest.mark.parametrize(("name", "count"), [("a.mp4", 580), ("a.gif", 2320), ("a.webp", 160)])
+def test_what_is_too_large_for_a_file_is_told_before_anything_is_drawn(
+    tmp_path, ckpt, capsys, monkeypatch, name, count
+):
+    pytest.importorskip("av", reason="videos need PyAV: pip install .[clips]")
+    monkeypatch.setattr(Sampler, "seeded_trajectory", None)
+    with pytest.raises(SystemExit):
+        drawn(ckpt, tmp_path / name, "--class-labels", *["1"] * count)
+    assert f"{name[1:]} takes at most" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flags", [
     ["--frames", "2"], ["--frame-rate", "9"], ["--given", "x.png"], ["--given-frames", "0"],
     ["--output", "x.mp4"],
