@@ -201,6 +201,7 @@ def clip_wishes(
     rate = args.frame_rate or sampler.frame_rate or FRAME_RATE
     check_output("--output", output, CLIP_ENDINGS)
     check_clip_file(output, rate)
+    assert sampler.frames is not None  # the network makes clips
     shape = (len(texts), sampler.frames, *sides(sampler.image_size), 3)
     check_clip_size(output, shape, texts)
     return ClipWishes(output, rate, read_given(args.given, args.given_frames, sampler))
