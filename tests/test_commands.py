@@ -54,6 +54,7 @@ SHORTER = {
     "examples/captions/judge_captions.py": "--num-samples 20 --num-sampling-steps 2",
     "examples/moving_digits/make_moving_digits.py": "--clips 60 --heldout 40",
     "examples/moving_digits/train_frames": "--steps 20", "--max-steps 12000": "--max-steps 8",
+    "--num-clips 200 ": "--num-clips 6 --num-sampling-steps 2",
     "--num-fid-samples 500 ": "--num-fid-samples 20 --num-sampling-steps 3",
 }  # fmt: skip
 # What must be there when a page has been run.
@@ -61,6 +62,7 @@ LEAVES = {
     "README.md": ["sample.png"],
     "docs/flow.md": ["results/000-DiT-Ti-1/checkpoints/0000020.pt", "sample.png"],
     "docs/text.md": ["sample.png", "negative.png", "samples/*.npz"],
+    "docs/video.md": ["sample.gif", "long.gif", "strip.png", "goes-on.gif", "samples/*.npz"],
     "docs/architecture.md": [],
     "docs/checkpoints.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/evaluation.md": ["samples/*.npz"],
@@ -91,7 +93,7 @@ LEAVES = {
         "emoji-judged.json",
     ],
     "examples/moving_digits/README.md": [
-        "moving-digits/heldout/3/*.gif", "samples/*.npz", "moving-judged.json",
+        "moving-digits/heldout/3/*.gif", "samples/*.npz", "moving-judged.json", "continued.npz",
         "moving-vae/config.json", "moving-classifier/*",
     ],
     "examples/shapes/README.md": ["shapes/train/metadata.jsonl", "shapes/heldout/heart/*.png"],

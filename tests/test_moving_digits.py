@@ -14,6 +14,7 @@ EXAMPLE = ROOT / "examples" / "moving_digits"
 sys.path[:0] = [str(EXAMPLE.parent / "digits"), str(EXAMPLE)]
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install .[digits]")
 
+import continue_clips  # noqa: E402
 import judge_clips  # noqa: E402
 import make_moving_digits  # noqa: E402
 import moving  # noqa: E402
@@ -21,6 +22,7 @@ import moving_judge  # noqa: E402
 import tracks  # noqa: E402
 import train_frames_autoencoder  # noqa: E402
 import train_frames_classifier  # noqa: E402
+from conditions.given import Given  # noqa: E402
 from conditions.labels import random_labels  # noqa: E402
 from data.listing import list_clips  # noqa: E402
 from evaluation.features import load_extractor  # noqa: E402
@@ -276,6 +278,69 @@ def test_what_cannot_be_judged_is_one_line(tmp_path, capsys, flags, message):
         judge_clips.main([flag.replace("{}", str(tmp_path)) for flag in flags])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and said.count("error:") == 1
+
+
+# ---- going on ----
+
+
+class Echo:
+    """A Sampler of clips without a network: what is not given is its noise, shifted by the label.
+
+    Latents (N, 3, F, 32, 32) are pixels / 255.
+    """
+
+    frames = 16
+
+    def conditions(self, digits):
+        return torch.tensor(digits)
+
+    def give(self, frames, places):
+        clip = torch.zeros(1, 3, self.frames, 32, 32)
+        clip[0, :, list(places)] = torch.from_numpy(frames).permute(3, 0, 1, 2) / 255
+        return Given(clip, torch.isin(torch.arange(self.frames), torch.tensor(places))[None], 0.0)
+
+    def latents(self, labels, noise, noise_fn, given):
+        return given.held((noise * 0.05 + labels[:, None, None, None, None] / 10).clamp(0, 1))
+
+    def decode(self, latents):
+        return (latents * 255).round().byte().permute(0, 2, 3, 4, 1)  # (N, F, H, W, 3)
+
+
+def test_clips_go_on_from_their_own_frames_and_digit_however_they_are_split():
+    clips, digits, *_ = heldout_clips(7)
+    made = continue_clips.go_on(Echo(), moving_judge.Clips(clips, digits), 4, 3, batch_size=3)
+    again = continue_clips.go_on(Echo(), moving_judge.Clips(clips, digits), 4, 3, batch_size=7)
+    other = continue_clips.go_on(Echo(), moving_judge.Clips(clips, digits), 4, 4, batch_size=7)
+    assert np.array_equal(made, again) and not np.array_equal(made, other)
+    assert np.array_equal(made[:, :4], clips[:, :4])
+    assert np.allclose(np.median(made[:, 4:], axis=(1, 2, 3, 4)) / 25.5, digits, atol=0.2)
+
+
+def test_the_door_writes_clips_for_the_judge(made, tmp_path, monkeypatch, capsys):
+    folder = made[0] / "heldout"
+    monkeypatch.setattr(continue_clips, "find_files", lambda *_: None)
+    monkeypatch.setattr(continue_clips, "build_sampler", lambda *_: Echo())
+    monkeypatch.setattr(Echo, "frames", 5)
+    flags = ["--ckpt", "x", "--truth", str(folder), "--num-clips", "6"]
+    output = tmp_path / "on.npz"
+    continue_clips.main([*flags, "--output", str(output)])
+    on = np.load(output)["arr_0"]
+    paths = list_clips(folder, num_classes=10).paths[::2]  # 6 of 12
+    assert np.array_equal(on[:, :4], [read_clip(path).frames[:4] for path in paths])
+    capsys.readouterr()
+    judge_clips.main(["--samples", str(output), "--truth", str(folder)])
+    assert "frames read as the digit asked for" in capsys.readouterr().out  # the truth's
+    for change, message in (
+        ([], "exists already"), (["--output", str(tmp_path / "n"), "--given-frames", "5"], "fewer"),
+        (["--output", str(tmp_path / "n"), "--truth", str(EXAMPLE)], "holds no clips"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            continue_clips.main([*flags, "--output", str(output), *change])
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(Echo, "frames", 16)
+    with pytest.raises(SystemExit):
+        continue_clips.main([*flags, "--output", str(tmp_path / "n")])
+    assert "makes clips of 16 frames, those of --truth have 5" in capsys.readouterr().err
 
 
 # ---- training what is here ----

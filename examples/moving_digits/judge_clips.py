@@ -2,13 +2,13 @@
 
     python examples/moving_digits/judge_clips.py --samples samples/NAME.npz \\
         --real moving-digits/heldout --output judged.json
-    python examples/moving_digits/judge_clips.py --samples continued \\
-        --truth moving-digits/heldout --given-frames 4
+    python examples/moving_digits/judge_clips.py --samples continued.npz \\
+        --truth moving-digits/heldout
 
 Clips are an .npz of sample_ddp.py, or a folder of clips. A classifier reads every frame. Each
 clip's centres of mass are compared with the nearest way that is straight but for turns at the
 borders. Beside the samples stand real clips, and these through the autoencoder. With --truth,
-samples are clips that go on as true ones begin, in the same order; their places are compared.
+samples are clips that go on as true ones begin (continue_clips.py); their places are compared.
 """
 
 from pathlib import Path
@@ -26,7 +26,8 @@ import json
 
 from evaluation.features import load_extractor
 from moving_judge import (
-    LEAST_FRAMES, digits_in, judged, judged_continuations, read_clips, through_autoencoder,
+    LEAST_FRAMES, digits_in, judged, judged_continuations, read_clips, spread_out,
+    through_autoencoder,
 )  # fmt: skip
 from runtime.disk import check_writable, write_whole
 from runtime.limits import Range, check_numbers
@@ -42,7 +43,8 @@ def build_parser():
     add("--labels", type=Path, help="file with a digit a line, which the samples were asked for "
         "(default: what sample_ddp.py noted of them, or the names of their folders)")  # fmt: skip
     add("--real", type=Path, help="real clips to judge as well, such as moving-digits/heldout")
-    add("--truth", type=Path, help="clips that the samples go on from, in their order")
+    add("--truth", type=Path, help="clips that the samples go on from, in their order; of more "
+        "of them those evenly spread, as continue_clips.py takes them")  # fmt: skip
     add("--given-frames", type=int, default=LEAST_FRAMES,
         help="with --truth: how many first frames were given (default: %(default)s)")  # fmt: skip
     add("--vae", default=HERE / "vae", help="(default: that of the moving digits)")
@@ -74,19 +76,18 @@ def read_samples(args):
 
 
 def read_truth(args, samples):
-    """The true frames (N, F, 32, 32, 3) of samples. Raises ValueError if they are fewer, or of
-    another length.
+    """The Clips that samples go on from. Raises ValueError if they are fewer, or of another length.
     """
-    truth = read_clips(args.truth, "truth").frames[: len(samples.frames)]
-    if truth.shape != samples.frames.shape:
+    truth = spread_out(read_clips(args.truth, "truth"), len(samples.frames))
+    if truth.frames.shape != samples.frames.shape:
         raise ValueError(
-            f"`truth` has clips {truth.shape}, `samples` {samples.frames.shape}; give the clips "
-            "that the samples go on from"
+            f"`truth` has clips {truth.frames.shape}, `samples` {samples.frames.shape}; give the "
+            "clips that the samples go on from"
         )
-    if args.given_frames >= truth.shape[1]:
+    if args.given_frames >= truth.frames.shape[1]:
         raise ValueError(
-            f"`given_frames` is {args.given_frames}, and clips have {truth.shape[1]} frames; give "
-            "fewer"
+            f"`given_frames` is {args.given_frames}, and clips have {truth.frames.shape[1]} "
+            "frames; give fewer"
         )
     return truth
 
@@ -98,9 +99,11 @@ def judge(args):
     if args.samples:
         samples = read_samples(args)
         truth = read_truth(args, samples) if args.truth else None
+        if truth and samples.digits is None:
+            samples = samples._replace(digits=truth.digits)
         found["samples"] = judged(samples, features)
-        if truth is not None:
-            found["samples"] |= judged_continuations(samples, truth, args.given_frames)
+        if truth:
+            found["samples"] |= judged_continuations(samples, truth.frames, args.given_frames)
     if args.real:
         real = read_clips(args.real, "real")
         space = load_vae(str(args.vae))

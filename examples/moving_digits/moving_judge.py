@@ -10,6 +10,7 @@ import torch
 
 from conditions.labels import random_labels
 from data.listing import list_clips
+from evaluation.summaries import spread
 from moving import FIELD
 from runtime.clip_files import read_clip
 from runtime.json_files import read_json
@@ -109,6 +110,12 @@ def digits_in(path, count):
             f"`labels` {path} has {told}; wanted is a digit a line for each of {count} clips"
         )
     return np.array(lines).astype(np.int64)
+
+
+def spread_out(clips, count):
+    """So many of Clips, or all if there are no more, evenly spread."""
+    chosen = spread(len(clips.frames), count)
+    return Clips(clips.frames[chosen], None if clips.digits is None else clips.digits[chosen])
 
 
 def read_digits(frames, features):
