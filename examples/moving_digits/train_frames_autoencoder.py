@@ -35,7 +35,7 @@ ARCHITECTURE = dict(
     block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
     sample_size=FIELD,
 )  # fmt: skip
-ABSOLUTE, KL = 0.5, 0.003  # weights in the loss, beside 1 for the squared error
+ABSOLUTE, KL = 0.5, 0.03  # weights in the loss, beside 1 for the squared error
 WARMUP, GRAD_CLIP = 100, 100.0
 LOG_EVERY = 200
 
