@@ -109,7 +109,7 @@ def add_clip_flags(parser: Parser) -> None:
     group.add_argument(
         "--given-frames", metavar="PLACES",
         help="which frames of the clip those are, in order, counted from 0: 0, 0-3, 0,15 or, for "
-        f"the last one, -1 (default: {GIVEN_FRAMES})",
+        f"the last one, -1; the last two with =, --given-frames=-2--1 (default: {GIVEN_FRAMES})",
     )  # fmt: skip
 
 
