@@ -288,8 +288,15 @@ def save_clips(
     if write is None:
         save(clip_strip(clips, texts), path, settings)
         return
-    with TemporaryDirectory() as folder:  # of a video's file, parts are written anew
-        file = Path(folder) / f"clips{found}"
-        frames = np.stack([np.asarray(one) for one in played(clips, texts)])
-        write(file, frames, frame_rate)  # (F, height, width, 3)
-        write_file(path, file.read_bytes())
+    frames = np.stack([np.asarray(one) for one in played(clips, texts)])  # (F, height, width, 3)
+    try:
+        with TemporaryDirectory() as folder:  # of a video's file, parts are written anew
+            file = Path(folder) / f"clips{found}"
+            write(file, frames, frame_rate)
+            content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: its parts go to the system's folder for temporary files "
+            f"({error.strerror or error}); make room there, or set TMPDIR, and try again"
+        ) from None
+    write_file(path, content)

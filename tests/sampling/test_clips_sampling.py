@@ -1,5 +1,6 @@
 """Clips: what the Sampler draws, with given frames and without, and what doors write of them."""
 
+import errno
 import json
 
 import numpy as np
@@ -17,8 +18,10 @@ from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.noise import ImageNoise
 import sample_ddp
+from runtime import clip_files
 from runtime.clip_files import read_clip, write_gif
 import sample
+from sampling import pictures
 from sampling.loading import load_sampler
 from sampling.pictures import MARGIN
 from sampling.sampler import Sampler
@@ -343,6 +346,20 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert {path.name for path in tmp_path.iterdir()} == {"one.png"}
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, ckpt, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in (pictures, clip_files):  # where it is to lie, and where its parts are written
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(module, "write_whole", full)
+            drawn(ckpt, tmp_path / "a.gif")
+        told = capsys.readouterr().err
+        assert f"cannot write {tmp_path / 'a.gif'}" in told and "No space left" in told
+        assert ("set TMPDIR" in told) is (module is clip_files)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "count"), [("a.mp4", 580), ("a.gif", 2320), ("a.webp", 160)])
