@@ -262,11 +262,20 @@ def _walk_images(path):
 # ---- videos ----
 
 
-def _probe_video(path):
-    """By the file's index, or else by its packets: nothing is decoded but the first frame."""
+@contextmanager
+def _opened(path):
+    """A video's container, open. PyAV gets an absolute name: in others it takes what lies before a
+    colon for a protocol, such as http.
+    """
     import av
 
-    with readable_name(path) as name, av.open(str(name)) as container:
+    with readable_name(path) as name, av.open(str(name.absolute())) as container:
+        yield container
+
+
+def _probe_video(path):
+    """By the file's index, or else by its packets: nothing is decoded but the first frame."""
+    with _opened(path) as container:
         stream = _stream(container)
         count = stream.frames
         ends = [entry.pos + entry.size for entry in stream.index_entries] if count else []
@@ -284,9 +293,7 @@ def _probe_video(path):
 
 
 def _walk_video(path):
-    import av
-
-    with readable_name(path) as name, av.open(str(name)) as container:
+    with _opened(path) as container:
         for frame in container.decode(_stream(container)):
             yield lambda: np.ascontiguousarray(_turned(frame.to_ndarray(format="rgb24"), frame))
 

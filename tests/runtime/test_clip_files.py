@@ -133,6 +133,14 @@ def test_other_containers(tmp_path, name, codec):
     assert np.abs(frames.astype(int) - clip).mean() < 12
 
 
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    clip = smooth()
+    for name in ("concat:a.mp4", "http:b.mp4"):
+        container_of(tmp_path / name, clip, "mpeg4")
+        monkeypatch.chdir(tmp_path)
+        assert len(read_clip(name).frames) == 12
+
+
 def test_a_video_on_its_side_is_set_upright(tmp_path):
     clip = smooth()
     container_of(tmp_path / "flat.mp4", clip, "mpeg4")
