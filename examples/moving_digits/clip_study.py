@@ -161,6 +161,11 @@ def check_kinds(source, heldout, args, arm):
         raise ValueError(f"`{name}` {getattr(args, name)} has {has}; give other latents")
     if set(heldout.lengths) != {FRAMES}:
         raise ValueError(f"`heldout` {args.heldout} has clips of one frame; give latents without")
+    if source.classes != heldout.classes:
+        raise ValueError(
+            f"`heldout` {args.heldout} has the classes {', '.join(heldout.classes)}, `{name}` "
+            f"{', '.join(source.classes)}; give latents of the same"
+        )
 
 
 # ---- how it is measured ----
@@ -180,7 +185,7 @@ def heldout_loss(sampler, source):
         drawn = sampler.space.draw(mean, std, torch.randn(mean.shape, generator=generator))
         x = clips_of(drawn, FRAMES)  # (n, C, F, h, w)
         noise, y = torch.randn(x.shape, generator=generator), torch.tensor(labels)
-        predict = lambda x, t: sampler.network(x, t, y)  # noqa: E731, B023
+        predict = lambda x, t: sampler.network(x, t, y)  # noqa: E731
         losses.append(sampler.process.losses(predict, x, times[numbers], noise)["mse"])
     return torch.cat(losses).mean().item()
 
@@ -212,7 +217,7 @@ def train_and_measure(args, plan):
     )  # fmt: skip
     loss = heldout_loss(sampler, opened(options, latents=args.heldout))
     samples = judged_samples(sampler, args) if args.samples else {}
-    parameters = sum(p.numel() for p in sampler.network.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in sampler.network.parameters())
     return dict(zip(MEASURED, (plan._asdict(), parameters, loss, samples, seconds), strict=True))
 
 
@@ -244,7 +249,7 @@ def keep(folder, result):
 
 def as_table(results):
     """A table in Markdown: a line for each arm, of its seeds' results."""
-    columns = ["", "batches of clips, images", "operations", "loss on held-out clips: mean", "seeds"]
+    columns = ["", "batches of clips, images", "operations", "held-out loss, mean", "of each seed"]
     shares = ["frames read as the digit asked for", "clips that keep one digit"]
     shown = [name for name in shares if all(name in one["samples"] for one in results)]
     lines = [[*columns, *shown], ["---"] * (len(columns) + len(shown))]
@@ -283,8 +288,8 @@ def build_parser():
     add("--heldout", required=True, help="folder of cached clips to measure on")
     add("--vae", default=HERE / "vae", help="of all latents (default: that of the moving digits)")
     add("--classifier", default=HERE / "classifier", help="(default: that of the moving digits)")
-    add("--steps", type=int, default=500,
-        help="of the first arm, which say how long all are trained (default: %(default)s)")  # fmt: skip
+    add("--steps", type=int, default=500, help="of the first of the four, which say how long all "
+        "are trained (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=int, default=16, help="(default: %(default)s)")
     add("--samples", type=int, default=0,
         help="clips of each network to be judged; networks so short trained draw nothing that can "

@@ -69,7 +69,7 @@ def write_images(folder, digits, labels, count, seed):
             generator = np.random.default_rng([*seed, number])
             (frame,) = random_frames(digits[chosen : chosen + 1], generator)  # (32, 32)
             image = Image.fromarray(frame).convert("RGB")
-            write_whole(path, lambda temporary: image.save(temporary, format="png"))  # noqa: B023
+            write_whole(path, lambda temporary: image.save(temporary, format="png"))
 
 
 def check_made_from(folder, frames, seed):
