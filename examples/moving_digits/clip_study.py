@@ -270,7 +270,7 @@ def as_table(results):
 
 def run_study(args):
     """Do what is left of a study; the results of all its runs. Raises ValueError, and RunEnded."""
-    plans = [plan_of(args, arm, seed) for seed, arm in product(SEEDS, ARMS)]
+    plans = [plan_of(args, arm, seed) for arm, seed in product(ARMS, SEEDS)]
     found = [result_of(args.output, plan) for plan in plans]
     for number, plan in enumerate(plans):
         if found[number] is None:
@@ -288,9 +288,9 @@ def build_parser():
     add("--heldout", required=True, help="folder of cached clips to measure on")
     add("--vae", default=HERE / "vae", help="of all latents (default: that of the moving digits)")
     add("--classifier", default=HERE / "classifier", help="(default: that of the moving digits)")
-    add("--steps", type=int, default=500, help="of the first of the four, which say how long all "
+    add("--steps", type=int, default=400, help="of the first of the four, which say how long all "
         "are trained (default: %(default)s)")  # fmt: skip
-    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="(default: %(default)s)")
     add("--samples", type=int, default=0,
         help="clips of each network to be judged; networks so short trained draw nothing that can "
         "be read (default: %(default)s)")  # fmt: skip
