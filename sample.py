@@ -143,7 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     try:
         with tf32(args.tf32):
-            images, frames = sample(sampler, asked, args.seed, shown, clip and clip.given)
+            images, frames = (
+                sample(sampler, asked, args.seed, shown) if clip is None
+                else sample(sampler, asked, args.seed, shown, given=clip.given)
+            )  # fmt: skip
         texts = captions(asked, sampler.network.num_classes, readable(sampler.classes))
         if clip is not None:
             write_clips(images, clip, texts, vars(args) | used)
@@ -225,9 +228,9 @@ def read_given(path: str | None, named: str | None, sampler: Sampler) -> Given |
         )
     frames, size = read_frames(path, range(len(places)), "given"), sides(sampler.image_size)
     if info.frames > len(places):
+        first = "one is" if len(places) == 1 else f"{len(places)} are"
         print(
-            f"note: of the {info.frames} frames of {path} the first {len(places)} are given",
-            file=sys.stderr,
+            f"note: of the {info.frames} frames of {path} the first {first} given", file=sys.stderr
         )
     if frames.shape[1:3] != size:
         was, now = (f"{height}x{width}" for height, width in (frames.shape[1:3], size))

@@ -29,7 +29,11 @@ def from_images(
     `tensors` are the DiT's, `config` its arguments where they are known. Raises ValueError, naming
     `origin`, unless the network is a DiT of the same size but for its blocks along the frames.
     """
-    check_begins(tensors, config or {}, network, origin)
+    try:
+        check_begins(tensors, config or {}, network, origin)
+    except ValueError as error:
+        unsaid = "; if it is of a network of clips, give a file of ours with its configuration"
+        raise ValueError(f"{error}{unsaid * (config is None)}") from None
     found = {name: value for name, value in tensors.items() if not name.startswith(BLOCKS)}
     for name, value in network.state_dict().items():
         if name.startswith(BLOCKS):

@@ -62,6 +62,7 @@ LEAVES = {
     "README.md": ["sample.png"],
     "docs/flow.md": ["results/000-DiT-Ti-1/checkpoints/0000020.pt", "sample.png"],
     "docs/text.md": ["sample.png", "negative.png", "samples/*.npz"],
+    "docs/video.md": ["sample.gif", "long.gif", "strip.png", "goes-on.gif", "samples/*.npz"],
     "docs/architecture.md": [],
     "docs/checkpoints.md": ["my-dit/README.md", "my-pipeline/vae", "sample.png"],
     "docs/evaluation.md": ["samples/*.npz"],

@@ -42,6 +42,7 @@ sys.path[:0] = [
 from drawing import Shape  # noqa: E402
 from runtime.command_line import read_size  # noqa: E402
 from training.cost import Cost  # noqa: E402
+from variants.video import VideoDiT  # noqa: E402
 from written import reader, saved  # noqa: E402
 
 SECONDS = 5  # of computing that a case may take
@@ -135,9 +136,10 @@ def nothing(*_, **__):
     return None
 
 
-def black(_, labels, *rest):
-    """What sample.sample returns."""
-    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+def black(sampler, labels, *rest, given=None):
+    """What sample.sample returns; of clips at most two frames."""
+    frames = getattr(sampler, "frames", None) or 0
+    images = np.zeros((len(labels), *[min(2, frames)] * bool(frames), 8, 8, 3), np.uint8)
     return images, [(0, images)] * len(rest[-1] if rest else ())
 
 
@@ -173,6 +175,7 @@ CACHING = [
 COMPARING = ["--features", str(DIGITS / "classifier"), "--device", "cpu", "--num-workers", "0"]
 QUIET = {"sampling.loading.prepare": nothing}  # which compiles
 WORDS = ["--ckpt", "words.safetensors", "--vae", "none", "--device", "cpu"]  # it reads text
+CLIPS = ["--ckpt", "clips.safetensors", "--vae", "none", "--device", "cpu"]  # it makes clips
 DOORS = {
     "train": Door(
         "train",
@@ -204,13 +207,17 @@ DOORS = {
     ),
     "sample": Door(
         "sample",
-        [[*NETWORK, "--class-labels", "3", "1"], [*WORDS, "--prompt", "a thick three", "b"]],
+        [
+            [*NETWORK, "--class-labels", "3", "1"], [*WORDS, "--prompt", "a thick three", "b"],
+            [*CLIPS, "--given", "images/0/0.png"], [*CLIPS, "--output", "new.mp4"],
+        ],
         {"sample.sample": black, **QUIET},
     ),
     "sample_ddp": Door(
         "sample_ddp",
         [
             [*NETWORK, "--num-fid-samples", "4", "--sample-dir", "samples"],
+            [*CLIPS, "--num-fid-samples", "4", "--sample-dir", "samples"],
             [
                 *WORDS, "--num-fid-samples", "4", "--sample-dir", "samples", "--prompts",
                 "labels.txt",
@@ -258,7 +265,9 @@ DOORS = {
         {"checkpoints.released.fetch": lambda _, path: path.touch()},
     ),
     "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
-    "app": Door("app", [["--port", "7931"], NETWORK, WORDS], {"app.serve": nothing, **QUIET}),
+    "app": Door(
+        "app", [["--port", "7931"], NETWORK, WORDS, CLIPS], {"app.serve": nothing, **QUIET}
+    ),
     "interpolate": Door("grids", [["interpolate", "--device", "cpu"]], QUIET),
     "guidance": Door("grids", [["guidance", "--device", "cpu"]], QUIET),
     "plot_run": Door("plot_run", [["run"]]),
@@ -403,6 +412,8 @@ def place(tmp_path, monkeypatch):
         (folder / name).mkdir()
     shutil.copy(DIGITS / "logs" / "scores.jsonl", folder / "run" / "metrics.jsonl")
     saved(folder / "words.safetensors", reader())
+    small = dict(input_size=8, frames=2, patch_size=4, in_channels=3, hidden_size=32, depth=1)
+    saved(folder / "clips.safetensors", VideoDiT(**small, num_heads=2, num_classes=3))
     write_packages(folder / "packages")
     (folder / "folder" / "config.json").write_text(
         '{"depth": 1e400, "_class_name": "AutoencoderKL"}'

@@ -26,15 +26,15 @@ from training.state import FLAGS, TrainState
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples.
 
-    The numbers are t (n,), drop (n, *drops), two noises (n, C, *space) and, of clips, which of
-    their frames are given, bool (n, F); None: none.
+    The numbers are t (n,), drop (n, *drops), two noises (n, C, *space) and which frames of clips
+    are given, bool (n, F), or (n, 0) where none ever is.
     """
 
     t: Tensor
     drop: Tensor
     vae_noise: Tensor
     noise: Tensor
-    given: Tensor | None = None
+    given: Tensor
 
 
 def draw(
@@ -58,12 +58,13 @@ def draw(
     t = process.draw_times(global_batch_size, generator)
     vae_noise = torch.randn(global_batch_size, *latent, **on)
     noise = torch.randn(global_batch_size, *latent, **on)
-    drawn = [t, drop, vae_noise, noise]
+    given = torch.zeros(global_batch_size, 0, dtype=torch.bool, device=device)
     if given_frames:
         count = latent[1] // patch_frames
         mask = draw_masks(global_batch_size, count, given_frames, generator)  # (N, F / patch)
-        drawn.append(mask.repeat_interleave(patch_frames, dim=1))  # (N, F)
+        given = mask.repeat_interleave(patch_frames, dim=1)  # (N, F)
     share = global_batch_size // world_size
+    drawn = t, drop, vae_noise, noise, given
     return Draws(*(values[rank * share : (rank + 1) * share] for values in drawn))
 
 
@@ -86,7 +87,7 @@ def train_step(
     per_part = -(-share // state.recipe.grad_accum)
     of_samples = latents, labels, draws.t, draws.drop, draws.noise, draws.given
     parts: list[Any] = [
-        [None if values is None else values[start : start + per_part] for values in of_samples]
+        [values[start : start + per_part] for values in of_samples]
         for start in range(0, share, per_part)
     ]
     for i, part in enumerate(parts):
@@ -127,7 +128,7 @@ def train_step(
 
 def backward(
     state: TrainState, share: int, latents: Tensor | list[Tensor], labels: Values, t: Tensor,
-    drop: Tensor, noise: Tensor, given: Tensor | None = None,
+    drop: Tensor, noise: Tensor, given: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add the gradient of a part of a process's share to the network's.
 
@@ -150,16 +151,18 @@ def backward(
 
 def losses_of(
     state: TrainState, network: Callable[..., Tensor], latents: Tensor | list[Tensor], t: Tensor,
-    noise: Tensor, given: Tensor | None = None,
+    noise: Tensor, given: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The parts of the loss, {name: (n,)}, of latents of one shape, or packed ones."""
+    """The parts of the loss, {name: (n,)}, of latents of one shape, or packed ones; of clips over
+    the frames that are not given.
+    """
     if state.recipe.pack is not None:
         return packed_losses(
             state.process, network, latents, t, noise, state.network.patch_size, state.recipe.pack
         )
     assert isinstance(latents, Tensor)
     noise = first_numbers(noise, latents.shape[1:])
-    if given is not None and latents.shape[2] > 1:  # of single images none can be given
+    if given.shape[1] and latents.shape[2] > 1:  # of single images none can be given
         return given_losses(state.process, network, latents, t, noise, given)
     return state.process.losses(network, latents, t, noise)
 
@@ -175,7 +178,8 @@ def warm_up(state: TrainState, latents: Tensor) -> None:
     values = state.condition.blank(count, device)
     drop = torch.zeros(count, *state.condition.drops, dtype=torch.int64, device=device)
     t = state.process.draw_times(count, torch.Generator(device))
-    backward(state, count, latents, values, t, drop, latents)
+    given = torch.zeros(count, 0, dtype=torch.bool, device=device)
+    backward(state, count, latents, values, t, drop, latents, given)
     state.opt.zero_grad(set_to_none=True)
 
 

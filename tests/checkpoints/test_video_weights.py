@@ -89,6 +89,15 @@ def test_a_dit_that_begins_no_such_network_is_refused(network, dit, message):
     assert len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize("attention", ["alternate", "full"])
+def test_weights_of_clips_without_configuration_begin_none(attention):
+    """Nothing in them tells them from a DiT's."""
+    video = small_video(attention=attention)
+    with pytest.raises(ValueError, match="if it is of a network of clips, give a file of ours wi"):
+        adapt(weights_of(video, config=False), video, "keep", "a")
+    adapt(weights_of(video), video, "keep", "a")
+
+
 def test_the_model_that_a_dit_begins_is_named():
     with torch.device("meta"):
         dit, other = (

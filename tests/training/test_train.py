@@ -112,7 +112,8 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         learn_sigma=None, process="diffusion", path=None, prediction=None, loss_weight=None,
         time_sampling=None, time_shift=None, cosine_loss=None, train_eps=None, positions="table",
         norm="layer", mlp="gelu", qk_norm=False, extrapolation=None, aspect_buckets=False,
-        pack=None, condition=None, text_length=None, text_encoder=None,
+        pack=None, condition=None, text_length=None, text_encoder=None, frames=None, frame_stride=1,
+        frame_rate=None, given_frames=0.0,
     )  # fmt: skip
     assert args == wild | ours
 

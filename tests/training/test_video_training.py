@@ -168,6 +168,7 @@ def test_two_processes_learn_what_one_does(clips, tmp_path, more):
 def test_killed_runs_end_as_one_that_was_left_alone(clips, tmp_path, processes):
     """From outside, and in the middle of a checkpoint."""
     steps, more = 16, ["--num-workers", "1", "--ckpt-every", "5", "--resume", "auto"]
+    more += ["--ema-decay", "0.5", "0.25"]
     run, of = [*CLIPS, *FLOW, *more, "--max-steps", str(steps)], (launcher(), clips)
     end(start(*of, tmp_path / "alone", processes, run=run), 0)
     for name, death in {"out": None, "in": {"at": "byte", "save": 2, "share": 0.5}}.items():
