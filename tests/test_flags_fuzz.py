@@ -352,6 +352,11 @@ DOORS = {
         "judge_clips", [["--samples", "clips.npz"], ["--real", "clips.npz"]],
         {"judge_clips.judge": lambda *_: {}},
     ),
+    "clip_study": Door(
+        "clip_study",
+        [["--latents", "x", "--mixed", "x", "--heldout", "x", "--output", "clip-study"]],
+        {"clip_study.run_study": lambda _: []},
+    ),
     "judge_captions": Door(
         "judge_captions",
         [["--output", "judged.json"], []],

@@ -43,6 +43,10 @@ INTERRUPTIBLE = [
     "examples/emoji/make_emoji.py", "examples/emoji/train_autoencoder.py",
     "examples/emoji/train_emoji_classifier.py", "examples/emoji/judge_emoji.py",
     "examples/shapes/make_shapes.py",
+    "examples/moving_digits/make_moving_digits.py", "examples/moving_digits/judge_clips.py",
+    "examples/moving_digits/continue_clips.py", "examples/moving_digits/clip_study.py",
+    "examples/moving_digits/train_frames_autoencoder.py",
+    "examples/moving_digits/train_frames_classifier.py",
 ]  # fmt: skip
 
 
@@ -369,7 +373,7 @@ def test_ctrl_c_while_any_door_is_imported(script):
 
 def test_every_door_can_be_interrupted_while_it_is_imported():
     """Each ends at Ctrl-C from its first line on, and its main is answered for by `door`."""
-    names = ("", "digits", "scaling", "captions", "emoji", "shapes")
+    names = ("", "digits", "scaling", "captions", "emoji", "shapes", "moving_digits")
     folders = (ROOT, *(ROOT / "examples" / name for name in names))
     doors = {
         path
