@@ -61,7 +61,7 @@ SHORTER = {
 }  # fmt: skip
 # What must be there when a page has been run.
 LEAVES = {
-    "README.md": ["sample.png"],
+    "README.md": ["sample.png", "sample.gif"],
     "docs/flow.md": ["results/000-DiT-Ti-1/checkpoints/0000020.pt", "sample.png"],
     "docs/text.md": ["sample.png", "negative.png", "samples/*.npz"],
     "docs/video.md": ["sample.gif", "long.gif", "strip.png", "goes-on.gif", "samples/*.npz"],

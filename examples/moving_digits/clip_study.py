@@ -65,10 +65,10 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "alternating": Arm("Latte-Ti/2", "latents", "operations"),
-    "full": Arm("SpaceTime-Ti/2", "latents", "operations"),
-    "with-images": Arm("Latte-Ti/2", "mixed", "clips"),
-    "with-images-equal": Arm("Latte-Ti/2", "mixed", "operations"),
+    "alternating": Arm("Latte-Ti/4", "latents", "operations"),
+    "full": Arm("SpaceTime-Ti/4", "latents", "operations"),
+    "with-images": Arm("Latte-Ti/4", "mixed", "clips"),
+    "with-images-equal": Arm("Latte-Ti/4", "mixed", "operations"),
 }
 
 
@@ -288,9 +288,9 @@ def build_parser():
     add("--heldout", required=True, help="folder of cached clips to measure on")
     add("--vae", default=HERE / "vae", help="of all latents (default: that of the moving digits)")
     add("--classifier", default=HERE / "classifier", help="(default: that of the moving digits)")
-    add("--steps", type=int, default=400, help="of the first of the four, which say how long all "
+    add("--steps", type=int, default=2000, help="of the first of the four, which say how long all "
         "are trained (default: %(default)s)")  # fmt: skip
-    add("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
     add("--samples", type=int, default=0,
         help="clips of each network to be judged; networks so short trained draw nothing that can "
         "be read (default: %(default)s)")  # fmt: skip
