@@ -94,6 +94,7 @@ def test_the_loss_is_that_of_noise_and_data_at_even_times(caches):
     assert clip_study.heldout_loss(sampler, source) == loss
 
 
+@pytest.mark.long
 def test_a_study_has_equal_operations_and_goes_on(caches, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clip_study, "SEEDS", (0,))
     out = tmp_path / "out"

@@ -224,11 +224,16 @@ def train_and_measure(args, plan):
 # ---- the folder ----
 
 
+def file_of(folder, arm, seed):
+    """Where the result of a run lies."""
+    return folder / f"{arm}-seed-{seed}.json"
+
+
 def result_of(folder, plan):
     """What the file of a finished run says; None without one. Raises ValueError for a damaged one,
     and one of another plan.
     """
-    file = folder / f"{plan.arm}-seed-{plan.seed}.json"
+    file = file_of(folder, plan.arm, plan.seed)
     if not file.exists():
         return None
     found = read_json(file)
@@ -242,7 +247,7 @@ def result_of(folder, plan):
 
 def keep(folder, result):
     """Write what a run came to, whole or not at all."""
-    file = folder / f"{result['plan']['arm']}-seed-{result['plan']['seed']}.json"
+    file = file_of(folder, result["plan"]["arm"], result["plan"]["seed"])
     text = json.dumps(result, indent=1) + "\n"
     write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -307,7 +312,7 @@ def main(argv=None):
     with parser.refusing():
         check_numbers(args, samples=Range(0, 10**6), sampling_steps=Range(2, 1000))
         args.output.mkdir(parents=True, exist_ok=True)
-        check_writable(args.output / "runs")
+        check_writable(file_of(args.output, next(iter(ARMS)), SEEDS[0]))
         torch.set_num_threads(1)
         try:
             results = run_study(args)
