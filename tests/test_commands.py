@@ -56,6 +56,7 @@ SHORTER = {
     "examples/moving_digits/make_moving_digits.py": "--clips 60 --heldout 40",
     "--images 5748": "--images 60",
     "examples/moving_digits/train_frames": "--steps 20", "--max-steps 12000": "--max-steps 8",
+    "--max-steps 13442": "--max-steps 8",
     "--num-clips 200 ": "--num-clips 6 --num-sampling-steps 2",
     "--num-fid-samples 500 ": "--num-fid-samples 20 --num-sampling-steps 3",
 }  # fmt: skip
