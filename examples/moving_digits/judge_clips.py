@@ -132,7 +132,7 @@ def main(argv=None):
         found = judge(args)
         if args.output:
             text = json.dumps(found, indent=1) + "\n"
-            write_whole(args.output, lambda temporary: temporary.write_text(text))
+            write_whole(args.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(as_table(found), end="")
 
 

@@ -83,7 +83,8 @@ def check_made_from(folder, frames, seed):
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, lambda temporary: temporary.write_text(json.dumps(wanted) + "\n"))
+    text = json.dumps(wanted) + "\n"
+    write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def build_parser():
