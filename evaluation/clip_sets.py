@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from data.listing import list_clips
-from evaluation.image_sets import MOST_SIDE, HashedImage, Scored, digest_of, hashed, in_pixels
+from evaluation.image_sets import (
+    MOST_SIDE, HashedImage, Scored, digest_of, hashed, in_pixels, npz_errors,
+)  # fmt: skip
 from runtime.clip_files import probe_clip, read_frames
 from runtime.limits import Range, check_numbers
 from runtime.npz import IMAGES, array_names, open_array
@@ -184,18 +186,10 @@ def open_clips(
             f"`{argument}` {path}: there is no such file or folder; give a folder of clips or an "
             ".npz of them"
         )
-    try:
+    with npz_errors(path, argument, "a folder of clips or an .npz of them"):
         names = array_names(path, whole)
         if IMAGES in names:
             return ArrayClips(path, argument, clips)
-    except ValueError as error:
-        raise ValueError(f"`{argument}` {path}: {error}") from None
-    except Exception as error:  # a broken file makes zipfile, zlib and NumPy raise many kinds
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"`{argument}` {path} cannot be read as an .npz ({reason[:300]}); give a folder of "
-            "clips or an .npz of them"
-        ) from None
     inside = ", ".join(sorted(names)) or "nothing"
     raise ValueError(
         f"`{argument}` {path} has {inside}; wanted is {IMAGES}, uint8 clips (N, F, H, W, 3)"

@@ -4,7 +4,7 @@ An .npz has its images as uint8 `arr_0` (N, H, W, 3).
 """
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 import hashlib
 import os
 from pathlib import Path
@@ -28,6 +28,22 @@ from runtime.team import Team
 MOST_SIDE = 16_384  # pixels of images that are scored
 # An image, or a batch, and digests; or None and what is wrong
 HashedImage = tuple[Batch | None, Tensor | str]
+
+
+@contextmanager
+def npz_errors(path: Path | str, argument: str, wanted: str) -> Iterator[None]:
+    """Have whatever goes wrong with an .npz told by one ValueError, which calls it by the name of
+    the `argument` that gave it and says what is wanted.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"`{argument}` {path}: {error}") from None
+    except Exception as error:  # a broken file makes zipfile, zlib and NumPy raise many kinds
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"`{argument}` {path} cannot be read as an .npz ({reason[:300]}); give {wanted}"
+        ) from None
 
 
 class Scored(Dataset):

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from evaluation.features import MANIFOLD_IMAGES, Extractor
-from evaluation.image_sets import ArrayImages, FolderImages, ImageSet, hash_of, read_batches
+from evaluation.image_sets import (
+    ArrayImages, FolderImages, ImageSet, hash_of, npz_errors, read_batches,
+)  # fmt: skip
 from evaluation.metrics import Statistics, Summary
 from evaluation.reference_file import MADE_FROM, STATISTICS, read_made_from, read_statistics
 from evaluation.summaries import summarize
@@ -113,16 +115,8 @@ def open_input(
             f"`{argument}` {path}: there is no such file or folder; give a folder of images or an "
             ".npz"
         )
-    try:
+    with npz_errors(path, argument, "a folder of images or an .npz"):
         found = open_npz(path, whole=not share.start)  # one process looks at every byte
-    except ValueError as error:
-        raise ValueError(f"`{argument}` {path}: {error}") from None
-    except Exception as error:  # a broken file makes zipfile, zlib and NumPy raise many kinds
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"`{argument}` {path} cannot be read as an .npz ({reason[:300]}); give a folder of "
-            "images or an .npz"
-        ) from None
     if not (found.images or found.statistics or found.spatial):
         inside = ", ".join(sorted(array_names(path))) or "nothing"
         raise ValueError(

@@ -11,18 +11,18 @@ from pathlib import Path
 import sys
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES / "emoji")]
+sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES), str(EXAMPLES / "emoji")]
 
 from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-import json
+from functools import partial
 
-from diffusers import AutoencoderKL
 import torch
 
+from autoencoder import train
 from checkpoints.publish import check_free, whole_folder
 from data.images import read_all
 from data.listing import list_images
@@ -35,63 +35,22 @@ ARCHITECTURE = dict(
     block_out_channels=[16, 48, 96], layers_per_block=1, norm_num_groups=8, latent_channels=4,
     sample_size=SIDE,
 )  # fmt: skip
-ABSOLUTE, KL = 0.5, 0.03  # weights in the loss, beside 1 for the squared error
-WARMUP, GRAD_CLIP = 100, 100.0
-LOG_EVERY = 100
 
 
-def loss_of(autoencoder, images):
-    """(loss, {its parts}) of images (N, 3, H, W), summed over an image, averaged over the batch."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = autoencoder.encode(images).latent_dist
-        decoded = autoencoder.decode(posterior.sample()).sample
-    off = decoded.float() - images  # (N, 3, H, W)
-    squared, absolute = (part.sum(dim=(1, 2, 3)).mean() for part in (off.square(), off.abs()))
-    kl = posterior.kl().mean()
-    parts = {"squared": squared.item(), "absolute": absolute.item(), "kl": kl.item()}
-    return squared + ABSOLUTE * absolute + KL * kl, parts
-
-
-@torch.no_grad()
-def set_scale(autoencoder, images):
-    """Store the latents' mean and 1 / standard deviation, as Stable Diffusion 3's are."""
-    latents = torch.cat(
-        [autoencoder.encode(from_uint8(part)).latent_dist.sample() for part in images.split(64)]
-    )
-    autoencoder.register_to_config(
-        scaling_factor=round(1 / latents.std().item(), 5),
-        shift_factor=round(latents.mean().item(), 5),
-    )
-
-
-def train(images, steps, batch_size, lr, seed):
-    """A new AutoencoderKL, trained on images uint8 (N, 3, 64, 64) for so many steps.
-
-    Raises ValueError if it comes to nothing.
+def draw_batch(images, count):
+    """Images (N, 3, 64, 64) in [-1, 1]: so many of images uint8 (M, 3, 64, 64), half of them
+    mirrored.
     """
-    torch.manual_seed(seed)
-    autoencoder = AutoencoderKL(**ARCHITECTURE)
-    opt = torch.optim.AdamW(autoencoder.parameters(), lr=lr, betas=(0.9, 0.99))
-    warm = torch.optim.lr_scheduler.LinearLR(opt, 1 / WARMUP, total_iters=WARMUP)
-    down = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for step in range(1, steps + 1):
-        batch = from_uint8(images[torch.randint(len(images), (batch_size,))])
-        mirrored = torch.rand(batch_size, 1, 1, 1) < 0.5
-        loss, parts = loss_of(autoencoder, torch.where(mirrored, batch.flip(-1), batch))
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), GRAD_CLIP)
-        opt.step()
-        warm.step()
-        down.step()
-        if step % LOG_EVERY == 0 or step == steps:
-            rounded = {name: round(part, 1) for name, part in parts.items()}
-            print(json.dumps({"step": step} | rounded), flush=True)
-            if not loss.isfinite():
-                raise ValueError(f"the loss of step {step} is not finite; lower `lr` {lr}")
-    autoencoder.half().float()  # what is written, so that the scale is that of what is read
-    set_scale(autoencoder.eval(), images[:: len(images) // 1000 or 1])
-    return autoencoder
+    batch = from_uint8(images[torch.randint(len(images), (count,))])
+    mirrored = torch.rand(count, 1, 1, 1) < 0.5
+    return torch.where(mirrored, batch.flip(-1), batch)
+
+
+def train_on(images, steps, batch_size, lr, seed):
+    """An autoencoder of images uint8 (N, 3, 64, 64). Raises ValueError if it comes to nothing."""
+    some = images[:: len(images) // 1000 or 1]
+    draw, sample = partial(draw_batch, images, batch_size), partial(from_uint8, some)
+    return train(ARCHITECTURE, draw, sample, steps, lr, seed)
 
 
 def build_parser():
@@ -121,7 +80,7 @@ def main(argv=None):
         check_free(args.output)
         images = read_all(list_images(args.data_path, num_classes=0), SIDE)
         with whole_folder(args.output) as folder:
-            autoencoder = train(images, args.steps, args.batch_size, args.lr, args.seed)
+            autoencoder = train_on(images, args.steps, args.batch_size, args.lr, args.seed)
             autoencoder.half().save_pretrained(folder)
     print(f"{args.output}: scale factor {autoencoder.config.scaling_factor}")
 

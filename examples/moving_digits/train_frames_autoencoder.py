@@ -12,19 +12,19 @@ from pathlib import Path
 import sys
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES / "digits"), str(EXAMPLES / "moving_digits")]
+HERE, DIGITS = EXAMPLES / "moving_digits", EXAMPLES / "digits"
+sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES), str(DIGITS), str(HERE)]
 
 from runtime.command_line import Parser, door, end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
 
-import json
+from functools import partial
 
-from diffusers import AutoencoderKL
 import numpy as np
-import torch
 
+from autoencoder import train
 from checkpoints.publish import check_free, whole_folder
 from make_dataset import load_split
 from moving import FIELD, as_batch, enlarge, random_frames
@@ -35,9 +35,7 @@ ARCHITECTURE = dict(
     block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
     sample_size=FIELD,
 )  # fmt: skip
-ABSOLUTE, KL = 0.5, 0.03  # weights in the loss, beside 1 for the squared error
-WARMUP, GRAD_CLIP = 100, 100.0
-LOG_EVERY = 200
+FOR_SCALE = 1000  # frames that tell the latents' scale
 
 
 def draw_batch(digits, count, generator):
@@ -46,55 +44,13 @@ def draw_batch(digits, count, generator):
     return as_batch(random_frames(digits[chosen], generator))  # (N, 3, 32, 32)
 
 
-def loss_of(autoencoder, frames):
-    """(loss, {its parts}) of frames (N, 3, H, W), summed over a frame, averaged over the batch."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = autoencoder.encode(frames).latent_dist
-        decoded = autoencoder.decode(posterior.sample()).sample
-    off = decoded.float() - frames  # (N, 3, H, W)
-    squared, absolute = (part.sum(dim=(1, 2, 3)).mean() for part in (off.square(), off.abs()))
-    kl = posterior.kl().mean()
-    parts = {"squared": squared.item(), "absolute": absolute.item(), "kl": kl.item()}
-    return squared + ABSOLUTE * absolute + KL * kl, parts
-
-
-@torch.no_grad()
-def set_scale(autoencoder, frames):
-    """Store the latents' mean and 1 / standard deviation, as Stable Diffusion 3's are."""
-    latents = autoencoder.encode(frames).latent_dist.sample()
-    autoencoder.register_to_config(
-        scaling_factor=round(1 / latents.std().item(), 5),
-        shift_factor=round(latents.mean().item(), 5),
-    )
-
-
-def train(digits, steps, batch_size, lr, seed):
-    """A new AutoencoderKL, trained for so many steps on digits (M, 14, 14) wherever they lie.
-
-    Raises ValueError if it comes to nothing.
+def train_on(digits, steps, batch_size, lr, seed):
+    """An autoencoder of frames with digits (M, 14, 14) wherever they lie. Raises ValueError if it
+    comes to nothing.
     """
-    torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    autoencoder = AutoencoderKL(**ARCHITECTURE)
-    opt = torch.optim.AdamW(autoencoder.parameters(), lr=lr, betas=(0.9, 0.99))
-    warm = torch.optim.lr_scheduler.LinearLR(opt, 1 / WARMUP, total_iters=WARMUP)
-    down = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for step in range(1, steps + 1):
-        loss, parts = loss_of(autoencoder, draw_batch(digits, batch_size, generator))
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), GRAD_CLIP)
-        opt.step()
-        warm.step()
-        down.step()
-        if step % LOG_EVERY == 0 or step == steps:
-            rounded = {name: round(part, 2) for name, part in parts.items()}
-            print(json.dumps({"step": step} | rounded), flush=True)
-            if not loss.isfinite():
-                raise ValueError(f"the loss of step {step} is not finite; lower `lr` {lr}")
-    autoencoder.half().float()  # what is written, so that the scale is that of what is read
-    set_scale(autoencoder.eval(), draw_batch(digits, 1000, generator))
-    return autoencoder
+    draw, sample = (partial(draw_batch, digits, n, generator) for n in (batch_size, FOR_SCALE))
+    return train(ARCHITECTURE, draw, sample, steps, lr, seed)
 
 
 def build_parser():
@@ -123,7 +79,7 @@ def main(argv=None):
         check_free(args.output)
         digits = enlarge(load_split()[0])
         with whole_folder(args.output) as folder:
-            autoencoder = train(digits, args.steps, args.batch_size, args.lr, args.seed)
+            autoencoder = train_on(digits, args.steps, args.batch_size, args.lr, args.seed)
             autoencoder.half().save_pretrained(folder)
     print(f"{args.output}: scale factor {autoencoder.config.scaling_factor}")
 
