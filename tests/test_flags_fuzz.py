@@ -24,6 +24,7 @@ import traceback
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from diffusers import AutoencoderKL
 import numpy as np
 from PIL import Image
 import pytest
@@ -392,7 +393,7 @@ def late_stubs(name):
         few = {part: digits.chosen(slice(1)) for part, digits in parts.items()}
         return {"make_captions.load_captioned": lambda: (few, *rest)}
     if name in ("train_vae", "train_autoencoder", "train_frames_autoencoder"):
-        return {f"{name}.train": lambda *_: module.AutoencoderKL(**module.ARCHITECTURE)}
+        return {f"{name}.train": lambda *_: AutoencoderKL(**module.ARCHITECTURE)}
     return {}
 
 
