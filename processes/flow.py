@@ -52,12 +52,14 @@ class FlowProcess:
     learns_sigma: ClassVar[bool] = False
     solvers: ClassVar[Mapping[str, Solver]] = {
         "euler": Solver(250, MOST_STEPS, EVERY),
-        "heun": Solver(125, MOST_STEPS, EVERY),
+        "heun": Solver(125, MOST_STEPS, EVERY, at_beginnings=False),
         # The moments at which its solution is told; it chooses its own steps
-        "dopri5": Solver(50, MOST_STEPS, EVERY | {"atol": ATOL, "rtol": RTOL}),
+        "dopri5": Solver(
+            50, MOST_STEPS, EVERY | {"atol": ATOL, "rtol": RTOL}, at_beginnings=False
+        ),
         # The last of the steps is one of its own kind
         "sde": Solver(250, MOST_STEPS, SDE, least=2),
-        "sde-heun": Solver(125, MOST_STEPS, SDE, least=2),
+        "sde-heun": Solver(125, MOST_STEPS, SDE, least=2, at_beginnings=False),
     }
     usual: ClassVar[str] = "heun"
     clean: ClassVar[float] = 1

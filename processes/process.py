@@ -39,12 +39,15 @@ class Learner(Protocol):
 class Solver(NamedTuple):
     """A way from noise to data: how many steps it takes unless told otherwise, at most and at
     least, and its options with their defaults.
+
+    at_beginnings: whether it asks the network once in a step, at the time at which the step begins.
     """
 
     steps: int
     most: int
     options: Mapping[str, Any] = MappingProxyType({})
     least: int = 1
+    at_beginnings: bool = True
 
 
 class Process(Protocol):

@@ -24,6 +24,7 @@ from conditions.text import Reader
 from diffusion.gaussian_diffusion import TensorMap, as_taken
 from layers.clips import frames_of
 from layers.positions import check_grid
+from layers.schedule import Scheduled, at_step
 from layers.sizes import box_of, grid_of
 from layers.text import Text
 from processes.noise import ImageNoise
@@ -208,6 +209,17 @@ class Sampler:
         negative = [] if self.negative_prompt is None else [self.negative_prompt]
         return cut_notes(self.reader, [*asked, *negative])
 
+    def schedule(self) -> Scheduled | None:
+        """The network, prepared for the times of the steps, if it can be told which step it is
+        asked in: if it makes use of that, and the solver asks at the steps' beginnings alone.
+        """
+        if not isinstance(self.network, Scheduled):
+            return None
+        if not self.process.solvers[self.sampler].at_beginnings:
+            return None
+        self.network.schedule(self.steps())
+        return self.network
+
     def predictor(self, labels: Values, given: Given | None = None) -> StepNetwork:
         """predict(x, t, step) → what the network makes of x (N, C, *space) at t (N,), guided if the
         step with this index, a Python number, is inside the interval. It is asked with the given
@@ -219,9 +231,11 @@ class Sampler:
         doubled = self.condition.doubled(labels) if any(guided) else {}
         dtype, channels = PRECISIONS[self.mixed_precision], self.cfg_channels
         assert channels is not None  # __post_init__ has settled it
+        told = self.schedule()
 
         def predict(x, t, step):
-            with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            cast = torch.autocast(x.device.type, dtype, enabled=dtype is not None)
+            with cast, at_step(told, step):
                 before, x = x, as_taken(self.network, x)
                 if guided[step]:
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
