@@ -23,7 +23,7 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 import numpy as np
@@ -42,9 +42,10 @@ from sampling.pictures import (
     check_clip_size, ending, moments, picture, save, save_clips, save_trajectory,
 )  # fmt: skip
 from sampling.flags import (
-    add_sampling_flags, check_flags, network_choice, sampling_options,
+    CHECKPOINT_SAYS, add_sampling_flags, check_flags, network_choice, sampling_options,
 )  # fmt: skip
 from sampling.loading import VAE, build_sampler
+from sampling.options import SamplingOptions
 from sampling.sampler import Sampler
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -136,11 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     for note in sampler.notes(asked):
         print(f"note: {note}", file=sys.stderr)
     shown = moments(len(sampler.steps()), args.trajectory) if args.trajectory else ()
-    used = options.settled(
-        sampler.process, text=sampler.reads_text, clips=sampler.makes_clips
-    ) | {
+    used = settings(args, given, sampler, options) | {
         "vae": files.vae, "prompt" if sampler.reads_text else "class_labels": asked,
-        "image_size": sampler.image_size,
     }  # fmt: skip
     try:
         with tf32(args.tf32):
@@ -149,9 +147,9 @@ def main(argv: list[str] | None = None) -> None:
                 else sample(sampler, asked, args.seed, shown, given=clip.given)
             )  # fmt: skip
         if clip is not None:
-            write_clips(images, clip, texts, vars(args) | used)
+            write_clips(images, clip, texts, used)
             return
-        save(picture(images, texts), args.output, vars(args) | used)
+        save(picture(images, texts), args.output, used)
         size = f"{images.shape[1]}x{images.shape[2]}"  # height x width, as --image-size
         print(f"wrote {args.output}: {len(images)} images of {size} pixels")
         if args.trajectory:
@@ -162,6 +160,21 @@ def main(argv: list[str] | None = None) -> None:
             )
     except (ValueError, OSError) as error:  # Pillow's, too, of a picture too large for its format
         parser.fail(reason(error))
+
+
+def settings(
+    args: Namespace, given: Collection[str], sampler: Sampler, options: SamplingOptions
+) -> dict[str, Any]:
+    """How the picture is made, as its file tells it: all flags, those with settled values that
+    have them, and without those that the checkpoint answers.
+    """
+    flags = {
+        name: value for name, value in vars(args).items()
+        if name in given or name not in CHECKPOINT_SAYS
+    }  # fmt: skip
+    clips, text = sampler.makes_clips, sampler.reads_text
+    settled = options.settled(sampler.process, text=text, clips=clips)
+    return flags | settled | {"image_size": sampler.image_size}
 
 
 def check_output(flag: str, path: str, known: Sequence[str] = ENDINGS) -> None:

@@ -167,6 +167,12 @@ def notes(sides: dict[str, Clips], extractor: Extractor, ours: Summary) -> list[
     ours_size, theirs_size = (in_pixels(side.size) for side in sides.values())
     if ours_size != theirs_size:
         told.append(f"samples are of {ours_size} pixels, the reference of {theirs_size}")
+    rates = [side.rate for side in sides.values()]
+    if None not in rates and rates[0] != rates[1]:
+        told.append(
+            f"the first clip of samples has {rates[0]:g} frames a second, that of the reference "
+            f"{rates[1]:g}; frames are compared one by one, whatever their times"
+        )
     return told
 
 

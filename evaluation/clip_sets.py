@@ -50,6 +50,7 @@ class ClipSet(Scored):
     """
 
     notes: tuple[str, ...] = ()
+    rate: float | None = None  # frames a second, where it is known
     size: tuple[int, int]
 
     def __init__(self, path: Path | str, argument: str, clips: ClipOptions) -> None:
@@ -86,6 +87,7 @@ class FolderClips(ClipSet):
         listing = list_clips(folder, num_classes=0, argument=argument)
         self.paths, self.notes = listing.paths, tuple(listing.notes)
         height, width = self.read(0).shape[1:3]
+        self.rate = probe_clip(self.paths[0], argument).rate
         self.size = width, height
 
     def __len__(self) -> int:

@@ -154,9 +154,13 @@ class _Kind(NamedTuple):
 
 
 def _kind(path, argument):
-    """The _Kind of what is there. Raises ValueError for a video where PyAV is lacking."""
+    """The _Kind of what is there. Raises ValueError for a video where PyAV is lacking, and for what
+    is neither a file nor a folder, such as a pipe, which might not end.
+    """
     if Path(path).is_dir():
         return _Kind(_probe_folder, _walk_folder)
+    if Path(path).exists() and not Path(path).is_file():
+        raise UnreadableClip(path, argument, "it is neither a file nor a folder")
     suffix = Path(path).suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
         return _Kind(_probe_images, _walk_images)

@@ -4,8 +4,9 @@ What is far beyond all that exists is refused before any work.
 """
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.image_size import ImageSize, sides
 
@@ -74,7 +75,8 @@ MOST_VALUES = {
 
 
 def check_numbers(options: object, **others: Range) -> None:
-    """Raise ValueError for a number out of its range, or for an argument with too many values.
+    """Raise ValueError for a number out of its range, for something else where a number is wanted,
+    or for an argument with too many values.
 
     `options` is a mapping from names to values, or an object with the names as attributes. `others`
     adds to RANGES.
@@ -92,13 +94,24 @@ def check_numbers(options: object, **others: Range) -> None:
             check_range(name, value, ranges[name])
 
 
-def check_range(name: str, value: float, allowed: Range) -> None:
-    """Raise ValueError, naming the argument, for a number out of its range."""
+def check_range(name: str, value: Any, allowed: Range) -> None:
+    """Raise ValueError, naming the argument, for what is no number, or a number out of its range.
+    Ends that are whole say that numbers between them are.
+    """
     least, most = allowed
+    whole = isinstance(least, int) and isinstance(most, int)
+    if not is_number(value, Integral if whole else Real):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{argument(name)} is {value!r:.60}; give a {kind}")
     if not least <= value <= most:
         is_small = isinstance(value, int) and value < least
         wanted = f"at least {least}" if is_small else f"from {bound(least)} to {bound(most)}"
         raise ValueError(f"{argument(name)} is {short(value)}; it must be {wanted}")
+
+
+def is_number(value: object, kind: type = Real) -> bool:
+    """Whether a value is a number of a kind, True and False being none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def argument(name: str) -> str:

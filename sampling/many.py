@@ -60,6 +60,11 @@ class ManyJob:
     place: Place
     tf32: bool
 
+    @property
+    def samples(self) -> str:
+        """What its samples are called."""
+        return "clips" if self.sampler.makes_clips else "images"
+
 
 def sample_many(
     choice: NetworkChoice, options: SamplingOptions, many: ManyOptions, *,
@@ -130,7 +135,7 @@ def make_all(job: ManyJob) -> Path:
     if job.place.rank == 0:
         write_manifest(folder, job.manifest, job.run)
         write_captions(job)
-        print(f"{count - missing} of {count} images are in {folder}", flush=True)
+        print(f"{count - missing} of {count} {job.samples} are in {folder}", flush=True)
     with Presence(folder, job.place) as presence:
         with tf32(job.tf32):
             sample_share(job)
@@ -139,7 +144,7 @@ def make_all(job: ManyJob) -> Path:
             pack(folder, count, afresh=missing > 0, frames=job.sampler.frames)
             seconds = round(time.monotonic() - began, 1)
             write_manifest(folder, job.manifest, job.run | {"seconds": seconds})
-            print(f"{count} images in {folder} and {folder}.npz")
+            print(f"{count} {job.samples} in {folder} and {folder}.npz")
     return npz_of(folder)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import signal
 from typing import NoReturn
 
+from checkpoints.networks import Network, makes_clips, reads_text
 from data import buckets
 from data.loader import LoaderFailed, explained
-from data.options import LABELS
 from runtime.command_line import reason, why_lost
 from runtime.devices import tf32
 from runtime.surroundings import lone_task_note
@@ -84,13 +84,19 @@ def introduce(job: Job) -> None:
         f" in {len(classes)} of {options.num_classes} classes" if options.num_classes else ""
     )
     where = f"{job.accelerator.num_processes} process(es) on {job.accelerator.device.type}"
-    reading = options.block if options.condition == LABELS else "captions"
     job.log(
-        f"{options.model}, {reading}: {size:,} parameters, {len(job.dataset):,} "
+        f"{options.model}, {kind_of(job.state.network)}: {size:,} parameters, {len(job.dataset):,} "
         f"{options.samples}{sorted_in}, {where}, steps {job.state.step} to {job.last_step}"
     )
     for line in (*notes_on_shapes(job), *notes_on_start(job, classes)):
         job.log(line)
+
+
+def kind_of(network: Network) -> str:
+    """What a network is, beside its model's name: its design, how it sees clips, what it reads."""
+    seen = [f"{network.config['attention']} attention"] if makes_clips(network) else []
+    read = ["captions"] if reads_text(network) else []
+    return ", ".join(seen + read) or network.config["block"]
 
 
 def notes_on_shapes(job: Job) -> Iterator[str]:

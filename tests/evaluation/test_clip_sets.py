@@ -55,10 +55,10 @@ def clips_of(count, frames=6, side=8, seed=0):
     return np.uint8(np.clip(shades + spread, 0, 255))
 
 
-def write_gifs(folder, clips):
+def write_gifs(folder, clips, rate=10):
     folder.mkdir(parents=True)
     for i, clip in enumerate(clips):
-        write_gif(folder / f"{i:04d}.gif", clip, 10)
+        write_gif(folder / f"{i:04d}.gif", clip, rate)
     return folder
 
 
@@ -165,13 +165,14 @@ def test_each_clip_is_read_once_for_its_frames(sets, monkeypatch):
 
 
 def test_what_is_worth_knowing_is_said(sets, capsys, tmp_path):
-    write_gifs(tmp_path / "few", clips_of(9, side=6))
+    write_gifs(tmp_path / "few", clips_of(9, side=6), rate=5)
     report, err = run(
         capsys, "--samples", tmp_path / "few", "--reference", sets / "real", "--frames", 4,
         "--features", sets / "means.ts",
     )  # fmt: skip
     assert any("9 clips of samples are too few for 13 features" in n for n in report["notes"])
     assert "samples are of 6x6 pixels, the reference of 8x8" in err
+    assert "the first clip of samples has 5 frames a second, that of the reference 10" in err
 
 
 @pytest.mark.parametrize(("changes", "message"), [

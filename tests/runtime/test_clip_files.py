@@ -1,5 +1,6 @@
 """Clips on disk: what is written comes back, and what cannot be read is told by name."""
 
+import os
 import subprocess
 import sys
 
@@ -215,6 +216,15 @@ def test_broken_clips_are_told_by_name(tmp_path):
         with pytest.raises(ValueError, match=f"`given` {tmp_path / name} ") as refused:
             read_clip(tmp_path / name, "given")
         assert len(str(refused.value).splitlines()) == 1, name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("name", ["pipe.gif", "pipe.mp4"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for look in (read_clip, probe_clip):
+        with pytest.raises(ValueError, match="neither a file nor a folder"):
+            look(tmp_path / name, "given")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

@@ -195,6 +195,15 @@ def test_the_ends_of_every_range_are_taken():
         check_numbers({"num_classes": value}, num_classes=CLASSES)
 
 
+@pytest.mark.parametrize("value", ["a", True, 1.5, 3 + 0j])
+def test_what_is_no_number_is_told(value):
+    with pytest.raises(ValueError, match="^`frames` is .*; give a whole number$"):
+        check_numbers({"frames": value})
+    if value != 1.5:
+        with pytest.raises(ValueError, match="^`cfg_scale` is .*; give a number$"):
+            check_numbers({"cfg_scale": value})
+
+
 @dataclass(frozen=True)
 class Chosen:
     epochs: int = 0

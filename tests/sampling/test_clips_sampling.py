@@ -221,7 +221,7 @@ def test_the_split_into_batches_changes_nothing_and_a_job_goes_on(tmp_path, ckpt
     assert abs(whole.astype(int) - parts).max() <= 1
     (folder / "000002.png").unlink()
     again, _ = many(tmp_path / "whole", ckpt)
-    assert "2 of 3 images are in" in capsys.readouterr().out
+    assert "2 of 3 clips are in" in capsys.readouterr().out
     assert np.array_equal(again, whole)
 
 

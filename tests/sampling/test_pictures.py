@@ -161,6 +161,11 @@ def test_settings_are_in_the_picture(tmp_path, ckpt):
         and settings["num_sampling_steps"] == 40
     )
     assert settings["ckpt"] == ckpt and "said" not in settings
+    # What the checkpoint says is not told as the flags have it
+    assert not {"model", "num_classes", "process"} & settings.keys()
+    assert settings["vae"] == "none" and "image_size" in settings
+    given = sampled(tmp_path, ckpt, "--process", "diffusion")
+    assert json.loads(Image.open(given).info[SETTINGS])["process"] == "diffusion"
     save(Image.new("RGB", (2, 2)), tmp_path / "a.jpg", {"seed": 1})  # which has no place for them
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
 

@@ -89,6 +89,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(clips, tmp_path, vae, pr
     log = (folders[1] / "log.txt").read_text()
     assert "6 images; 9 clips of 4 frames" in log and "clips in 3 of 3 classes" in log
     assert "clips/s" in log and "images/s" not in log
+    assert "alternate attention: " in log and "adaln_zero: " not in log
 
 
 @pytest.mark.parametrize("more", [["--num-workers", "2"], ["--grad-accum", "2"],
