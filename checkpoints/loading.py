@@ -38,6 +38,11 @@ def network_of(weights: Weights, origin: Path | str) -> Network:
     Raises ValueError, naming `origin`, if the two do not fit.
     """
     assert weights.config is not None
+    if isinstance(kind := weights.config.get("architecture"), str):
+        raise ValueError(
+            f"{origin} has the configuration of timm's {kind[:60]}, a classifier, and not of a "
+            "network that makes images; give a checkpoint of one"
+        )
     try:
         config = arguments_in(weights.config)
         check_outline(config, weights.tensors)

@@ -445,6 +445,7 @@ def test_config_beside_any_safetensors_file(tmp_path):
     (json.dumps({**CONFIG, "id2label": {"1": "a"}}), "config.json: id2label is not"),
     (json.dumps({**CONFIG, "id2label": ["a"]}), "config.json: id2label is not"),
     (json.dumps({**CONFIG, "depht": 3}), "a configuration that this version does not know .*depht"),
+    ('{"architecture": "resnet10t"}', "timm's resnet10t, a classifier, and not"),
     (json.dumps({**CONFIG, "depth": 2}), "is of another configuration: blocks.2"),
     *((json.dumps({**CONFIG, key: value}), rf"config.json.*: {key} is ")
       for key in ("depth", "hidden_size", "num_classes") for value in ("x", 28.0, True, None, [3])),
