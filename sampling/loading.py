@@ -21,6 +21,7 @@ from sampling.pair import check_high
 from sampling.sampler import Sampler
 from sampling.speed import prepare
 from vae import PixelSpace, latent_shape, load_vae
+from variants.exits import ExitDiT
 
 VAE = "mse"  # for pictures, where nobody names the autoencoder
 QUICK = "dpm++"  # for pictures to look at, where nobody names a solver and the process has this one
@@ -81,6 +82,7 @@ def build_sampler(
     values = options.settled(process, usual, reads_text(network), makes_clips(network))
     check_high(choice.ckpt_high, options.high_from)
     high = second_network(choice, files, device)
+    check_compiled(values["compile"], network, high)
     own, compiled = solver_options(values), values["compile"]
     plain = {name: value for name, value in values.items() if name not in (*OWN, *OF_NETWORK)}
     networks = [one for one in (network, high) if one is not None]
@@ -96,6 +98,15 @@ def build_sampler(
     for one in networks:
         prepare(one, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
+
+
+def check_compiled(compile: bool, *networks: Network | None) -> None:
+    """Raise ValueError for a network that is to be compiled and cannot be."""
+    if compile and any(isinstance(network, ExitDiT) for network in networks):
+        raise ValueError(
+            "`compile`: a network with exits sorts its samples as they come, which cannot be "
+            "compiled; leave the argument out"
+        )
 
 
 def second_network(
