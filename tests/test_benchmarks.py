@@ -21,7 +21,6 @@ from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
 from conftest import ROOT, small_dit
 from flow import create_flow
-from models import DiT
 from training.state import Recipe, new_state
 
 
@@ -131,7 +130,7 @@ def test_exits_begin_with_the_final_layer_of_the_network():
     """Both sides of the comparison begin as the same network below the levels."""
     network = small_dit(depth=6).float().eval()
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    for name, pairs in exits.SIDES.items():
+    for _name, pairs in exits.SIDES.items():
         made = exits.with_exits(network, pairs)
         assert torch.equal(made(x, torch.tensor([5, 9]), y), network(x, torch.tensor([5, 9]), y))
         assert len(getattr(made, "exit_layers", ())) == len(pairs)
