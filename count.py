@@ -8,6 +8,7 @@
     python count.py --model DiT-Ti/1 --vae examples/digits/vae --image-size 32 --num-classes 10
     python count.py --model MMDiT-15/2 PixArt-XL/2                 # that read captions
     python count.py --model PixArt-XL/2 --text-width 4096          # of an encoder outside
+    python count.py --model DiT-XL/2 --exits 21:0.3 14:0.6         # less depth where noise is high
     python count.py --model Latte-XL/2 SpaceTime-XL/2 --frames 32  # of clips
 
 One row for each network, whose weights are counted and not made. A caption has as many tokens as
@@ -40,11 +41,12 @@ import torch
 
 from checkpoints.networks import CLASS, MODELS, arguments_of, create_network
 from layers.parts import DEFAULTS as PARTS, NAMES, PAPERS
-from models import BLOCKS, DiT_models
+from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
 from training.cost import Cost, count
-from training.options import TrainOptions
+from training.options import TrainOptions, read_exit
 from vae import latent_shape
+from variants.exits import DESIGN, ExitDiT
 from variants.video import VideoDiT
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")
@@ -83,6 +85,11 @@ def build_parser() -> Parser:
         "--vae", default=TrainOptions.vae,
         help="what lies between pixels and network: ema, mse, a hub id, a local folder, or none "
         "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exits", nargs="+", metavar="DEPTH:LEVEL",
+        help="as train.py has it: GMAC and TFLOP are the mean over noise levels that are equally "
+        "likely, as in steps of equal length (default: none)",
     )  # fmt: skip
     for name in TEXT:
         parser.add_argument(
@@ -141,11 +148,23 @@ def described(args: Namespace) -> list[tuple[str, dict]]:
     for key, value in shared.items():
         if key in given and not any(key in arguments for arguments in known.values()):
             raise ValueError(f"`{key}` is {value}, and {', '.join(args.model)} has no such part")
-    return [
+    found = [
         (name, {key: value for key, value in config.items() if key in known[name]} | kind)
         for name in args.model
         for config, kind in configs(shared | {"input_size": sizes[name]}, name, args.block)
     ]
+    return found if args.exits is None else [with_exits(args, *one) for one in found]
+
+
+def with_exits(args: Namespace, name: str, config: dict) -> tuple[str, dict]:
+    """(the name, the config) of a model, with exits. Raises ValueError for one that has none."""
+    if MODELS[name].func is not DiT or config["block"] != DESIGN:
+        raise ValueError(
+            f"`exits` are of a DiT with blocks of {DESIGN}, and `model` has {name}; leave one out"
+        )
+    exits = [read_exit(text) for text in args.exits]
+    others = {key: value for key, value in config.items() if key != "block"}
+    return name, others | {CLASS: ExitDiT.__name__, "exits": exits}
 
 
 def configs(config: dict, name: str, blocks: list[str]) -> list[tuple[dict, dict]]:

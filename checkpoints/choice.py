@@ -33,6 +33,8 @@ class NetworkChoice:
         does not say it; None: what the checkpoint says, or the model's name, else "diffusion".
     text_encoder: where the text encoders lie that the checkpoint names, each a local folder or a
         hub id, in their order; None: where the checkpoint says, if they are on this machine.
+    ckpt_high: a second checkpoint, which says how its network is built, for the noisy steps of
+        sampling; None for none.
 
     Raises ValueError for values that no checkpoint can have.
     """
@@ -45,6 +47,7 @@ class NetworkChoice:
     num_classes: int | None = None
     process: str | None = None
     text_encoder: Sequence[str] | None = None
+    ckpt_high: Path | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", weights_choice(self.weights))

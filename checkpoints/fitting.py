@@ -8,6 +8,7 @@ from torch import nn
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in, with_process
 from checkpoints.from_images import from_images
+from checkpoints.from_whole import check_whole, with_exits
 from checkpoints.networks import MODELS, NETWORKS, OURS, Network, class_in, makes_clips, said_of
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, TABLE_OF_FRAMES, class_of, design_of, grid_in, learns_sigma, parts_of,
@@ -19,6 +20,7 @@ from layers.parts import DEFAULTS, PAPERS
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
+from variants.exits import ExitDiT
 from runtime.json_files import read_json
 
 # What of a process's config decides what t and the network's output mean
@@ -96,7 +98,7 @@ FREE = (
     "input_size", "class_dropout_prob", "learn_sigma", "table_side", "frames", "num_classes",
 )  # fmt: skip
 # What a user says of such a network, beside its model
-CHOSEN = ("text_length", "qk_norm", "extrapolation")
+CHOSEN = ("text_length", "qk_norm", "extrapolation", "exits")
 # What a configuration alone says, and no model's name
 UNNAMED = ("noise_steps", "streams", "position_scale")
 
@@ -159,10 +161,19 @@ def check_design(
             f"{origin} has blocks of the design {theirs}, the network here {ours}; pass "
             f'`block="{theirs}"`'
         )
+    check_parts(network, tensors, origin, config)
+
+
+def check_parts(
+    network: Network, tensors: Tensors, origin: Path | str, config: object = None
+) -> None:
+    """Raise ValueError if a DiT's state dict has other parts than the network, whose parts are a
+    DiT's; arguments as check_design's.
+    """
     wanted, found = DEFAULTS | network.config, parts_of(tensors)
     if isinstance(config, dict):
         found["positions"] = config.get("positions", PAPERS.positions)
-    elif found["positions"] == PAPERS.positions and network.positions.has_table:
+    elif found["positions"] == PAPERS.positions and network.pos_embed is not None:
         found["positions"] = wanted["positions"]  # the tensors do not tell which
     for name, there in found.items():
         if there != wanted[name]:
@@ -246,6 +257,9 @@ def adapt(
     if kind == OURS and makes_clips(network):
         theirs = from_images(weights.tensors, config, network, origin)
         weights = weights._replace(tensors=theirs)
+    elif kind == OURS and isinstance(network, ExitDiT):
+        check_whole(weights.tensors, origin)
+        check_parts(network, weights.tensors, origin, config)
     else:
         check_design(network, weights.tensors, origin, config)
     sizes = network.config["patch_size"], network.in_channels, network.config.get("patch_frames", 1)
@@ -259,6 +273,8 @@ def adapt(
     tensors = weights.tensors | tables
     if not network.learn_sigma:
         tensors = without_sigma(tensors, *sizes)
+    if kind == OURS and isinstance(network, ExitDiT):
+        tensors = with_exits(tensors, network)
     theirs = tensors.pop(LABEL_TABLE, None)
     if LABEL_TABLE in own:
         table = own[LABEL_TABLE].clone()

@@ -96,10 +96,13 @@ def import_diffusers(folder: Path | str) -> tuple[Network, list[str] | None]:
 
 
 class NetworkFiles(NamedTuple):
-    """Where a chosen network lies: the file of its weights, and the name of its autoencoder."""
+    """Where a chosen network lies: the file of its weights, the name of its autoencoder, and the
+    file of the weights of a second network, None for none.
+    """
 
     checkpoint: Path
     vae: str
+    high: Path | None = None
 
 
 def find_files(choice: NetworkChoice, vae: str) -> NetworkFiles:
@@ -113,8 +116,16 @@ def find_files(choice: NetworkChoice, vae: str) -> NetworkFiles:
     if choice.ckpt is None:
         model, image_size, _ = choice.sizes()
         shape.size(image_size, MODELS[model].keywords["patch_size"])
-    checkpoint = find_checkpoint(choice)
-    return NetworkFiles(checkpoint, choose_vae(choice, checkpoint) or vae)
+    checkpoint, second = find_checkpoint(choice), second_choice(choice)
+    high = None if second is None else find_checkpoint(second)
+    return NetworkFiles(checkpoint, choose_vae(choice, checkpoint) or vae, high)
+
+
+def second_choice(choice: NetworkChoice) -> NetworkChoice | None:
+    """The choice of the second network, which says itself what it is; None for none."""
+    if choice.ckpt_high is None:
+        return None
+    return NetworkChoice(choice.ckpt_high, choice.weights, choice.vae)
 
 
 def find_checkpoint(choice: NetworkChoice) -> Path:

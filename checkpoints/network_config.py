@@ -20,6 +20,7 @@ ROOM = 1 << 26
 MOST = 1 << 53  # of a whole number beside the weights: floats have all of them up to here
 ARGUMENTS = arguments_of(OURS)
 # Arguments that are None unless they are given, and are not texts
+SELF_CHECKED = ("exits",)  # of which the network says itself what they may be
 NONE_OR = {"text_width": int, "pooled_width": int, "table_side": int, "noise_steps": int}
 # Each so many rows, or columns, of hidden_size numbers
 TIMES_WIDTH = (
@@ -42,7 +43,8 @@ def arguments_in(config: dict) -> dict:
     arguments = {key: value for key, value in config.items() if key not in NOT_ARGUMENTS}
     for key, value in arguments.items():
         sizes = value if key == "input_size" and isinstance(value, list) else [value]
-        for one in sizes if key in known else ():  # how many, the network says
+        checked = key in known and key not in SELF_CHECKED
+        for one in sizes if checked else ():  # how many, the network says
             if one is not None or key not in NONE_OR:
                 check_kind(key, one, NONE_OR.get(key) or kind_of(known[key]))
     return arguments if name == OURS else {CLASS: name, **arguments}

@@ -14,6 +14,7 @@ import torch
 from layers.text import Text
 from layers.text_encoder import PIECE
 from models import DiT, DiT_models
+from variants.exits import ExitDiT
 from variants.mmdit import MMDiT, MMDiT_models
 from variants.pixart import PixArt, PixArt_models
 from variants.space_time import SpaceTime
@@ -25,6 +26,7 @@ OURS = "DiT"
 Network = DiT | TextNetwork | VideoDiT
 NETWORKS: dict[str, type[Network]] = {
     OURS: DiT, "MMDiT": MMDiT, "PixArt": PixArt, "VideoDiT": VideoDiT, "TextVideo": TextVideo,
+    "ExitDiT": ExitDiT,
 }  # fmt: skip
 # "DiT-XL/2" → a factory that takes the network's other arguments as keywords. What is put into one
 # of the four tables later is here, too.

@@ -356,6 +356,7 @@ PAPERS = {
     "MMDiT": "MM-DiT, [Esser et al. 2024](https://arxiv.org/abs/2403.03206)",
     "PixArt": "PixArt-α, [Chen et al. 2023](https://arxiv.org/abs/2310.00426)",
     "VideoDiT": LATTE, "TextVideo": LATTE,
+    "ExitDiT": "DiT with early exits by time, [2408.05927](https://arxiv.org/abs/2408.05927)",
 }  # fmt: skip
 
 CARD = """---

@@ -63,6 +63,7 @@ class FlowProcess:
     }
     usual: ClassVar[str] = "heun"
     clean: ClassVar[float] = 1
+    noisy: ClassVar[float] = 0
     quick: ClassVar[tuple[str, int]] = ("heun", 25)
     told_apart: str = "mse"
 

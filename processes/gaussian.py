@@ -61,6 +61,7 @@ class GaussianProcess:
     }
     usual: ClassVar[str] = "ddpm"
     clean: ClassVar[float] = 0
+    noisy: ClassVar[float] = TRAINED_STEPS
     quick: ClassVar[tuple[str, int]] = ("ddim", 50)  # scores near those of 250 DDPM steps
 
     def __init__(self, learn_sigma: bool = True) -> None:

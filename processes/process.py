@@ -59,7 +59,8 @@ class Process(Protocol):
     names of its ways from noise to data to their Solver, `usual` being the one that is taken unless
     told otherwise. `parts` are the names of the parts of its loss, "loss", which is minimised,
     first; `told_apart` is the one of them that is also told apart by quarters of the noise levels.
-    `clean` is the time t of data without noise. `quick` is the solver and number of steps for
+    `clean` is the time t of data without noise, `noisy` that of noise alone; a noise level lies as
+    far between 0 and 1 as its time between these. `quick` is the solver and number of steps for
     images to look at, or to score, while training.
     """
 
@@ -70,6 +71,7 @@ class Process(Protocol):
     solvers: ClassVar[Mapping[str, Solver]]
     usual: ClassVar[str]
     clean: ClassVar[float]
+    noisy: ClassVar[float]
     quick: ClassVar[tuple[str, int]]
     parts: tuple[str, ...]
     told_apart: str

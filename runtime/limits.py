@@ -56,6 +56,7 @@ RANGES = {
     "per_proc_batch_size": Range(1, 2**16),
     "batch_size": Range(1, 2**14),
     "cfg_scale": Range(-1000.0, 1000.0),
+    "high_from": Range(0.0, 1.0),  # noise levels: clean, noise
     "steps_between": Range(0, 1000),
     "sample_eps": Range(0.0, 0.5),
     "diffusion_norm": Range(0.0, 1e6),

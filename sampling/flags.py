@@ -38,6 +38,16 @@ def add_sampling_flags(parser: ArgumentParser, vae: str, cfg_scale: float) -> No
         "--device", help="such as cpu or cuda:1 (default: the GPU if there is one)"
     )
     add_encoder_flag(network)
+    network.add_argument(
+        "--ckpt-high", metavar="CKPT",
+        help="a second checkpoint, as --ckpt, of a network that says how it is built, for the "
+        "noisy steps: those from --high-from on (default: none)",
+    )  # fmt: skip
+    network.add_argument(
+        "--high-from", type=float, metavar="LEVEL",
+        help="the noise level from which on the network of --ckpt-high is asked, from 0, clean, to "
+        f"1: t/{TRAINED_STEPS} in diffusion, 1 - t in a flow",
+    )  # fmt: skip
     add_process_flags(parser, cfg_scale)
 
 
@@ -256,6 +266,7 @@ def network_choice(args: Namespace, given: Collection[str]) -> NetworkChoice:
     Raises ValueError as NetworkChoice.
     """
     others = {name: getattr(args, name) for name in CHECKPOINT_SAYS if name in given}
+    others["ckpt_high"] = getattr(args, "ckpt_high", None)
     return NetworkChoice(args.ckpt, args.weights, **others)
 
 
@@ -265,7 +276,8 @@ def sampling_options(args: Namespace, given: Collection[str], **others: Any) -> 
     `given` is as in network_choice, `others` take the places of flags. Raises ValueError as
     SamplingOptions.
     """
-    values = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
+    named = [field.name for field in fields(SamplingOptions) if field.name in args]
+    values = {name: getattr(args, name) for name in named}
     for name in {"sampler", "num_sampling_steps", "cfg_channels"} - set(given):
         values[name] = None  # what suits network, process and sampler, which may not be the flag's
     return SamplingOptions(**values | others)

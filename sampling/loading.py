@@ -8,7 +8,7 @@ import torch
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
-    NetworkFiles, build_network, class_names, find_files, process_learned,
+    NetworkFiles, build_network, class_names, find_files, process_learned, second_choice,
 )  # fmt: skip
 from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
 from checkpoints.weights import Weights, load_weights
@@ -17,9 +17,11 @@ from layers.sizes import MOST_IN_TABLE, is_number
 from runtime.devices import choose_device
 from runtime.image_size import sides, written
 from sampling.options import OWN, SamplingOptions, solver_options
+from sampling.pair import check_high
 from sampling.sampler import Sampler
 from sampling.speed import prepare
 from vae import PixelSpace, latent_shape, load_vae
+from variants.exits import ExitDiT
 
 VAE = "mse"  # for pictures, where nobody names the autoencoder
 QUICK = "dpm++"  # for pictures to look at, where nobody names a solver and the process has this one
@@ -78,17 +80,53 @@ def build_sampler(
     process = process_learned(choice, weights, network)
     usual = QUICK if quick and QUICK in process.solvers else None
     values = options.settled(process, usual, reads_text(network), makes_clips(network))
+    check_high(choice.ckpt_high, options.high_from)
+    high = second_network(choice, files, device)
+    check_compiled(values["compile"], network, high)
     own, compiled = solver_options(values), values["compile"]
     plain = {name: value for name, value in values.items() if name not in (*OWN, *OF_NETWORK)}
-    extrapolate(network, options.extrapolation)
+    networks = [one for one in (network, high) if one is not None]
+    for one in networks:
+        extrapolate(one, options.extrapolation)
     sampler = Sampler(
         network, PixelSpace(), class_names(choice, weights), checkpoint=files.checkpoint,
         process=process, solver_options=own,
         latent_shape=asked_latent(choice, network, files.vae, options.frames),
-        reader=reader_for(network, choice.text_encoder), frame_rate=trained_rate(weights), **plain,
+        reader=reader_for(network, choice.text_encoder), frame_rate=trained_rate(weights),
+        high=high, **plain,
     )  # fmt: skip
-    prepare(network, options.mixed_precision, compiled)
+    for one in networks:
+        prepare(one, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
+
+
+def check_compiled(compile: bool, *networks: Network | None) -> None:
+    """Raise ValueError for a network that is to be compiled and cannot be."""
+    if compile and any(isinstance(network, ExitDiT) for network in networks):
+        raise ValueError(
+            "`compile`: a network with exits sorts its samples as they come, which cannot be "
+            "compiled; leave the argument out"
+        )
+
+
+def second_network(
+    choice: NetworkChoice, files: NetworkFiles, device: torch.device
+) -> Network | None:
+    """The network of a choice's `ckpt_high`; None for none.
+
+    Raises ValueError for a checkpoint that does not say how its network is built, or that does not
+    fit.
+    """
+    second = second_choice(choice)
+    if second is None or files.high is None:
+        return None
+    weights = load_weights(files.high, second.weights)
+    if weights.config is None:
+        raise ValueError(
+            f"`ckpt_high` {choice.ckpt_high} does not say how its network is built; give a "
+            "checkpoint that does, such as one of train.py"
+        )
+    return build_network(second, weights, files.vae).to(device)
 
 
 def extrapolate(network: Network, extrapolation: str | None) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from checkpoints.choice import NetworkChoice
 from checkpoints.files import list_checkpoints
-from checkpoints.loading import find_files
+from checkpoints.loading import NetworkFiles, find_files
 from checkpoints.names import weights_file
 from conditions.labels import label_index, label_names, random_labels
 from runtime.devices import process_device, tf32
@@ -98,17 +98,18 @@ def open_job(
     place, own_device = own_place(), process_device(device)
     _check_checkpoint(choice, place)
     files = find_files(choice, VAE)
-    before = stamps(files.checkpoint, files.vae)
+    before = stamps(files)
     sampler = build_sampler(choice, files, options, own_device)
     labels = all_labels(many, sampler)
     recorded = recorded_options(files, choice, options, sampler, many, device, tf32)
     decides = deciding(recorded, files, sampler.network, labels, own_device.type)
     folder = folder_of(recorded, decides)
     make_folder(folder)
-    if stamps(files.checkpoint, files.vae) != before:
+    if stamps(files) != before:
+        beside = "" if files.high is None else f", {choice.ckpt_high}"
         raise ValueError(
-            f"{choice.ckpt or files.checkpoint} or {files.vae} changed while it was read; give the "
-            "same command again"
+            f"{choice.ckpt or files.checkpoint}{beside} or {files.vae} changed while it was read; "
+            "give the same command again"
         )
     manifest, run = {"decides": decides, "options": recorded}, circumstances(own_device, place)
     return ManyJob(sampler, many, labels, folder, manifest, run, own_device, place, tf32)
@@ -116,11 +117,13 @@ def open_job(
 
 def _check_checkpoint(choice, place):
     """Raise ValueError if several processes could find different checkpoints."""
-    if place.world_size > 1 and choice.ckpt is not None and list_checkpoints(choice.ckpt):
-        raise ValueError(
-            f"`ckpt` {choice.ckpt} is a run folder, whose newest checkpoint may change while "
-            f"processes start; give the checkpoint itself, {weights_file(choice.ckpt)}"
-        )
+    for name in ("ckpt", "ckpt_high"):
+        path = getattr(choice, name)
+        if place.world_size > 1 and path is not None and list_checkpoints(path):
+            raise ValueError(
+                f"`{name}` {path} is a run folder, whose newest checkpoint may change while "
+                f"processes start; give the checkpoint itself, {weights_file(path)}"
+            )
 
 
 def make_all(job: ManyJob) -> Path:
@@ -166,12 +169,13 @@ def write_captions(job: ManyJob) -> None:
         print(f"note: {note}", flush=True)
 
 
-def stamps(checkpoint: Path, vae: str) -> list[tuple[int, int, int]]:
-    """What changes when the checkpoint, or a file of a local autoencoder, is replaced.
+def stamps(files: NetworkFiles) -> list[tuple[int, int, int]]:
+    """What changes when a checkpoint, or a file of a local autoencoder, is replaced.
 
     Writing to such a file changes it, too.
     """
-    paths = [checkpoint, *sorted(Path(vae).glob("*"))]
+    checkpoints = filter(None, (files.checkpoint, files.high))
+    paths = [*checkpoints, *sorted(Path(files.vae).glob("*"))]
     found = [os.stat(path) for path in paths if path.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 

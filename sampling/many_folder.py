@@ -35,11 +35,11 @@ MANIFEST = "manifest.json"
 CAPTIONS = "captions.txt"  # a line for each image, in order: its prompt
 Wishes = Tensor | list[str]  # what every image is to be: labels, int64 (N,), or N prompts
 # Options that change no image
-INCIDENTAL = ("device", "sample_dir", "ckpt", "text_encoder")
+INCIDENTAL = ("device", "sample_dir", "ckpt", "text_encoder", "ckpt_high")
 # Options that earlier versions lacked, at what these did: folders keep the names that they had
 NEWER = {
     "cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None,
-    "prompts": None, "negative_prompt": None, "frames": None,
+    "prompts": None, "negative_prompt": None, "frames": None, "high_from": None,
 }  # fmt: skip
 POLICIES = ("random", "balanced")  # of labels; anything else is a file
 
@@ -56,7 +56,8 @@ def recorded_options(
         sampler.process, text=sampler.reads_text, clips=sampler.makes_clips
     )
     own = {name: sampling.pop(name) for name in OWN if name in sampling}
-    last = {name: sampling.pop(name) for name in ("compile", "extrapolation", "frames")}
+    later = ("compile", "extrapolation", "frames", "high_from")
+    last = {name: sampling.pop(name) for name in later}
     trained = sampler.network.latent_shape
     other_size = sampler.latent[-2:] != trained[-2:]
     if sampler.latent[:-2] == trained[:-2]:
@@ -65,6 +66,7 @@ def recorded_options(
         "ckpt": str(files.checkpoint), "weights": choice.weights, "vae": files.vae,
         "image_size": sampler.image_size if other_size else None, "device": device,
         "text_encoder": choice.text_encoder,
+        "ckpt_high": None if files.high is None else str(files.high),
     }  # fmt: skip
     return asdict(many) | network | sampling | {"tf32": tf32} | last | own
 
@@ -89,6 +91,8 @@ def deciding(
     elif decides["labels"] not in POLICIES:
         decides["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     design = {key: value for key, value in network.config.items() if LATER.get(key) != value}
+    if files.high is not None:
+        decides["high_sha256"] = file_hash(files.high)
     return decides | {
         "device_type": device_type, "network": design,
         "checkpoint_sha256": file_hash(files.checkpoint), "vae_sha256": vae_hashes(files.vae),

@@ -46,6 +46,8 @@ class SamplingOptions:
     empty prompt.
     frames: of a network that makes clips, how many frames they have; None for as many as it was
     trained on.
+    high_from: the noise level, from 0, clean, to 1, from which on the network of `ckpt_high` is
+    asked; None without one.
 
     The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
     solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
@@ -79,12 +81,15 @@ class SamplingOptions:
     extrapolation: str | None = None
     negative_prompt: str | None = None
     frames: int | None = None
+    high_from: float | None = None
 
     def __post_init__(self) -> None:
         # One type for each option: sample_many names folders after the options
         for name, value in _given(self).items():
             if name in NUMBERS:
                 object.__setattr__(self, name, _number(name, value))
+        if self.high_from is not None:
+            object.__setattr__(self, "high_from", _number("high_from", self.high_from))
         check_numbers(self)
         for name in ("eta", "cfg_scale"):
             object.__setattr__(self, name, float(getattr(self, name)))

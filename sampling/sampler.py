@@ -31,6 +31,7 @@ from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
 from runtime.image_size import ImageSize, settled, sides
+from sampling.pair import Pair, check_high, check_pair
 from sampling.speed import PRECISIONS
 from vae import Space, from_uint8, to_uint8
 
@@ -61,6 +62,9 @@ class Sampler:
     Where prompts come as Text alone, `null`, a Text of one caption to be guided against, does
     instead of both.
 
+    `high` is a second network, which is asked in place of the first from the noise level
+    `high_from` on (sampling.pair); all else the first one says.
+
     Raises ValueError for options that do not fit the network or the process.
     """
 
@@ -82,6 +86,8 @@ class Sampler:
     negative_prompt: str | None = None
     null: Text | None = None
     frame_rate: float | None = None
+    high: Network | None = None
+    high_from: float | None = None
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)
@@ -93,6 +99,9 @@ class Sampler:
         self.latent = self.latent_shape or self.network.latent_shape
         if self.latent_shape is not None:
             check_latent(self.latent_shape, self.network)
+            if self.high is not None:
+                check_latent(self.latent_shape, self.high)
+        self.asked = self._asked()
         self.condition = self._condition()
         if self.cfg_channels is None:
             self.cfg_channels = usual_channels(self.reads_text, self.makes_clips)
@@ -113,6 +122,14 @@ class Sampler:
                 f"`cfg_interval` {low} {high} holds none of the {self.num_sampling_steps} steps of "
                 f"{self.sampler}, so nothing would be guided; widen it, or pass `cfg_scale=1`"
             )
+
+    def _asked(self) -> Network | Pair:
+        """What is asked: the network, or it and `high` as one."""
+        check_high(self.high, self.high_from)
+        if self.high is None or self.high_from is None:
+            return self.network
+        check_pair(self.network, self.high, self.process)
+        return Pair(self.network, self.high, self.high_from, self.process)
 
     def _condition(self) -> Condition:
         """What the network is conditioned on, guided against the negative prompt."""
@@ -210,15 +227,15 @@ class Sampler:
         return cut_notes(self.reader, [*asked, *negative])
 
     def schedule(self) -> Scheduled | None:
-        """The network, prepared for the times of the steps, if it can be told which step it is
+        """What is asked, prepared for the times of the steps, if it can be told which step it is
         asked in: if it makes use of that, and the solver asks at the steps' beginnings alone.
         """
-        if not isinstance(self.network, Scheduled):
+        if not isinstance(self.asked, Scheduled):
             return None
         if not self.process.solvers[self.sampler].at_beginnings:
             return None
-        self.network.schedule(self.steps())
-        return self.network
+        self.asked.schedule(self.steps())
+        return self.asked
 
     def predictor(self, labels: Values, given: Given | None = None) -> StepNetwork:
         """predict(x, t, step) → what the network makes of x (N, C, *space) at t (N,), guided if the
@@ -239,11 +256,11 @@ class Sampler:
                 before, x = x, as_taken(self.network, x)
                 if guided[step]:
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
-                    out = self.network.forward_with_cfg(
+                    out = self.asked.forward_with_cfg(
                         x2, t2, cfg_scale=self.cfg_scale, cfg_channels=channels, **doubled
                     )[: len(x)]
                 else:
-                    out = self.network(x, t, **plain)
+                    out = self.asked(x, t, **plain)
             return out.to(before.dtype)
 
         return predict if given is None else given.asked(predict)

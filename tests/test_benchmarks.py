@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import (
-    calls, depth, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training,
+    calls, exits, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training,
     gpu_worker, loading, packing, plot_solvers, process, sampling, sides, solvers,
     space_time, training,
 )  # fmt: skip
@@ -21,7 +21,6 @@ from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
 from conftest import ROOT, small_dit
 from flow import create_flow
-from models import DiT
 from training.state import Recipe, new_state
 
 
@@ -127,26 +126,14 @@ def test_a_flow_s_steps_are_the_same_with_half_the_calls(method, once):
     assert (ends[0] - ends[1]).abs().max() < 1e-6 < (ends[0] - x).abs().max()
 
 
-def test_step_dependent_depth_leaves_blocks_out_above_the_threshold_only():
-    network = small_dit(depth=3)
-    shallow = depth.build(network, (1,), 500).double()
-    without = DiT(**network.config | {"depth": 2}).double().eval()
-    kept = {
-        k.replace("blocks.2.", "blocks.1."): v
-        for k, v in network.state_dict().items()
-        if "blocks.1." not in k
-    }
-    without.load_state_dict(kept)
-    x, t, y = (
-        torch.randn(4, 4, 8, 8).double(), torch.tensor([0, 499, 500, 999]),
-        torch.tensor([1, 2, 3, 4]),
-    )  # fmt: skip
-    with torch.no_grad():
-        got, whole, thin = shallow(x, t, y), network(x, t, y), without(x, t, y)
-    torch.testing.assert_close(got, torch.cat([whole[:2], thin[2:]]))
-    assert not torch.allclose(whole[2:], thin[2:]) and list(shallow.state_dict()) == list(
-        network.state_dict()
-    )
+def test_exits_begin_with_the_final_layer_of_the_network():
+    """Both sides of the comparison begin as the same network below the levels."""
+    network = small_dit(depth=6).float().eval()
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    for _name, pairs in exits.SIDES.items():
+        made = exits.with_exits(network, pairs)
+        assert torch.equal(made(x, torch.tensor([5, 9]), y), network(x, torch.tensor([5, 9]), y))
+        assert len(getattr(made, "exit_layers", ())) == len(pairs)
 
 
 # ---- what the documents show ----

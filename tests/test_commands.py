@@ -46,6 +46,7 @@ SHORTER = {
     "examples/emoji/judge_emoji.py": "--num-samples 24 --num-sampling-steps 2",
     "--max-steps 16242 ": "--max-steps 20", "--max-steps 15228 ": "--max-steps 20",
     "--max-steps 14000": "--max-steps 20",
+    "--max-steps 1000 ": "--max-steps 8",
     "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
     "--max-steps 2000 ": "--max-steps 8 --sample-every 4", "--max-steps 300 ": "--max-steps 8",
     "--num-fid-samples 519": "--num-fid-samples 24",
@@ -76,7 +77,9 @@ LEAVES = {
         "digits-back.safetensors",
         "sample.png",
     ],
-    "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png", "wide.png"],
+    "docs/sampling.md": [
+        "trajectory.png", "guidance.png", "interpolate.png", "wide.png", "exits.png", "two.png",
+    ],
     "docs/own-data.md": [
         "shapes-runs/*/previews/0000008.png",
         "shapes-runs/sample.png",

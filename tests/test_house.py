@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "flow": set(),
     "layers": set(),
     "models": {"layers"},
-    "variants": {"layers"},
+    "variants": {"layers", "models"},
     "vae": {"runtime"},
     "processes": {"runtime", "diffusion", "flow"},
     "conditions": {"runtime", "layers"},
@@ -41,15 +41,15 @@ MAY_IMPORT = {
     },
     "sampling": {
         "runtime", "diffusion", "flow", "layers", "models", "vae", "processes", "conditions",
-        "checkpoints",
+        "checkpoints", "variants",
     },
     "training": {
         "runtime", "diffusion", "flow", "layers", "models", "vae", "processes", "conditions",
-        "checkpoints", "data", "evaluation", "sampling",
+        "checkpoints", "data", "evaluation", "sampling", "variants",
     },
     "page": {"runtime", "models", "processes", "conditions", "checkpoints", "sampling"},
 }  # fmt: skip
-MOST_FLOORS = 5
+MOST_FLOORS = 6
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 WINGS = [wing for wing in MAY_IMPORT if (ROOT / wing).is_dir()]

@@ -292,9 +292,10 @@ def build_state(
     torch.manual_seed(options.global_seed)
     size = space.shape.size(options.image_size, options.patch_size)
     texts = texts_of(source)
-    network = MODELS[options.model](
-        input_size=size, in_channels=space.shape.channels, **options.network_arguments,
-        **({} if texts is None else text_arguments(texts, options)),
+    create: Callable[..., Network] = options.network_class
+    network = create(
+        **MODELS[options.model].keywords, input_size=size, in_channels=space.shape.channels,
+        **options.network_arguments, **({} if texts is None else text_arguments(texts, options)),
     )  # fmt: skip
     condition = None if texts is None else TextCondition(texts.null, texts.shares)
     process, note = process_of(network, options.process_said), None

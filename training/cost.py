@@ -7,8 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints.networks import create_network, sample_condition
+from checkpoints.networks import Network, create_network, sample_condition
 from vae import LatentShape
+from variants.exits import ExitDiT
 
 TRAINING_BYTES = 4 * 5  # of a parameter in float32: weight, gradient, two moments, average
 
@@ -63,6 +64,8 @@ def kept_for_backward(config: dict, batch_size: int, bf16: bool, grad_checkpoint
 
         x = torch.zeros(batch_size, *network.latent_shape)  # (N, C, *space)
         condition = sample_condition(network, batch_size)
+        if isinstance(network, ExitDiT):  # the memory that a batch of full depth takes
+            network.expected = 0
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 out = network(x, torch.zeros(batch_size), condition)
@@ -74,14 +77,28 @@ def training_flops(config: dict, space: tuple[int, ...] | None = None) -> int:
     """Floating-point operations (2 per multiply-add) that training on one latent takes, (C, *space)
     or the network's own.
 
+    Of a network with exits it is the mean over noise levels that are equally likely.
+
     The forward pass is counted, and twice as much for the backward pass. Counted on the network
     with this configuration; what gradient checkpointing computes again is not in it.
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
         network = create_network(config)
-        shape = (network.in_channels, *space) if space else network.latent_shape
+    if not isinstance(network, ExitDiT):
+        return 3 * forward_flops(network, space)
+    total = 0.0
+    for stage, share in enumerate(network.shares()):
+        network.expected = stage
+        total += share * forward_flops(network, space)
+    return 3 * round(total)
+
+
+def forward_flops(network: Network, space: tuple[int, ...] | None) -> int:
+    """The operations of a network on "meta" on one latent, its own if `space` is None."""
+    shape = (network.in_channels, *space) if space else network.latent_shape
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, *shape), torch.zeros(1), sample_condition(network, 1))
-    return 3 * counter.get_total_flops()
+    return counter.get_total_flops()
 
 
 def flops_per_image(

@@ -166,6 +166,11 @@ def add_network_flags(add: Add) -> None:
         "channels for a learned variance (default: on for diffusion, off for a flow, which does "
         "not train them)"
     )
+    add(
+        "--exits", nargs="+", metavar="DEPTH:LEVEL",
+        help="train the DiT of --init-from to have fewer blocks where noise is high: from a noise "
+        "level on, 0 clean and 1 noise, so many run, such as 4:0.3 3:0.6 (default: all everywhere)",
+    )  # fmt: skip
     add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
 
 

@@ -20,11 +20,12 @@ from flow.flow import LOSS_WEIGHTS
 from flow.paths import PATHS as FLOW_PATHS
 from flow.prediction import PREDICTIONS
 from layers.parts import DEFAULTS as PARTS, NAMES
-from models import BLOCKS, summed
+from models import BLOCKS, DiT, summed
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.image_size import ImageSize, settled
 from runtime.limits import Range, check_numbers
+from variants.exits import DESIGN, ExitDiT, checked_exits
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
 # have them in this order, and so has the hash that names a start.
@@ -33,7 +34,7 @@ DECIDING = (
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
     "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
     *SETTINGS, "learn_sigma", *PARTS, "aspect_buckets", "pack", "condition", "text_length",
-    "text_encoder", "frames", "frame_stride", "frame_rate", "given_frames",
+    "text_encoder", "frames", "frame_stride", "frame_rate", "given_frames", "exits",
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -50,7 +51,7 @@ UNRECORDED = {
     **LATER, "process": GaussianProcess.word, **dict.fromkeys(SETTINGS),
     "learn_sigma": GaussianProcess.learns_sigma, "aspect_buckets": False, "pack": None,
     "condition": LABELS, "text_length": None, "text_encoder": None, "frames": None,
-    "frame_stride": 1, "frame_rate": None, "given_frames": 0.0,
+    "frame_stride": 1, "frame_rate": None, "given_frames": 0.0, "exits": None,
 }  # fmt: skip
 
 # Option → what it may be, where that is a few words
@@ -110,6 +111,7 @@ class TrainOptions:
     init_from: Path | str | None = None
     init_labels: str = "keep"
     learn_sigma: bool | None = None
+    exits: Sequence[str] | None = None  # "DEPTH:LEVEL" each
     # process; the settings of a flow are None in another process
     process: str = GaussianProcess.word
     path: str | None = None
@@ -164,6 +166,7 @@ class TrainOptions:
         check_numbers(self, num_classes=CLASSES, eval_samples=SCORED, given_frames=SHARE)
         self._check_decays()
         self._check_choices()
+        self._check_exits()
         self._settle_condition()
         self._check_clips()
         self._check_pairs()
@@ -182,6 +185,8 @@ class TrainOptions:
     @property
     def network_class(self) -> type[Network]:
         """The class of the network."""
+        if self.exits is not None:
+            return ExitDiT
         return MODELS[self.model].func  # type: ignore[return-value]  # of NETWORKS, all of them
 
     @property
@@ -190,6 +195,10 @@ class TrainOptions:
         known = arguments_of(self.network_class.__name__)
         names = ("num_classes", "block", "frames", *PARTS)
         given = {name: getattr(self, name) for name in names if name in known}
+        if self.exits is not None:
+            kind = WORDS[self.process]
+            given["exits"] = [read_exit(text) for text in self.exits]
+            given |= {"t_clean": float(kind.clean), "t_noise": float(kind.noisy)}
         return given | {"learn_sigma": bool(self.learn_sigma)}
 
     @property
@@ -311,6 +320,27 @@ class TrainOptions:
             if value not in choices and value != getattr(TrainOptions, name):
                 raise ValueError(f"`{name}` is {value}; choose from {', '.join(choices)}")
 
+    def _check_exits(self):
+        """Raise ValueError for exits that the model cannot be trained with."""
+        if self.exits is None:
+            return
+        if MODELS[self.model].func is not DiT or self.block != DESIGN:
+            raise ValueError(
+                f"`exits` are for a DiT with blocks of {DESIGN}, and `model` is {self.model}, "
+                f"`block` {self.block}; leave `exits` out, or choose others"
+            )
+        if self.init_from is None and self.resume in (None, "auto"):
+            raise ValueError(
+                "`exits` are trained from a whole network's weights; give them with `init_from`"
+            )
+        for name in ("pack", "compile", "fsdp"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`exits` and `{name}` do not go together; leave one of them out"
+                )
+        pairs = [read_exit(text) for text in self.exits]
+        checked_exits(pairs, MODELS[self.model].keywords["depth"])
+
     def _check_clips(self):
         """Raise ValueError for options of clips that the model cannot be trained with."""
         makes, patch = makes_clips(self.network_class), self.patch_frames
@@ -389,6 +419,18 @@ class TrainOptions:
                 f"`block` {self.block} does not take packed images; choose from "
                 f"{', '.join(known)}, or pass `aspect_buckets=True` instead of `pack`"
             )
+
+
+def read_exit(text: str) -> tuple[int, float]:
+    """(depth, level) of "DEPTH:LEVEL". Raises ValueError for any other text."""
+    try:
+        depth, level = str(text).split(":")
+        return int(depth), float(level)
+    except ValueError:
+        raise ValueError(
+            f"`exits` has {text!s:.60}; give DEPTH:LEVEL, such as 4:0.3: so many blocks from that "
+            "noise level on"
+        ) from None
 
 
 def defaults() -> dict[str, Any]:
