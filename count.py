@@ -39,14 +39,14 @@ from argparse import Namespace
 
 import torch
 
-from checkpoints.networks import CLASS, MODELS, arguments_of, create_network
+from checkpoints.networks import CLASS, MODELS, ExitDiT, arguments_of, create_network
 from layers.parts import DEFAULTS as PARTS, NAMES, PAPERS
 from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
 from training.cost import Cost, count
 from training.options import TrainOptions, read_exit
 from vae import latent_shape
-from variants.exits import DESIGN, ExitDiT
+from variants.exits import DESIGN
 from variants.video import VideoDiT
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")

@@ -24,11 +24,11 @@ from benchmarks.solvers import (
     DIGITS, Setting, load, make_sampler, real_digits, real_statistics, score,
 )  # fmt: skip
 from checkpoints import load_pretrained
+from checkpoints.networks import ExitDiT
 from diffusion import create_diffusion
 from evaluation.features import load_extractor
 from training.step import update_ema
 from vae import from_uint8
-from variants.exits import ExitDiT
 
 # Of six blocks how many run from which noise level on
 SIDES = {"control": (), "4:0.3 3:0.6": ((4, 0.3), (3, 0.6)), "2:0.6": ((2, 0.6),)}

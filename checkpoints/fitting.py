@@ -9,7 +9,9 @@ from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in, with_process
 from checkpoints.from_images import from_images
 from checkpoints.from_whole import check_whole, with_exits
-from checkpoints.networks import MODELS, NETWORKS, OURS, Network, class_in, makes_clips, said_of
+from checkpoints.networks import (
+    MODELS, NETWORKS, OURS, ExitDiT, Network, class_in, makes_clips, said_of,
+)  # fmt: skip
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, TABLE_OF_FRAMES, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
@@ -20,7 +22,6 @@ from layers.parts import DEFAULTS, PAPERS
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
-from variants.exits import ExitDiT
 from runtime.json_files import read_json
 
 # What of a process's config decides what t and the network's output mean

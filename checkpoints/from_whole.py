@@ -5,8 +5,9 @@ as a copy of the DiT's.
 from pathlib import Path
 
 from checkpoints.network_config import Tensors
+from checkpoints.networks import ExitDiT
 from checkpoints.outline import design_of
-from variants.exits import DESIGN, ExitDiT
+from variants.exits import DESIGN
 
 FINAL = "final_layer."
 

@@ -14,12 +14,18 @@ import torch
 from layers.text import Text
 from layers.text_encoder import PIECE
 from models import DiT, DiT_models
-from variants.exits import ExitDiT
+from variants.exits import Exits
 from variants.mmdit import MMDiT, MMDiT_models
 from variants.pixart import PixArt, PixArt_models
 from variants.space_time import SpaceTime
 from variants.text_network import TextNetwork
 from variants.video import TextVideo, Video_models, VideoDiT
+
+
+
+class ExitDiT(Exits, DiT):
+    """A DiT whose depth depends on a sample's noise level."""
+
 
 CLASS = "_class_name"  # in a configuration; one without it is DiT's
 OURS = "DiT"

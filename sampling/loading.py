@@ -10,7 +10,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned, second_choice,
 )  # fmt: skip
-from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
+from checkpoints.networks import ExitDiT, Network, makes_clips, patch_frames, reads_text
 from checkpoints.weights import Weights, load_weights
 from conditions.reading import reader_for
 from layers.sizes import MOST_IN_TABLE, is_number
@@ -21,7 +21,6 @@ from sampling.pair import check_high
 from sampling.sampler import Sampler
 from sampling.speed import prepare
 from vae import PixelSpace, latent_shape, load_vae
-from variants.exits import ExitDiT
 
 VAE = "mse"  # for pictures, where nobody names the autoencoder
 QUICK = "dpm++"  # for pictures to look at, where nobody names a solver and the process has this one

@@ -7,9 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints.networks import Network, create_network, sample_condition
+from checkpoints.networks import ExitDiT, Network, create_network, sample_condition
 from vae import LatentShape
-from variants.exits import ExitDiT
 
 TRAINING_BYTES = 4 * 5  # of a parameter in float32: weight, gradient, two moments, average
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.network_config import LATER
-from checkpoints.networks import MODELS, Network, arguments_of, makes_clips, reads_text
+from checkpoints.networks import MODELS, ExitDiT, Network, arguments_of, makes_clips, reads_text
 from conditions.labels import CLASSES
 from data.opening import SOURCES
 from data.options import CONDITIONS, LABELS, TEXT, DataOptions
@@ -25,7 +25,7 @@ from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.image_size import ImageSize, settled
 from runtime.limits import Range, check_numbers
-from variants.exits import DESIGN, ExitDiT, checked_exits
+from variants.exits import DESIGN, checked_exits
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
 # have them in this order, and so has the hash that names a start.

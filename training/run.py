@@ -96,7 +96,7 @@ def kind_of(network: Network) -> str:
     """What a network is, beside its model's name: its design, how it sees clips, what it reads."""
     seen = [f"{network.config['attention']} attention"] if makes_clips(network) else []
     read = ["captions"] if reads_text(network) else []
-    return ", ".join(seen + read) or network.config["block"]
+    return ", ".join(seen + read) or network.config.get("block", type(network).__name__)
 
 
 def notes_on_shapes(job: Job) -> Iterator[str]:

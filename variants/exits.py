@@ -2,10 +2,11 @@
 exit by time: ASE, 2408.05927, ICML 2024; "a shallow network first": DuoDiff, 2410.09633).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,12 @@ from layers.layout import Layout
 from layers.packing import Packed
 from layers.parts import PAPERS
 from layers.sizes import is_number
-from models import DiT
 
 DESIGN = "adaln_zero"  # of the blocks
 
 
-class ExitDiT(DiT):
-    """A DiT whose depth depends on the noise level of a sample.
+class Exits:
+    """A DiT whose depth depends on the noise level of a sample: a mixin before models.DiT.
 
     `exits` are pairs (depth, level), levels rising and depths falling: from that noise level on, 0
     clean and 1 noise, so many of the blocks run, and then the exit's own final layer. A sample's
@@ -34,6 +34,15 @@ class ExitDiT(DiT):
     ValueError for arguments that do not fit.
     """
 
+    config: dict[str, Any]
+    blocks: nn.ModuleList
+    final_layer: Any
+    grad_checkpointing: bool
+    training: bool
+    embed_conditions: Callable[..., list[Tensor]]
+    tokens: Callable[..., tuple[Tensor, Layout]]
+    images: Callable[..., Tensor]
+
     def __init__(
         self, input_size: int | Sequence[int] = 32, patch_size: int = 2, in_channels: int = 4,
         hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
@@ -43,7 +52,7 @@ class ExitDiT(DiT):
         norm: str = PAPERS.norm, mlp: str = PAPERS.mlp, qk_norm: bool = PAPERS.qk_norm,
         extrapolation: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
             class_dropout_prob, num_classes, learn_sigma, DESIGN, process, positions, norm, mlp,
             qk_norm, extrapolation,

@@ -4,11 +4,11 @@ import torch
 
 from checkpoints.files import newest_checkpoint
 from checkpoints.loading import load_pretrained
+from checkpoints.networks import ExitDiT
 from sampling.loading import load_sampler
 from starts import forked
 from test_train import fresh_accelerator, images, learns_alike, run, same  # noqa: F401
 from training.options import TrainOptions
-from variants.exits import ExitDiT
 
 EXITS = ["--exits", "4:0.3", "2:0.6"]
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from checkpoints.fitting import adapt
 from checkpoints.loading import load_pretrained
+from checkpoints.networks import ExitDiT
 from checkpoints.publish import export_checkpoint
 from checkpoints.choice import NetworkChoice
 from checkpoints.weights import Weights, load_weights, save_weights
@@ -20,7 +21,6 @@ from sampling.loading import load_sampler
 from sampling.sampler import Sampler
 from training.cost import training_flops
 from vae import PixelSpace
-from variants.exits import ExitDiT
 
 SIZES = dict(
     input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=4, num_heads=2, num_classes=3
