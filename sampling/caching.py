@@ -51,8 +51,10 @@ KINDS = {"taylor": Taylor}
 def parse_cache(text: str) -> Taylor:
     """What a text such as "taylor:3,1" asks for: a name of KINDS, and its numbers.
 
-    Raises ValueError for any other text.
+    Raises ValueError for any other text, and for what is none.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"`cache` is {text!r:.60}; give a text such as taylor:3,1")
     name, _, numbers = text.partition(":")
     kind, parts = KINDS.get(name), numbers.split(",")
     fields = () if kind is None else kind._fields
@@ -84,7 +86,11 @@ class History:
         self.kept: deque[tuple[float, Tensor]] = deque(maxlen=length)
 
     def keep(self, time: float, value: Tensor) -> None:
-        """Keep a tensor at a time, and drop the oldest one if there are too many."""
+        """Keep a tensor at a time, instead of the last one if that has the same time; drop the
+        oldest one if there are too many.
+        """
+        if self.kept and self.kept[-1][0] == time:  # dpm++ has such steps where they are many
+            self.kept.pop()
         self.kept.append((time, value))
 
     def weighted(self, time: float) -> Iterator[tuple[float, Tensor]]:

@@ -186,8 +186,6 @@ def _settle_cache(options):
     """Give `cache` its one form. Raise ValueError for another text, and beside `compile`."""
     if options.cache is None:
         return
-    if not isinstance(options.cache, str):
-        raise ValueError(f"`cache` is {options.cache!r:.60}; give a text such as taylor:3,1")
     object.__setattr__(options, "cache", written(parse_cache(options.cache)))
     if options.compile:
         raise ValueError(

@@ -69,6 +69,18 @@ def test_a_polynomial_of_its_degree_is_continued_exactly(order):
     assert (at(beyond, 790.0) - value(790.0, order + 1)).abs().max() > 1e-3
 
 
+def test_of_two_tensors_at_a_time_the_last_one_counts():
+    """So many steps of dpm++ are asked at the same whole t twice."""
+    history = History(3)
+    for t, value in (3.0, 30), (2.0, 7), (2.0, 20):
+        history.keep(t, torch.tensor(value))
+    assert at(history, 1.0) == 10
+    sampler = of(network(), "dpm++", 300, cache="taylor:3,1")
+    assert len(set(sampler.steps())) < 300
+    plain = drawn(of(network(), "dpm++", 300), (0,))
+    assert drawn(sampler, (0,)).abs().max() < 2 * plain.abs().max()
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_it_is_diffusers_taylorseer_of_orders_0_and_1(order):
     """From order 2 on theirs is a Taylor series with differences for derivatives, which does not
