@@ -76,7 +76,9 @@ LEAVES = {
         "digits-back.safetensors",
         "sample.png",
     ],
-    "docs/sampling.md": ["trajectory.png", "guidance.png", "interpolate.png", "wide.png"],
+    "docs/sampling.md": [
+        "trajectory.png", "guidance.png", "interpolate.png", "wide.png", "cached.png",
+    ],
     "docs/own-data.md": [
         "shapes-runs/*/previews/0000008.png",
         "shapes-runs/sample.png",
