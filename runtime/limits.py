@@ -63,6 +63,8 @@ RANGES = {
     "last_step_size": Range(0.0, 1.0),
     "atol": Range(1e-15, 1000.0),
     "rtol": Range(1e-15, 1000.0),
+    "cache_interval": Range(1, 1000),
+    "cache_order": Range(0, 4),
     # both
     "num_workers": Range(0, 1024),
     "workers": Range(1, 1024),

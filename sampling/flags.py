@@ -149,6 +149,12 @@ def add_process_flags(parser: ArgumentParser, cfg_scale: float) -> None:
         help="compile the network (on a GPU with CUDA graphs): seconds to minutes at the start of "
         "every run, so for many images rather than one picture; results differ by float rounding",
     )
+    process.add_argument(
+        "--cache", metavar="taylor:INTERVAL,ORDER",
+        help="ask the network's blocks only at one step of INTERVAL, and in between go on with a "
+        "polynomial of this ORDER through what they said before, 0 being the same again; for 50 "
+        "steps and more, such as taylor:3,1 (default: ask them at every step)",
+    )  # fmt: skip
     add_size_flags(process)
     process.add_argument(
         "--frames", type=int,

@@ -39,7 +39,7 @@ INCIDENTAL = ("device", "sample_dir", "ckpt", "text_encoder", "ckpt_high")
 # Options that earlier versions lacked, at what these did: folders keep the names that they had
 NEWER = {
     "cfg_interval": (0.0, 1.0), "compile": False, "image_size": None, "extrapolation": None,
-    "prompts": None, "negative_prompt": None, "frames": None, "high_from": None,
+    "prompts": None, "negative_prompt": None, "frames": None, "high_from": None, "cache": None,
 }  # fmt: skip
 POLICIES = ("random", "balanced")  # of labels; anything else is a file
 
@@ -56,7 +56,7 @@ def recorded_options(
         sampler.process, text=sampler.reads_text, clips=sampler.makes_clips
     )
     own = {name: sampling.pop(name) for name in OWN if name in sampling}
-    later = ("compile", "extrapolation", "frames", "high_from")
+    later = ("compile", "extrapolation", "frames", "high_from", "cache")
     last = {name: sampling.pop(name) for name in later}
     trained = sampler.network.latent_shape
     other_size = sampler.latent[-2:] != trained[-2:]

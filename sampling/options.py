@@ -13,6 +13,7 @@ from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import KINDS, SOLVERS
 from runtime.limits import RANGES, check_numbers, short
+from sampling.caching import parse_cache, written
 from sampling.sampler import (
     check_negative, check_options, check_sampler, check_steps, usual_channels,
 )  # fmt: skip
@@ -48,6 +49,8 @@ class SamplingOptions:
     trained on.
     high_from: the noise level, from 0, clean, to 1, from which on the network of `ckpt_high` is
     asked; None without one.
+    cache: at which steps the network's blocks are not asked, such as "taylor:3,1", as
+    sampling.caching.parse_cache has it; None: at none.
 
     The others are for solvers of a flow, whose t runs from 0, noise, to 1, data; None is the
     solver's default. time_shift: how much nearer to noise the steps lie, as flow.shifted has it;
@@ -82,6 +85,7 @@ class SamplingOptions:
     negative_prompt: str | None = None
     frames: int | None = None
     high_from: float | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         # One type for each option: sample_many names folders after the options
@@ -99,6 +103,7 @@ class SamplingOptions:
         _check_interval(self)
         _check_last_step(self)
         check_negative(self.negative_prompt, self.cfg_scale)
+        _settle_cache(self)
         if self.sampler is not None:
             check_options(_given(self), self.sampler)
         if self.num_sampling_steps is not None:
@@ -179,6 +184,18 @@ def _check_last_step(options):
         raise ValueError(
             f"`last_step_size` {options.last_step_size} is for a last step, and "
             '`last_step="none"` is none; leave `last_step_size` out'
+        )
+
+
+def _settle_cache(options):
+    """Give `cache` its one form. Raise ValueError for another text, and beside `compile`."""
+    if options.cache is None:
+        return
+    object.__setattr__(options, "cache", written(parse_cache(options.cache)))
+    if options.compile:
+        raise ValueError(
+            f"`cache` {options.cache} leaves out blocks, and `compile=True` compiles the network "
+            "as a whole; leave one of them out"
         )
 
 

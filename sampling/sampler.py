@@ -31,6 +31,7 @@ from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
 from runtime.image_size import ImageSize, settled, sides
+from sampling.caching import CachedRun, check_cache, parse_cache
 from sampling.pair import Pair, check_high, check_pair
 from sampling.speed import PRECISIONS
 from vae import Space, from_uint8, to_uint8
@@ -64,6 +65,8 @@ class Sampler:
 
     `high` is a second network, which is asked in place of the first from the noise level
     `high_from` on (sampling.pair); all else the first one says.
+    `cache`, such as "taylor:3,1", says at which steps the network's blocks are not asked
+    (sampling.caching.parse_cache); None: at none.
 
     Raises ValueError for options that do not fit the network or the process.
     """
@@ -88,6 +91,7 @@ class Sampler:
     frame_rate: float | None = None
     high: Network | None = None
     high_from: float | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         self.process = self.process or process_of(self.network)
@@ -122,6 +126,9 @@ class Sampler:
                 f"`cfg_interval` {low} {high} holds none of the {self.num_sampling_steps} steps of "
                 f"{self.sampler}, so nothing would be guided; widen it, or pass `cfg_scale=1`"
             )
+        if self.cache is not None:
+            check_once_a_step(self.sampler, self.process.solvers)
+            check_cache(self.asked, parse_cache(self.cache), self.guided())
 
     def _asked(self) -> Network | Pair:
         """What is asked: the network, or it and `high` as one."""
@@ -237,6 +244,15 @@ class Sampler:
         self.asked.schedule(self.steps())
         return self.asked
 
+    def cached_run(self) -> CachedRun | None:
+        """The network along one trajectory, with its blocks left out where `cache` says so; None
+        where they never are.
+        """
+        cache = None if self.cache is None else parse_cache(self.cache)
+        if cache is None or cache.interval == 1:
+            return None
+        return CachedRun(self.network, cache, self.steps(), self.guided())
+
     def predictor(self, labels: Values, given: Given | None = None) -> StepNetwork:
         """predict(x, t, step) → what the network makes of x (N, C, *space) at t (N,), guided if the
         step with this index, a Python number, is inside the interval. It is asked with the given
@@ -248,19 +264,20 @@ class Sampler:
         doubled = self.condition.doubled(labels) if any(guided) else {}
         dtype, channels = PRECISIONS[self.mixed_precision], self.cfg_channels
         assert channels is not None  # __post_init__ has settled it
-        told = self.schedule()
+        told, cached = self.schedule(), self.cached_run()
 
         def predict(x, t, step):
+            network = self.asked if cached is None else cached.at(step)
             cast = torch.autocast(x.device.type, dtype, enabled=dtype is not None)
             with cast, at_step(told, step):
-                before, x = x, as_taken(self.network, x)
+                before, x = x, as_taken(network, x)
                 if guided[step]:
                     x2, t2 = torch.cat([x, x]), torch.cat([t, t])  # (2N, ...)
-                    out = self.asked.forward_with_cfg(
+                    out = network.forward_with_cfg(
                         x2, t2, cfg_scale=self.cfg_scale, cfg_channels=channels, **doubled
                     )[: len(x)]
                 else:
-                    out = self.asked(x, t, **plain)
+                    out = network(x, t, **plain)
             return out.to(before.dtype)
 
         return predict if given is None else given.asked(predict)
@@ -437,6 +454,16 @@ def check_sampler(sampler: str, process: Process | type[Process]) -> None:
         f"`sampler` {sampler!s:.60}{of or ' is unknown'}; this network has learned the process "
         f"{process.word}: choose one of {', '.join(process.solvers)}"
     )
+
+
+def check_once_a_step(sampler: str, solvers: Mapping[str, Solver]) -> None:
+    """Raise ValueError for a solver that asks the network at more times than its steps begin."""
+    if not solvers[sampler].at_beginnings:
+        once = ", ".join(name for name, solver in solvers.items() if solver.at_beginnings)
+        raise ValueError(
+            f"`cache` is for samplers that ask the network once a step, {once}; `sampler` is "
+            f"{sampler}"
+        )
 
 
 def check_negative(negative_prompt: str | None, cfg_scale: float) -> None:

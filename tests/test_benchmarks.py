@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from benchmarks import (
-    calls, exits, flow, forward, gpu, gpu_commands, gpu_sampling, gpu_tables, gpu_training,
-    gpu_worker, loading, packing, plot_solvers, process, sampling, sides, solvers,
-    space_time, training,
+    caching, calls, deep_patches, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
+    gpu_tables, gpu_training, gpu_worker, loading, packing, plot_solvers, process, sampling, sides,
+    solvers, space_time, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -68,12 +68,23 @@ def test_a_result_is_never_overwritten(results):
     (flow, ["--models", TINY, "--rounds", "2", "--batch-size", "2"]),
     (loading, ["--images", "16", "--num-workers", "0", "--rounds", "2"]),
     (packing, ["--model", "DiT-Ti/2", "--rounds", "1", "--mixes", "1"]),
+    (caching, ["euler", "--images", "1", "--samples", "0", "--rounds", "1"]),
     (space_time, ["--frames", "1", "2", "--rounds", "1", "--batch-size", "1"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_benchmarks_run_and_say_where(benchmark, flags, results):
     benchmark.main(flags)
     (path,) = results.glob("*.json")
     assert json.loads(path.read_text())["machine"]["torch"] in str(torch.__version__)
+
+
+def test_deep_patches_are_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(deep_patches, "PLAN", deep_patches.PLAN._replace(scored_at=(1,)))
+    monkeypatch.setattr(deep_patches, "SIZE", deep_patches.SIZE | {"depth": 1})
+    deep_patches.main([str(tmp_path / "deep.pt")])
+    before = (tmp_path / "deep.pt").read_bytes()
+    network = deep_patches.deep_network(tmp_path / "deep.pt")
+    assert (tmp_path / "deep.pt").read_bytes() == before and not network.training
+    assert all(p.isfinite().all() and not p.requires_grad for p in network.parameters())
 
 
 @pytest.mark.long

@@ -79,6 +79,7 @@ LEAVES = {
     ],
     "docs/sampling.md": [
         "trajectory.png", "guidance.png", "interpolate.png", "wide.png", "exits.png", "two.png",
+        "cached.png",
     ],
     "docs/own-data.md": [
         "shapes-runs/*/previews/0000008.png",

@@ -46,7 +46,7 @@ def test_options_cannot_be_written_to_and_fill_in_what_is_not_given():
     assert options.settled(GaussianProcess()) == dict(
         sampler="unipc", num_sampling_steps=20, eta=0.0, cfg_scale=2.0, cfg_channels=3,
         cfg_interval=(0.0, 0.5), mixed_precision="no", compile=False,
-        extrapolation=None, negative_prompt=None, frames=None, high_from=None,
+        extrapolation=None, negative_prompt=None, frames=None, high_from=None, cache=None,
     )  # fmt: skip
     assert NetworkChoice().sizes() == ("DiT-XL/2", 256, 1000)
     assert NetworkChoice(image_size=512, num_classes=0).sizes() == ("DiT-XL/2", 512, 0)

@@ -1,0 +1,232 @@
+"""Caching against fewer steps: what the blocks add, extrapolated at some steps, on digits.
+
+    python -m benchmarks.caching ddim       # 50 guided steps; ten minutes on a CPU core
+    python -m benchmarks.caching euler      # the same of the digits' flow
+    python -m benchmarks.caching ddpm
+    python -m benchmarks.caching ddim --deep deep_patches.pt --samples 0    # twelve blocks
+
+Every way of sampling draws the same images of the same noise. `distance` is the Fréchet distance to
+the training digits, as in benchmarks.solvers, for each seed; `from the full path` how far latents
+are from those of 50 whole steps (root mean square); `time` a ratio to these 50 steps, of the
+seconds that this process computes, so that other work on the machine counts little. Beside --cache
+there are two other places: `parts`, the outputs of attention and MLP in every block, as TaylorSeer
+has them, and `output`, what the network, guided, returns.
+"""
+
+import argparse
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+import time
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.deep_patches import deep_network
+from benchmarks.sides import RATIO, alternate, device, ratios, table, write
+from benchmarks.solvers import BATCH, DIGITS, GUIDANCE, real_statistics, statistics_of
+from checkpoints.networks import create_network
+from checkpoints.weights import load_weights
+from conditions.labels import random_labels
+from evaluation.features import load_extractor
+from evaluation.metrics import frechet_distance
+from evaluation.summaries import deal
+from processes.table import process_of
+from sampling.caching import History, parse_cache
+from sampling.sampler import Sampler
+from vae import load_vae, to_uint8
+
+STEPS = 50
+OTHERS = ("dpm++", "unipc")  # solvers that need few steps, of diffusion
+
+
+class Way(NamedTuple):
+    """A way of sampling: `cache` as sampling has it, at a place of PLACES."""
+
+    sampler: str
+    steps: int
+    cache: str | None = None
+    place: str = "blocks"
+
+    def __str__(self):
+        where = "" if self.place == "blocks" else f" of {self.place}"
+        return f"{self.sampler} {self.steps}" + (f" {self.cache}{where}" if self.cache else "")
+
+
+@dataclass
+class Elsewhere(Sampler):
+    """A Sampler that extrapolates something else than what all blocks add: `elsewhere` is its
+    Taylor. Of guidance everywhere, or nowhere.
+    """
+
+    elsewhere: tuple = ()
+
+    def computed(self):
+        return self.elsewhere.computed(self.guided()), self.steps()
+
+
+class OfOutput(Elsewhere):
+    """It extrapolates what the network returns."""
+
+    def predictor(self, labels, given=None):
+        ask, history = super().predictor(labels, given), History(self.elsewhere.order + 1)
+        computed, times = self.computed()
+
+        def predict(x, t, step):
+            if not computed[step]:
+                return sum(weight * value for weight, value in history.weighted(times[step]))
+            out = ask(x, t, step)
+            history.keep(times[step], out)
+            return out
+
+        return predict
+
+
+class OfParts(Elsewhere):
+    """It extrapolates the outputs of attention and MLP of every block, before their gates."""
+
+    def predictor(self, labels, given=None):
+        ask, length = super().predictor(labels, given), self.elsewhere.order + 1
+        parts = [part for block in self.network.blocks for part in (block.attn, block.mlp)]
+        histories, (computed, times) = [History(length) for _ in parts], self.computed()
+
+        def predict(x, t, step):
+            with ExitStack() as stack:
+                for part, history in zip(parts, histories):
+                    if computed[step]:
+                        stack.enter_context(kept_outputs(part, history, times[step]))
+                    else:
+                        part.forward = lambda *_, kept=history, **__: sum(
+                            weight * value for weight, value in kept.weighted(times[step])
+                        )
+                        stack.callback(delattr, part, "forward")
+                return ask(x, t, step)
+
+        return predict
+
+
+def kept_outputs(part, history, time):
+    """A context in which a History keeps, at a time, what a module returns."""
+    return part.register_forward_hook(lambda _, __, out: history.keep(time, out))
+
+
+PLACES = {"blocks": Sampler, "parts": OfParts, "output": OfOutput}
+
+
+def ways(sampler):
+    """(those that are scored, the full one first; the others)."""
+    others = OTHERS if sampler in ("ddim", "ddpm") else ()
+    scored = [
+        Way(sampler, STEPS), Way(sampler, 18), *(Way(other, 18) for other in others),
+        Way(sampler, STEPS, "taylor:3,1"), Way(sampler, STEPS, "taylor:3,2"),
+    ]  # fmt: skip
+    caches = ("taylor:2,1", "taylor:2,2", "taylor:3,0", "taylor:4,1", "taylor:4,2")
+    return scored, [
+        Way(sampler, 26), *(Way(sampler, STEPS, cache) for cache in caches),
+        *(Way(sampler, STEPS, "taylor:3,2", place) for place in ("parts", "output")),
+    ]  # fmt: skip
+
+
+class Ground(NamedTuple):
+    """What is sampled from."""
+
+    network: torch.nn.Module
+    process: object
+    space: object
+
+
+def digits(name):
+    """The Ground of a network of examples/digits."""
+    weights = load_weights(DIGITS / f"{name}.safetensors")
+    network = create_network(weights.config)
+    network.load_state_dict(weights.tensors)
+    network.to(device()).eval().requires_grad_(False)
+    process = process_of(network, weights.process) if weights.process else process_of(network)
+    return Ground(network, process, load_vae(str(DIGITS / "vae"), device()))
+
+
+def sampler_of(ground, way):
+    """The Sampler of a way."""
+    common = dict(
+        network=ground.network, space=ground.space, classes=None, num_sampling_steps=way.steps,
+        sampler=way.sampler, cfg_scale=GUIDANCE, process=ground.process,
+    )  # fmt: skip
+    if way.place == "blocks":
+        return Sampler(**common, cache=way.cache)
+    return PLACES[way.place](**common, elsewhere=parse_cache(way.cache))
+
+
+def latents(ground, way, count, seed):
+    """So many latents (N, C, H, W)."""
+    sampler, classes = sampler_of(ground, way), ground.network.num_classes
+    return torch.cat([
+        sampler.numbered_latents(seed, one, random_labels(seed, one, classes).to(device()))
+        for one in deal(count, BATCH)
+    ])  # fmt: skip
+
+
+def distances(ground, chosen, count, seeds):
+    """{way: its Fréchet distance for each seed}."""
+    extractor = load_extractor(str(DIGITS / "classifier"), device())
+    reference = real_statistics(extractor)
+    scores = {str(way): [] for way in chosen}
+    for seed in range(seeds):
+        for way in chosen:
+            drawn = latents(ground, way, count, seed)
+            images = [
+                to_uint8(ground.space.decode(part)).permute(0, 3, 1, 2)
+                for part in drawn.split(BATCH)
+            ]
+            found = frechet_distance(statistics_of(extractor, images, count), reference)
+            scores[str(way)].append(round(found, 4))
+            print(f"{way}, seed {seed}: {found:.4f}", flush=True)
+    return scores
+
+
+def rms(x):
+    """The root mean square, for a result."""
+    return round(x.square().mean().sqrt().item(), 4)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sampler", choices=["ddim", "ddpm", "euler"])
+    parser.add_argument(
+        "--samples", type=int, default=300, help="for each score; 0: none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=40,
+        help="that are timed, and whose paths are compared (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of times (default: %(default)s)")
+    parser.add_argument(
+        "--deep", type=Path, metavar="FILE", help="weights of benchmarks.deep_patches, not digits'"
+    )
+    args = parser.parse_args(argv)
+    scored, others = ways(args.sampler)
+    chosen, full = [*scored, *others], str(scored[0])
+    if args.deep is None:
+        ground = digits("flow" if args.sampler == "euler" else "dit")
+    else:
+        network = deep_network(args.deep)
+        ground = Ground(network, process_of(network), load_vae("none"))
+    drawn = {str(way): latents(ground, way, args.images, 0) for way in chosen}
+    far = {name: rms(one - drawn[full]) for name, one in drawn.items()}
+    print(far, flush=True)
+    sides = {str(way): lambda way=way: latents(ground, way, args.images, 0) for way in chosen}
+    found = ratios(alternate(sides, args.rounds, time.process_time), full)
+    scores = distances(ground, scored, args.samples, args.seeds) if args.samples else {}
+    table(
+        {name: (scores.get(name, ""), far[name], found[name]) for name in sides},
+        ("distance of each seed", "from full", "time, quartiles"),
+    )
+    settings = vars(args) | {"deep": args.deep and args.deep.name, "guidance": GUIDANCE}
+    result = {"settings": settings, "distance of each seed": scores, "from the full path": far}
+    write(f"caching-{args.sampler}{'-deep' if args.deep else ''}", result | {RATIO: found})
+
+
+if __name__ == "__main__":
+    main()
