@@ -196,7 +196,7 @@ def with_blocks(network: Network, blocks: Sequence[nn.Module]) -> Network:
     return twin
 
 
-def check_cache(network: nn.Module, cache: Taylor, guided: Sequence[bool]) -> None:
+def check_cache(network: object, cache: Taylor, guided: Sequence[bool]) -> None:
     """Raise ValueError for a network that cannot be asked without its blocks, and where the blocks
     would be asked at every step although that is not wanted.
     """
