@@ -8,7 +8,10 @@ from torch import nn
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in, with_process
 from checkpoints.from_images import from_images
-from checkpoints.networks import MODELS, NETWORKS, OURS, Network, class_in, makes_clips, said_of
+from checkpoints.from_static import from_static
+from checkpoints.networks import (
+    DYNAMIC, MODELS, NETWORKS, OURS, Network, class_in, is_dynamic, makes_clips, said_of,
+)  # fmt: skip
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, TABLE_OF_FRAMES, class_of, design_of, grid_in, learns_sigma, parts_of,
 )  # fmt: skip
@@ -23,6 +26,8 @@ from runtime.json_files import read_json
 
 # What of a process's config decides what t and the network's output mean
 MEANING = ("name", "path", "prediction")
+# Whether a network goes on from a DiT's weights, and what makes its own of them
+BEGUN_BY_DIT = ((makes_clips, from_images), (is_dynamic, from_static))
 FLOATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
     torch.float8_e5m2,
@@ -145,11 +150,9 @@ def check_design(
     """
     kind, here = class_in_file(tensors, config), class_in(network.config)
     if kind != here:
-        names = [name for name, made in MODELS.items() if made.func is NETWORKS[kind]]
-        families = sorted({name.partition("-")[0] for name in names})
         raise ValueError(
-            f"{origin} has the weights of a {kind}, the network here is a {here}; pass a `model` "
-            f"whose name begins with {' or '.join(families)}"
+            f"{origin} has the weights of a {kind}, the network here is a {here}; "
+            f"{_other_class(kind, here)}"
         )
     if here != OURS:
         return check_text(network, config, origin)
@@ -170,6 +173,17 @@ def check_design(
                 f"{origin} has {name} {there}, the network here {wanted[name]}; pass "
                 f"`{name}={there if isinstance(there, bool) else _quoted(there)}`"
             )
+
+
+def _other_class(kind, here):
+    """What to do where weights are of one class and the network of another."""
+    if NETWORKS[kind] in DYNAMIC.values():
+        return "pass `dynamic`, the share of operations that it is to take"
+    if DYNAMIC.get(NETWORKS[kind]) is NETWORKS[here]:
+        return "leave `dynamic` out, or start a new run from its weights with `init_from`"
+    names = [name for name, made in MODELS.items() if made.func is NETWORKS[kind]]
+    families = sorted({name.partition("-")[0] for name in names})
+    return f"pass a `model` whose name begins with {' or '.join(families)}"
 
 
 def _quoted(text):
@@ -233,7 +247,8 @@ def adapt(
     weights: Weights, network: Network, labels: str | dict[int, int], origin: Path | str
 ) -> Tensors:
     """The tensors of Weights, made to fit a network of another image size, of another number of
-    frames or of other classes; those of a DiT also to fit a VideoDiT that goes on from it.
+    frames or of other classes; those of a DiT also to fit a VideoDiT or a DynamicDiT that goes on
+    from it.
 
     The network is then trained further. Tables of positions are the network's own, functions of
     the size. Outputs for a variance are dropped if the network has none. labels: "keep" the label
@@ -243,10 +258,10 @@ def adapt(
     """
     config = weights.config and with_process(weights.config, None, weights.text)
     kind = class_in_file(weights.tensors, config)
-    if kind == OURS and makes_clips(network):
-        theirs = from_images(weights.tensors, config, network, origin)
-        weights = weights._replace(tensors=theirs)
-    else:
+    begun = [made for goes_on, made in BEGUN_BY_DIT if kind == OURS and goes_on(network)]
+    for made in begun:
+        weights = weights._replace(tensors=made(weights.tensors, config, network, origin))
+    if not begun:
         check_design(network, weights.tensors, origin, config)
     sizes = network.config["patch_size"], network.in_channels, network.config.get("patch_frames", 1)
     own = network.state_dict()

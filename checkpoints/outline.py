@@ -16,7 +16,7 @@ TABLE_OF_FRAMES = "temp_embed"
 # A tensor that networks of a class alone have; the first that is there counts
 OF_CLASS = {
     "MMDiT": "words_embedder.weight", "PixArt": "words_embedder.2.weight",
-    "VideoDiT": TABLE_OF_FRAMES,
+    "VideoDiT": TABLE_OF_FRAMES, "DynamicDiT": f"{FIRST_BLOCK}router_heads.weight",
 }  # fmt: skip
 CLOSE = 0.01  # two sines that are equal but for bfloat16's rounding
 
