@@ -325,13 +325,13 @@ def sorted_by_magnitude(tensors: dict[str, Tensor], heads: int) -> dict[str, Ten
         block = name.removesuffix("attn.qkv.weight")
         qkv, proj = _parted(found, f"{block}attn.qkv", heads, 3), f"{block}attn.proj.weight"
         columns = found[proj].unflatten(1, (heads, -1))  # (D, H, d)
-        strength = qkv[0].square().sum(dim=(0, 2, 3)) + columns.square().sum(dim=(0, 2))  # (H,)
+        strength = _squares(qkv[0], (0, 2, 3)) + _squares(columns, (0, 2))  # (H,)
         order = strength.argsort(descending=True, stable=True)
         for kind, values in zip(("weight", "bias"), qkv):
             found[f"{block}attn.qkv.{kind}"] = values[:, order].flatten(0, 2)  # (3·D, D), (3·D,)
         found[proj] = columns[:, order].flatten(1)
         into, out = found[f"{block}mlp.fc1.weight"], found[f"{block}mlp.fc2.weight"]
-        strength = into.square().sum(dim=1) + out.square().sum(dim=0)  # (hidden,)
+        strength = _squares(into, (1,)) + _squares(out, (0,))  # (hidden,)
         order = strength.argsort(descending=True, stable=True)
         found[f"{block}mlp.fc1.weight"] = into[order]
         found[f"{block}mlp.fc1.bias"] = found[f"{block}mlp.fc1.bias"][order]
@@ -343,6 +343,11 @@ def _parted(tensors, layer, heads, parts):
     """Weight (parts, H, d, D) and bias (parts, H, d) of a layer's outputs."""
     return [tensors[f"{layer}.{kind}"].unflatten(0, (parts, heads, -1))
             for kind in ("weight", "bias")]  # fmt: skip
+
+
+def _squares(weights, axes):
+    """The sum of squares over some axes, in float64, as weights may be halves."""
+    return weights.double().square().sum(dim=axes)
 
 
 def _numbers(switches):

@@ -280,6 +280,14 @@ def test_samples_are_those_without_a_schedule(process, solver, cfg_scale, monkey
     torch.testing.assert_close(told, latents(), rtol=1e-3, atol=1e-3)
 
 
+def test_an_image_does_not_depend_on_the_others():
+    network = with_routers(depth=1).float()
+    sampler = Sampler(network, PixelSpace(), None, 4, "ddim", cfg_scale=1.5)
+    together = sampler.numbered_latents(0, [0, 1, 2], torch.tensor([1, 2, 3]))
+    alone = sampler.numbered_latents(0, [1], torch.tensor([2]))
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
+
+
 def test_in_half_precision_it_samples_as_in_float():
     network = with_routers(depth=1).float()
     network.blocks[0].router_tokens[2].bias.data.fill_(1e4)  # rounding then switches no token
