@@ -10,10 +10,12 @@
     python count.py --model PixArt-XL/2 --text-width 4096          # of an encoder outside
     python count.py --model DiT-XL/2 --exits 21:0.3 14:0.6         # less depth where noise is high
     python count.py --model Latte-XL/2 SpaceTime-XL/2 --frames 32  # of clips
+    python count.py --ckpt dynamic.safetensors                     # as it is sampled
 
 One row for each network, whose weights are counted and not made. A caption has as many tokens as
 --text-length says; an encoder outside of the network is not in it. Of a network that makes clips an
-image is a clip, of --frames frames.
+image is a clip, of --frames frames. With --ckpt the one line is about what a checkpoint's network
+takes as it is sampled, which is less than it has where train.py --dynamic trained it.
   parameters     all of them, the fixed position table too; a flow's last layer has half as many,
                  for it has no learned variance
   GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them
@@ -43,7 +45,7 @@ from checkpoints.networks import CLASS, MODELS, ExitDiT, arguments_of, create_ne
 from layers.parts import DEFAULTS as PARTS, NAMES, PAPERS
 from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
-from training.cost import Cost, count
+from training.cost import Cost, Sampled, count, sampled
 from training.options import TrainOptions, read_exit
 from vae import latent_shape
 from variants.exits import DESIGN
@@ -106,6 +108,11 @@ def build_parser() -> Parser:
         "--mixed-precision", choices=["no", "bf16"], default=TrainOptions.mixed_precision, help=bf16
     )
     parser.add_argument(
+        "--ckpt",
+        help="a checkpoint, as export.py writes it: only what its network takes in a step of "
+        "sampling is printed, on average over 50 steps and 8 samples",
+    )
+    parser.add_argument(
         "--grad-checkpointing", action="store_true", help="memory as train.py has it with this flag"
     )
     return parser
@@ -115,6 +122,9 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.ckpt is not None:
+        with parser.refusing():
+            return print(told(args.ckpt, sampled(args.ckpt)))
     with parser.refusing():
         # The network itself looks at the classes
         check_numbers({"image_size": args.image_size})
@@ -175,6 +185,14 @@ def configs(config: dict, name: str, blocks: list[str]) -> list[tuple[dict, dict
     if "block" in arguments_of(kind):
         return [({**config, "block": block}, {}) for block in blocks]
     return [(config, {CLASS: kind})]
+
+
+def told(ckpt: str, found: Sampled) -> str:
+    """A line on a checkpoint."""
+    return (
+        f"{ckpt}: {found.macs / 1e9:.4g} GMAC in a step, {found.macs / found.most:.1%} of the "
+        f"{found.most / 1e9:.4g} of all that it has ({found.steps} steps of {found.solver}, seed 0)"
+    )
 
 
 def labelled(name: str, block: str) -> str:

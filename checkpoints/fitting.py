@@ -1,5 +1,6 @@
 """Whether weights fit a network, how those of another size are made to, and what they learned."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,9 +9,10 @@ from torch import nn
 from checkpoints.diffusers_format import LABEL_TABLE
 from checkpoints.network_config import Tensors, arguments_in, with_process
 from checkpoints.from_images import from_images
+from checkpoints.from_static import from_static
 from checkpoints.from_whole import check_whole, with_exits
 from checkpoints.networks import (
-    MODELS, NETWORKS, OURS, ExitDiT, Network, class_in, makes_clips, said_of,
+    DYNAMIC, MODELS, NETWORKS, OURS, ExitDiT, Network, class_in, is_dynamic, makes_clips, said_of,
 )  # fmt: skip
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, TABLE_OF_FRAMES, class_of, design_of, grid_in, learns_sigma, parts_of,
@@ -148,11 +150,9 @@ def check_design(
     """
     kind, here = class_in_file(tensors, config), class_in(network.config)
     if kind != here:
-        names = [name for name, made in MODELS.items() if made.func is NETWORKS[kind]]
-        families = sorted({name.partition("-")[0] for name in names})
         raise ValueError(
-            f"{origin} has the weights of a {kind}, the network here is a {here}; pass a `model` "
-            f"whose name begins with {' or '.join(families)}"
+            f"{origin} has the weights of a {kind}, the network here is a {here}; "
+            f"{_other_class(kind, here)}"
         )
     if here != OURS:
         return check_text(network, config, origin)
@@ -182,6 +182,17 @@ def check_parts(
                 f"{origin} has {name} {there}, the network here {wanted[name]}; pass "
                 f"`{name}={there if isinstance(there, bool) else _quoted(there)}`"
             )
+
+
+def _other_class(kind, here):
+    """What to do where weights are of one class and the network of another."""
+    if NETWORKS[kind] in DYNAMIC.values():
+        return "pass `dynamic`, the share of operations that it is to take"
+    if DYNAMIC.get(NETWORKS[kind]) is NETWORKS[here]:
+        return "leave `dynamic` out, or start a new run from its weights with `init_from`"
+    names = [name for name, made in MODELS.items() if made.func is NETWORKS[kind]]
+    families = sorted({name.partition("-")[0] for name in names})
+    return f"pass a `model` whose name begins with {' or '.join(families)}"
 
 
 def _quoted(text):
@@ -241,11 +252,30 @@ def _meaning(config):
     return ", ".join(f"{name} {config[name]}" for name in MEANING if name in config)
 
 
+def from_whole(
+    tensors: Tensors, config: dict | None, network: Network, origin: Path | str
+) -> Tensors:
+    """The state dict of a DiT, as it is, for an ExitDiT that goes on from it: with_exits adds the
+    rest. Raises ValueError for a DiT of another design or with other parts.
+    """
+    check_whole(tensors, origin)
+    check_parts(network, tensors, origin, config)
+    return tensors
+
+
+# Whether a network goes on from a DiT's weights, and what makes its own of them
+BEGUN_BY_DIT: tuple[tuple[Callable[[Network], bool], Callable[..., Tensors]], ...] = (
+    (makes_clips, from_images), (is_dynamic, from_static),
+    (lambda network: isinstance(network, ExitDiT), from_whole),
+)  # fmt: skip
+
+
 def adapt(
     weights: Weights, network: Network, labels: str | dict[int, int], origin: Path | str
 ) -> Tensors:
     """The tensors of Weights, made to fit a network of another image size, of another number of
-    frames or of other classes; those of a DiT also to fit a VideoDiT that goes on from it.
+    frames or of other classes; those of a DiT also to fit a VideoDiT or a DynamicDiT that goes on
+    from it.
 
     The network is then trained further. Tables of positions are the network's own, functions of
     the size. Outputs for a variance are dropped if the network has none. labels: "keep" the label
@@ -255,13 +285,10 @@ def adapt(
     """
     config = weights.config and with_process(weights.config, None, weights.text)
     kind = class_in_file(weights.tensors, config)
-    if kind == OURS and makes_clips(network):
-        theirs = from_images(weights.tensors, config, network, origin)
-        weights = weights._replace(tensors=theirs)
-    elif kind == OURS and isinstance(network, ExitDiT):
-        check_whole(weights.tensors, origin)
-        check_parts(network, weights.tensors, origin, config)
-    else:
+    begun = [made for goes_on, made in BEGUN_BY_DIT if kind == OURS and goes_on(network)]
+    for made in begun:
+        weights = weights._replace(tensors=made(weights.tensors, config, network, origin))
+    if not begun:
         check_design(network, weights.tensors, origin, config)
     sizes = network.config["patch_size"], network.in_channels, network.config.get("patch_frames", 1)
     own = network.state_dict()

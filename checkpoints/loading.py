@@ -247,7 +247,8 @@ def _check_choice(choice, network, origin):
     """Raise ValueError if something that is given contradicts the network."""
     factory = MODELS[choice.sizes()[0]]
     kind = NETWORKS[class_in(network.config)]
-    same_model = kind is factory.func and all(
+    made: type = factory.func  # type: ignore[assignment]  # a class of networks
+    same_model = issubclass(kind, made) and all(
         network.config[key] == value for key, value in factory.keywords.items()
     )
     found = {

@@ -14,6 +14,7 @@ import torch
 from layers.text import Text
 from layers.text_encoder import PIECE
 from models import DiT, DiT_models
+from variants.dynamic import Dynamic
 from variants.exits import Exits
 from variants.mmdit import MMDiT, MMDiT_models
 from variants.pixart import PixArt, PixArt_models
@@ -22,9 +23,12 @@ from variants.text_network import TextNetwork
 from variants.video import TextVideo, Video_models, VideoDiT
 
 
-
 class ExitDiT(Exits, DiT):
     """A DiT whose depth depends on a sample's noise level."""
+
+
+class DynamicDiT(Dynamic, DiT):
+    """A DiT whose blocks leave parts of themselves out."""
 
 
 CLASS = "_class_name"  # in a configuration; one without it is DiT's
@@ -32,8 +36,10 @@ OURS = "DiT"
 Network = DiT | TextNetwork | VideoDiT
 NETWORKS: dict[str, type[Network]] = {
     OURS: DiT, "MMDiT": MMDiT, "PixArt": PixArt, "VideoDiT": VideoDiT, "TextVideo": TextVideo,
-    "ExitDiT": ExitDiT,
+    "ExitDiT": ExitDiT, "DynamicDiT": DynamicDiT,
 }  # fmt: skip
+# Class of networks → the same with routers, which has no models' names of its own
+DYNAMIC: Mapping[type, type[Network]] = {DiT: DynamicDiT}
 # "DiT-XL/2" → a factory that takes the network's other arguments as keywords. What is put into one
 # of the four tables later is here, too.
 MODELS: Mapping[str, partial] = ChainMap(Video_models, PixArt_models, MMDiT_models, DiT_models)
@@ -77,6 +83,18 @@ def makes_clips(network: Network | type[Network]) -> bool:
     """Whether the samples of a network, or of the networks of a class, are clips."""
     kind = network if isinstance(network, type) else type(network)
     return issubclass(kind, SpaceTime)
+
+
+def is_dynamic(network: Network | type[Network]) -> bool:
+    """Whether a network, or the networks of a class, leave out parts of themselves by routers."""
+    kind = network if isinstance(network, type) else type(network)
+    return issubclass(kind, DynamicDiT)
+
+
+def routes(network: Network) -> tuple[int, ...]:
+    """The shape of the noise that a sample's switches have in training; () of a network without.
+    """
+    return network.routes if isinstance(network, DynamicDiT) else ()
 
 
 def patch_frames(network: Network) -> int | None:

@@ -17,6 +17,7 @@ TABLE_OF_FRAMES = "temp_embed"
 OF_CLASS = {
     "MMDiT": "words_embedder.weight", "PixArt": "words_embedder.2.weight",
     "VideoDiT": TABLE_OF_FRAMES, "ExitDiT": "exit_layers.0.linear.weight",
+    "DynamicDiT": f"{FIRST_BLOCK}router_heads.weight",
 }  # fmt: skip
 CLOSE = 0.01  # two sines that are equal but for bfloat16's rounding
 

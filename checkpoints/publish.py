@@ -353,6 +353,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
 LATTE = "for clips, after Latte, [Ma et al. 2024](https://arxiv.org/abs/2401.03048)"
 PAPERS = {
     "DiT": "DiT, [Peebles & Xie 2023](https://arxiv.org/abs/2212.09748)",
+    "DynamicDiT": "a dynamic DiT, after [Zhao et al. 2024](https://arxiv.org/abs/2410.03456)",
     "MMDiT": "MM-DiT, [Esser et al. 2024](https://arxiv.org/abs/2403.03206)",
     "PixArt": "PixArt-α, [Chen et al. 2023](https://arxiv.org/abs/2310.00426)",
     "VideoDiT": LATTE, "TextVideo": LATTE,

@@ -51,6 +51,7 @@ RANGES = {
     "lr": Range(1e-12, 100.0),
     "weight_decay": Range(0.0, 1000.0),
     "grad_clip": Range(1e-12, 1e12),
+    "dynamic": Range(0.01, 1.0),
     # scores and samples
     "num_fid_samples": Range(1, 10**7),
     "per_proc_batch_size": Range(1, 2**16),

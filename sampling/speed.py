@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.networks import Network
+from checkpoints.networks import Network, is_dynamic
 
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -17,8 +17,13 @@ def prepare(network: Network, mixed_precision: str = "no", compile: bool = False
     autocast; compiling changes rounding.
 
     Autocast casts the weights of Linear layers and of the patch embedding at each call; here they
-    are cast once. Raises ValueError if PyTorch cannot compile.
+    are cast once. Raises ValueError if PyTorch cannot compile, or not such a network.
     """
+    if compile and is_dynamic(network):
+        raise ValueError(
+            f"`compile=True`: a {type(network).__name__} computes something else at each step, and "
+            "is not compiled as a whole; leave the argument out"
+        )
     if dtype := PRECISIONS[mixed_precision]:
         for module in network.modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):

@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from benchmarks import (
-    caching, calls, deep_patches, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
+    caching, calls, deep_patches, dynamic, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
     gpu_tables, gpu_training, gpu_worker, loading, packing, plot_solvers, process, sampling, sides,
     solvers, space_time, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
+from checkpoints import load_pretrained
+from checkpoints.publish import save_pretrained
 from conftest import ROOT, small_dit
 from flow import create_flow
 from training.state import Recipe, new_state
+from checkpoints.networks import DynamicDiT
 
 
 @pytest.fixture
@@ -145,6 +148,27 @@ def test_exits_begin_with_the_final_layer_of_the_network():
         made = exits.with_exits(network, pairs)
         assert torch.equal(made(x, torch.tensor([5, 9]), y), network(x, torch.tensor([5, 9]), y))
         assert len(getattr(made, "exit_layers", ())) == len(pairs)
+
+
+def test_a_dynamic_network_is_compared_with_its_control(results, tmp_path, monkeypatch):
+    """On few steps and samples: what is written has all sides, and the control's time is 1."""
+    monkeypatch.setattr(dynamic, "STEPS", 2)
+    monkeypatch.setattr(dynamic, "FEWER", (1,))
+    monkeypatch.setattr(dynamic, "BATCH", 4)
+    control, _ = load_pretrained(ROOT / "examples" / "digits" / "dit.safetensors")
+    routed = DynamicDiT(**{k: v for k, v in control.config.items() if k != "block"})
+    routed.load_state_dict(routed.state_dict() | control.state_dict())
+    for name, network in {"control": control, "dynamic": routed}.items():
+        save_pretrained(network, tmp_path / name)
+    checkpoints = [f"--{name}={tmp_path / name}" for name in ("dynamic", "control")]
+    dynamic.main([*checkpoints, "--samples", "100", "--rounds", "1"])
+    [file] = results.glob("*dynamic.json")
+    found = json.loads(file.read_text())
+    assert found["share of operations"] == pytest.approx(1, rel=1e-3)  # a fresh one has all on
+    same = found["distance"]["control, 2 steps"]
+    assert found["distance"]["dynamic, 2"] == pytest.approx(same, rel=1e-2)
+    assert found["distance"]["before both"] == same != found["distance"]["control, 1"]
+    assert found[sides.RATIO]["control, 2 steps"] == [1, 1, 1]
 
 
 # ---- what the documents show ----

@@ -42,7 +42,7 @@ sys.path[:0] = [
 
 from drawing import Shape  # noqa: E402
 from runtime.command_line import read_size  # noqa: E402
-from training.cost import Cost  # noqa: E402
+from training.cost import Cost, Sampled  # noqa: E402
 from variants.video import VideoDiT  # noqa: E402
 from written import reader, saved  # noqa: E402
 
@@ -194,6 +194,10 @@ DOORS = {
                 "--init-labels",
                 "drop",
             ],
+            [
+                "--data-path", "images", *TRAINING, "--init-from", str(DIGITS / "dit.safetensors"),
+                "--init-labels", "drop", "--dynamic", "0.5",
+            ],
         ],
         {
             "training.run.train": nothing,
@@ -265,7 +269,14 @@ DOORS = {
         [["--folder", "released"], []],
         {"checkpoints.released.fetch": lambda _, path: path.touch()},
     ),
-    "count": Door("count", [["--model", "DiT-Ti/8"]], {"count.count": lambda *_: Cost(*[1] * 6)}),
+    "count": Door(
+        "count",
+        [["--model", "DiT-Ti/8"]],
+        {
+            "count.count": lambda *_: Cost(*[1] * 6),
+            "count.sampled": lambda *_: Sampled(1, 1, 1, "ddim"),
+        },
+    ),
     "app": Door(
         "app", [["--port", "7931"], NETWORK, WORDS, CLIPS], {"app.serve": nothing, **QUIET}
     ),

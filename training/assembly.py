@@ -16,7 +16,7 @@ from checkpoints.fitting import (
     adapt, check_design, check_fits, check_same_size, note_of_process, read_label_map,
 )  # fmt: skip
 from checkpoints.network_config import Tensors
-from checkpoints.networks import MODELS, Network, arguments_of
+from checkpoints.networks import Network, arguments_of
 from checkpoints.process_marks import check_process
 from checkpoints.sd3_format import STEPS
 from checkpoints.weights import Weights, averages, clean_names, is_state_dict, load_weights
@@ -38,6 +38,7 @@ from runtime.limits import check_memory
 from runtime.surroundings import Place, check_accelerate, is_installed, own_place
 from runtime.team import Team, make_accelerator, once
 from training.cost import flops_per_image
+from training.dynamic import PASSES, Target
 from training.folder_lock import FolderLock
 from training.options import TrainOptions
 from training.packed import check_room
@@ -102,6 +103,7 @@ def assemble(options: TrainOptions, lock: FolderLock, worded: Callable[[str], st
     if options.log_with:
         start_tracker(options, accelerator, folder, state.step)
     flops = flops_per_image(state.network.config, dataset.sizes, space.shape)
+    flops *= 1 if options.dynamic is None else PASSES
     return Job(
         options, accelerator, state, space, dataset, last_step, start.why, folder, lock, flops,
         resumed, judge, log,
@@ -292,10 +294,9 @@ def build_state(
     torch.manual_seed(options.global_seed)
     size = space.shape.size(options.image_size, options.patch_size)
     texts = texts_of(source)
-    create: Callable[..., Network] = options.network_class
-    network = create(
-        **MODELS[options.model].keywords, input_size=size, in_channels=space.shape.channels,
-        **options.network_arguments, **({} if texts is None else text_arguments(texts, options)),
+    network = options.sized_network(
+        input_size=size, in_channels=space.shape.channels, **options.network_arguments,
+        **({} if texts is None else text_arguments(texts, options)),
     )  # fmt: skip
     condition = None if texts is None else TextCondition(texts.null, texts.shares)
     process, note = process_of(network, options.process_said), None
@@ -307,6 +308,7 @@ def build_state(
     recipe = Recipe(
         options.lr, options.warmup_steps, options.weight_decay, options.ema_decay,
         options.grad_clip, options.grad_accum, options.mixed_precision == "bf16", options.pack,
+        None if options.dynamic is None else Target(options.dynamic, options.max_steps),
     )  # fmt: skip
     if options.fsdp:
         shard = partial(

@@ -1,16 +1,26 @@
 """What a network costs: parameters, operations and memory, counted on tensors without contents."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from checkpoints.networks import ExitDiT, Network, create_network, sample_condition
-from vae import LatentShape
+from checkpoints.loading import load_pretrained
+from checkpoints.networks import (
+    ExitDiT, Network, create_network, reads_text, sample_condition,
+)  # fmt: skip
+from processes.table import process_of
+from sampling.sampler import Sampler
+from vae import LatentShape, PixelSpace
 
 TRAINING_BYTES = 4 * 5  # of a parameter in float32: weight, gradient, two moments, average
+# On which operations of a checkpoint are counted: samples, and steps of a solver, asking once each
+SAMPLES, STEPS_COUNTED = 8, 50
+COUNTED = {"diffusion": "ddim", "flow": "euler"}
+ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch leaves it out
 
 
 class Cost(NamedTuple):
@@ -37,6 +47,45 @@ def count(config: dict, bf16: bool = False, grad_checkpointing: bool = False) ->
         parameters, flops // 6, flops, 4 * parameters, TRAINING_BYTES * parameters + copies,
         per_image,
     )  # fmt: skip
+
+
+class Sampled(NamedTuple):
+    """Multiply-adds of a network's step on one sample: their mean over samples and `steps` of a
+    `solver`, and those of a step that leaves nothing out.
+    """
+
+    macs: float
+    most: int
+    steps: int
+    solver: str
+
+
+def sampled(checkpoint: Path | str) -> Sampled:
+    """What a checkpoint's network takes as it is sampled, without guidance: counted on SAMPLES
+    samples, seed 0, of the classes in turn.
+
+    Raises ValueError for a checkpoint that cannot be loaded, and for a network that reads text.
+    """
+    network, _ = load_pretrained(checkpoint)
+    if reads_text(network):
+        raise ValueError(f"`ckpt` {checkpoint} reads text; give a network that takes labels")
+    process, steps = process_of(network), STEPS_COUNTED
+    solver = COUNTED[process.word]
+    sampler = Sampler(network, PixelSpace(), None, steps, solver, process=process)
+    labels = torch.arange(SAMPLES) % max(1, network.config["num_classes"])
+    with torch.no_grad(), counted() as counter:
+        sampler.numbered_latents(0, range(SAMPLES), labels)
+    macs = counter.get_total_flops() / 2 / SAMPLES / steps
+    return Sampled(macs, count(network.config).macs, steps, solver)
+
+
+def counted() -> FlopCounterMode:
+    """A context that counts floating-point operations, attention on a CPU included."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={ON_CPU: attention})
 
 
 def kept(config: dict, bf16: bool, grad_checkpointing: bool) -> tuple[int, int]:

@@ -172,6 +172,11 @@ def add_network_flags(add: Add) -> None:
         "level on, 0 clean and 1 noise, so many run, such as 4:0.3 3:0.6 (default: all everywhere)",
     )  # fmt: skip
     add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
+    routing = (
+        "teach the DiT of --init-from to do with this share of its blocks' operations: which heads "
+        "and channels are used depends on t, which tokens pass an MLP on these (default: all are)"
+    )
+    add("--dynamic", type=float, metavar="RATIO", help=routing)
 
 
 def add_process_flags(add: Add) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.networks import routes
 from conditions.condition import Values
 from data.batches import Ragged, StepBatches, alike, collate, collate_ragged
 from data.buckets import BucketBatches, ClipBatches
@@ -108,7 +109,7 @@ def one_step(
         options.global_seed, state.step, options.global_batch_size, state.network.latent_shape,
         state.network.config["class_dropout_prob"], state.process, device,
         accelerator.process_index, accelerator.num_processes, state.condition.drops,
-        options.given_frames, options.patch_frames,
+        options.given_frames, options.patch_frames, routes(state.network),
     )  # fmt: skip
     latents = all_latents(job.space, batch, draws.vae_noise)  # (n, C, *space), or n of (C, h, w)
     old = minutes is not None and time.monotonic() - meter.saved > 60 * minutes

@@ -5,12 +5,15 @@ The defaults stand here.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 import os
 from pathlib import Path
 from typing import Any
 
 from checkpoints.network_config import LATER
-from checkpoints.networks import MODELS, ExitDiT, Network, arguments_of, makes_clips, reads_text
+from checkpoints.networks import (
+    DYNAMIC, MODELS, ExitDiT, Network, arguments_of, makes_clips, reads_text,
+)  # fmt: skip
 from conditions.labels import CLASSES
 from data.opening import SOURCES
 from data.options import CONDITIONS, LABELS, TEXT, DataOptions
@@ -34,7 +37,7 @@ DECIDING = (
     "global_seed", "vae", "lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay",
     "mixed_precision", "flip", "skip_bad_images", "init_from", "init_labels", "block", "process",
     *SETTINGS, "learn_sigma", *PARTS, "aspect_buckets", "pack", "condition", "text_length",
-    "text_encoder", "frames", "frame_stride", "frame_rate", "given_frames", "exits",
+    "text_encoder", "frames", "frame_stride", "frame_rate", "given_frames", "exits", "dynamic",
 )  # fmt: skip
 # Options that a run may change when it goes on: they decide how far, how fast and with what records
 NOT_DECIDING = (
@@ -51,7 +54,7 @@ UNRECORDED = {
     **LATER, "process": GaussianProcess.word, **dict.fromkeys(SETTINGS),
     "learn_sigma": GaussianProcess.learns_sigma, "aspect_buckets": False, "pack": None,
     "condition": LABELS, "text_length": None, "text_encoder": None, "frames": None,
-    "frame_stride": 1, "frame_rate": None, "given_frames": 0.0, "exits": None,
+    "frame_stride": 1, "frame_rate": None, "given_frames": 0.0, "exits": None, "dynamic": None,
 }  # fmt: skip
 
 # Option → what it may be, where that is a few words
@@ -112,6 +115,7 @@ class TrainOptions:
     init_labels: str = "keep"
     learn_sigma: bool | None = None
     exits: Sequence[str] | None = None  # "DEPTH:LEVEL" each
+    dynamic: float | None = None
     # process; the settings of a flow are None in another process
     process: str = GaussianProcess.word
     path: str | None = None
@@ -187,7 +191,13 @@ class TrainOptions:
         """The class of the network."""
         if self.exits is not None:
             return ExitDiT
-        return MODELS[self.model].func  # type: ignore[return-value]  # of NETWORKS, all of them
+        kind: type[Network] = MODELS[self.model].func  # type: ignore[assignment]  # of NETWORKS
+        return kind if self.dynamic is None else DYNAMIC.get(kind, kind)
+
+    @property
+    def sized_network(self) -> partial:
+        """A factory of networks of the model's size, which takes their other arguments."""
+        return partial(self.network_class, **MODELS[self.model].keywords)
 
     @property
     def network_arguments(self) -> dict[str, Any]:
@@ -262,6 +272,7 @@ class TrainOptions:
                 f"`condition` out, or choose another `model`: {', '.join(others)}"
             )
         object.__setattr__(self, "condition", reads)
+        self._check_dynamic()
         known = arguments_of(self.network_class.__name__)
         for name, without in NETWORK_OPTIONS.items():
             if name not in known and getattr(self, name) not in without:
@@ -270,10 +281,31 @@ class TrainOptions:
 
     def has_no(self, name: str, value: Any) -> ValueError:
         """The error for an option that the network does not have."""
+        which = f"which reads {self.condition}" if self.dynamic is None else "with `dynamic`"
         return ValueError(
-            f"`{name}` is {value}, and `model` {self.model}, which reads {self.condition}, has no "
+            f"`{name}` is {value}, and `model` {self.model}, {which}, has no "
             f"such thing; leave `{name}` out"
         )
+
+    def _check_dynamic(self):
+        """Raise ValueError for routers that the model cannot have, or that begin with no DiT."""
+        if self.dynamic is None:
+            return
+        if MODELS[self.model].func not in DYNAMIC:
+            raise ValueError(
+                f"`dynamic` is {self.dynamic}, and `model` {self.model} has no routers; choose a "
+                "`model` whose name begins with DiT, or leave `dynamic` out"
+            )
+        if self.init_from is None and self.resume in (None, "auto"):
+            raise ValueError(
+                f"`dynamic` is {self.dynamic}, which goes on from a trained DiT; name its "
+                "checkpoint with `init_from`"
+            )
+        if self.pack is not None:
+            raise ValueError(
+                f"`pack` is {self.pack}, and with `dynamic` images are not packed; pass "
+                "`aspect_buckets=True` instead"
+            )
 
     def _settle_text(self):
         """Give the options of a network that reads captions the values that they stand for."""
@@ -333,7 +365,7 @@ class TrainOptions:
             raise ValueError(
                 "`exits` are trained from a whole network's weights; give them with `init_from`"
             )
-        for name in ("pack", "compile", "fsdp"):
+        for name in ("dynamic", "pack", "compile", "fsdp"):
             if getattr(self, name):
                 raise ValueError(
                     f"`exits` and `{name}` do not go together; leave one of them out"

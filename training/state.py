@@ -13,6 +13,7 @@ from checkpoints.networks import Network, said_of
 from conditions.condition import Condition, condition_of
 from processes.process import QUARTERS, Process
 from processes.table import process_of
+from training.dynamic import PARTS as OF_DYNAMIC, Target
 from training.sharding import load_tensors, own_part, sharded_like, unsharded
 
 MOST_COUNTED = 2**24  # steps, which AdamW counts in float32: it stays there
@@ -24,7 +25,7 @@ class Recipe(NamedTuple):
     """How a network learns: AdamW's arguments, the averages' decays, limits and precision.
 
     The first decay is the main one. `pack` is how many tokens a row of packed images has; None:
-    they are not packed.
+    they are not packed. `dynamic` is the share of operations that is aimed at; None: all are done.
     """
 
     lr: float = 1e-4
@@ -35,6 +36,12 @@ class Recipe(NamedTuple):
     grad_accum: int = 1
     bf16: bool = False
     pack: int | None = None
+    dynamic: Target | None = None
+
+    @property
+    def more_parts(self) -> tuple[str, ...]:
+        """What a step reports of each sample beside the parts of the process's loss."""
+        return () if self.dynamic is None else OF_DYNAMIC
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0.
@@ -47,13 +54,16 @@ class Recipe(NamedTuple):
 class Window:
     """Sums over the steps since the last log line, as Python floats; equal in every process.
 
-    `summed` names what a step reports summed over its samples: the parts of the loss, then one of
+    `summed` names what a step reports summed over its samples: the parts of the loss, and `more`
+    that it reports, then one of
     them, and the number of samples, in each quarter of the noise levels. `shown` names what a log
     line shows of the means. `sums` are those of `summed`, then of gradient norms, then good steps.
     """
 
-    def __init__(self, process: Process, sums: Sequence[float] | None = None) -> None:
-        self.parts, numbers = process.parts, range(1, QUARTERS + 1)
+    def __init__(
+        self, process: Process, sums: Sequence[float] | None = None, more: Sequence[str] = ()
+    ) -> None:
+        self.parts, numbers = (*process.parts, *more), range(1, QUARTERS + 1)
         # (name of a quarter's part, name of its number of samples)
         self.quarters = [(f"{process.told_apart}_q{q}", f"samples_q{q}") for q in numbers]
         by_quarter = [name for names in zip(*self.quarters) for name in names]
@@ -104,7 +114,7 @@ class TrainState:
 
     def begin_window(self) -> None:
         """Forget what was summed since the last log line."""
-        self.window = Window(self.process)
+        self.window = Window(self.process, more=self.recipe.more_parts)
 
     def to_checkpoint(
         self, args: dict, classes: list[str] | None, processes: int, keep: bool = True
@@ -165,7 +175,7 @@ class TrainState:
         the checkpoint lacks goes on from its `ema`. Raises ValueError if the optimizer's part is
         not of this network.
         """
-        log = checked_log(contents, self.process)
+        log = checked_log(contents, Window(self.process, more=self.recipe.more_parts))
         load_tensors(self.network, contents["model"])
         for decay, ema in self.emas.items():
             load_tensors(ema, contents["emas"].get(decay, contents["ema"]))
@@ -173,7 +183,7 @@ class TrainState:
         self._check_moments(contents["step"], log)
         self.step = contents["step"]
         self.bad_steps, self.bad_in_a_row = log.get("bad_steps", 0), log.get("bad_in_a_row", 0)
-        self.window = Window(self.process, log.get("window"))
+        self.window = Window(self.process, log.get("window"), self.recipe.more_parts)
 
     def is_finite(self) -> bool:
         """Whether all weights and averages are finite, those that this process holds."""
@@ -249,8 +259,9 @@ def _as_number(value):
     return float(value) if one else 0.0
 
 
-def checked_log(contents: dict, process: Process) -> dict:
-    """The log window and the counts of bad steps in a checkpoint of a process; {} for one without.
+def checked_log(contents: dict, empty: Window) -> dict:
+    """The log window and the counts of bad steps in a checkpoint; {} for one without. An empty
+    window is one of the run's.
 
     Raises ValueError if damaged.
     """
@@ -258,7 +269,7 @@ def checked_log(contents: dict, process: Process) -> dict:
     if not isinstance(log, dict):
         raise ValueError("its log is no dict")
     skipped, in_a_row = (log.get(name, 0) for name in ("bad_steps", "bad_in_a_row"))
-    expected = Window(process).sums
+    expected = empty.sums
     window = log.get("window", expected)
     if not (
         type(skipped) is int and 0 <= skipped <= step and type(in_a_row) is int and in_a_row >= 0
@@ -293,6 +304,5 @@ def new_state(
     network = shard(network.train())
     trained = [p for p in network.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return TrainState(
-        network, wrap(network), emas, opt, recipe, process, Window(process), condition
-    )  # fmt: skip
+    window = Window(process, more=recipe.more_parts)
+    return TrainState(network, wrap(network), emas, opt, recipe, process, window, condition)

@@ -7,6 +7,7 @@ processes nor on how the run got there.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 import math
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from checkpoints.networks import routes
 from conditions.condition import Values
 from conditions.given import draw_masks
 from processes.process import QUARTERS, Process
+from training.dynamic import Aim, dynamic_losses, mean_of_all, shares_of
 from training.given_frames import given_losses
 from training.packed import first_numbers, packed_losses
 from training.sharding import own_part, whole
@@ -26,8 +29,9 @@ from training.state import FLAGS, TrainState
 class Draws(NamedTuple):
     """The random numbers of one process's share of a step, n samples.
 
-    The numbers are t (n,), drop (n, *drops), two noises (n, C, *space) and which frames of clips
-    are given, bool (n, F), or (n, 0) where none ever is.
+    The numbers are t (n,), drop (n, *drops), two noises (n, C, *space), which frames of clips are
+    given, bool (n, F), or (n, 0) where none ever is, and the noise of switches (n, *routes), or
+    (n, 0).
     """
 
     t: Tensor
@@ -35,20 +39,23 @@ class Draws(NamedTuple):
     vae_noise: Tensor
     noise: Tensor
     given: Tensor
+    routing: Tensor
 
 
 def draw(
     seed: int, step: int, global_batch_size: int, latent: tuple[int, ...], dropout_prob: float,
     process: Process, device: torch.device | str, rank: int = 0, world_size: int = 1,
     drops: tuple[int, ...] = (), given_frames: float = 0.0, patch_frames: int = 1,
+    routes: tuple[int, ...] = (),
 ) -> Draws:  # fmt: skip
     """The Draws of the `rank`-th of world_size processes at a step.
 
     `latent` is the shape (C, *space) of one sample, `drops` a Condition's: all parts of a value
     are dropped together with a probability of dropout_prob. A share of given_frames of clips have
-    frames that are given, whole patches of patch_frames. Drawn from one generator for the global
-    batch, in the order drop, t, vae_noise, noise, given. A device's generator is its own: CPU and
-    GPU give different numbers.
+    frames that are given, whole patches of patch_frames. `routes` is the shape of the switches of a
+    network that leaves parts of itself out. Drawn from one generator for the global batch, in the
+    order drop, t, vae_noise, noise, given, routing. A device's generator is its own: CPU and GPU
+    give different numbers.
     """
     word = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator = torch.Generator(device).manual_seed(word)
@@ -63,8 +70,10 @@ def draw(
         count = latent[1] // patch_frames
         mask = draw_masks(global_batch_size, count, given_frames, generator)  # (N, F / patch)
         given = mask.repeat_interleave(patch_frames, dim=1)  # (N, F)
+    # The difference of two Gumbel draws is logistic
+    numbers = torch.rand(global_batch_size, *routes, **on).logit() if routes else given[:, :0]
     share = global_batch_size // world_size
-    drawn = t, drop, vae_noise, noise, given
+    drawn = t, drop, vae_noise, noise, given, numbers
     return Draws(*(values[rank * share : (rank + 1) * share] for values in drawn))
 
 
@@ -85,14 +94,15 @@ def train_step(
     share, device = len(latents), draws.t.device
     sums = torch.zeros(len(state.window.summed), device=device)
     per_part = -(-share // state.recipe.grad_accum)
-    of_samples = latents, labels, draws.t, draws.drop, draws.noise, draws.given
+    of_samples = latents, labels, draws.t, draws.drop, draws.noise, draws.given, draws.routing
     parts: list[Any] = [
         [values[start : start + per_part] for values in of_samples]
         for start in range(0, share, per_part)
     ]
+    aim = aim_of(state, parts, reduce)
     for i, part in enumerate(parts):
         with nullcontext() if i == len(parts) - 1 else no_reduction(state.model):
-            sums += backward(state, share, *part)
+            sums += backward(state, aim, share, *part)
     norm = whole(
         torch.nn.utils.get_total_norm(
             [p.grad for p in state.network.parameters() if p.grad is not None]
@@ -127,26 +137,65 @@ def train_step(
 
 
 def backward(
-    state: TrainState, share: int, latents: Tensor | list[Tensor], labels: Values, t: Tensor,
-    drop: Tensor, noise: Tensor, given: Tensor,
+    state: TrainState, aim: Aim | None, share: int, latents: Tensor | list[Tensor], labels: Values,
+    t: Tensor, drop: Tensor, noise: Tensor, given: Tensor, routing: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add the gradient of a part of a process's share to the network's.
 
     Returns what the part adds to the window's `summed` (S,), on the device.
     """
-    process, condition = state.process, state.condition.dropped(labels, drop)
-
-    def predict(x, t):
-        with torch.autocast(t.device.type, torch.bfloat16, enabled=state.recipe.bf16):
-            return state.model(x, t, **condition).float()  # x: latents, or Packed
-
-    losses = losses_of(state, predict, latents, t, noise, given)
+    process, predict = state.process, predictor(state, labels, drop)
+    if aim is None:
+        losses = losses_of(state, predict, latents, t, noise, given)
+    else:
+        assert isinstance(latents, Tensor)
+        noise = first_numbers(noise, latents.shape[1:])
+        losses = dynamic_losses(process, predict, latents, t, noise, routing, aim)
     (losses["loss"].sum() / share).backward()
     told_apart = losses[process.told_apart].detach()  # (n,)
     quarter = torch.nn.functional.one_hot(process.quarter(t), QUARTERS)
     quarter = quarter.to(told_apart.dtype)  # (n, QUARTERS)
-    totals = torch.stack([losses[name].detach().sum() for name in process.parts])
+    totals = torch.stack([losses[name].detach().sum() for name in state.window.parts])
     return torch.cat([totals, told_apart @ quarter, quarter.sum(dim=0)])  # (S,)
+
+
+def predictor(state: TrainState, labels: Values, drop: Tensor) -> Callable[..., Any]:
+    """predict(x, t, **others) → what the model makes of latents, or Packed, x of these conditions
+    at times t, in float32.
+    """
+    condition = state.condition.dropped(labels, drop)
+
+    def predict(x, t, **others):
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=state.recipe.bf16):
+            out = state.model(x, t, **condition, **others)
+        return out.float() if isinstance(out, Tensor) else tuple(one.float() for one in out)
+
+    return predict
+
+
+def aim_of(
+    state: TrainState, parts: list[Any], reduce: Callable[[Tensor], Tensor]
+) -> Aim | None:
+    """What the step aims at of a network's operations; None unless it learns to leave some out.
+
+    It is about their mean over the global batch. Of several parts none is done before all are known
+    to it, so that they are asked for their shares first, without gradients.
+    """
+    if state.recipe.dynamic is None:
+        return None
+    target = state.recipe.dynamic.at(state.step)
+    if len(parts) == 1:
+        return Aim(target, partial(mean_of_all, reduce))
+    with torch.no_grad():
+        shares = [
+            shares_of(
+                state.process, predictor(state, labels, drop), latents, t,
+                first_numbers(noise, latents.shape[1:]), routing,
+            )
+            for latents, labels, t, drop, noise, _, routing in parts
+        ]  # fmt: skip
+    mean = mean_of_all(reduce, torch.cat(shares))
+    return Aim(target, lambda shares: mean)
 
 
 def losses_of(
@@ -179,7 +228,9 @@ def warm_up(state: TrainState, latents: Tensor) -> None:
     drop = torch.zeros(count, *state.condition.drops, dtype=torch.int64, device=device)
     t = state.process.draw_times(count, torch.Generator(device))
     given = torch.zeros(count, 0, dtype=torch.bool, device=device)
-    backward(state, count, latents, values, t, drop, latents, given)
+    routing = torch.zeros(count, *routes(state.network), device=device)
+    aim = None if state.recipe.dynamic is None else Aim(1.0, lambda shares: shares.detach().mean())
+    backward(state, aim, count, latents, values, t, drop, latents, given, routing)
     state.opt.zero_grad(set_to_none=True)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints.networks import DynamicDiT, ExitDiT
 from conftest import ROOT, fill_randomly, randn, small_dit
 from layers.text import Text
 from models import BLOCKS, DiT
@@ -318,8 +319,12 @@ def test_options_have_one_form_for_one_cache():
 
 
 def test_networks_that_cannot_are_refused():
-    with pytest.raises(ValueError, match="this one leaves parts out at some"):
-        of(Scheduling(**CLASSES), cache="taylor:3,1")
+    exits = ExitDiT(**CLASSES, exits=[[2, 0.5]])
+    for net in (Scheduling(**CLASSES), DynamicDiT(**CLASSES), exits):
+        with pytest.raises(ValueError, match="one network that does as much at all times"):
+            of(net, cache="taylor:3,1")
+    with pytest.raises(ValueError, match="two by turns .`ckpt_high`. do not"):
+        of(network(), high=network(depth=2), high_from=0.5, cache="taylor:3,1")
     compiled = network()
     compiled.forward = lambda *_: None
     with pytest.raises(ValueError, match="the network is compiled as a whole"):

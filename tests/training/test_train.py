@@ -113,7 +113,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         time_sampling=None, time_shift=None, cosine_loss=None, train_eps=None, positions="table",
         norm="layer", mlp="gelu", qk_norm=False, extrapolation=None, aspect_buckets=False,
         pack=None, condition=None, text_length=None, text_encoder=None, frames=None, frame_stride=1,
-        frame_rate=None, given_frames=0.0, exits=None,
+        frame_rate=None, given_frames=0.0, exits=None, dynamic=None,
     )  # fmt: skip
     assert args == wild | ours
 

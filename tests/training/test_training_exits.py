@@ -66,6 +66,7 @@ def test_two_processes_learn_what_one_does(images, begun, tmp_path):
     (["--model", "MMDiT-Ti/1"], "are for a DiT with blocks of adaln_zero"),
     (["--model", "VideoDiT-Ti/4", "--frames", "4"], "are for a DiT with blocks of adaln_zero"),
     (["--pack", "64"], "--exits and --pack do not go together"),
+    (["--dynamic", "0.5"], "--exits and --dynamic do not go together"),
     (["--compile"], "--exits and --compile do not go together"),
     (["--fsdp"], "--exits and --fsdp do not go together"),
 ])  # fmt: skip
