@@ -54,10 +54,10 @@ class Recipe(NamedTuple):
 class Window:
     """Sums over the steps since the last log line, as Python floats; equal in every process.
 
-    `summed` names what a step reports summed over its samples: the parts of the loss, and `more`
-    that it reports, then one of
-    them, and the number of samples, in each quarter of the noise levels. `shown` names what a log
-    line shows of the means. `sums` are those of `summed`, then of gradient norms, then good steps.
+    `summed` names what a step reports summed over its samples: the parts of the loss, and `more`,
+    then one of the parts, and the number of samples, in each quarter of the noise levels. `shown`
+    names what a log line shows of the means. `sums` are those of `summed`, then of gradient norms,
+    then good steps.
     """
 
     def __init__(
