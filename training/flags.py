@@ -166,12 +166,12 @@ def add_network_flags(add: Add) -> None:
         "channels for a learned variance (default: on for diffusion, off for a flow, which does "
         "not train them)"
     )
+    add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
     add(
         "--exits", nargs="+", metavar="DEPTH:LEVEL",
         help="train the DiT of --init-from to have fewer blocks where noise is high: from a noise "
         "level on, 0 clean and 1 noise, so many run, such as 4:0.3 3:0.6 (default: all everywhere)",
     )  # fmt: skip
-    add("--learn-sigma", action=argparse.BooleanOptionalAction, help=sigma)
     routing = (
         "teach the DiT of --init-from to do with this share of its blocks' operations: which heads "
         "and channels are used depends on t, which tokens pass an MLP on these (default: all are)"

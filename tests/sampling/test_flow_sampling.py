@@ -420,7 +420,7 @@ def test_options_of_python_have_no_choices_but_messages():
         with pytest.raises(ValueError, match=message):
             SamplingOptions(**values)
     settled = SamplingOptions(sampler="sde", diffusion_norm=2).settled(FlowProcess())
-    assert {name: settled[name] for name in list(settled)[12:]} == dict(
+    assert {name: settled[name] for name in list(settled)[13:]} == dict(
         time_shift=None, sample_eps=None, diffusion_form="sigma", diffusion_norm=2.0,
         last_step="mean", last_step_size=0.04,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def test_flags_found_in_the_wild_keep_their_defaults():
         cfg_channels=3, mixed_precision="no", tf32=True, cfg_interval=[0.0, 1.0], compile=False,
         trajectory=None, extrapolation=None, prompt=None, negative_prompt=None,
         text_encoder=None, frames=None, frame_rate=None, given=None, given_frames=None, cache=None,
-        **FLOWS,
+        ckpt_high=None, high_from=None, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     args = vars(sample_ddp.build_parser().parse_args([]))
@@ -102,7 +102,8 @@ def test_flags_found_in_the_wild_keep_their_defaults():
     ours = dict(
         sampler="ddpm", device=None, eta=0.0, weights="ema", cfg_channels=3, mixed_precision="no",
         labels="random", cfg_interval=[0.0, 1.0], compile=False, extrapolation=None, prompts=None,
-        negative_prompt=None, text_encoder=None, frames=None, cache=None, **FLOWS,
+        negative_prompt=None, text_encoder=None, frames=None, cache=None,
+        ckpt_high=None, high_from=None, **FLOWS,
     )  # fmt: skip
     assert args == wild | ours
     assert sample.IMAGENET_LABELS == [207, 360, 387, 974, 88, 979, 417, 279]
