@@ -65,7 +65,7 @@ def test_a_sampler_from_python_is_that_of_the_command_line():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(scale=2), "no option scale; there are checkpoint, vae, steps, device, atol, cache, cfg_ch"),
+    (dict(scale=2), "no option scale; there are checkpoint, vae, steps, device, atol, cache, cfg"),
     (dict(ckpt="x.pt"), "no option ckpt; there are checkpoint"),
     (dict(num_classes=7), "`num_classes` is 7, but .* is of 10; leave the argument out"),
     (dict(vae="none"), "`vae` none has 3 channels"),
