@@ -4,7 +4,7 @@ extrapolated from steps at which they were.
 Extrapolating instead of reusing is TaylorSeer's (Liu et al. 2025, arXiv 2503.06923); order 0 reuses
 as FORA does (Selvaraju et al. 2024, arXiv 2407.01425). Both keep the outputs of attention and MLP
 in every block. Here one tensor is kept for all blocks, the tokens after the last of them minus
-those before the first: it comes as near to the full path in less time (docs/sampling.md).
+those before the first: it comes about as near to the full path in less time (docs/sampling.md).
 """
 
 from collections import deque
