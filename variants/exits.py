@@ -3,7 +3,6 @@ exit by time: ASE, 2408.05927, ICML 2024; "a shallow network first": DuoDiff, 24
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layers.layout import Layout
 from layers.packing import Packed
-from layers.parts import PAPERS
+from layers.parts import PAPERS, Parts
 from layers.sizes import is_number
 
 DESIGN = "adaln_zero"  # of the blocks
@@ -37,6 +36,7 @@ class Exits:
     config: dict[str, Any]
     blocks: nn.ModuleList
     final_layer: Any
+    out_channels: int
     grad_checkpointing: bool
     training: bool
     embed_conditions: Callable[..., list[Tensor]]
@@ -63,7 +63,10 @@ class Exits:
         self.config = {"_class_name": type(self).__name__} | self.config
         self.config |= {"exits": [list(one) for one in self.exits]}
         self.config |= {"t_clean": t_clean, "t_noise": t_noise}
-        self.exit_layers = nn.ModuleList(deepcopy(self.final_layer) for _ in self.exits)
+        last = hidden_size, patch_size, self.out_channels, Parts(positions, norm, mlp, qk_norm)
+        self.exit_layers = nn.ModuleList(type(self.final_layer)(*last) for _ in self.exits)
+        for layer in self.exit_layers:
+            layer.load_state_dict(self.final_layer.state_dict())
         self.planned: list[int] = []  # the stages of a schedule's steps
         self.expected: int | None = None  # the stage of all samples, where it is known
 
