@@ -37,7 +37,8 @@ from sampling.sampler import Sampler
 from vae import load_vae, to_uint8
 
 STEPS = 50
-OTHERS = ("dpm++", "unipc")  # solvers that need few steps, of diffusion
+# Solvers that need few steps, and as many as ask the network 18 times
+OTHERS = {"diffusion": {"dpm++": 18, "unipc": 18}, "flow": {"heun": 9}}
 
 
 class Way(NamedTuple):
@@ -115,9 +116,9 @@ PLACES = {"blocks": Sampler, "parts": OfParts, "output": OfOutput}
 
 def ways(sampler):
     """(those that are scored, the full one first; the others)."""
-    others = OTHERS if sampler in ("ddim", "ddpm") else ()
+    others = OTHERS["flow" if sampler == "euler" else "diffusion"]
     scored = [
-        Way(sampler, STEPS), Way(sampler, 18), *(Way(other, 18) for other in others),
+        Way(sampler, STEPS), Way(sampler, 18), *(Way(*other) for other in others.items()),
         Way(sampler, STEPS, "taylor:3,1"), Way(sampler, STEPS, "taylor:3,2"),
     ]  # fmt: skip
     caches = ("taylor:2,1", "taylor:2,2", "taylor:3,0", "taylor:4,1", "taylor:4,2")
@@ -188,7 +189,7 @@ def rms(x):
     return round(x.square().mean().sqrt().item(), 4)
 
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -205,7 +206,11 @@ def main(argv=None):
     parser.add_argument(
         "--deep", type=Path, metavar="FILE", help="weights of benchmarks.deep_patches, not digits'"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     scored, others = ways(args.sampler)
     chosen, full = [*scored, *others], str(scored[0])
     if args.deep is None:
