@@ -30,7 +30,6 @@ from checkpoints.weights import load_weights
 from conditions.labels import random_labels
 from evaluation.features import load_extractor
 from evaluation.metrics import frechet_distance
-from evaluation.summaries import deal
 from processes.table import process_of
 from sampling.caching import History, parse_cache
 from sampling.sampler import Sampler
@@ -161,8 +160,10 @@ def latents(ground, way, count, seed):
     """So many latents (N, C, H, W)."""
     sampler, classes = sampler_of(ground, way), ground.network.num_classes
     return torch.cat([
-        sampler.numbered_latents(seed, one, random_labels(seed, one, classes).to(device()))
-        for one in deal(count, BATCH)
+        sampler.numbered_latents(
+            seed, one.tolist(), random_labels(seed, one.tolist(), classes).to(device())
+        )
+        for one in torch.arange(count).split(BATCH)
     ])  # fmt: skip
 
 
