@@ -10,7 +10,7 @@ from checkpoints.choice import NetworkChoice
 from checkpoints.loading import (
     NetworkFiles, build_network, class_names, find_files, process_learned, second_choice,
 )  # fmt: skip
-from checkpoints.networks import ExitDiT, Network, makes_clips, patch_frames, reads_text
+from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
 from checkpoints.weights import Weights, load_weights
 from conditions.reading import reader_for
 from layers.sizes import MOST_IN_TABLE, is_number
@@ -81,7 +81,6 @@ def build_sampler(
     values = options.settled(process, usual, reads_text(network), makes_clips(network))
     check_high(choice.ckpt_high, options.high_from)
     high = second_network(choice, files, device)
-    check_compiled(values["compile"], network, high)
     own, compiled = solver_options(values), values["compile"]
     plain = {name: value for name, value in values.items() if name not in (*OWN, *OF_NETWORK)}
     networks = [one for one in (network, high) if one is not None]
@@ -97,15 +96,6 @@ def build_sampler(
     for one in networks:
         prepare(one, options.mixed_precision, compiled)
     return replace(sampler, space=load_vae(files.vae, device))
-
-
-def check_compiled(compile: bool, *networks: Network | None) -> None:
-    """Raise ValueError for a network that is to be compiled and cannot be."""
-    if compile and any(isinstance(network, ExitDiT) for network in networks):
-        raise ValueError(
-            "`compile`: a network with exits sorts its samples as they come, which cannot be "
-            "compiled; leave the argument out"
-        )
 
 
 def second_network(

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from checkpoints.networks import Network, is_dynamic
+from checkpoints.networks import Network
+from layers.schedule import Scheduled
 
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -19,10 +20,10 @@ def prepare(network: Network, mixed_precision: str = "no", compile: bool = False
     Autocast casts the weights of Linear layers and of the patch embedding at each call; here they
     are cast once. Raises ValueError if PyTorch cannot compile, or not such a network.
     """
-    if compile and is_dynamic(network):
+    if compile and isinstance(network, Scheduled):
         raise ValueError(
-            f"`compile=True`: a {type(network).__name__} computes something else at each step, and "
-            "is not compiled as a whole; leave the argument out"
+            f"`compile=True`: networks of {type(network).__name__} compute something else at each "
+            "step, and are not compiled as a whole; leave the argument out"
         )
     if dtype := PRECISIONS[mixed_precision]:
         for module in network.modules():
