@@ -109,7 +109,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--ckpt",
-        help="a checkpoint, as export.py writes it: only what its network takes in a step of "
+        help="a checkpoint, without other flags: only what its network takes in a step of "
         "sampling is printed, on average over 50 steps and 8 samples",
     )
     parser.add_argument(
@@ -121,9 +121,10 @@ def build_parser() -> Parser:
 @door("--image-size")
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
     if args.ckpt is not None:
         with parser.refusing():
+            check_alone(given)
             return print(told(args.ckpt, sampled(args.ckpt)))
     with parser.refusing():
         # The network itself looks at the classes
@@ -139,6 +140,15 @@ def main(argv: list[str] | None = None) -> None:
                 args.grad_checkpointing,
             )  # fmt: skip
         print(row(name, config.get("block") or config[CLASS], cost), flush=True)
+
+
+def check_alone(given: frozenset[str]) -> None:
+    """Raise ValueError if arguments are given beside that which names a checkpoint."""
+    others = sorted(given - {"ckpt"})
+    if others:
+        raise ValueError(
+            f"`ckpt` says itself what its network is; leave out `{others[0]}`, or `ckpt`"
+        )
 
 
 def described(args: Namespace) -> list[tuple[str, dict]]:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from argparse import Namespace
 from collections.abc import Collection, Sequence
-from pathlib import Path
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         check_output("--output", args.output, CLIP_ENDINGS)
         if args.trajectory:
             check_output("--trajectory", args.trajectory)
-            if Path(args.trajectory).resolve() == Path(args.output).resolve():
+            if os.path.realpath(args.trajectory) == os.path.realpath(args.output):
                 raise ValueError(
                     f"--trajectory and --output are both {args.output}; give two files"
                 )

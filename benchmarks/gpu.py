@@ -246,7 +246,7 @@ class Run:
         part = PARTS[name]
         sizes = dict(part.tiny if self.dry else part.sizes)
         if name == "scaling" and not self.dry:
-            sizes["folder"] = str(self.args.scaling.resolve())
+            sizes["folder"] = str(self.args.scaling.absolute())
         order = {
             "name": name, "function": part.function, "sizes": sizes,
             "path": str(folder / f"{self.args.parts.index(name)}.json"),
@@ -297,7 +297,7 @@ def check(args):
         raise ValueError(
             f"--output {args.output} exists, and no result is overwritten; give a new name"
         )
-    if args.output and not args.output.resolve().parent.is_dir():
+    if args.output and not args.output.absolute().parent.is_dir():
         raise ValueError(
             f"--output {args.output}: there is no folder {args.output.parent}; make it first"
         )

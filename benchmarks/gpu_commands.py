@@ -91,7 +91,7 @@ def scaling(report, preset, folder=None, seconds=math.inf):
     import sklearn  # noqa: F401  the photographs come with it: without it the part is left out
 
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(folder or temporary).resolve()
+        output = Path(folder or temporary).absolute()
         script = ROOT / "examples" / "scaling" / "study.py"
         command = [
             sys.executable, str(script), "--output", str(output), "--preset", preset, "--workers",

@@ -100,7 +100,7 @@ def plan_cache(options: CacheOptions) -> PlannedCache:
     assert isinstance(space, LatentSpace)  # check_options refuses pixels
     folder = Path(options.output)
     # The folder of images itself is refused by begin_folder, as one that holds something else
-    if folder.resolve() != Path(options.data_path).resolve():
+    if os.path.realpath(folder) != os.path.realpath(options.data_path):
         check_outside(options.data_path, "output", folder)
     plan = make_plan(options, listing, space) | (clips.entries(options) if clips else {})
     plan, shapes = begin_folder(folder, plan, place, partial(plan_shapes, options, listing))

@@ -238,7 +238,9 @@ def check_outside(root: Path | str, argument: str, folder: Path | str) -> None:
     """Raise ValueError if a folder to be written lies at or below root, the folder of the images:
     it would be taken for images. `argument` is the name of the one that gave the folder.
     """
-    if Path(root).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+    # Path.resolve raises RuntimeError for a link to itself
+    inner = Path(os.path.realpath(folder))
+    if Path(os.path.realpath(root)) in (inner, *inner.parents):
         raise ValueError(
             f"`{argument}` {folder} lies inside `data_path` {root} and would be taken for images; "
             "choose another"

@@ -8,6 +8,7 @@ there in DECIDING, PATHS and UNRECORDED, and a flag in training/flags.py.
 from collections.abc import Callable, Sequence
 from functools import partial
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def is_same_autoencoder(name: str, manifest: dict) -> bool:
 def absolute_if_there(name: str) -> str:
     """A name as it is, or, if it is a path that exists, as an absolute path without links."""
     try:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        return os.path.realpath(name) if Path(name).exists() else name
     except (OSError, ValueError):  # no path that this file system can have
         return name
 

@@ -271,7 +271,7 @@ DOORS = {
     ),
     "count": Door(
         "count",
-        [["--model", "DiT-Ti/8"]],
+        [["--model", "DiT-Ti/8"], NETWORK[:2]],
         {
             "count.count": lambda *_: Cost(*[1] * 6),
             "count.sampled": lambda *_: Sampled(1, 1, 1, "ddim"),

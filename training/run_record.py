@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 import uuid
@@ -136,7 +137,7 @@ def comparable(name: str, value: Any) -> Any:
         is_path = name in PATHS and isinstance(value, str) and Path(value).exists()
     except (OSError, ValueError):  # no path that this file system can have
         return value
-    return str(Path(value).resolve()) if is_path else value
+    return os.path.realpath(value) if is_path else value
 
 
 def content_hash(name: str, options: TrainOptions, data: Data) -> str:

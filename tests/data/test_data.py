@@ -6,6 +6,7 @@ from fractions import Fraction
 from functools import partial
 import multiprocessing
 import os
+from pathlib import Path
 import signal
 import struct
 import subprocess
@@ -213,6 +214,8 @@ def test_nothing_is_written_among_the_images(tmp_path, inside, monkeypatch):
     ):
         data_listing.check_outside(".", "results_dir", inside)
     data_listing.check_outside("a", "results_dir", "ab")
+    Path("loop").symlink_to("loop")
+    data_listing.check_outside("a", "results_dir", "loop")  # what makes a folder refuses it
 
 
 def test_a_folder_as_deep_as_paths_go_and_links_to_themselves(tmp_path, monkeypatch):

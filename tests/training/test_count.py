@@ -167,6 +167,7 @@ def test_checkpointing_keeps_less_and_bf16_about_half(capsys):
     (["--block", "adaln-zero"], "invalid choice: 'adaln-zero'"),
     (["--vae", "no/such/folder"], "no/such/folder"),
     (["--num-classes", "-1"], "num_classes is -1"),
+    (["--ckpt", "dit.safetensors", "--image-size", "64"], "leave out --image-size, or --ckpt"),
 ])  # fmt: skip
 def test_mistakes_get_one_message(capsys, flags, message, monkeypatch):
     import huggingface_hub
