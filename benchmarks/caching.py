@@ -3,7 +3,7 @@
     python -m benchmarks.caching ddim       # 50 guided steps; ten minutes on a CPU core
     python -m benchmarks.caching euler      # the same of the digits' flow
     python -m benchmarks.caching ddpm
-    python -m benchmarks.caching ddim --deep deep_patches.pt --samples 0    # twelve blocks
+    python -m benchmarks.caching ddim --ckpt deep.safetensors   # of benchmarks.train_deep
 
 Every way of sampling draws the same images of the same noise. `distance` is the Fréchet distance to
 the training digits, as in benchmarks.solvers, for each seed; `from the full path` how far latents
@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.deep_patches import deep_network
 from benchmarks.sides import RATIO, alternate, device, ratios, table, write
 from benchmarks.solvers import BATCH, DIGITS, GUIDANCE, real_statistics, statistics_of
 from checkpoints.networks import create_network
@@ -135,9 +134,9 @@ class Ground(NamedTuple):
     space: object
 
 
-def digits(name):
-    """The Ground of a network of examples/digits."""
-    weights = load_weights(DIGITS / f"{name}.safetensors")
+def ground_of(path):
+    """The Ground of a network of digits, whose weights a file has."""
+    weights = load_weights(path)
     network = create_network(weights.config)
     network.load_state_dict(weights.tensors)
     network.to(device()).eval().requires_grad_(False)
@@ -205,7 +204,8 @@ def build_parser():
     parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of times (default: %(default)s)")
     parser.add_argument(
-        "--deep", type=Path, metavar="FILE", help="weights of benchmarks.deep_patches, not digits'"
+        "--ckpt", type=Path, metavar="FILE",
+        help="weights of another network of the same digits, as export.py writes them",
     )
     return parser
 
@@ -214,11 +214,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     scored, others = ways(args.sampler)
     chosen, full = [*scored, *others], str(scored[0])
-    if args.deep is None:
-        ground = digits("flow" if args.sampler == "euler" else "dit")
-    else:
-        network = deep_network(args.deep)
-        ground = Ground(network, process_of(network), load_vae("none"))
+    usual = DIGITS / f"{'flow' if args.sampler == 'euler' else 'dit'}.safetensors"
+    ground = ground_of(args.ckpt or usual)
     drawn = {str(way): latents(ground, way, args.images, 0) for way in chosen}
     far = {name: rms(one - drawn[full]) for name, one in drawn.items()}
     print(far, flush=True)
@@ -229,9 +226,12 @@ def main(argv=None):
         {name: (scores.get(name, ""), far[name], found[name]) for name in sides},
         ("distance of each seed", "from full", "time, quartiles"),
     )
-    settings = vars(args) | {"deep": args.deep and args.deep.name, "guidance": GUIDANCE}
+    blocks = ground.network.config["depth"]
+    settings = vars(args) | {
+        "ckpt": args.ckpt and args.ckpt.name, "blocks": blocks, "guidance": GUIDANCE
+    }
     result = {"settings": settings, "distance of each seed": scores, "from the full path": far}
-    write(f"caching-{args.sampler}{'-deep' if args.deep else ''}", result | {RATIO: found})
+    write(f"caching-{args.sampler}-{blocks}-blocks", result | {RATIO: found})
 
 
 if __name__ == "__main__":

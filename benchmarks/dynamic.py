@@ -3,23 +3,26 @@ fewer steps.
 
     python -m benchmarks.dynamic --dynamic results/000-DiT-Ti-1 --control results/001-DiT-Ti-1
 
-Both are runs of train.py from examples/digits/dit.safetensors, alike but for --dynamic. Scores are
-as in benchmarks.solvers, with two seeds; times are of BATCH images, from labels to pixels, in turn,
-and those that this process computes, so that other work on the machine counts little.
+Both are runs of train.py from examples/digits/dit.safetensors, or from --begun, alike but for
+--dynamic. Scores are as in benchmarks.solvers, with two seeds; times are of BATCH images, from
+labels to pixels, in turn, and those that this process computes, so that other work on the machine
+counts little.
 """
 
 import argparse
+from pathlib import Path
 import time
 
 import torch
 
 from benchmarks.sides import RATIO, alternate, device, ratios, table, write
 from benchmarks.solvers import (
-    BATCH, DIGITS, Setting, load, make_sampler, real_statistics, score,
+    BATCH, DIGITS, Setting, make_sampler, real_statistics, score,
 )  # fmt: skip
 from checkpoints import load_pretrained
 from evaluation.features import load_extractor
 from training.cost import sampled
+from vae import load_vae
 
 SOLVER, STEPS = "ddim", 50
 FEWER = (40, 33, 25)  # steps of the control
@@ -33,6 +36,10 @@ def build_parser():
     parser.add_argument("--dynamic", required=True, metavar="CKPT", help="with routers")
     parser.add_argument("--control", required=True, metavar="CKPT", help="without")
     parser.add_argument(
+        "--begun", default=str(DIGITS / "dit.safetensors"), metavar="CKPT",
+        help="what both began with (default: the digits' network)",
+    )  # fmt: skip
+    parser.add_argument(
         "--samples", type=int, default=1000, help="for each score (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="of times (default: %(default)s)")
@@ -41,9 +48,9 @@ def build_parser():
 
 def samplers_of(args):
     """{name: a Sampler} of all that is compared, the control first."""
-    begun, space = load()
-    dynamic, control = (
-        load_pretrained(ckpt)[0].to(device()) for ckpt in (args.dynamic, args.control)
+    space = load_vae(str(DIGITS / "vae"), device())
+    begun, dynamic, control = (
+        load_pretrained(ckpt)[0].to(device()) for ckpt in (args.begun, args.dynamic, args.control)
     )
     found = {f"control, {STEPS} steps": (control, STEPS), f"dynamic, {STEPS}": (dynamic, STEPS)}
     found |= {f"control, {steps}": (control, steps) for steps in FEWER}
@@ -78,9 +85,10 @@ def main(argv=None):
         {name: (*distances[name], times[name]) for name in samplers},
         (*(f"distance, seed {seed}" for seed in SEEDS), "time, quartiles"),
     )
-    left = sampled(args.dynamic)
-    write("dynamic", {
-        "settings": {**vars(args), "solver": SOLVER, "images": BATCH},
+    left, blocks = sampled(args.dynamic), samplers[base].network.config["depth"]
+    names = {name: Path(getattr(args, name)).name for name in ("begun", "dynamic", "control")}
+    write(f"dynamic-{blocks}-blocks", {
+        "settings": vars(args) | names | {"solver": SOLVER, "images": BATCH},
         "share of operations": round(left.macs / left.most, 4), "distance": distances,
         RATIO: times,
     })  # fmt: skip

@@ -4,9 +4,10 @@ plain sampling in fewer steps. Times are the process's own, on CPUs.
     python -m benchmarks.exits                   # an hour on a CPU core
     python -m benchmarks.exits --networks DIR    # keeps what it trains there, and goes on from it
     python -m benchmarks.exits --high CKPT       # also a pair of networks
+    python -m benchmarks.exits --begin CKPT      # with a deeper network of the same digits
 
-Begins with examples/digits/dit.safetensors. The control is trained for as many steps on the same
-batches, without exits. Scores as in benchmarks.solvers, of guided samples.
+Begins with examples/digits/dit.safetensors, or with another. The control is trained for as many
+steps on the same batches, without exits. Scores as in benchmarks.solvers, of guided samples.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from evaluation.features import load_extractor
 from training.step import update_ema
 from vae import from_uint8
 
-# Of six blocks how many run from which noise level on
-SIDES = {"control": (), "4:0.3 3:0.6": ((4, 0.3), (3, 0.6)), "2:0.6": ((2, 0.6),)}
+# Which sixths of the blocks run from which noise level on
+SIXTHS = (((4, 0.3), (3, 0.6)), ((2, 0.6),))
 CONTROL, PAIR = "control", "pair"
 HIGH_FROM = 0.6  # the noise level from which on the pair's second network is asked
 SOLVER, STEPS = "unipc", {CONTROL: (10, 8, 7, 6, 5, 4)}
@@ -38,6 +39,15 @@ TIMED = 50  # images
 FEWER = (8, 6)  # steps of the other sides
 TRAINING_BATCH, LEARNING_RATE, DECAY = 64, 3e-4, 0.99
 FINAL = "final_layer."
+
+
+def sides(depth):
+    """{name: the exits} of each side, of networks with so many blocks."""
+    found = {CONTROL: ()}
+    for row in SIXTHS:
+        exits = tuple((sixths * depth // 6, level) for sixths, level in row)
+        found[" ".join(f"{blocks}:{level}" for blocks, level in exits)] = exits
+    return found
 
 
 def with_exits(network, exits):
@@ -86,9 +96,9 @@ def train_on(network, space, steps):
     return average
 
 
-def trained(name, network, space, steps, folder):
+def trained(name, exits, network, space, steps, folder):
     """A side's network after so many steps, from a file in the folder where it is there."""
-    network = with_exits(network, SIDES[name])
+    network = with_exits(network, exits)
     path = None if folder is None else folder / f"{name}-{steps}.pt"
     if path is not None and path.exists():
         network.load_state_dict(torch.load(path))
@@ -103,7 +113,8 @@ def trained(name, network, space, steps, folder):
 def samplers_of(args, network, space):
     """{name: the Sampler of a side in so many steps}."""
     networks = {
-        name: trained(name, network, space, args.steps, args.networks) for name in SIDES
+        name: trained(name, exits, network, space, args.steps, args.networks)
+        for name, exits in sides(network.config["depth"]).items()
     }  # fmt: skip
     found = {
         f"{name}, {SOLVER} {steps}": make_sampler(network, space, Setting(SOLVER, steps))
@@ -152,6 +163,9 @@ def build_parser():
         help="where what is trained, and scored, is kept, to go on from it",
     )  # fmt: skip
     parser.add_argument(
+        "--begin", metavar="CKPT", help="what is trained on (default: the digits' network)"
+    )
+    parser.add_argument(
         "--high", metavar="CKPT",
         help="also score the control with this network, say of larger patches, in its place from "
         f"noise level {HIGH_FROM} on",
@@ -161,7 +175,10 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    samplers = samplers_of(args, *load())
+    network, space = load()
+    if args.begin is not None:
+        network = load_pretrained(args.begin)[0].to(device())
+    samplers = samplers_of(args, network, space)
     extractor = load_extractor(str(DIGITS / "classifier"), device())
     found = scored(args, samplers, extractor, real_statistics(extractor))
     labels = (torch.arange(TIMED) % 10).to(device())
@@ -169,15 +186,18 @@ def main(argv=None):
     def side(sampler):
         return lambda: sampler.decode(sampler.numbered_latents(0, range(TIMED), labels)).cpu()
 
-    sides = {name: side(sampler) for name, sampler in samplers.items()}
+    timed = {name: side(sampler) for name, sampler in samplers.items()}
     # Of this process alone: other work may share the machine
-    times = ratios(alternate(sides, args.rounds, time.process_time), next(iter(sides)))
+    times = ratios(alternate(timed, args.rounds, time.process_time), next(iter(timed)))
     table({name: (found[name], times[name]) for name in found}, ("distance", "CPU time, quartiles"))
+    depth = network.config["depth"]
     settings = vars(args) | {
-        "networks": None, "exits": SIDES, "batch": TRAINING_BATCH, "lr": LEARNING_RATE,
+        "networks": None, "begin": args.begin and Path(args.begin).name, "exits": sides(depth),
+        "high": args.high and Path(args.high).name, "batch": TRAINING_BATCH, "lr": LEARNING_RATE,
         "ema_decay": DECAY,
     }  # fmt: skip
-    write("exits", {"settings": settings, "distance of each seed": found, f"CPU {RATIO}": times})
+    result = {"settings": settings, "distance of each seed": found, f"CPU {RATIO}": times}
+    write(f"exits-{depth}-blocks", result)
 
 
 if __name__ == "__main__":

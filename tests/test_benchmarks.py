@@ -9,13 +9,14 @@ import os
 import time
 from types import SimpleNamespace
 
+from PIL import Image
 import pytest
 import torch
 
 from benchmarks import (
-    caching, calls, deep_patches, dynamic, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
+    caching, calls, dynamic, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
     gpu_tables, gpu_training, gpu_worker, loading, packing, plot_solvers, process, sampling, sides,
-    solvers, space_time, training,
+    solvers, space_time, train_deep, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -23,6 +24,7 @@ from checkpoints import load_pretrained
 from checkpoints.publish import save_pretrained
 from conftest import ROOT, small_dit
 from flow import create_flow
+from models import DiT_models
 from training.state import Recipe, new_state
 from checkpoints.networks import DynamicDiT
 
@@ -80,14 +82,18 @@ def test_benchmarks_run_and_say_where(benchmark, flags, results):
     assert json.loads(path.read_text())["machine"]["torch"] in str(torch.__version__)
 
 
-def test_deep_patches_are_trained_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(deep_patches, "PLAN", deep_patches.PLAN._replace(scored_at=(1,)))
-    monkeypatch.setattr(deep_patches, "SIZE", deep_patches.SIZE | {"depth": 1})
-    deep_patches.main([str(tmp_path / "deep.pt")])
-    before = (tmp_path / "deep.pt").read_bytes()
-    network = deep_patches.deep_network(tmp_path / "deep.pt")
-    assert (tmp_path / "deep.pt").read_bytes() == before and not network.training
-    assert all(p.isfinite().all() and not p.requires_grad for p in network.parameters())
+def test_a_deep_network_is_trained_as_any_other_and_sampled_without_its_name(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / "a" / f"{i}.png")
+    train_deep.main([
+        "--data-path", str(tmp_path / "images"), "--num-classes", "1", "--model", train_deep.NAME,
+        "--image-size", "32", "--vae", str(solvers.DIGITS / "vae"), "--global-batch-size", "2",
+        "--max-steps", "1", "--num-workers", "0", "--results-dir", str(tmp_path / "runs"),
+    ])  # fmt: skip
+    [run] = (tmp_path / "runs").iterdir()
+    network, _ = load_pretrained(run)
+    assert network.config["depth"] == 12 and train_deep.NAME not in DiT_models
 
 
 @pytest.mark.long
@@ -144,7 +150,7 @@ def test_exits_begin_with_the_final_layer_of_the_network():
     """Both sides of the comparison begin as the same network below the levels."""
     network = small_dit(depth=6).float().eval()
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    for _name, pairs in exits.SIDES.items():
+    for pairs in exits.sides(6).values():
         made = exits.with_exits(network, pairs)
         assert torch.equal(made(x, torch.tensor([5, 9]), y), network(x, torch.tensor([5, 9]), y))
         assert len(getattr(made, "exit_layers", ())) == len(pairs)
@@ -162,7 +168,7 @@ def test_a_dynamic_network_is_compared_with_its_control(results, tmp_path, monke
         save_pretrained(network, tmp_path / name)
     checkpoints = [f"--{name}={tmp_path / name}" for name in ("dynamic", "control")]
     dynamic.main([*checkpoints, "--samples", "100", "--rounds", "1"])
-    [file] = results.glob("*dynamic.json")
+    [file] = results.glob("*dynamic-6-blocks.json")
     found = json.loads(file.read_text())
     assert found["share of operations"] == pytest.approx(1, rel=1e-3)  # a fresh one has all on
     same = found["distance"]["control, 2 steps"]
