@@ -24,6 +24,7 @@ from benchmarks.solvers import (
     DIGITS, Setting, load, make_sampler, real_digits, real_statistics, score,
 )  # fmt: skip
 from checkpoints import load_pretrained
+from checkpoints.from_whole import with_exits
 from checkpoints.networks import ExitDiT
 from diffusion import create_diffusion
 from evaluation.features import load_extractor
@@ -38,7 +39,6 @@ SOLVER, STEPS = "unipc", {CONTROL: (10, 8, 7, 6, 5, 4)}
 TIMED = 50  # images
 FEWER = (8, 6)  # steps of the other sides
 TRAINING_BATCH, LEARNING_RATE, DECAY = 64, 3e-4, 0.99
-FINAL = "final_layer."
 
 
 def sides(depth):
@@ -50,18 +50,15 @@ def sides(depth):
     return found
 
 
-def with_exits(network, exits):
+def begun(network, exits):
     """The network's weights in an ExitDiT, each of whose exits begins as a copy of the final layer;
     without exits a copy of the network.
     """
     if not exits:
         return deepcopy(network)
     config = {name: value for name, value in network.config.items() if name != "block"}
-    found, tensors = ExitDiT(**config, exits=exits), network.state_dict()
-    last = {name.removeprefix(FINAL): tensors[name] for name in tensors if name.startswith(FINAL)}
-    for i in range(len(exits)):
-        tensors |= {f"exit_layers.{i}.{name}": tensor for name, tensor in last.items()}
-    found.load_state_dict(tensors)
+    found = ExitDiT(**config, exits=exits)
+    found.load_state_dict(with_exits(network.state_dict(), found))
     return found.to(device()).eval().requires_grad_(False)
 
 
@@ -98,7 +95,7 @@ def train_on(network, space, steps):
 
 def trained(name, exits, network, space, steps, folder):
     """A side's network after so many steps, from a file in the folder where it is there."""
-    network = with_exits(network, exits)
+    network = begun(network, exits)
     path = None if folder is None else folder / f"{name}-{steps}.pt"
     if path is not None and path.exists():
         network.load_state_dict(torch.load(path))

@@ -151,7 +151,7 @@ def test_exits_begin_with_the_final_layer_of_the_network():
     network = small_dit(depth=6).float().eval()
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     for pairs in exits.sides(6).values():
-        made = exits.with_exits(network, pairs)
+        made = exits.begun(network, pairs)
         assert torch.equal(made(x, torch.tensor([5, 9]), y), network(x, torch.tensor([5, 9]), y))
         assert len(getattr(made, "exit_layers", ())) == len(pairs)
 
