@@ -196,10 +196,8 @@ def _check_recorded_vae(choice, weights, vae):
     released = {*HUB_VAES, *HUB_VAES.values()}
     recorded = recorded_vae(weights)
     if choice.vae is None and vae in released and recorded not in {None, *released}:
-        raise ValueError(
-            f"{choice.ckpt} was trained behind the autoencoder {recorded}, and none is given; "
-            f"give `vae` {recorded}"
-        )
+        behind = "on pixels" if recorded == "none" else f"behind the autoencoder {recorded}"
+        raise ValueError(f"{choice.ckpt} was trained {behind}: give `vae` {recorded}")
 
 
 def config_of_dit(
