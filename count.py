@@ -15,7 +15,7 @@
 One row for each network, whose weights are counted and not made. A caption has as many tokens as
 --text-length says; an encoder outside of the network is not in it. Of a network that makes clips an
 image is a clip, of --frames frames. With --ckpt the one line is about what a checkpoint's network
-takes as it is sampled, which is less than it has where train.py --dynamic trained it.
+takes as it is sampled, which is less than it has where train.py --dynamic or --exits trained it.
   parameters     all of them, the fixed position table too; a flow's last layer has half as many,
                  for it has no learned variance
   GMAC           billions of multiply-adds of one forward pass on one image; the paper calls them

@@ -27,7 +27,7 @@ from processes.process import Process
 from processes.table import WORDS, process_of
 from runtime.image_size import ImageSize, settled, written
 from runtime.json_files import read_json
-from vae import LatentShape, latent_shape
+from vae import HUB_VAES, LatentShape, latent_shape
 from variants.text_network import TextNetwork
 from variants.video import Video_models, VideoDiT
 
@@ -159,6 +159,7 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
     do not fit.
     """
     origin, shape = choice.ckpt or "the released checkpoint", latent_shape(vae)
+    _check_recorded_vae(choice, weights, vae)
     if weights.config is not None:
         network = network_of(weights, origin)
         if shape.channels != network.in_channels:
@@ -180,6 +181,23 @@ def build_network(choice: NetworkChoice, weights: Weights, vae: str) -> Network:
             "config.json, or a file of ours that has it"
         )
     return network_of(weights._replace(config=config), origin)
+
+
+def recorded_vae(weights: Weights) -> str | None:
+    """The name of the autoencoder behind which a run trained these weights; None if they do not
+    say it.
+    """
+    name = ((weights.training or {}).get("args") or {}).get("vae")
+    return name if isinstance(name, str) else None
+
+
+def _check_recorded_vae(choice, weights, vae):
+    """Raise ValueError if nobody chose a released autoencoder, and the run had one of its own."""
+    released = {*HUB_VAES, *HUB_VAES.values()}
+    recorded = recorded_vae(weights)
+    if choice.vae is None and vae in released and recorded not in {None, *released}:
+        behind = "on pixels" if recorded == "none" else f"behind the autoencoder {recorded}"
+        raise ValueError(f"{choice.ckpt} was trained {behind}: give `vae` {recorded}")
 
 
 def config_of_dit(

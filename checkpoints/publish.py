@@ -23,6 +23,7 @@ from checkpoints.diffusers_format import OWN_CLASSES, OWN_TEXT
 from checkpoints.formats import EULER, FORMATS as THEIRS
 from checkpoints.loading import (
     build_network, check_trained_size, choose_vae, class_names, find_checkpoint, process_learned,
+    recorded_vae,
 )  # fmt: skip
 from checkpoints.names import PRETRAINED, local_path
 from checkpoints.network_config import with_process
@@ -102,10 +103,8 @@ def _trained_with(choice, checkpoint, weights):
 
     Raises ValueError if nobody says it.
     """
-    recorded = ((weights.training or {}).get("args") or {}).get("vae")
-    recorded = recorded if isinstance(recorded, str) else None
     released = RELEASED_VAE if choice.ckpt is None else None
-    vae = choose_vae(choice, checkpoint) or recorded or released
+    vae = choose_vae(choice, checkpoint) or recorded_vae(weights) or released
     if vae is None:
         raise ValueError(
             f"{choice.ckpt} does not say behind which autoencoder it was trained; pass `vae`"

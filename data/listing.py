@@ -13,7 +13,7 @@ from runtime.clip_files import CLIP_SUFFIXES, FRAME_SUFFIXES, frame_paths
 
 # Formats that people have images in and that are not read here; files of them are counted.
 OTHER_FORMATS = (
-    ".apng", ".avif", ".dds", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif", ".jfif", ".jp2",
+    ".apng", ".avif", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jfif", ".jp2",
     ".jpe", ".jxl", ".psd", ".raw", ".svg", ".tga",
 )  # fmt: skip
 SAMPLED_FILES = 64  # of a data set, whose contents tell it from another with the same names
@@ -187,6 +187,8 @@ def _sorted_out(entries, left_out, endings):
             wanted.append(entry.path)
         elif ending in OTHER_FORMATS:
             left_out[f"{ending} files, a format that is not read"] += 1
+        elif ending in CLIP_SUFFIXES:
+            left_out[f"{ending} files, which are clips and no images (docs/video.md)"] += 1
     return folders, links, wanted
 
 

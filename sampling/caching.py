@@ -202,8 +202,8 @@ def check_cache(network: object, cache: Taylor, guided: Sequence[bool]) -> None:
     """
     if isinstance(network, Scheduled):
         raise ValueError(
-            "`cache` is for one network that does as much at all times, as one with exits, a "
-            "dynamic one and two by turns (`ckpt_high`) do not; leave the argument out"
+            "`cache` wants one network that does as much at all times; one with exits, a dynamic "
+            "one and two by turns (`ckpt_high`) do not: leave the argument out"
         )
     if "forward" in vars(network):
         raise ValueError(

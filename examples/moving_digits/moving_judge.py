@@ -42,7 +42,7 @@ def read_clips(path, argument):
     if frames.shape[2:] != (FIELD, FIELD, 3) or frames.shape[1] < LEAST_FRAMES or not len(frames):
         raise ValueError(
             f"`{argument}` {path} has uint8 clips {frames.shape}; wanted are (N, F, {FIELD}, "
-            f"{FIELD}, 3), with {LEAST_FRAMES} frames or more"
+            f"{FIELD}, 3), with {LEAST_FRAMES} frames or more, such as the .npz of sample_ddp.py"
         )
     return Clips(frames, _named_digits(path) if path.is_dir() else _asked_digits(path, len(frames)))
 

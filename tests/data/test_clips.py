@@ -109,7 +109,7 @@ def test_images_are_listed_as_before(folder):
         *(f"{number}.png" for number in range(5)), *(f"still{number}.png" for number in range(3)),
     ]  # fmt: skip
     notes = list_images(folder, 2).notes
-    assert any(".gif files, a format that is not read" in note for note in notes)
+    assert any(".gif files, which are clips and no images" in note for note in notes)
 
 
 # ---- windows ----

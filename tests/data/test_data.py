@@ -233,7 +233,8 @@ def test_what_else_is_left_out_is_counted(tmp_path):
     empty_files(tmp_path, "a/1.png", "a/2.HEIC", "a/3.gif", "a/4.gif", "a/notes.txt", "loose.jpg")
     notes = list_images(tmp_path, 1).notes
     assert [note.split("left out ")[1] for note in notes] == [
-        "2 .gif files, a format that is not read", "1 .heic files, a format that is not read",
+        "2 .gif files, which are clips and no images (docs/video.md)",
+        "1 .heic files, a format that is not read",
         "1 loose images beside the class folders",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="not a folder; give one that holds images$"):

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from checkpoints.files import checkpoint_path, save_checkpoint
-from checkpoints.weights import Weights, save_weights
+from checkpoints.weights import Weights, load_weights, save_weights
 from conftest import ROOT, fill_randomly
 from runtime.devices import choose_device, tf32
 from diffusion import create_diffusion
@@ -406,6 +406,23 @@ def test_a_mistake_gets_one_message_before_sampling(
         )
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
+
+
+def test_a_run_behind_an_autoencoder_of_its_own_is_not_decoded_by_a_released_one(
+    tmp_path, capsys, vae
+):
+    network, path = fill_randomly(DiT(**CONFIG)), tmp_path / "run.pt"
+    saved = {"ema": network.state_dict(), "step": 3, "config": network.config}
+    save_checkpoint(path, saved | {"args": {"vae": vae}})
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(path), "--output", str(tmp_path / "o.png"), "--device", "cpu"])
+    assert f"was trained behind the autoencoder {vae}: give --vae {vae}" in capsys.readouterr().err
+    assert sampled(tmp_path, "--ckpt", str(path), "--vae", vae).any()
+    weights = load_weights(path)
+    for recorded in ("ema", "stabilityai/sd-vae-ft-mse", vae):  # in the last case vae is not "mse"
+        args = {"args": {"vae": recorded}}
+        name = vae if recorded == vae else "mse"
+        build_network(NetworkChoice(path), weights._replace(training=args), name)
 
 
 def test_bare_state_dict_of_another_configuration(tmp_path, capsys, vae):

@@ -19,7 +19,7 @@ from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from sampling.loading import load_sampler
 from sampling.sampler import Sampler
-from training.cost import training_flops
+from training.cost import most_macs, training_flops
 from vae import PixelSpace
 
 SIZES = dict(
@@ -250,6 +250,7 @@ def test_operations_are_the_mean_over_noise_levels(capsys):
     parts = [training_flops(cut(network(), 4).config | {"depth": depth}) for depth in (4, 3, 1)]
     wanted = sum(share * flops for share, flops in zip((0.3, 0.3, 0.4), parts))
     assert training_flops(config) == pytest.approx(wanted, rel=1e-6)
+    assert most_macs(config) == parts[0] // 6
     count.main(["--model", "DiT-Ti/2", "--exits", "3:0.5"])
     some = capsys.readouterr().out.split()
     count.main(["--model", "DiT-Ti/2"])
