@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from checkpoints.loading import load_pretrained
 from checkpoints.networks import (
-    ExitDiT, Network, create_network, reads_text, sample_condition,
+    OURS, ExitDiT, Network, arguments_of, class_in, create_network, reads_text, sample_condition,
 )  # fmt: skip
 from processes.table import process_of
 from sampling.sampler import Sampler
@@ -76,7 +76,17 @@ def sampled(checkpoint: Path | str) -> Sampled:
     with torch.no_grad(), counted() as counter:
         sampler.numbered_latents(0, range(SAMPLES), labels)
     macs = counter.get_total_flops() / 2 / SAMPLES / steps
-    return Sampled(macs, count(network.config).macs, steps, solver)
+    return Sampled(macs, count(complete(network.config)).macs, steps, solver)
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network that does at all times what a network does without noise: of one
+    with exits the DiT that has all of its blocks.
+    """
+    if class_in(config) != ExitDiT.__name__:
+        return config
+    known = arguments_of(OURS)
+    return {name: value for name, value in config.items() if name in known}
 
 
 def counted() -> FlopCounterMode:
