@@ -35,7 +35,9 @@ from page.layout import GUIDANCE, HOUR, Shown, build_page, page_theme
 from page.visitors import Function, Gate, Visitors, endpoint
 from runtime.devices import choose_device, tf32
 from runtime.surroundings import is_installed
-from sampling.flags import add_encoder_flag, add_network_flags, check_flags, network_choice
+from sampling.flags import (
+    CHECKPOINT_SAYS, add_encoder_flag, add_network_flags, check_flags, network_choice,
+)  # fmt: skip
 from sampling.loading import VAE, build_sampler
 from sampling.options import OWN, SamplingOptions
 from sampling.sampler import Sampler
@@ -241,9 +243,12 @@ def picture_settings(
 ) -> dict[str, Any]:
     """What a picture depends on beside a visitor's choices, to be written into it.
 
-    Where files lie on this machine is not in it.
+    Where files lie on this machine is not in it, nor what the checkpoint answers.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in ("host", "port")}
+    left_out = {"host", "port"} | {
+        name for name in CHECKPOINT_SAYS if getattr(opening.choice, name) is None
+    }  # fmt: skip
+    flags = {name: value for name, value in vars(args).items() if name not in left_out}
     names = {"ckpt": Path(opening.choice.ckpt or RELEASED).name, "vae": Path(vae).name}
     chosen = dict.fromkeys(("sampler", "num_sampling_steps", "cfg_scale"))  # come first
     settled = opening.options.settled(

@@ -214,10 +214,23 @@ def clip_wishes(
     rate = args.frame_rate or sampler.frame_rate or FRAME_RATE
     check_output("--output", output, CLIP_ENDINGS)
     check_clip_file(output, rate)
+    check_kept(args.given, output)
     assert sampler.frames is not None  # the network makes clips
     shape = (len(texts), sampler.frames, *sides(sampler.image_size), 3)
     check_clip_size(output, shape, texts)
     return ClipWishes(output, rate, read_given(args.given, args.given_frames, sampler))
+
+
+def check_kept(given: str | None, output: str) -> None:
+    """Raise ValueError if the output would replace, or lie among, the frames that are given."""
+    if given is None:
+        return
+    place, kept = (os.path.realpath(path) for path in (output, given))
+    if kept in (place, os.path.dirname(place)):
+        raise ValueError(
+            f"`output` {output} is what `given` names, or lies in it, and would change it; give "
+            "another file"
+        )
 
 
 def read_given(path: str | None, named: str | None, sampler: Sampler) -> Given | None:

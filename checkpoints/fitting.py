@@ -12,7 +12,7 @@ from checkpoints.from_images import from_images
 from checkpoints.from_static import from_static
 from checkpoints.from_whole import check_whole, with_exits
 from checkpoints.networks import (
-    DYNAMIC, MODELS, NETWORKS, OURS, ExitDiT, Network, class_in, is_dynamic, makes_clips, said_of,
+    MODELS, NETWORKS, OURS, ExitDiT, Network, class_in, is_dynamic, makes_clips, said_of,
 )  # fmt: skip
 from checkpoints.outline import (
     FINAL, POSITION_TABLE, TABLE_OF_FRAMES, class_of, design_of, grid_in, learns_sigma, parts_of,
@@ -101,7 +101,11 @@ FREE = (
     "input_size", "class_dropout_prob", "learn_sigma", "table_side", "frames", "num_classes",
 )  # fmt: skip
 # What a user says of such a network, beside its model
-CHOSEN = ("text_length", "qk_norm", "extrapolation", "exits")
+CHOSEN = ("text_length", "qk_norm", "extrapolation")
+# What decides what exits take for noise, with the process
+OF_PROCESS = ("t_clean", "t_noise")
+# Classes of networks that have no models' names, and the option that asks for each
+ASKED_BY = {"DynamicDiT": "dynamic", "ExitDiT": "exits"}
 # What a configuration alone says, and no model's name
 UNNAMED = ("noise_steps", "streams", "position_scale")
 
@@ -128,8 +132,12 @@ def check_text(network: Network, config: object, origin: Path | str) -> None:
 
 def _advice(name, value):
     """What to do where weights want another value of an argument than the network has."""
+    if name == "exits":
+        return f"pass `exits` {_exits(value)}"
     if name in CHOSEN:
         return f"pass `{name}={value!r}`"
+    if name in OF_PROCESS:
+        return "its exits are for another process; pass the `process` that it has learned"
     if name in UNNAMED:
         return "the two must be the same, and no `model` has what the weights have; use other ones"
     return f"give the `{'text_encoder' if 'width' in name else 'model'}` that it was trained with"
@@ -152,7 +160,7 @@ def check_design(
     if kind != here:
         raise ValueError(
             f"{origin} has the weights of a {kind}, the network here is a {here}; "
-            f"{_other_class(kind, here)}"
+            f"{_other_class(kind, here, config)}"
         )
     if here != OURS:
         return check_text(network, config, origin)
@@ -184,15 +192,32 @@ def check_parts(
             )
 
 
-def _other_class(kind, here):
+def _other_class(kind, here, config):
     """What to do where weights are of one class and the network of another."""
-    if NETWORKS[kind] in DYNAMIC.values():
-        return "pass `dynamic`, the share of operations that it is to take"
-    if DYNAMIC.get(NETWORKS[kind]) is NETWORKS[here]:
-        return "leave `dynamic` out, or start a new run from its weights with `init_from`"
+    theirs, ours = ASKED_BY.get(kind), ASKED_BY.get(here)
+    if theirs is not None:
+        exits = config.get("exits") if isinstance(config, dict) else None
+        wanted = {
+            "dynamic": "`dynamic`, the share of operations that it is to take",
+            "exits": f"`exits` {_exits(exits)}",
+        }  # fmt: skip
+        if ours is not None:
+            return f"pass {wanted[theirs]}, and leave `{ours}` out"
+        model = "" if here == OURS else f"a `model` whose name begins with {OURS}, and "
+        return f"pass {model}{wanted[theirs]}"
+    if ours is not None and kind == OURS:
+        return f"leave `{ours}` out, or start a new run from its weights with `init_from`"
     names = [name for name, made in MODELS.items() if made.func is NETWORKS[kind]]
     families = sorted({name.partition("-")[0] for name in names})
     return f"pass a `model` whose name begins with {' or '.join(families)}"
+
+
+def _exits(found):
+    """Exits in a file's configuration as users write them."""
+    try:
+        return " ".join(f"{depth:d}:{level:g}" for depth, level in found)
+    except (TypeError, ValueError):  # of a damaged one
+        return "that it was trained with"
 
 
 def _quoted(text):

@@ -122,7 +122,7 @@ def check_writable(path: Path | str) -> None:
     probe = path.parent / f".{os.getpid()}.probe"  # not path's name and more, which may be too long
     try:
         with suppress(FileNotFoundError):
-            path.lstat()  # an error for a name that is too long
+            path.stat()  # an error for a name that is too long, and for a loop of links
         if path.is_dir():
             raise ValueError(f"{path} is a folder; give the name of a file")
         probe.touch()

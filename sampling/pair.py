@@ -29,7 +29,7 @@ class Pair:
     """
 
     def __init__(self, low: Network, high: Network, level: float, process: Process) -> None:
-        self.low, self.high = low, high
+        self.low, self.high, self.level = low, high, level
         self.first = process.clean + level * (process.noisy - process.clean)  # high's first t
         self.rising = process.noisy > process.clean
         self.planned: list[bool] = []
@@ -120,6 +120,18 @@ def check_pair(low: Network, high: Network, process: Process) -> None:
             f"`ckpt_high` is a network that has learned {worded(theirs)}, and that of `ckpt` "
             f"{worded(ours)}; the two must agree, so choose another `ckpt_high`"
         )
+
+
+def idle_notes(pair: Pair, times: Sequence[float]) -> list[str]:
+    """A sentence if steps that begin at these times ask one network of a Pair alone."""
+    high = pair.is_high(torch.tensor(times)).tolist()
+    if any(high) and not all(high):
+        return []
+    where, others = ("at or above", "lower") if high[0] else ("below", "higher")
+    return [
+        f"all {len(high)} steps are {where} the noise level {pair.level:g}, so the network for "
+        f"{others} ones is not asked"
+    ]
 
 
 def worded(config: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
 from runtime.image_size import ImageSize, settled, sides
 from sampling.caching import CachedRun, check_cache, parse_cache
-from sampling.pair import Pair, check_high, check_pair
+from sampling.pair import Pair, check_high, check_pair, idle_notes
 from sampling.speed import PRECISIONS
 from vae import Space, from_uint8, to_uint8
 
@@ -100,12 +100,12 @@ class Sampler:
         check_options(self.solver_options, self.sampler, self.process.solvers)
         if self.solver_options:
             self.steps()  # refuses values that they cannot have
+        self.asked = self._asked()
         self.latent = self.latent_shape or self.network.latent_shape
         if self.latent_shape is not None:
             check_latent(self.latent_shape, self.network)
             if self.high is not None:
                 check_latent(self.latent_shape, self.high)
-        self.asked = self._asked()
         self.condition = self._condition()
         if self.cfg_channels is None:
             self.cfg_channels = usual_channels(self.reads_text, self.makes_clips)
@@ -225,13 +225,17 @@ class Sampler:
         return self.reader.encode(checked_prompts(asked)).to(device)
 
     def notes(self, asked: object) -> list[str]:
-        """Sentences on prompts among those that are asked for, and on the negative one, that are
-        too long to be read whole, with what is read of them.
+        """Sentences on a network of two that is asked at no step; and on prompts among those that
+        are asked for, and on the negative one, that are too long to be read whole, with what is
+        read of them.
         """
+        found = []
+        if isinstance(self.asked, Pair) and self.process.solvers[self.sampler].at_beginnings:
+            found += idle_notes(self.asked, self.steps())
         if self.reader is None or not isinstance(asked, Sequence):
-            return []
+            return found
         negative = [] if self.negative_prompt is None else [self.negative_prompt]
-        return cut_notes(self.reader, [*asked, *negative])
+        return found + cut_notes(self.reader, [*asked, *negative])
 
     def schedule(self) -> Scheduled | None:
         """What is asked, prepared for the times of the steps, if it can be told which step it is

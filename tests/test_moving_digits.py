@@ -289,7 +289,7 @@ class Echo:
     Latents (N, 3, F, 32, 32) are pixels / 255.
     """
 
-    frames = 16
+    frames, makes_clips, image_size = 16, True, 32
 
     def conditions(self, digits):
         return torch.tensor(digits)
@@ -341,6 +341,16 @@ def test_the_door_writes_clips_for_the_judge(made, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         continue_clips.main([*flags, "--output", str(tmp_path / "n")])
     assert "makes clips of 16 frames, those of --truth have 5" in capsys.readouterr().err
+    for change, message in (
+        ({"makes_clips": False}, "--ckpt x makes images"),
+        ({"frames": 5, "image_size": 64}, "64 pixels, those of --truth have 32; give the --vae"),
+    ):  # fmt: skip
+        for name, value in change.items():
+            monkeypatch.setattr(Echo, name, value)
+        with pytest.raises(SystemExit):
+            continue_clips.main([*flags, "--output", str(tmp_path / "n")])
+        assert message in capsys.readouterr().err
+        monkeypatch.setattr(Echo, "makes_clips", True)
 
 
 # ---- training what is here ----

@@ -9,9 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from checkpoints.loading import load_pretrained
-from checkpoints.networks import (
-    ExitDiT, Network, create_network, reads_text, sample_condition,
-)  # fmt: skip
+from checkpoints.networks import ExitDiT, Network, create_network, reads_text, sample_condition
 from processes.table import process_of
 from sampling.sampler import Sampler
 from vae import LatentShape, PixelSpace

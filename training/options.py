@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 import os
 from pathlib import Path
+import re
 from typing import Any
 
 from checkpoints.network_config import LATER
@@ -72,6 +73,7 @@ NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 TEXT_LENGTH = 32  # of the network's own encoder: captions of about as many short words
 SHARE = Range(0.0, 1.0)
+EXIT = re.compile(r"(\d{1,9}):((?:\d+\.?\d*|\.\d+)(?:e-?\d{1,3})?)", re.ASCII)  # 4:0.3
 # Options of clips, and the values that leave them out
 OF_CLIPS = {"frame_stride": 1, "frame_rate": None, "given_frames": 0}
 
@@ -170,7 +172,7 @@ class TrainOptions:
         check_numbers(self, num_classes=CLASSES, eval_samples=SCORED, given_frames=SHARE)
         self._check_decays()
         self._check_choices()
-        self._check_exits()
+        self._settle_exits()
         self._settle_condition()
         self._check_clips()
         self._check_pairs()
@@ -352,8 +354,10 @@ class TrainOptions:
             if value not in choices and value != getattr(TrainOptions, name):
                 raise ValueError(f"`{name}` is {value}; choose from {', '.join(choices)}")
 
-    def _check_exits(self):
-        """Raise ValueError for exits that the model cannot be trained with."""
+    def _settle_exits(self):
+        """Give `exits` their one form. Raise ValueError for any that the model cannot be trained
+        with.
+        """
         if self.exits is None:
             return
         if MODELS[self.model].func is not DiT or self.block != DESIGN:
@@ -372,6 +376,12 @@ class TrainOptions:
                 )
         pairs = [read_exit(text) for text in self.exits]
         checked_exits(pairs, MODELS[self.model].keywords["depth"])
+        if pairs[-1][1] == 1:
+            raise ValueError(
+                "`exits` has the noise level 1, noise alone, which no time of training reaches; "
+                "give a lower one"
+            )
+        object.__setattr__(self, "exits", tuple(map(written_exit, pairs)))
 
     def _check_clips(self):
         """Raise ValueError for options of clips that the model cannot be trained with."""
@@ -455,14 +465,18 @@ class TrainOptions:
 
 def read_exit(text: str) -> tuple[int, float]:
     """(depth, level) of "DEPTH:LEVEL". Raises ValueError for any other text."""
-    try:
-        depth, level = str(text).split(":")
-        return int(depth), float(level)
-    except ValueError:
+    match = EXIT.fullmatch(str(text))
+    if match is None:
         raise ValueError(
             f"`exits` has {text!s:.60}; give DEPTH:LEVEL, such as 4:0.3: so many blocks from that "
             "noise level on"
-        ) from None
+        )
+    return int(match[1]), float(match[2])
+
+
+def written_exit(pair: tuple[int, float]) -> str:
+    """The one text that read_exit reads as this (depth, level)."""
+    return f"{pair[0]}:{pair[1]!r}".removesuffix(".0")
 
 
 def defaults() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from judge_clips import HERE
 from moving_judge import read_clips, spread_out
 from processes.noise import ImageNoise
 from runtime.disk import check_writable, write_whole
+from runtime.image_size import settled, written
 from runtime.limits import Range, check_numbers
 from runtime.npz import IMAGES, write_npz
 from sampling.loading import build_sampler
@@ -61,10 +62,22 @@ def check_fit(sampler, clips, args):
         raise ValueError(
             f"`truth` {args.truth}: its folders are not called 0 to 9; give moving-digits/heldout"
         )
+    if not sampler.makes_clips:
+        raise ValueError(
+            f"`ckpt` {args.ckpt} makes images; give a network of clips, such as train.py --frames "
+            "trains"
+        )
     if sampler.frames != frames:
         raise ValueError(
             f"`ckpt` {args.ckpt} makes clips of {sampler.frames} frames, those of `truth` have "
             f"{frames}; give a network that was trained on as many"
+        )
+    size = settled(clips.frames.shape[2:4])
+    if sampler.image_size != size:
+        raise ValueError(
+            f"`ckpt` {args.ckpt} with `vae` {args.vae} makes frames of "
+            f"{written(sampler.image_size)} pixels, those of `truth` have {written(size)}; give "
+            "the `vae` that the network was trained with"
         )
     if args.given_frames >= frames:
         raise ValueError(f"`given_frames` is {args.given_frames} of {frames}; give fewer")

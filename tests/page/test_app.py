@@ -330,6 +330,10 @@ def test_the_png_has_the_settings_that_were_asked_for(digits):
         and "port" not in settings
     )
     assert str(ROOT) not in str(settings)
+    # The checkpoint says them
+    assert not {"model", "num_classes", "process", "text_encoder"} & settings.keys()
+    said = app.picture_settings(*arguments(*DIGITS, "--num-classes", "10"), DIGITS[-1], digits)
+    assert said["num_classes"] == 10
 
 
 def test_wrong_choices_are_value_errors(digits):

@@ -348,6 +348,21 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     assert {path.name for path in tmp_path.iterdir()} == {"one.png"}
 
 
+@pytest.mark.parametrize("given, output", [
+    ("a.gif", "a.gif"), ("a.gif", "link.gif"), ("frames", "frames/1.png"),
+])  # fmt: skip
+def test_frames_that_are_given_are_not_replaced(tmp_path, ckpt, capsys, given, output):
+    (tmp_path / "frames").mkdir()
+    for name in ("a.gif", "frames/0.png", "frames/1.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "link.gif").symlink_to("a.gif")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        drawn(ckpt, tmp_path / output, "--given", str(tmp_path / given))
+    assert "would change it; give another file" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_a_disk_that_is_full_is_named(tmp_path, ckpt, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

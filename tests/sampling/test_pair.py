@@ -172,6 +172,21 @@ def test_networks_that_do_not_go_together_are_refused(what):
     assert "choose another `ckpt_high`" in str(error.value)
 
 
+def test_what_does_not_go_together_is_told_before_shapes():
+    with pytest.raises(ValueError, match="samples that are images"):
+        sampler_of(video(), network(1, FlowProcess), FlowProcess, latent_shape=(3, 4, 4, 4))
+
+
+@pytest.mark.parametrize("level, note", [
+    (1.0, "below the noise level 1, so the network for higher ones is not asked"),
+    (0.0, "at or above the noise level 0, so the network for lower ones is not asked"),
+    (0.5, None),
+])  # fmt: skip
+def test_a_network_that_is_never_asked_is_told(level, note):
+    found = sampler_of(*pair_of(), level=level, solver="ddim").notes([0])
+    assert found == ([] if note is None else [f"all {STEPS} steps are {note}"])
+
+
 @pytest.mark.parametrize("given", [dict(high=network(1)), dict(high_from=0.5)])
 def test_the_two_arguments_go_together(given):
     with pytest.raises(ValueError, match="go together"):

@@ -547,6 +547,14 @@ def test_two_processes_may_ask_at_once_whether_a_file_can_be_written(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_that_leads_nowhere_is_told_before_anything_is_drawn(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ValueError, match="loop.png .Too many levels of symbolic links"):
+        check_writable(tmp_path / "loop.png")
+    (tmp_path / "new.png").symlink_to("there.png")
+    check_writable(tmp_path / "new.png")  # its target is written
+
+
 def test_checks_leave_no_trace(tmp_path):
     check_writable(tmp_path / "new.png")
     assert not list(tmp_path.iterdir()) and choose_device("cpu").type == "cpu"

@@ -62,6 +62,9 @@ def test_two_processes_learn_what_one_does(images, begun, tmp_path):
     (["--exits", "2:1.3"], "from 0, clean, to 1"),
     (["--exits", "2:0.3", "4:0.6"], "rising noise levels and falling depths"),
     (["--exits", "2"], "give DEPTH:LEVEL"),
+    (["--exits", "２:0.6"], "give DEPTH:LEVEL"),
+    (["--exits", "2: 0.6"], "give DEPTH:LEVEL"),
+    (["--exits", "2:1"], "noise alone"),
     (["--block", "adaln"], "are for a DiT with blocks of adaln_zero"),
     (["--model", "MMDiT-Ti/1"], "are for a DiT with blocks of adaln_zero"),
     (["--model", "VideoDiT-Ti/4", "--frames", "4"], "are for a DiT with blocks of adaln_zero"),
@@ -92,3 +95,9 @@ def test_exits_are_pairs_in_the_options():
     assert options.exits == ("4:0.3",) and options.network_class is ExitDiT
     found = {name: options.network_arguments[name] for name in ("exits", "t_clean", "t_noise")}
     assert found == {"exits": [(4, 0.3)], "t_clean": 1.0, "t_noise": 0.0}
+
+
+@pytest.mark.parametrize("text", ["4:0.3", "04:.3", "4:0.30", "4:3e-1"])
+def test_other_words_for_the_same_exits_are_the_same_run(text):
+    options = TrainOptions("x", init_from="a", model="DiT-Ti/8", exits=[text])
+    assert options.recorded()["exits"] == ["4:0.3"]

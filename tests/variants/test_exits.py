@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoints.fitting import adapt
+from checkpoints.fitting import adapt, check_design
 from checkpoints.loading import load_pretrained
-from checkpoints.networks import ExitDiT
+from checkpoints.networks import DynamicDiT, ExitDiT
 from checkpoints.publish import export_checkpoint
 from checkpoints.choice import NetworkChoice
 from checkpoints.weights import Weights, load_weights, save_weights
@@ -19,8 +19,9 @@ from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from sampling.loading import load_sampler
 from sampling.sampler import Sampler
-from training.cost import most_macs, training_flops
+from training.cost import most_macs, sampled, training_flops
 from vae import PixelSpace
+from variants.video import VideoDiT
 
 SIZES = dict(
     input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=4, num_heads=2, num_classes=3
@@ -209,7 +210,7 @@ def test_a_dits_weights_begin_it(tmp_path):
         assert torch.equal(part.final_layer.linear.weight, start.final_layer.linear.weight)
     again = ExitDiT(exits=EXITS, **SIZES)
     again.load_state_dict(adapt(weights_of(network()), again, "keep", "a.pt"))
-    with pytest.raises(ValueError, match="pass `exits="):
+    with pytest.raises(ValueError, match="pass `exits` 3:0.3 1:0.6$"):
         adapt(weights_of(network()), ExitDiT(exits=[(2, 0.5)], **SIZES), "keep", "a.pt")
     other = DiT(**SIZES, block="adaln")
     other.process = None
@@ -256,3 +257,37 @@ def test_operations_are_the_mean_over_noise_levels(capsys):
     count.main(["--model", "DiT-Ti/2"])
     every = capsys.readouterr().out.split()
     assert "ExitDiT" in some and 0.7 < float(some[-8]) / float(every[-8]) < 0.8
+
+
+OTHER_CLASSES = {
+    DynamicDiT: "pass `exits` 3:0.3 1:0.6, and leave `dynamic` out",
+    DiT: "pass `exits` 3:0.3 1:0.6",
+    VideoDiT: "pass a `model` whose name begins with DiT, and `exits` 3:0.3 1:0.6",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CLASSES)
+def test_weights_with_exits_are_told_what_they_want(kind):
+    made = network()
+    with pytest.raises(ValueError) as error:
+        check_design(kind(**SIZES), made.state_dict(), "a.pt", made.config)
+    assert str(error.value).endswith(OTHER_CLASSES[kind])
+    begun = DiT(**SIZES)
+    with pytest.raises(ValueError, match="leave `exits` out, or start a new run"):
+        check_design(made, begun.state_dict(), "a.pt", begun.config)
+    flow = network(FlowProcess, learn_sigma=True)
+    with pytest.raises(ValueError, match="pass the `process` that it has learned"):
+        check_design(flow, made.state_dict(), "a.pt", made.config)
+    damaged = made.config | {"exits": 3}
+    with pytest.raises(ValueError, match="pass .*`exits` that it was trained with"):
+        check_design(kind(**SIZES), made.state_dict(), "a.pt", damaged)
+
+
+def test_what_exits_leave_out_is_counted(tmp_path):
+    """Against the complete DiT, counted as it is sampled itself."""
+    made, whole = network(), cut(network(), 4)
+    whole.process = made.process
+    for name, one in (("exits", made), ("whole", whole)):
+        save_weights(tmp_path / f"{name}.safetensors", weights_of(one))
+    exits, complete = (sampled(tmp_path / f"{name}.safetensors") for name in ("exits", "whole"))
+    assert exits.most == complete.most and exits.macs < 0.8 * exits.most
