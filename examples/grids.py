@@ -160,7 +160,7 @@ def interpolation(args, given, device):
         np.linspace(0, 1, args.steps_between + 2).tolist(),
     )
     network = between(sampler.network, pairs, shares).to(device)
-    prepare(network, options.mixed_precision, options.compile)
+    prepare(network, options.mixed_precision, options.compile, options.cache is not None)
     sampler = replace(sampler, network=network)
     ways = torch.arange(network.num_classes, device=device).view(len(pairs), len(shares))
     images = [draw(sampler, args.seed, [row] * len(way), way) for row, way in enumerate(ways)]

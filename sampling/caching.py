@@ -207,8 +207,8 @@ def check_cache(network: object, cache: Taylor, guided: Sequence[bool]) -> None:
         )
     if "forward" in vars(network):
         raise ValueError(
-            "`cache` leaves out blocks, and the network is compiled as a whole; leave out `cache` "
-            "or `compile`"
+            "`cache` leaves out blocks, and the network is compiled as a whole; prepare it with "
+            "`by_blocks=True`"
         )
     if cache.interval > 1 and all(cache.computed(guided)):
         raise ValueError(

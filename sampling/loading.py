@@ -94,7 +94,7 @@ def build_sampler(
         high=high, **plain,
     )  # fmt: skip
     for one in networks:
-        prepare(one, options.mixed_precision, compiled)
+        prepare(one, options.mixed_precision, compiled, by_blocks=options.cache is not None)
     return replace(sampler, space=load_vae(files.vae, device))
 
 

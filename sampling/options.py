@@ -188,15 +188,9 @@ def _check_last_step(options):
 
 
 def _settle_cache(options):
-    """Give `cache` its one form. Raise ValueError for another text, and beside `compile`."""
-    if options.cache is None:
-        return
-    object.__setattr__(options, "cache", written(parse_cache(options.cache)))
-    if options.compile:
-        raise ValueError(
-            f"`cache` {options.cache} leaves out blocks, and `compile=True` compiles the network "
-            "as a whole; leave one of them out"
-        )
+    """Give `cache` its one form. Raise ValueError for another text."""
+    if options.cache is not None:
+        object.__setattr__(options, "cache", written(parse_cache(options.cache)))
 
 
 def _check_steps(options):

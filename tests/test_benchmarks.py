@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import (
-    caching, calls, dynamic, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
+    caching, calls, compiled, dynamic, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
     gpu_tables, gpu_training, gpu_worker, loading, packing, plot_solvers, process, sampling, sides,
     solvers, space_time, train_deep, training,
 )  # fmt: skip
@@ -102,6 +102,18 @@ def test_the_benchmark_of_sampling_runs(results):
     torch._dynamo.reset()
     sampling.main(["--model", "DiT-Ti/8", "--steps", "2", "--rounds", "2", "--batch-size", "2"])
     assert list(results.glob("*-sampling-*.json"))
+
+
+def test_the_benchmark_of_compiled_kinds_runs(results, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    compiled.main(["--images", "2", "--steps", "9", "--rounds", "1"])
+    (path,) = results.glob("*-compiled.json")
+    found = json.loads(path.read_text())
+    assert set(found["of its own as it is"]) == {
+        *(f"{kind}, compiled" for kind in ("plain", "exits", "pair", "cache", "dynamic")),
+        "dynamic, complete and compiled",
+    }  # fmt: skip
+    assert all(float(far) < 1e-5 for far in found["farthest, of the largest"].values())
 
 
 def test_both_anchors_compute_what_the_network_does():

@@ -339,7 +339,7 @@ def test_bad_arguments_are_refused():
 
 
 def test_compiling_is_refused():
-    with pytest.raises(ValueError, match="networks of DynamicDiT compute something else"):
+    with pytest.raises(ValueError, match="a DynamicDiT computes something else at each step"):
         prepare(with_routers(), compile=True)
 
 
