@@ -49,7 +49,7 @@ SHORTER = {
     "--max-steps 1000 ": "--max-steps 8",
     "--max-steps 1300 ": "--max-steps 20", "--max-steps 8000": "--max-steps 20",
     "--max-steps 2000 ": "--max-steps 8 --sample-every 4", "--max-steps 300 ": "--max-steps 8",
-    "--max-steps 600 ": "--max-steps 8",
+    "--max-steps 600 ": "--max-steps 8", "--max-steps 9000 ": "--max-steps 8",
     "--num-fid-samples 519": "--num-fid-samples 24",
     "examples/digits/train_classifier.py": "--epochs 1",
     "examples/digits/judge.py": "--num-samples 50",
