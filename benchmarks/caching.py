@@ -85,14 +85,22 @@ class OfOutput(Elsewhere):
 class OfParts(Elsewhere):
     """It extrapolates the outputs of attention and MLP of every block, before their gates."""
 
+    def plans(self):
+        """For each kind of part whether it is asked at each of the steps."""
+        return dict.fromkeys(("attn", "mlp"), self.computed()[0])
+
     def predictor(self, labels, given=None):
-        ask, length = super().predictor(labels, given), self.elsewhere.order + 1
-        parts = [part for block in self.network.blocks for part in (block.attn, block.mlp)]
-        histories, (computed, times) = [History(length) for _ in parts], self.computed()
+        ask, times = super().predictor(labels, given), self.steps()
+        length = self.elsewhere.order + 1
+        parts = [
+            (getattr(block, kind), plan, History(length))
+            for block in self.network.blocks
+            for kind, plan in self.plans().items()
+        ]
 
         def predict(x, t, step):
             with ExitStack() as stack:
-                for part, history in zip(parts, histories):
+                for part, computed, history in parts:
                     if computed[step]:
                         stack.enter_context(kept_outputs(part, history, times[step]))
                     else:
@@ -145,20 +153,24 @@ def digits(name):
     return Ground(network, process, load_vae(str(DIGITS / "vae"), device()))
 
 
-def sampler_of(ground, way):
-    """The Sampler of a way."""
-    common = dict(
+def options_of(ground, way):
+    """The arguments of a Sampler of a way, but for its cache."""
+    return dict(
         network=ground.network, space=ground.space, classes=None, num_sampling_steps=way.steps,
         sampler=way.sampler, cfg_scale=GUIDANCE, process=ground.process,
     )  # fmt: skip
+
+
+def sampler_of(ground, way):
+    """The Sampler of a way."""
     if way.place == "blocks":
-        return Sampler(**common, cache=way.cache)
-    return PLACES[way.place](**common, elsewhere=parse_cache(way.cache))
+        return Sampler(**options_of(ground, way), cache=way.cache)
+    return PLACES[way.place](**options_of(ground, way), elsewhere=parse_cache(way.cache))
 
 
-def latents(ground, way, count, seed):
+def latents(sampler, count, seed):
     """So many latents (N, C, H, W)."""
-    sampler, classes = sampler_of(ground, way), ground.network.num_classes
+    classes = sampler.network.num_classes
     return torch.cat([
         sampler.numbered_latents(
             seed, one.tolist(), random_labels(seed, one.tolist(), classes).to(device())
@@ -167,22 +179,43 @@ def latents(ground, way, count, seed):
     ])  # fmt: skip
 
 
-def distances(ground, chosen, count, seeds):
-    """{way: its Fréchet distance for each seed}."""
+def distances(samplers, count, seeds):
+    """{name of a Sampler: its Fréchet distance for each seed}."""
     extractor = load_extractor(str(DIGITS / "classifier"), device())
     reference = real_statistics(extractor)
-    scores = {str(way): [] for way in chosen}
+    scores = {name: [] for name in samplers}
     for seed in range(seeds):
-        for way in chosen:
-            drawn = latents(ground, way, count, seed)
+        for name, sampler in samplers.items():
             images = [
-                to_uint8(ground.space.decode(part)).permute(0, 3, 1, 2)
-                for part in drawn.split(BATCH)
+                to_uint8(sampler.space.decode(part)).permute(0, 3, 1, 2)
+                for part in latents(sampler, count, seed).split(BATCH)
             ]
             found = frechet_distance(statistics_of(extractor, images, count), reference)
-            scores[str(way)].append(round(found, 4))
-            print(f"{way}, seed {seed}: {found:.4f}", flush=True)
+            scores[name].append(round(found, 4))
+            print(f"{name}, seed {seed}: {found:.4f}", flush=True)
     return scores
+
+
+def measured(samplers, scored, args):
+    """What is written of Samplers, {name: Sampler}, of which the first is the full one; those of
+    these names are scored. `args` has the numbers of build_parser.
+    """
+    full = next(iter(samplers))
+    drawn = {name: latents(sampler, args.images, 0) for name, sampler in samplers.items()}
+    far = {name: rms(one - drawn[full]) for name, one in drawn.items()}
+    print(far, flush=True)
+    sides = {
+        name: lambda sampler=sampler: latents(sampler, args.images, 0)
+        for name, sampler in samplers.items()
+    }
+    found = ratios(alternate(sides, args.rounds, time.process_time), full)
+    chosen = {name: samplers[name] for name in scored} if args.samples else {}
+    scores = distances(chosen, args.samples, args.seeds) if chosen else {}
+    table(
+        {name: (scores.get(name, ""), far[name], found[name]) for name in sides},
+        ("distance of each seed", "from full", "time, quartiles"),
+    )
+    return {"distance of each seed": scores, "from the full path": far, RATIO: found}
 
 
 def rms(x):
@@ -190,11 +223,12 @@ def rms(x):
     return round(x.square().mean().sqrt().item(), 4)
 
 
-def build_parser():
+def build_parser(samplers, about):
+    """The command line of a benchmark of these samplers."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sampler", choices=["ddim", "ddpm", "euler"])
+    parser.add_argument("sampler", choices=samplers)
     parser.add_argument(
         "--samples", type=int, default=300, help="for each score; 0: none (default: %(default)s)"
     )
@@ -204,34 +238,26 @@ def build_parser():
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of times (default: %(default)s)")
-    parser.add_argument(
-        "--deep", type=Path, metavar="FILE", help="weights of benchmarks.deep_patches, not digits'"
-    )
     return parser
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser(["ddim", "ddpm", "euler"], __doc__)
+    parser.add_argument(
+        "--deep", type=Path, metavar="FILE", help="weights of benchmarks.deep_patches, not digits'"
+    )
+    args = parser.parse_args(argv)
     scored, others = ways(args.sampler)
-    chosen, full = [*scored, *others], str(scored[0])
     if args.deep is None:
         ground = digits("flow" if args.sampler == "euler" else "dit")
     else:
         network = deep_network(args.deep)
         ground = Ground(network, process_of(network), load_vae("none"))
-    drawn = {str(way): latents(ground, way, args.images, 0) for way in chosen}
-    far = {name: rms(one - drawn[full]) for name, one in drawn.items()}
-    print(far, flush=True)
-    sides = {str(way): lambda way=way: latents(ground, way, args.images, 0) for way in chosen}
-    found = ratios(alternate(sides, args.rounds, time.process_time), full)
-    scores = distances(ground, scored, args.samples, args.seeds) if args.samples else {}
-    table(
-        {name: (scores.get(name, ""), far[name], found[name]) for name in sides},
-        ("distance of each seed", "from full", "time, quartiles"),
-    )
+    samplers = {str(way): sampler_of(ground, way) for way in [*scored, *others]}
+    result = measured(samplers, [*map(str, scored)], args)
     settings = vars(args) | {"deep": args.deep and args.deep.name, "guidance": GUIDANCE}
-    result = {"settings": settings, "distance of each seed": scores, "from the full path": far}
-    write(f"caching-{args.sampler}{'-deep' if args.deep else ''}", result | {RATIO: found})
+    name = f"caching-{args.sampler}{'-deep' if args.deep else ''}"
+    write(name, {"settings": settings} | result)
 
 
 if __name__ == "__main__":
