@@ -38,6 +38,7 @@ FLOWS = ("euler", "sde")
 # Whole steps that take about as long as 50 with the same interval of `taylor`
 FEWER = {2: 28, 3: 20, 5: 14}
 LONGEST = 3  # steps that SmoothCache leaves out after one another
+SCORED = ("smooth", "first block", "uneven:1", "uneven:2")  # beside plain steps and two of taylor
 
 
 # ---- what is seen at all steps, and schedules of it ----
@@ -251,8 +252,7 @@ def main(argv=None):
     steps = len(samplers[str(full)].steps())
     new, schedules = calibrated(ground, full, sum(Taylor(interval, 2).computed([True] * steps)))
     samplers |= new
-    # Not the control, and not what comes to where its fixed schedule does
-    scored = [name for name in samplers if name not in (str(control), "first block, each batch")]
+    scored = [*map(str, plain), *map(str, taylors[::2]), *SCORED]
     settings = {"settings": vars(args) | {"guidance": GUIDANCE}, "schedules": schedules}
     write(f"calibrated-{args.sampler}", settings | measured(samplers, scored, args))
 
