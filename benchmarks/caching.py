@@ -35,6 +35,7 @@ from sampling.sampler import Sampler
 from vae import load_vae, to_uint8
 
 STEPS = 50
+FLOWS = ("euler", "sde")  # solvers of flows
 # Solvers that need few steps, and as many as ask the network 18 times
 OTHERS = {"diffusion": {"dpm++": 18, "unipc": 18}, "flow": {"heun": 9}}
 
@@ -84,14 +85,22 @@ class OfOutput(Elsewhere):
 class OfParts(Elsewhere):
     """It extrapolates the outputs of attention and MLP of every block, before their gates."""
 
+    def plans(self):
+        """For each kind of part whether it is asked at each of the steps."""
+        return dict.fromkeys(("attn", "mlp"), self.computed()[0])
+
     def predictor(self, labels, given=None):
-        ask, length = super().predictor(labels, given), self.elsewhere.order + 1
-        parts = [part for block in self.network.blocks for part in (block.attn, block.mlp)]
-        histories, (computed, times) = [History(length) for _ in parts], self.computed()
+        ask, times = super().predictor(labels, given), self.steps()
+        length = self.elsewhere.order + 1
+        parts = [
+            (getattr(block, kind), plan, History(length))
+            for block in self.network.blocks
+            for kind, plan in self.plans().items()
+        ]
 
         def predict(x, t, step):
             with ExitStack() as stack:
-                for part, history in zip(parts, histories):
+                for part, computed, history in parts:
                     if computed[step]:
                         stack.enter_context(kept_outputs(part, history, times[step]))
                     else:
@@ -114,7 +123,7 @@ PLACES = {"blocks": Sampler, "parts": OfParts, "output": OfOutput}
 
 def ways(sampler):
     """(those that are scored, the full one first; the others)."""
-    others = OTHERS["flow" if sampler == "euler" else "diffusion"]
+    others = OTHERS["flow" if sampler in FLOWS else "diffusion"]
     scored = [
         Way(sampler, STEPS), Way(sampler, 18), *(Way(*other) for other in others.items()),
         Way(sampler, STEPS, "taylor:3,1"), Way(sampler, STEPS, "taylor:3,2"),
@@ -134,9 +143,12 @@ class Ground(NamedTuple):
     space: object
 
 
-def ground_of(path):
-    """The Ground of a network of digits, whose weights a file has."""
-    weights = load_weights(path)
+def ground_of(sampler, path=None):
+    """The Ground of a network of digits, whose weights a file has: without one, of that of
+    examples/digits which has learned the sampler's process.
+    """
+    usual = DIGITS / f"{'flow' if sampler in FLOWS else 'dit'}.safetensors"
+    weights = load_weights(path or usual)
     network = create_network(weights.config)
     network.load_state_dict(weights.tensors)
     network.to(device()).eval().requires_grad_(False)
@@ -144,20 +156,24 @@ def ground_of(path):
     return Ground(network, process, load_vae(str(DIGITS / "vae"), device()))
 
 
-def sampler_of(ground, way):
-    """The Sampler of a way."""
-    common = dict(
+def options_of(ground, way):
+    """The arguments of a Sampler of a way, but for its cache."""
+    return dict(
         network=ground.network, space=ground.space, classes=None, num_sampling_steps=way.steps,
         sampler=way.sampler, cfg_scale=GUIDANCE, process=ground.process,
     )  # fmt: skip
+
+
+def sampler_of(ground, way):
+    """The Sampler of a way."""
     if way.place == "blocks":
-        return Sampler(**common, cache=way.cache)
-    return PLACES[way.place](**common, elsewhere=parse_cache(way.cache))
+        return Sampler(**options_of(ground, way), cache=way.cache)
+    return PLACES[way.place](**options_of(ground, way), elsewhere=parse_cache(way.cache))
 
 
-def latents(ground, way, count, seed):
+def latents(sampler, count, seed):
     """So many latents (N, C, H, W)."""
-    sampler, classes = sampler_of(ground, way), ground.network.num_classes
+    classes = sampler.network.num_classes
     return torch.cat([
         sampler.numbered_latents(
             seed, one.tolist(), random_labels(seed, one.tolist(), classes).to(device())
@@ -166,22 +182,43 @@ def latents(ground, way, count, seed):
     ])  # fmt: skip
 
 
-def distances(ground, chosen, count, seeds):
-    """{way: its Fréchet distance for each seed}."""
+def distances(samplers, count, seeds):
+    """{name of a Sampler: its Fréchet distance for each seed}."""
     extractor = load_extractor(str(DIGITS / "classifier"), device())
     reference = real_statistics(extractor)
-    scores = {str(way): [] for way in chosen}
+    scores = {name: [] for name in samplers}
     for seed in range(seeds):
-        for way in chosen:
-            drawn = latents(ground, way, count, seed)
+        for name, sampler in samplers.items():
             images = [
-                to_uint8(ground.space.decode(part)).permute(0, 3, 1, 2)
-                for part in drawn.split(BATCH)
+                to_uint8(sampler.space.decode(part)).permute(0, 3, 1, 2)
+                for part in latents(sampler, count, seed).split(BATCH)
             ]
             found = frechet_distance(statistics_of(extractor, images, count), reference)
-            scores[str(way)].append(round(found, 4))
-            print(f"{way}, seed {seed}: {found:.4f}", flush=True)
+            scores[name].append(round(found, 4))
+            print(f"{name}, seed {seed}: {found:.4f}", flush=True)
     return scores
+
+
+def measured(samplers, scored, args):
+    """What is written of Samplers, {name: Sampler}, of which the first is the full one; those of
+    these names are scored. `args` has the numbers of build_parser.
+    """
+    full = next(iter(samplers))
+    drawn = {name: latents(sampler, args.images, 0) for name, sampler in samplers.items()}
+    far = {name: rms(one - drawn[full]) for name, one in drawn.items()}
+    print(far, flush=True)
+    sides = {
+        name: lambda sampler=sampler: latents(sampler, args.images, 0)
+        for name, sampler in samplers.items()
+    }
+    found = ratios(alternate(sides, args.rounds, time.process_time), full)
+    chosen = {name: samplers[name] for name in scored} if args.samples else {}
+    scores = distances(chosen, args.samples, args.seeds) if chosen else {}
+    table(
+        {name: (scores.get(name, ""), far[name], found[name]) for name in sides},
+        ("distance of each seed", "from full", "time, quartiles"),
+    )
+    return {"distance of each seed": scores, "from the full path": far, RATIO: found}
 
 
 def rms(x):
@@ -189,11 +226,12 @@ def rms(x):
     return round(x.square().mean().sqrt().item(), 4)
 
 
-def build_parser():
+def build_parser(samplers, about):
+    """The command line of a benchmark of these samplers."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sampler", choices=["ddim", "ddpm", "euler"])
+    parser.add_argument("sampler", choices=samplers)
     parser.add_argument(
         "--samples", type=int, default=300, help="for each score; 0: none (default: %(default)s)"
     )
@@ -203,35 +241,25 @@ def build_parser():
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of times (default: %(default)s)")
-    parser.add_argument(
-        "--ckpt", type=Path, metavar="FILE",
-        help="weights of another network of the same digits, as export.py writes them",
-    )
     return parser
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    scored, others = ways(args.sampler)
-    chosen, full = [*scored, *others], str(scored[0])
-    usual = DIGITS / f"{'flow' if args.sampler == 'euler' else 'dit'}.safetensors"
-    ground = ground_of(args.ckpt or usual)
-    drawn = {str(way): latents(ground, way, args.images, 0) for way in chosen}
-    far = {name: rms(one - drawn[full]) for name, one in drawn.items()}
-    print(far, flush=True)
-    sides = {str(way): lambda way=way: latents(ground, way, args.images, 0) for way in chosen}
-    found = ratios(alternate(sides, args.rounds, time.process_time), full)
-    scores = distances(ground, scored, args.samples, args.seeds) if args.samples else {}
-    table(
-        {name: (scores.get(name, ""), far[name], found[name]) for name in sides},
-        ("distance of each seed", "from full", "time, quartiles"),
+    parser = build_parser(["ddim", "ddpm", "euler"], __doc__)
+    parser.add_argument(
+        "--ckpt", type=Path, metavar="FILE",
+        help="weights of another network of the same digits, as export.py writes them",
     )
+    args = parser.parse_args(argv)
+    scored, others = ways(args.sampler)
+    ground = ground_of(args.sampler, args.ckpt)
+    samplers = {str(way): sampler_of(ground, way) for way in [*scored, *others]}
+    result = measured(samplers, [*map(str, scored)], args)
     blocks = ground.network.config["depth"]
     settings = vars(args) | {
         "ckpt": args.ckpt and args.ckpt.name, "blocks": blocks, "guidance": GUIDANCE
     }
-    result = {"settings": settings, "distance of each seed": scores, "from the full path": far}
-    write(f"caching-{args.sampler}-{blocks}-blocks", result | {RATIO: found})
+    write(f"caching-{args.sampler}-{blocks}-blocks", {"settings": settings} | result)
 
 
 if __name__ == "__main__":

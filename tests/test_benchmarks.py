@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks import (
-    caching, calls, compiled, dynamic, exits, flow, forward, gpu, gpu_commands, gpu_sampling,
-    gpu_tables, gpu_training, gpu_worker, loading, packing, plot_solvers, process, sampling, sides,
-    solvers, space_time, train_deep, training,
+    caching, calibrated, calls, compiled, dynamic, exits, flow, forward, gpu, gpu_commands,
+    gpu_sampling, gpu_tables, gpu_training, gpu_worker, loading, packing, plot_solvers, process,
+    sampling, sides, solvers, space_time, train_deep, training,
 )  # fmt: skip
 from benchmarks.anchors import Plain, Twin
 from benchmarks.networks import TINY, random_network, trained
@@ -74,6 +74,8 @@ def test_a_result_is_never_overwritten(results):
     (loading, ["--images", "16", "--num-workers", "0", "--rounds", "2"]),
     (packing, ["--model", "DiT-Ti/2", "--rounds", "1", "--mixes", "1"]),
     (caching, ["euler", "--images", "1", "--samples", "0", "--rounds", "1"]),
+    pytest.param(calibrated, ["sde", "--images", "1", "--samples", "0", "--rounds", "1"],
+                 marks=pytest.mark.long),
     (space_time, ["--frames", "1", "2", "--rounds", "1", "--batch-size", "1"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_benchmarks_run_and_say_where(benchmark, flags, results):
