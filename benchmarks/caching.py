@@ -201,7 +201,7 @@ def distances(samplers, count, seeds):
 
 def measured(samplers, scored, args):
     """What is written of Samplers, {name: Sampler}, of which the first is the full one; those of
-    these names are scored. `args` has the numbers of build_parser.
+    these names are scored. `args` has the numbers of parser_of.
     """
     full = next(iter(samplers))
     drawn = {name: latents(sampler, args.images, 0) for name, sampler in samplers.items()}
@@ -226,7 +226,7 @@ def rms(x):
     return round(x.square().mean().sqrt().item(), 4)
 
 
-def build_parser(samplers, about):
+def parser_of(samplers, about):
     """The command line of a benchmark of these samplers."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,13 +244,17 @@ def build_parser(samplers, about):
     return parser
 
 
-def main(argv=None):
-    parser = build_parser(["ddim", "ddpm", "euler"], __doc__)
+def build_parser():
+    parser = parser_of(["ddim", "ddpm", "euler"], __doc__)
     parser.add_argument(
         "--ckpt", type=Path, metavar="FILE",
         help="weights of another network of the same digits, as export.py writes them",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     scored, others = ways(args.sampler)
     ground = ground_of(args.sampler, args.ckpt)
     samplers = {str(way): sampler_of(ground, way) for way in [*scored, *others]}

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.caching import (
-    STEPS, OfParts, Way, build_parser, ground_of, latents, measured, options_of, sampler_of,
+    STEPS, OfParts, Way, ground_of, latents, measured, options_of, parser_of, sampler_of,
 )  # fmt: skip
 from benchmarks.sides import write
 from benchmarks.solvers import GUIDANCE
@@ -236,12 +236,16 @@ def told(threshold, plans):
     return {"threshold": round(threshold, 4)} | marks
 
 
-def main(argv=None):
-    parser = build_parser(["ddim", "ddpm", "euler", "sde"], __doc__)
+def build_parser():
+    parser = parser_of(["ddim", "ddpm", "euler", "sde"], __doc__)
     parser.add_argument(
         "--interval", type=int, choices=FEWER, default=3, help="(default: %(default)s)"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     interval, full = args.interval, Way(args.sampler, STEPS)
     ground = ground_of(args.sampler)
     plain = [full, Way(args.sampler, FEWER[interval])]
