@@ -80,6 +80,8 @@ def load_pretrained(
         raise ValueError(
             f"{name} does not say how its network is built; pass config, DiT's arguments"
         )
+    if not isinstance(config, dict):
+        raise ValueError(f"`config` is {config!r:.60}; give a dict, DiT's arguments by name")
     return network_of(weights._replace(config=config), name), weights.classes
 
 
