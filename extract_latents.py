@@ -129,6 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with parser.refusing():
         if args.verify is not None:
+            if others := sorted(parser.given(argv) - {"verify"}):
+                raise ValueError(
+                    f"`verify` looks at what is there; leave out `{others[0]}`, or `verify`"
+                )
             return verify(parser, args.verify)
         if args.text_encoder is None and "text_length" in parser.given(argv):
             raise ValueError("`text_length` is for `text_encoder`; give that too, or neither")

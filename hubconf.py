@@ -128,7 +128,7 @@ def network(model: str, **arguments: _Any) -> "Network":
     with _own_modules(TAKEN):
         from checkpoints.networks import MODELS
 
-        if model not in MODELS:
+        if model not in [*MODELS]:
             raise ValueError(f"`model` is {model!s:.60}; give one of {', '.join(MODELS)}")
         return MODELS[model](**arguments)
 

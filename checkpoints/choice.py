@@ -11,6 +11,7 @@ from conditions.labels import CLASSES
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
 from processes.table import WORDS
+from runtime.disk import check_path
 from runtime.image_size import ImageSize, settled
 from runtime.limits import check_numbers
 
@@ -50,13 +51,16 @@ class NetworkChoice:
     ckpt_high: Path | str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ckpt", "vae", "ckpt_high"):
+            if (path := getattr(self, name)) is not None:
+                check_path(path, name)
         object.__setattr__(self, "weights", weights_choice(self.weights))
-        if self.model is not None and self.model not in MODELS:
+        if self.model is not None and self.model not in [*MODELS]:
             raise ValueError(
                 f"`model` is {self.model}; give one of {', '.join(networks.MODELS)}, "
                 "or of the same with SiT for DiT, which is a flow"
             )
-        if self.process is not None and self.process not in WORDS:
+        if self.process is not None and self.process not in [*WORDS]:
             raise ValueError(f"`process` is {self.process}; give one of {', '.join(WORDS)}")
         if self.model in FLOWS and self.process not in (None, FlowProcess.word):
             raise ValueError(

@@ -38,22 +38,7 @@ def network_of(weights: Weights, origin: Path | str) -> Network:
     Raises ValueError, naming `origin`, if the two do not fit.
     """
     assert weights.config is not None
-    if isinstance(kind := weights.config.get("architecture"), str):
-        raise ValueError(
-            f"{origin} has the configuration of timm's {kind[:60]}, a classifier, and not of a "
-            "network that makes images; give a checkpoint of one"
-        )
-    try:
-        config = arguments_in(weights.config)
-        check_outline(config, weights.tensors)
-        with torch.device("meta"):
-            network = create_network(config)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
-    except TypeError as error:
-        raise ValueError(
-            f"{origin} has a configuration that this version does not know ({error})"
-        ) from None
+    network = outlined(weights.config, weights.tensors, origin)
     check_fits(network, weights.tensors, origin)
     check_table(network, weights.tensors, origin)
     network.load_state_dict(weights.tensors, assign=True)
@@ -61,6 +46,29 @@ def network_of(weights: Weights, origin: Path | str) -> Network:
     if isinstance(network, TextNetwork):
         network.text = weights.text
     return network.float().eval().requires_grad_(False)
+
+
+def outlined(config: dict, tensors: Tensors, origin: Path | str) -> Network:
+    """The network of a configuration that a file has beside its tensors, on the meta device.
+
+    Raises ValueError, naming `origin`, if this version has no such network.
+    """
+    if isinstance(kind := config.get("architecture"), str):
+        raise ValueError(
+            f"{origin} has the configuration of timm's {kind[:60]}, a classifier, and not of a "
+            "network that makes images; give a checkpoint of one"
+        )
+    try:
+        arguments = arguments_in(config)
+        check_outline(arguments, tensors)
+        with torch.device("meta"):
+            return create_network(arguments)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    except TypeError as error:
+        raise ValueError(
+            f"{origin} has a configuration that this version does not know ({error})"
+        ) from None
 
 
 def load_pretrained(
@@ -80,6 +88,8 @@ def load_pretrained(
         raise ValueError(
             f"{name} does not say how its network is built; pass config, DiT's arguments"
         )
+    if not isinstance(config, dict):
+        raise ValueError(f"`config` is {config!r:.60}; give a dict, DiT's arguments by name")
     return network_of(weights._replace(config=config), name), weights.classes
 
 

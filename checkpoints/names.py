@@ -11,7 +11,7 @@ from checkpoints.files import newest_checkpoint
 from models import DiT_models
 from processes.flow import FlowProcess
 from processes.gaussian import GaussianProcess
-from runtime.disk import check_name
+from runtime.disk import check_name, check_path
 from runtime.offline import cache_of_the_hub, why_offline
 
 # Process → the family of names under which networks that learned it were published
@@ -69,6 +69,7 @@ def local_path(name: Path | str) -> Path:
 
     Raises ValueError if the download fails.
     """
+    check_path(name, "ckpt")
     path = Path(name)
     with suppress(OSError, ValueError):  # of names that no file can have
         if path.exists():

@@ -86,8 +86,8 @@ def download_model(
     address, or from base_url if another server has it under its name.
 
     Any number of processes may ask at once: one fetches, the others wait for it (but on Windows,
-    which has no such lock). Raises ValueError for a name that was not released and for a download
-    that does not come to its end.
+    which has no such lock). Raises ValueError for a name that was not released, for a download
+    that does not come to its end, and for a file of that name that is cut short or something else.
     """
     if model_name not in pretrained_models:
         raise ValueError(
@@ -96,7 +96,7 @@ def download_model(
         )
     path = Path(folder) / model_name
     if path.exists():
-        return path
+        return kept(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{model_name}.lock"), "w", encoding="utf-8")
@@ -109,6 +109,16 @@ def download_model(
         if not path.exists():  # another process may have fetched it meanwhile
             address = RELEASED[model_name].address
             fetch(address if base_url is None else f"{base_url}/{model_name}", path)
+    return path
+
+
+def kept(path: Path) -> Path:
+    """The path of a checkpoint that is there. Raises ValueError unless it is a whole archive, as
+    its end tells.
+    """
+    if not zipfile.is_zipfile(path):
+        what = "a folder" if path.is_dir() else "cut short or no checkpoint"
+        raise ValueError(f"{path} is {what}; remove it, and it is fetched again")
     return path
 
 

@@ -349,6 +349,8 @@ def weights_choice(text: str) -> str:
 
     Raises ValueError for others.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"`weights` is {text!r:.60}; give ema, raw or ema@DECAY")
     if text in ("ema", "raw"):
         return text
     kind, _, decay = text.partition("@")

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable
 import re
+from typing import Any
 import unicodedata
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from conditions.condition import Labelled
 from layers.sizes import MOST_CLASSES
 from runtime.limits import Range
 
+# What labels may be kept as
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # How many classes a network may have
 CLASSES = Range(0, MOST_CLASSES)
 # Before a label that is both a number and a name, to say which of the two is meant
@@ -94,6 +98,32 @@ def readable(classes: list[str] | None) -> list[str] | None:
     known = ImageNetInfo("imagenet-22k")
     synsets = set(known.label_names())
     return [known.label_name_to_description(name) if name in synsets else name for name in classes]
+
+
+def label_tensor(labels: Any, network: Labelled) -> Tensor:
+    """Labels (N,) for a network, int64: those of its classes, or its null label.
+
+    Raises ValueError for what is not a row of whole numbers, and for a label that the network does
+    not have; of labels on a GPU the numbers are not looked at.
+    """
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.empty(())
+    if found.dim() != 1 or found.dtype not in INTEGERS:
+        raise ValueError(
+            f"`labels` are {labels!r:.60}; give a row of whole numbers, one for each image"
+        )
+    null = network.null_label
+    last = network.num_classes - 1 if null is None else null
+    if network.num_classes and found.device.type == "cpu" and len(found):
+        for label in (int(found.min()), int(found.max())):
+            if not 0 <= label <= last:
+                none = "" if null is None else f", or {null} for no class"
+                raise ValueError(
+                    f"`labels` has {label}; give numbers from 0 to {network.num_classes - 1}{none}"
+                )
+    return found.to(torch.int64)
 
 
 def random_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor:

@@ -49,6 +49,12 @@ def check_name(path: Path) -> None:
         ) from None
 
 
+def check_path(path: object, name: str) -> None:
+    """Raise ValueError, naming the argument, for what is no path, and for an empty text."""
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise ValueError(f"`{name}` is {path!r:.60}; give the name of a file or folder")
+
+
 def file_hash(path: Path | str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

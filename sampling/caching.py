@@ -8,7 +8,7 @@ those before the first: it comes about as near to the full path in less time (do
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints.networks import Network
 from layers.schedule import Scheduled
+from processes.process import Solver
 from runtime.limits import RANGES, bound
 
 
@@ -215,4 +216,14 @@ def check_cache(network: object, cache: Taylor, guided: Sequence[bool]) -> None:
             f"`cache` {written(cache)} leaves nothing out in {len(guided)} steps, of which the "
             f"first {cache.order + 1}, also after a change of guidance, and the last are whole; "
             "take more steps, or leave the argument out"
+        )
+
+
+def check_once_a_step(sampler: str, solvers: Mapping[str, Solver]) -> None:
+    """Raise ValueError for a solver that asks the network at more times than its steps begin."""
+    if not solvers[sampler].at_beginnings:
+        once = ", ".join(name for name, solver in solvers.items() if solver.at_beginnings)
+        raise ValueError(
+            f"`cache` is for samplers that ask the network once a step, {once}; `sampler` is "
+            f"{sampler}"
         )

@@ -1,6 +1,6 @@
 """How to sample: the options of every picture, and those of a job of many images."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
@@ -96,8 +96,8 @@ class SamplingOptions:
             object.__setattr__(self, "high_from", _number("high_from", self.high_from))
         check_numbers(self)
         for name in ("eta", "cfg_scale"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "cfg_interval", tuple(map(float, self.cfg_interval)))
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "cfg_interval", _interval(self.cfg_interval))
         _check_choices(self)
         _check_eta(self)
         _check_interval(self)
@@ -149,6 +149,13 @@ def _number(name, value):
     return float(value)
 
 
+def _interval(value):
+    """The two ends of an interval as floats. Raises ValueError for anything but two numbers."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"`cfg_interval` is {value!r:.60}; give two numbers")
+    return tuple(_number("cfg_interval", end) for end in value)
+
+
 def _given(options):
     """{name: value} of those of OWN that are given."""
     return {name: value for name in OWN if (value := getattr(options, name)) is not None}
@@ -163,6 +170,8 @@ def _check_choices(options):
         value = getattr(options, name)
         if value is not None and value not in [*known]:
             raise ValueError(f"`{name}` is {value!s:.60}; give one of {', '.join(known)}")
+    if not isinstance(options.compile, bool):
+        raise ValueError(f"`compile` is {options.compile!r:.60}; give True or False")
     channels = options.cfg_channels
     if channels not in (None, "all") and not (isinstance(channels, int) and channels > 0):
         raise ValueError(

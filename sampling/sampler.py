@@ -5,9 +5,10 @@ Shapes: labels (N,), or a Text of N prompts for a network that reads text; noise
 (N, C, *space), images uint8 (N, H, W, 3), clips uint8 (N, F, H, W, 3).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from checkpoints.networks import Network, makes_clips, patch_frames, reads_text
 from conditions.condition import Condition, Values, condition_of
 from conditions.given import Given, check_given
+from conditions.labels import label_tensor
 from conditions.reading import beginning, check_text, checked_prompts, cut_notes, reader_for
 from conditions.text import Reader
 from diffusion.gaussian_diffusion import TensorMap, as_taken
@@ -31,7 +33,8 @@ from processes.noise import ImageNoise
 from processes.process import Process, Solver, StepNetwork
 from processes.table import KINDS, SOLVERS, process_of
 from runtime.image_size import ImageSize, settled, sides
-from sampling.caching import CachedRun, check_cache, parse_cache
+from runtime.limits import RANGES, check_range, is_number
+from sampling.caching import CachedRun, check_cache, check_once_a_step, parse_cache
 from sampling.pair import Pair, check_high, check_pair, idle_notes
 from sampling.speed import PRECISIONS
 from vae import Space, from_uint8, to_uint8
@@ -200,10 +203,12 @@ class Sampler:
         """What conditions N samples, on the network's device: labels (N,), int64, of labels; where
         the network reads text, the Text of N prompts, or of a Text.
 
-        Raises ValueError for labels where prompts are wanted, and the other way round.
+        Raises ValueError for labels where prompts are wanted, the other way round, and for labels
+        that the network does not have.
         """
         device = next(self.network.parameters()).device
-        words = isinstance(asked, (str, Text)) or not isinstance(asked, Tensor) and any(
+        several = isinstance(asked, Collection) and not isinstance(asked, Tensor)
+        words = isinstance(asked, (str, Text)) or several and any(
             isinstance(one, str) for one in asked
         )
         if not self.reads_text:
@@ -212,10 +217,10 @@ class Sampler:
                     "the network takes class labels, and was given prompts; give the numbers of "
                     "classes"
                 )
-            return torch.as_tensor(asked, device=device)
+            return label_tensor(asked, self.network).to(device)
         if isinstance(asked, Text):
             return asked.to(device)
-        if not words and len(asked):
+        if not words and (not isinstance(asked, Sized) or len(asked)):
             raise ValueError(
                 "the network reads text, and was given class labels; give a list of prompts, such "
                 'as ["a thick three"]'
@@ -347,6 +352,7 @@ class Sampler:
         Raises ValueError as `conditions` and `latents`.
         """
         values = self.conditions(labels)
+        check_range("seed", seed, RANGES["seed"])
         torch.manual_seed(seed)
         noise = torch.randn(len(values), *self.latent, device=values.device)  # (N, C, *space)
         yield from self.trajectory(values, noise, progress=progress, given=given)
@@ -362,7 +368,7 @@ class Sampler:
         Raises ValueError as `conditions` and `latents`, for none at all, and if the images are not
         finite.
         """
-        if not len(labels):
+        if isinstance(labels, Sized) and not len(labels):
             raise ValueError("`labels` is empty; give a label or a prompt for each image")
         values = self.conditions(labels)
         for note in self.notes(labels):
@@ -439,6 +445,8 @@ def check_steps(sampler: str, steps: int, solvers: Mapping[str, Solver] = SOLVER
     """Raise ValueError unless there is such a solver and it can take so many steps."""
     if sampler not in solvers:
         raise ValueError(f"`sampler` is {sampler!r}; choose one of {', '.join(solvers)}")
+    if not is_number(steps, Integral):
+        raise ValueError(f"`num_sampling_steps` is {steps!r:.60}; give a whole number")
     solver, longest = solvers[sampler], max(solver.most for solver in solvers.values())
     if not solver.least <= steps <= solver.most:
         bound = f"most {solver.most}" if steps > solver.least else f"least {solver.least}"
@@ -458,16 +466,6 @@ def check_sampler(sampler: str, process: Process | type[Process]) -> None:
         f"`sampler` {sampler!s:.60}{of or ' is unknown'}; this network has learned the process "
         f"{process.word}: choose one of {', '.join(process.solvers)}"
     )
-
-
-def check_once_a_step(sampler: str, solvers: Mapping[str, Solver]) -> None:
-    """Raise ValueError for a solver that asks the network at more times than its steps begin."""
-    if not solvers[sampler].at_beginnings:
-        once = ", ".join(name for name, solver in solvers.items() if solver.at_beginnings)
-        raise ValueError(
-            f"`cache` is for samplers that ask the network once a step, {once}; `sampler` is "
-            f"{sampler}"
-        )
 
 
 def check_negative(negative_prompt: str | None, cfg_scale: float) -> None:

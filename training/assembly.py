@@ -15,6 +15,7 @@ from checkpoints.files import read_checkpoint
 from checkpoints.fitting import (
     adapt, check_design, check_fits, check_same_size, note_of_process, read_label_map,
 )  # fmt: skip
+from checkpoints.loading import outlined
 from checkpoints.network_config import Tensors
 from checkpoints.networks import Network, arguments_of
 from checkpoints.process_marks import check_process
@@ -362,7 +363,11 @@ def initial_tensors(
         check_same_classes(options, classes, weights)
     elif labels != "drop":
         labels = read_label_map(options.init_labels, (classes, options.num_classes), weights)
-    return adapt(weights, network, labels, f"`init_from` {options.init_from}")
+    origin = f"`init_from` {options.init_from}"
+    tensors = adapt(weights, network, labels, origin)
+    if weights.config is not None:
+        outlined(weights.config, weights.tensors, origin)
+    return tensors
 
 
 def check_same_classes(options: TrainOptions, classes: list[str] | None, weights: Weights) -> None:
@@ -396,6 +401,8 @@ def take_up(state: TrainState, checkpoint: Path) -> dict:
     check_design(state.network, contents["model"], origin, contents.get("config"))
     for tensors in (contents["model"], contents["ema"], *contents["emas"].values()):
         check_fits(state.network, tensors, checkpoint)
+    if isinstance(contents.get("config"), dict):  # of a version that may be newer
+        outlined(contents["config"], contents["model"], origin)
     try:
         state.load_checkpoint(contents)
     except ValueError as error:

@@ -92,6 +92,11 @@ def check_there(path: Path, newest: list[Path], options: TrainOptions) -> None:
             f"`resume` {options.resume}: there is no such checkpoint; "
             "give a .pt file, a run folder, or auto"
         )
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"`resume` {options.resume} holds weights alone; a new run starts from them with "
+            "`init_from`"
+        )
 
 
 def newest_equal_run(options: TrainOptions, data: Data, lock: FolderLock) -> Start:

@@ -581,6 +581,17 @@ def test_door_when_the_download_fails(server, released, tmp_path):
         main(["--folder", str(tmp_path / "file")])
 
 
+def test_door_where_something_else_has_the_name(server, released, tmp_path):
+    (tmp_path / NAME).write_bytes(b"<html>not found</html>")
+    with pytest.raises(SystemExit, match=f"{NAME} is cut short or no checkpoint; remove it"):
+        main([NAME, "--folder", str(tmp_path)])
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(SystemExit, match=f"{NAME} is a folder; remove it"):
+        main([NAME, "--folder", str(tmp_path)])
+    assert server.asked == []
+
+
 # ---- disks and locks ----
 
 def test_a_full_disk_is_named_at_once(server, get, tmp_path, monkeypatch):

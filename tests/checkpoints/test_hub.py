@@ -567,9 +567,14 @@ def test_weights_without_a_configuration(tmp_path):
         ValueError, match="bare.pt does not say how its network is built; pass config"
     ):
         loading.load_pretrained(tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="`config` is 3; give a dict"):
+        loading.load_pretrained(tmp_path / "bare.pt", config=3)
     assert (
         loading.load_pretrained(tmp_path / "bare.pt", config=CONFIG)[0].config == network().config
     )
+    for name in (3, None, b"bare.pt", ""):
+        with pytest.raises(ValueError, match="`ckpt` is .*; give the name of a file or folder"):
+            loading.load_pretrained(name)
 
 
 # ---- the doors ----

@@ -463,9 +463,15 @@ BAD = [
     (["--num-classes", "1"], "3 class folders, --num-classes is 1"),
     (["--num-workers", "-1"], "--num-workers is -1"),
     (["--output", "/proc/latents"], "cannot write --output /proc/latents"),
-    (["--verify", "nowhere"], "nowhere holds no finished latents"),
+    (["--verify", "nowhere"], "leave out --data-path, or --verify"),
     (["--device", "nonsense"], "--device nonsense cannot be used"),
 ]  # fmt: skip
+
+
+def test_verify_of_no_folder(capsys):
+    with pytest.raises(SystemExit):
+        extract_latents.main(["--verify", "nowhere"])
+    assert "--verify nowhere holds no finished latents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])

@@ -155,6 +155,29 @@ def test_a_sampler_gives_the_images_of_the_picture(sampler, scale):
             ours.images(none)
 
 
+@pytest.mark.parametrize("labels, message", [
+    ([11], "`labels` has 11; give numbers from 0 to 9, or 10 for no class"),
+    ([0, -1], "`labels` has -1; give numbers from 0 to 9, or 10 for no class"),
+    (2, "`labels` are 2; give a row of whole numbers"),
+    ([1.5], "`labels` are .1.5.; give a row of whole numbers"),
+    ([True], "`labels` are .True.; give a row"),
+    ([None], "`labels` are .None.; give a row"),
+    (np.array([[1, 2]]), "`labels` are array.*; give a row"),
+    ([2**70], "`labels` are .*; give a row"),
+])  # fmt: skip
+def test_labels_that_the_network_does_not_have_are_refused(labels, message):
+    ours = Sampler(DiT(**CONFIG).eval(), PixelSpace(), None, 3)
+    with pytest.raises(ValueError, match=message):
+        ours.images(labels)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, "0", 1.0, None, True])
+def test_a_seed_from_python_is_one_that_the_command_line_takes(seed):
+    ours = Sampler(DiT(**{**CONFIG, "in_channels": 3}).eval(), PixelSpace(), None, 3)
+    with pytest.raises(ValueError, match="`seed` is .*; (give a whole number|it must be)"):
+        ours.images([1], seed)
+
+
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_sampler_calls_the_process_as_asked(sampler, eta, scale):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from checkpoints.files import list_checkpoints, newest_checkpoint, read_checkpoint
-from conftest import fill_randomly, randn
+from conftest import ROOT, fill_randomly, randn
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 from processes.flow import FlowProcess
@@ -322,6 +322,24 @@ def test_a_checkpoint_with_a_wrong_part_is_refused(images, tmp_path, capsys, par
     assert "wrong.pt" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--init-from"])
+@pytest.mark.parametrize("changes, message", [
+    ({"new_part": 3}, "has a configuration that this version does not know"),
+    ({"block": "new_design"}, "block is 'new_design'; choose one of"),
+])  # fmt: skip
+def test_a_network_of_a_newer_version_is_not_trained_on(
+    images, tmp_path, capsys, flag, changes, message
+):
+    """Its weights fit, and what it computes with them may be something else."""
+    contents = run(images, tmp_path / "good", "--max-steps", "1")
+    path = tmp_path / "newer.pt"
+    torch.save({**contents, "config": contents["config"] | changes}, path)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path / "new", "--max-steps", "2", flag, str(path))
+    error = capsys.readouterr().err
+    assert message in error and flag in error and not (tmp_path / "new").exists()
+
+
 def test_interrupted_from_the_keyboard(images, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -413,6 +431,10 @@ BAD = [
     (["--global-seed", "-1"], "--global-seed is -1"),
     (["--vae", "no/such/vae"], "cannot load VAE 'no/such/vae'"),
     (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such checkpoint"),
+    (
+        ["--resume", str(ROOT / "examples/digits/dit.safetensors")],
+        "dit.safetensors holds weights alone; a new run starts from them with --init-from",
+    ),
     (["--results-dir", "/proc/results"], "cannot make the run folder"),
 ]
 
