@@ -4,9 +4,12 @@ What is far beyond all that exists is refused before any work.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from numbers import Integral, Real
 import os
-from typing import Any, NamedTuple
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple, get_args
 
 from runtime.image_size import ImageSize, sides
 
@@ -96,6 +99,22 @@ def check_numbers(options: object, **others: Range) -> None:
             )
         for value in values if name in ranges else ():
             check_range(name, value, ranges[name])
+
+
+def check_kinds(options: Any) -> None:
+    """Raise ValueError for a field of a dataclass that is not of its kind: None where that is none,
+    no True or False, or no text where a text or a path is wanted. Numbers are check_numbers' task.
+    """
+    for field in fields(options):
+        value, kinds = getattr(options, field.name), {*get_args(field.type)} or {field.type}
+        if value is None and NoneType not in kinds:
+            raise ValueError(f"{argument(field.name)} is None; give a value")
+        if value is None:
+            continue
+        if kinds <= {bool, NoneType} and not isinstance(value, bool):
+            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give True or False")
+        if kinds <= {str, Path, NoneType} and not (isinstance(value, (str, Path)) and str(value)):
+            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give a text")
 
 
 def check_range(name: str, value: Any, allowed: Range) -> None:

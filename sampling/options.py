@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from layers.positions import EXTRAPOLATIONS
 from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import KINDS, SOLVERS
-from runtime.limits import RANGES, check_numbers, short
+from runtime.limits import RANGES, check_kinds, check_numbers, is_number, short
 from sampling.caching import parse_cache, written
 from sampling.sampler import (
     check_negative, check_options, check_sampler, check_steps, usual_channels,
@@ -88,6 +88,7 @@ class SamplingOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         # One type for each option: sample_many names folders after the options
         for name, value in _given(self).items():
             if name in NUMBERS:
@@ -170,8 +171,6 @@ def _check_choices(options):
         value = getattr(options, name)
         if value is not None and value not in [*known]:
             raise ValueError(f"`{name}` is {value!s:.60}; give one of {', '.join(known)}")
-    if not isinstance(options.compile, bool):
-        raise ValueError(f"`compile` is {options.compile!r:.60}; give True or False")
     channels = options.cfg_channels
     if channels not in (None, "all") and not (isinstance(channels, int) and channels > 0):
         raise ValueError(
@@ -246,6 +245,7 @@ class ManyOptions:
     prompts: Path | str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_seed(self.global_seed)
         check_numbers(self)
         for name in ("sample_dir", "labels", "prompts"):
@@ -254,7 +254,9 @@ class ManyOptions:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError unless a seed is from 0 to 2**63 - 1."""
+    """Raise ValueError unless a seed is a whole number from 0 to 2**63 - 1."""
     least, most = RANGES["seed"]
+    if not is_number(seed, Integral):
+        raise ValueError(f"the seed is {seed!r:.60}; give a whole number")
     if not least <= seed <= most:
         raise ValueError(f"the seed is {short(seed)}; it must be at least 0 and below 2**63")

@@ -28,7 +28,7 @@ from models import BLOCKS, DiT, summed
 from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.image_size import ImageSize, settled
-from runtime.limits import Range, check_numbers
+from runtime.limits import Range, check_kinds, check_numbers, is_number
 from variants.exits import DESIGN, checked_exits
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
@@ -166,6 +166,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, _plain(value))
+        check_kinds(self)
         object.__setattr__(self, "image_size", settled(self.image_size))
         if all(getattr(self, name) is None for name in SOURCES):
             raise ValueError("`data_path` is missing; give a folder of images, or `latents`")
@@ -341,9 +342,9 @@ class TrainOptions:
         if not isinstance(self.ema_decay, tuple) or not self.ema_decay:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; give a tuple of one or more decays")
         for decay in self.ema_decay:
-            if not 0 <= decay < 1 or self.ema_decay.count(decay) > 1:
+            if not is_number(decay) or not 0 <= decay < 1 or self.ema_decay.count(decay) > 1:
                 raise ValueError(
-                    f"`ema_decay` is {decay}; each must be at least 0 and below 1, "
+                    f"`ema_decay` is {decay!r:.60}; each must be at least 0 and below 1, "
                     "and stand there once"
                 )
 
