@@ -86,7 +86,8 @@ def load_pretrained(
     config = weights.config or config
     if config is None:
         raise ValueError(
-            f"{name} does not say how its network is built; pass config, DiT's arguments"
+            f"{name} does not say how its network is built; pass config, DiT's arguments, or give "
+            "a file that export.py writes"
         )
     if not isinstance(config, dict):
         raise ValueError(f"`config` is {config!r:.60}; give a dict, DiT's arguments by name")
