@@ -7,7 +7,6 @@ from pathlib import Path
 from conditions.encoders import T5_LENGTH
 from data.shapes import SQUARE
 from runtime.image_size import ImageSize, settled
-from runtime.limits import check_kinds
 
 LABELS, TEXT = CONDITIONS = ("labels", "text")  # what may be learned with the images
 
@@ -34,7 +33,6 @@ class DataOptions:
     text_encoder: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self)
         object.__setattr__(self, "image_size", settled(self.image_size))
 
 
@@ -73,5 +71,4 @@ class CacheOptions:
     device: str | None = None  # such as "cpu" or "cuda:1"; None: the GPU if there is one
 
     def __post_init__(self) -> None:
-        check_kinds(self)
         object.__setattr__(self, "image_size", settled(self.image_size))

@@ -108,13 +108,14 @@ def check_kinds(options: Any) -> None:
     for field in fields(options):
         value, kinds = getattr(options, field.name), {*get_args(field.type)} or {field.type}
         if value is None and NoneType not in kinds:
-            raise ValueError(f"{argument(field.name)} is None; give a value")
+            wanted = "number" if kinds <= {int, float} else "value"
+            raise ValueError(f"{argument(field.name)} is None; give a {wanted}")
         if value is None:
             continue
         if kinds <= {bool, NoneType} and not isinstance(value, bool):
-            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give True or False")
+            raise ValueError(f"{argument(field.name)} is {value!r:.60}; it is true or false")
         if kinds <= {str, Path, NoneType} and not (isinstance(value, (str, Path)) and str(value)):
-            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give a text")
+            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give one text")
 
 
 def check_range(name: str, value: Any, allowed: Range) -> None:
