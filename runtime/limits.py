@@ -115,7 +115,7 @@ def check_kinds(options: Any) -> None:
         if kinds <= {bool, NoneType} and not isinstance(value, bool):
             raise ValueError(f"{argument(field.name)} is {value!r:.60}; it is true or false")
         if kinds <= {str, Path, NoneType} and not (isinstance(value, (str, Path)) and str(value)):
-            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give one text")
+            raise ValueError(f"{argument(field.name)} is {value!r:.60}; give a text")
 
 
 def check_range(name: str, value: Any, allowed: Range) -> None:

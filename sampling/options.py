@@ -88,7 +88,6 @@ class SamplingOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self)
         # One type for each option: sample_many names folders after the options
         for name, value in _given(self).items():
             if name in NUMBERS:
@@ -109,6 +108,7 @@ class SamplingOptions:
             check_options(_given(self), self.sampler)
         if self.num_sampling_steps is not None:
             _check_steps(self)
+        check_kinds(self)  # of what is left
 
     def settled(
         self, process: Process, usual: str | None = None, text: bool = False, clips: bool = False

@@ -15,11 +15,12 @@ MADE = {
 
 @pytest.mark.parametrize("made, name, value, wanted", [
     ("train", "flip", "no", "it is true or false"), ("train", "learn_sigma", 1, "it is true"),
-    ("train", "data_path", 3, "give one text"), ("train", "results_dir", None, "give a value"),
-    ("train", "vae", "", "give one text"), ("train", "lr", None, "give a number"),
+    ("train", "data_path", 3, "give a text"), ("train", "results_dir", None, "give a value"),
+    ("train", "vae", "", "give a text"), ("train", "lr", None, "give a number"),
     ("train", "ema_decay", ["0.9"], "each must be at least 0"),
-    ("sample", "compile", "yes", "it is true or false"), ("sample", "cfg_scale", None, "give a number"),
-    ("many", "sample_dir", 3, "give one text"),
+    ("sample", "compile", "yes", "it is true or false"),
+    ("sample", "cfg_scale", None, "give a number"),
+    ("many", "sample_dir", 3, "give a text"),
     ("many", "num_fid_samples", None, "give a number"),
 ])  # fmt: skip
 def test_a_value_of_another_kind_is_refused(made, name, value, wanted):
