@@ -32,7 +32,7 @@ takes as it is sampled, which is less than it has where train.py --dynamic or --
                  that come and go, and the autoencoder, are not in it
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt, read_size
+from runtime.command_line import Parser, check_alone, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -46,9 +46,9 @@ from layers.parts import DEFAULTS as PARTS, NAMES, PAPERS
 from models import BLOCKS, DiT, DiT_models
 from runtime.limits import check_numbers
 from training.cost import Cost, Sampled, count, sampled
-from training.options import TrainOptions, read_exit
+from training.options import TrainOptions
 from vae import latent_shape
-from variants.exits import DESIGN
+from variants.exits import DESIGN, read_exit
 from variants.video import VideoDiT
 
 HEADER = ("model", "block", "parameters", "GMAC", "TFLOP", "weights", "training", "per image")
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     args, given = parser.parse_args(argv), parser.given(argv)
     if args.ckpt is not None:
         with parser.refusing():
-            check_alone(given)
+            check_alone("ckpt", given, "says itself what its network is")
             return print(told(args.ckpt, sampled(args.ckpt)))
     with parser.refusing():
         # The network itself looks at the classes
@@ -140,15 +140,6 @@ def main(argv: list[str] | None = None) -> None:
                 args.grad_checkpointing,
             )  # fmt: skip
         print(row(name, config.get("block") or config[CLASS], cost), flush=True)
-
-
-def check_alone(given: frozenset[str]) -> None:
-    """Raise ValueError if arguments are given beside that which names a checkpoint."""
-    others = sorted(given - {"ckpt"})
-    if others:
-        raise ValueError(
-            f"`ckpt` says itself what its network is; leave out `{others[0]}`, or `ckpt`"
-        )
 
 
 def described(args: Namespace) -> list[tuple[str, dict]]:

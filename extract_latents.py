@@ -19,7 +19,7 @@ clips.npy has a row for each clip: its first frame, how many it has, its label a
 With --text-encoder the folder text/ beside them has what encoders made of the images' captions.
 """
 
-from runtime.command_line import Parser, door, end_at_interrupt, read_size
+from runtime.command_line import Parser, check_alone, door, end_at_interrupt, read_size
 
 if __name__ == "__main__":
     end_at_interrupt()  # what follows takes seconds to import
@@ -129,10 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with parser.refusing():
         if args.verify is not None:
-            if others := sorted(parser.given(argv) - {"verify"}):
-                raise ValueError(
-                    f"`verify` looks at what is there; leave out `{others[0]}`, or `verify`"
-                )
+            check_alone("verify", parser.given(argv), "looks at what is there")
             return verify(parser, args.verify)
         if args.text_encoder is None and "text_length" in parser.given(argv):
             raise ValueError("`text_length` is for `text_encoder`; give that too, or neither")

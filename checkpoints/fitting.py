@@ -25,6 +25,7 @@ from processes.gaussian import GaussianProcess
 from processes.process import Process
 from processes.table import process_of
 from runtime.json_files import read_json
+from variants.exits import written_exits
 
 # What of a process's config decides what t and the network's output mean
 MEANING = ("name", "path", "prediction")
@@ -215,7 +216,7 @@ def _other_class(kind, here, config):
 def _exits(found):
     """Exits in a file's configuration as users write them."""
     try:
-        return " ".join(f"{depth:d}:{level:g}" for depth, level in found)
+        return " ".join(written_exits(found))
     except (TypeError, ValueError):  # of a damaged one
         return "that it was trained with"
 

@@ -6,7 +6,7 @@ seconds.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 import os
@@ -183,6 +183,14 @@ class Parser(argparse.ArgumentParser):
             yield
         except (ValueError, OSError) as error:
             self.error(reason(error))
+
+
+def check_alone(name: str, given: Collection[str], why: str) -> None:
+    """Raise ValueError if a command line gives other arguments beside the one of this name, with
+    what it does, which leaves them without a use.
+    """
+    if others := sorted({*given} - {name}):
+        raise ValueError(f"`{name}` {why}; leave out `{others[0]}`, or `{name}`")
 
 
 def read_size(text: str) -> ImageSize:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 import os
 from pathlib import Path
-import re
 from typing import Any
 
 from checkpoints.network_config import LATER
@@ -29,7 +28,7 @@ from processes.gaussian import GaussianProcess
 from processes.table import SETTINGS, WORDS
 from runtime.image_size import ImageSize, settled
 from runtime.limits import Range, check_kinds, check_numbers, is_number
-from variants.exits import DESIGN, checked_exits
+from variants.exits import DESIGN, checked_exits, read_exit, written_exits
 
 # Options that decide what a run learns; resume="auto" takes up a run whose own are equal. Messages
 # have them in this order, and so has the hash that names a start.
@@ -73,7 +72,6 @@ NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 TEXT_LENGTH = 32  # of the network's own encoder: captions of about as many short words
 SHARE = Range(0.0, 1.0)
-EXIT = re.compile(r"(\d{1,9}):((?:\d+\.?\d*|\.\d+)(?:e-?\d{1,3})?)", re.ASCII)  # 4:0.3
 # Options of clips, and the values that leave them out
 OF_CLIPS = {"frame_stride": 1, "frame_rate": None, "given_frames": 0}
 
@@ -382,7 +380,7 @@ class TrainOptions:
                 "`exits` has the noise level 1, noise alone, which no time of training reaches; "
                 "give a lower one"
             )
-        object.__setattr__(self, "exits", tuple(map(written_exit, pairs)))
+        object.__setattr__(self, "exits", tuple(written_exits(pairs)))
 
     def _check_clips(self):
         """Raise ValueError for options of clips that the model cannot be trained with."""
@@ -462,22 +460,6 @@ class TrainOptions:
                 f"`block` {self.block} does not take packed images; choose from "
                 f"{', '.join(known)}, or pass `aspect_buckets=True` instead of `pack`"
             )
-
-
-def read_exit(text: str) -> tuple[int, float]:
-    """(depth, level) of "DEPTH:LEVEL". Raises ValueError for any other text."""
-    match = EXIT.fullmatch(str(text))
-    if match is None:
-        raise ValueError(
-            f"`exits` has {text!s:.60}; give DEPTH:LEVEL, such as 4:0.3: so many blocks from that "
-            "noise level on"
-        )
-    return int(match[1]), float(match[2])
-
-
-def written_exit(pair: tuple[int, float]) -> str:
-    """The one text that read_exit reads as this (depth, level)."""
-    return f"{pair[0]}:{pair[1]!r}".removesuffix(".0")
 
 
 def defaults() -> dict[str, Any]:

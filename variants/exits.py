@@ -5,6 +5,7 @@ exit by time: ASE, 2408.05927, ICML 2024; "a shallow network first": DuoDiff, 24
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from itertools import pairwise
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from layers.parts import PAPERS, Parts
 from layers.sizes import is_number
 
 DESIGN = "adaln_zero"  # of the blocks
+EXIT = re.compile(r"(\d{1,9}):((?:\d+\.?\d*|\.\d+)(?:e-?\d{1,3})?)", re.ASCII)  # 4:0.3
 
 
 class Exits:
@@ -147,6 +149,24 @@ class Exits:
             rest = min(count, len(tokens) - least)
             tokens, c, begin = tokens[rest:], c[rest:], depth
         return torch.cat(parts)[order.argsort()]  # (N, T, P·P·C_out)
+
+
+def read_exit(text: str) -> tuple[int, float]:
+    """(depth, level) of "DEPTH:LEVEL". Raises ValueError for any other text."""
+    match = EXIT.fullmatch(str(text))
+    if match is None:
+        raise ValueError(
+            f"`exits` has {text!s:.60}; give DEPTH:LEVEL, such as 4:0.3: so many blocks from that "
+            "noise level on"
+        )
+    return int(match[1]), float(match[2])
+
+
+def written_exits(exits: Iterable[tuple[int, float]]) -> list[str]:
+    """For each (depth, level) the one text that read_exit reads as it. Raises TypeError or
+    ValueError for anything else.
+    """
+    return [f"{depth:d}:{float(level)!r}".removesuffix(".0") for depth, level in exits]
 
 
 def checked_exits(exits: Sequence[Sequence[float]], depth: int) -> list[tuple[int, float]]:
